@@ -1,0 +1,44 @@
+"""Compare the PyTorch and the Flax implementations: convert, save, load, prove.
+
+Names are looked up on first use, so that `python -m compare --help` needs no framework.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+    from .convert import linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
+    from .errors import CheckpointError, ConversionError, Mismatch
+
+_HOMES = {
+    "CheckpointError": ".errors",
+    "ConversionError": ".errors",
+    "Mismatch": ".errors",
+    "linen_to_torch": ".convert",
+    "load_checkpoint": ".checkpoint",
+    "nnx_to_torch": ".convert",
+    "read_checkpoint": ".checkpoint",
+    "save_checkpoint": ".checkpoint",
+    "torch_to_linen": ".convert",
+    "torch_to_nnx": ".convert",
+}
+
+__all__ = [
+    "CheckpointError",
+    "ConversionError",
+    "Mismatch",
+    "linen_to_torch",
+    "load_checkpoint",
+    "nnx_to_torch",
+    "read_checkpoint",
+    "save_checkpoint",
+    "torch_to_linen",
+    "torch_to_nnx",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)

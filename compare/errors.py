@@ -1,0 +1,90 @@
+"""What the converter and the checkpoints raise, and the lists that they report."""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from os import PathLike, fspath
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry that did not fit: its torch key (or Flax path), where Flax keeps it, both shapes.
+
+    Shapes are in torch's layout; `found` is None if the source lacks the entry, `expected` if the
+    target does.
+    """
+
+    name: str
+    place: str
+    found: Shape | None = None
+    expected: Shape | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Everything that did not fit. True if there is anything.
+
+    `missing`: the target has it, the source does not. `unexpected`: the other way round.
+    `misshaped`: both have it, with different shapes. `refused`: it cannot be carried without loss.
+    """
+
+    missing: tuple[Entry, ...] = ()
+    unexpected: tuple[Entry, ...] = ()
+    misshaped: tuple[Entry, ...] = ()
+    refused: tuple[Entry, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.misshaped or self.refused)
+
+    def __str__(self) -> str:
+        wanted = [entry.name for entry in self.missing]
+        lines = [
+            f"- missing {entry.name}: {entry.place} {_shape(entry.expected)} finds nothing" for entry in self.missing
+        ]
+        for entry in self.unexpected:
+            close = get_close_matches(entry.name, wanted, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            lines.append(f"+ unexpected {entry.name} {_shape(entry.found)}: the target has no place for it{hint}")
+        for entry in self.misshaped:
+            lines.append(
+                f"! {entry.name} has shape {_shape(entry.found)}; {entry.place} needs {_shape(entry.expected)}"
+                f"{_mend(entry)}"
+            )
+        lines += [f"! {entry.name}: {entry.reason}" for entry in self.refused]
+        return "\n".join(lines)
+
+
+def _shape(shape: Shape | None) -> str:
+    return "" if shape is None else str(shape)
+
+
+def _mend(entry: Entry) -> str:
+    if entry.name == "mask" and entry.found and len(set(entry.found)) == 1:
+        return f": build the target with context_length={entry.found[0]}"
+    return ""
+
+
+class ConversionError(ValueError):
+    """The source and the target do not hold the same entries; `mismatch` has the lists."""
+
+    def __init__(self, mismatch: Mismatch) -> None:
+        self.mismatch = mismatch
+        super().__init__(
+            f"the source does not fit the target; nothing was converted:\n{mismatch}\n"
+            "Build both sides with the same arguments and class, "
+            "or pass strict=False to convert what fits."
+        )
+
+
+class CheckpointError(ValueError):
+    """A checkpoint could not be written or read; `path` is the file or folder.
+
+    `mismatch` has the lists where the file was read but does not fit the target.
+    """
+
+    def __init__(self, path: str | PathLike[str], reason: str, mismatch: Mismatch | None = None) -> None:
+        self.path = fspath(path)
+        self.mismatch = mismatch if mismatch is not None else Mismatch()
+        super().__init__(f"{self.path}: {reason}")

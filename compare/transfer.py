@@ -1,0 +1,140 @@
+"""One tensor from torch to JAX and back: bit for bit, by copy or by shared memory."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+# The dtypes that NumPy lacks travel as unsigned integers of the same width.
+_EXTENDED = ("bfloat16", "float8_")
+_CARRIER = {1: (torch.uint8, np.uint8), 2: (torch.uint16, np.uint16)}
+
+
+class Untransferable(ValueError):
+    """The value has no faithful counterpart in the other framework; the message says why."""
+
+
+def tensor_to_numpy(tensor: Tensor) -> np.ndarray:
+    """Return the tensor's values as a NumPy array, sharing memory where the tensor is on the CPU.
+
+    bfloat16 and float8 come back as their `ml_dtypes` twins.
+
+    Raises:
+        Untransferable: a meta, sparse or quantized tensor, or a dtype NumPy cannot hold.
+    """
+    tensor = dense(tensor).cpu()
+    name = str(tensor.dtype).removeprefix("torch.")
+    try:
+        if not name.startswith(_EXTENDED):
+            return tensor.numpy()
+        carrier, _ = _CARRIER[tensor.element_size()]
+        return tensor.view(carrier).numpy().view(getattr(ml_dtypes, name))
+    except (TypeError, AttributeError) as error:
+        raise Untransferable(f"dtype {tensor.dtype} has no NumPy counterpart") from error
+
+
+def numpy_to_tensor(array: np.ndarray) -> Tensor:
+    """Return the array's values as a CPU tensor, sharing memory; the inverse of `tensor_to_numpy`.
+
+    Raises:
+        Untransferable: torch has no such dtype.
+    """
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    try:
+        if not native.dtype.name.startswith(_EXTENDED):
+            return torch.from_numpy(native)
+        _, carrier = _CARRIER[native.dtype.itemsize]
+        return torch.from_numpy(native.view(carrier)).view(getattr(torch, native.dtype.name))
+    except (TypeError, AttributeError) as error:
+        raise Untransferable(f"dtype {array.dtype} has no torch counterpart") from error
+
+
+def to_jax(tensor: Tensor, *, transpose: bool, copy: bool) -> jax.Array:
+    """Return the tensor as a JAX array of the same dtype, transposed if asked.
+
+    A copy is made in host memory and lands on JAX's default device. With `copy=False` the array
+    aliases the tensor through DLPack and stays on its device: an in-place edit of the tensor then
+    changes the array, which JAX believes to be immutable.
+
+    int64 becomes int32 where x64 is off, but only if every value fits.
+
+    Raises:
+        Untransferable: as `tensor_to_numpy`; a 64-bit value that JAX would narrow with loss; with
+            `copy=False` a tensor that cannot be shared.
+    """
+    tensor = _fit_x64(dense(tensor), copy=copy)
+    tensor = tensor.mT if transpose else tensor
+    if copy:
+        return jnp.asarray(np.array(tensor_to_numpy(tensor), order="C", copy=True))
+    try:
+        shared = jax.dlpack.from_dlpack(tensor, copy=False)
+    except Exception as error:  # XLA's own errors share no narrower class across versions
+        raise Untransferable(f"memory cannot be shared ({error}); use copy=True") from error
+    if shared.dtype.name != str(tensor.dtype).removeprefix("torch."):
+        raise Untransferable(f"sharing would turn {tensor.dtype} into {shared.dtype}; use copy=True")
+    return shared
+
+
+def to_torch(array: jax.Array | np.ndarray, *, transpose: bool, copy: bool) -> Tensor:
+    """Return the array as a tensor of the same dtype, transposed if asked.
+
+    A copy is made on the CPU, gathered from every device of a sharded array. With `copy=False` the
+    tensor aliases the array through DLPack and stays on its device: an in-place edit of the tensor
+    then changes the array, which JAX believes to be immutable.
+
+    Raises:
+        Untransferable: torch has no such dtype; a donated array; with `copy=False` an array that
+            cannot be shared.
+    """
+    if isinstance(array, jax.Array) and array.is_deleted():
+        raise Untransferable("the array was deleted, as a donated argument is; convert it before donating it")
+    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.extended):
+        raise Untransferable(f"dtype {array.dtype} has no torch counterpart")
+    if copy:
+        host = np.asarray(array)
+        return numpy_to_tensor(np.array(host.swapaxes(-1, -2) if transpose else host, order="C", copy=True))
+    try:
+        shared = torch.from_dlpack(array) if isinstance(array, jax.Array) else numpy_to_tensor(array)
+    except Exception as error:  # XLA's own errors share no narrower class across versions
+        raise Untransferable(f"memory cannot be shared ({error}); use copy=True") from error
+    return shared.mT if transpose else shared
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Return the tensor detached, its conjugate and negative bits applied.
+
+    Raises:
+        Untransferable: a meta, sparse or quantized tensor: there are no plain values to carry.
+    """
+    if tensor.device.type == "meta":
+        raise Untransferable("a meta tensor has no values; materialize the module first (`to_empty`, then load)")
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise Untransferable("a sparse or quantized tensor; convert it with `to_dense()` or `dequantize()` first")
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
+def _fit_x64(tensor: Tensor, *, copy: bool) -> Tensor:
+    """Return the tensor as JAX can hold it: 64-bit dtypes need x64, or int64 values that fit int32."""
+    if jax.config.read("jax_enable_x64") or tensor.dtype not in (
+        torch.int64,
+        torch.uint64,
+        torch.float64,
+        torch.complex128,
+    ):
+        return tensor
+    if tensor.dtype != torch.int64:
+        raise Untransferable(
+            f"JAX would narrow {tensor.dtype} to 32 bits; enable x64 "
+            "(`jax.config.update('jax_enable_x64', True)`) or cast the module first"
+        )
+    limits = torch.iinfo(torch.int32)
+    if tensor.numel() and (tensor.min() < limits.min or tensor.max() > limits.max):
+        raise Untransferable(
+            f"values from {tensor.min()} to {tensor.max()} do not fit int32; enable x64 "
+            "(`jax.config.update('jax_enable_x64', True)`)"
+        )
+    if not copy:
+        raise Untransferable("int64 is narrowed to int32 where x64 is off, and cannot be shared; use copy=True")
+    return tensor.to(torch.int32)

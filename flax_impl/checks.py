@@ -1,0 +1,31 @@
+"""What the modules refuse, with the numbers that do not fit."""
+
+from collections.abc import Sequence
+
+
+def check_dropout(dropout: float) -> None:
+    """Raise ValueError unless 0 <= dropout <= 1 (so NaN is refused too)."""
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout is {dropout}; a probability lies between 0 and 1")
+
+
+def check_inputs(shape: Sequence[int], input_embedding_dim: int, context_length: int) -> None:
+    """Raise ValueError unless shape is (batch, tokens <= context_length, input_embedding_dim)."""
+    if len(shape) != 3 or shape[2] != input_embedding_dim:
+        raise ValueError(
+            f"inputs have shape {tuple(shape)}; expected (batch, tokens, input_embedding_dim={input_embedding_dim})"
+        )
+    if shape[1] > context_length:
+        raise ValueError(
+            f"inputs have {shape[1]} tokens; the mask covers context_length={context_length}: "
+            f"shorten the inputs, or build the module with context_length >= {shape[1]}"
+        )
+
+
+def check_mask(shape: Sequence[int], context_length: int) -> None:
+    """Raise ValueError unless the mask is (context_length, context_length)."""
+    if tuple(shape) != (context_length, context_length):
+        raise ValueError(
+            f"mask has shape {tuple(shape)}; context_length={context_length} needs "
+            f"({context_length}, {context_length}): give the module a mask of that shape"
+        )

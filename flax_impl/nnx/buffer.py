@@ -1,0 +1,11 @@
+"""State that moves and is saved with a module but is never trained."""
+
+from flax import nnx
+
+
+class Buffer(nnx.Variable):
+    """The NNX counterpart of `torch.nn.Module.register_buffer`.
+
+    Optimizers and `nnx.grad` look for `nnx.Param` and so pass it by; `nnx.state(model, Buffer)`
+    selects it. Source: Flax documentation, "Migrating from PyTorch to JAX/Flax", on buffers.
+    """
