@@ -233,7 +233,9 @@ def _from_flax(leaves: Mapping[Path, Any], rows: Mapping[Path, Row], copy: bool)
             except Untransferable as error:
                 refused.append(Entry(row.torch_key, place, leaf.shape, reason=str(error)))
     missing = [
-        Entry(row.torch_key, "/".join(map(str, path))) for path, row in rows.items() if row.required and path not in leaves
+        Entry(row.torch_key, "/".join(map(str, path)))
+        for path, row in rows.items()
+        if row.required and path not in leaves
     ]
     return state, Mismatch(tuple(missing), tuple(unexpected), refused=tuple(refused))
 

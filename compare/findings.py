@@ -1,0 +1,87 @@
+"""What a command found out, as plain data: what is printed is exactly what the JSON holds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from typing import Any
+
+Cell = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim about one implementation. `held` is None if it was not run; `measured` then says why.
+
+    `count` is "held/tried" where the claim is about several things alike.
+    """
+
+    name: str
+    implementation: str
+    held: bool | None
+    measured: str
+    expected: str
+    count: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under column heads."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Matrices of the same thing, one for each implementation, to be shown side by side."""
+
+    title: str
+    matrices: Mapping[str, Sequence[Sequence[float]]]
+    decimals: int = 0
+
+
+@dataclass
+class Section:
+    """A heading, what is shown below it in order, and the checks it settles."""
+
+    title: str
+    blocks: list[str | Table | Panels] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """Everything one command found."""
+
+    command: str
+    date: str
+    versions: dict[str, str]
+    sections: list[Section] = field(default_factory=list)
+
+    @property
+    def checks(self) -> list[Check]:
+        """The checks of all sections, each once where two parts settle the same one."""
+        return list(dict.fromkeys(check for section in self.sections for check in section.checks))
+
+    @property
+    def held(self) -> bool:
+        """Whether something was checked and nothing failed."""
+        results = [check.held for check in self.checks]
+        return True in results and False not in results
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as JSON values, with the verdict first; NaN and infinities, which JSON lacks, as words."""
+        return _json({"held": self.held, **asdict(self)})
+
+
+def _json(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _json(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_json(item) for item in value]
+        case float() if not isfinite(value):
+            return str(value)
+        case _:
+            return value

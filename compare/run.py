@@ -1,0 +1,141 @@
+"""Build one implementation with a given state, run it, and hand out NumPy."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import linen, nnx
+
+import flax_impl
+import torch_impl
+
+from .cases import Config
+from .convert import StateDict, torch_to_linen, torch_to_nnx
+
+Implementation = Literal["torch", "linen", "nnx"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("torch", "linen", "nnx")
+TorchAttention = torch_impl.CausalAttentionWithBuffer | torch_impl.CausalAttentionWithoutBuffers
+LinenAttention = flax_impl.CausalAttentionWithBuffer | flax_impl.CausalAttentionWithoutBuffers
+NnxAttention = flax_impl.nnx.CausalAttentionWithBuffer | flax_impl.nnx.CausalAttentionWithoutBuffers
+TITLES: dict[str, str] = {"torch": "PyTorch", "linen": "Flax Linen", "nnx": "Flax NNX"}
+
+
+def build_torch(config: Config, *, buffer: bool) -> TorchAttention:
+    """Return a fresh torch module, with or without the buffer."""
+    kind = torch_impl.CausalAttentionWithBuffer if buffer else torch_impl.CausalAttentionWithoutBuffers
+    return kind(**config.arguments)
+
+
+def build_linen(config: Config, *, buffer: bool) -> LinenAttention:
+    """Return the Linen module, with or without the buffer."""
+    kind = flax_impl.CausalAttentionWithBuffer if buffer else flax_impl.CausalAttentionWithoutBuffers
+    return kind(**config.arguments)
+
+
+def build_nnx(config: Config, *, buffer: bool, seed: int = 0) -> NnxAttention:
+    """Return a fresh NNX model, with or without the buffer."""
+    kind = flax_impl.nnx.CausalAttentionWithBuffer if buffer else flax_impl.nnx.CausalAttentionWithoutBuffers
+    return kind(**config.arguments, rngs=nnx.Rngs(seed))
+
+
+def linen_template(config: Config, *, buffer: bool) -> dict[str, Any]:
+    """Return the shapes of the Linen variables, without making them."""
+    inputs = jax.ShapeDtypeStruct((1, 1, config.input_embedding_dim), jnp.float32)
+    return jax.eval_shape(build_linen(config, buffer=buffer).init, jax.random.key(0), inputs)
+
+
+def linen_mask(config: Config, variables: Mapping[str, Any], *, buffer: bool) -> jax.Array:
+    """Return the mask that the Linen module works with: its variable, or the constant that it makes."""
+    mask = build_linen(config, buffer=buffer).bind(variables).mask
+    return mask.value if isinstance(mask, linen.module.Variable) else mask
+
+
+def missing_cuda() -> str:
+    """Return which framework sees no CUDA device, or nothing if both see one."""
+    lacking = [] if torch.cuda.is_available() else ["torch"]
+    try:
+        jax.devices("cuda")
+    except RuntimeError:
+        lacking.append("jax")
+    return f"no CUDA device is seen by {' and '.join(lacking)}" if lacking else ""
+
+
+def run(
+    implementation: Implementation,
+    config: Config,
+    state: StateDict,
+    inputs: np.ndarray,
+    *,
+    device: str = "cpu",
+    keep: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the outputs of one implementation, (batch, tokens, output_embedding_dim).
+
+    Args:
+        implementation: which one; the class with the buffer if the state has a mask.
+        config: the constructor arguments.
+        state: a torch state dict; its dtype is the working precision. Flax gets it converted.
+        inputs: (batch, tokens, input_embedding_dim), in the state's dtype.
+        device: "cpu" or "cuda", for either framework. float32 products are kept from TF32.
+        keep: (batch, tokens, tokens), True where dropout keeps the weight, in place of each
+            framework's own draw; None runs without dropout.
+    """
+    runner = {"torch": _run_torch, "linen": _run_linen, "nnx": _run_nnx}[implementation]
+    if implementation == "torch":
+        return runner(config, state, inputs, device, keep)
+    place = jax.devices(device)[0]
+    x64 = inputs.dtype == np.float64
+    with jax.enable_x64(x64), jax.default_matmul_precision("highest"), jax.default_device(place):
+        return runner(config, state, inputs, place, keep)
+
+
+def _run_torch(
+    config: Config, state: StateDict, inputs: np.ndarray, device: Any, keep: np.ndarray | None
+) -> np.ndarray:
+    module = build_torch(config, buffer="mask" in state)
+    module.load_state_dict(state, assign=True)
+    module.to(device).eval()
+    module.mask = module.mask.to(device)  # without the buffer, `.to` has left it behind
+    if keep is not None:
+        kept = torch.from_numpy(keep).to(device)
+        module.dropout = _Kept(lambda weights: torch.where(kept, weights / (1.0 - config.dropout), 0.0))  # type: ignore[assignment]
+    with torch.no_grad():
+        return module(torch.from_numpy(inputs).to(device)).cpu().numpy()
+
+
+def _run_linen(
+    config: Config, state: StateDict, inputs: np.ndarray, device: Any, keep: np.ndarray | None
+) -> np.ndarray:
+    model = build_linen(config, buffer="mask" in state)
+    variables = torch_to_linen(state, linen_template(config, buffer="mask" in state))
+
+    def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: linen.module.InterceptorContext) -> Any:
+        if keep is None or not isinstance(context.module, linen.Dropout):
+            return call(*args, **kwargs)
+        return jnp.where(keep, args[0] / (1.0 - config.dropout), 0.0)
+
+    with linen.intercept_methods(intercept):
+        return np.asarray(model.apply(jax.device_put(variables, device), jax.device_put(inputs, device)))
+
+
+def _run_nnx(config: Config, state: StateDict, inputs: np.ndarray, device: Any, keep: np.ndarray | None) -> np.ndarray:
+    model = torch_to_nnx(state, build_nnx(config, buffer="mask" in state))
+    nnx.update(model, jax.device_put(nnx.state(model), device))
+    model.eval()
+    if keep is not None:
+        model.dropout = lambda weights: jnp.where(keep, weights / (1.0 - config.dropout), 0.0)  # type: ignore[assignment]
+    return np.asarray(model(jax.device_put(inputs, device)))
+
+
+class _Kept(torch.nn.Module):
+    """Dropout with a given pattern, in the place of `nn.Dropout`."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, weights: torch.Tensor) -> torch.Tensor:
+        return self.function(weights)

@@ -1,0 +1,1 @@
+"""The parts of `python -m compare`: each yields its sections as they are found out."""

@@ -1,0 +1,146 @@
+"""The mask's life in checkpoints: edited, saved by one implementation, loaded by each in a new process."""
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+
+from ..cases import NOTEBOOK
+from ..checkpoint import save_checkpoint
+from ..child import run_module
+from ..convert import StateDict, torch_to_linen, torch_to_nnx
+from ..findings import Check, Section, Table
+from ..golden import initial_states
+from ..run import IMPLEMENTATIONS, TITLES, build_nnx, build_torch, linen_template
+from .reload import checksum
+
+SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")
+EDITED, INITIAL = 2.0, 1.0
+
+# (reader, path) -> what the reader found there
+Loaded = dict[tuple[str, str], dict[str, Any]]
+
+
+def sections() -> Iterator[Section]:
+    """Yield one section for the class with the buffer, one for the class without."""
+    without_buffer, with_buffer = initial_states()
+    with tempfile.TemporaryDirectory() as folder:
+        saved = _save_all(Path(folder), "with", edited_sources(with_buffer, buffer=True))
+        lost = _save_all(Path(folder), "without", edited_sources(without_buffer, buffer=False))
+        loaded = _load_all([*saved.values(), *lost.values()])
+        yield _section("with", saved, loaded, checksum(with_buffer), EDITED, _same_bytes(saved))
+        yield _section("without", lost, loaded, checksum(without_buffer), INITIAL, _same_bytes(lost))
+
+
+def edited_sources(state: StateDict, *, buffer: bool) -> dict[str, Any]:
+    """Return the state in each implementation, its mask edited 1 -> 2 the framework's own way.
+
+    A Linen module without the buffer has no place for the edit: its mask is made anew at every call.
+    """
+    module = build_torch(NOTEBOOK, buffer=buffer)
+    module.load_state_dict(state)
+    variables = torch_to_linen(module, linen_template(NOTEBOOK, buffer=buffer))
+    model = torch_to_nnx(module, build_nnx(NOTEBOOK, buffer=buffer))
+
+    module.mask[module.mask == INITIAL] = EDITED
+    if buffer:
+        variables["buffers"]["mask"] = _edited(variables["buffers"]["mask"])
+        model.mask[...] = _edited(model.mask[...])
+    else:
+        model.mask = _edited(model.mask[...])
+    return {"torch": module, "linen": variables, "nnx": model}
+
+
+def _edited(mask: jax.Array) -> jax.Array:
+    return jnp.where(mask == INITIAL, EDITED, mask)
+
+
+def _save_all(folder: Path, kind: str, sources: dict[str, Any]) -> dict[tuple[str, str], Path]:
+    return {
+        (suffix, writer): save_checkpoint(folder / f"{kind}-buffer-{writer}{suffix}", source)
+        for suffix in SUFFIXES
+        for writer, source in sources.items()
+    }
+
+
+def _load_all(paths: list[Path]) -> Loaded:
+    """Load every path in one new process for each implementation, two at a time."""
+
+    def load(reader: str) -> list[dict[str, Any]]:
+        return run_module("compare.scripts.reload", [reader, *map(str, paths)])
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        found = pool.map(load, IMPLEMENTATIONS)
+        return {
+            (reader, entry["path"]): entry
+            for reader, entries in zip(IMPLEMENTATIONS, found, strict=True)
+            for entry in entries
+        }
+
+
+def _section(
+    kind: str,
+    saved: dict[tuple[str, str], Path],
+    loaded: Loaded,
+    parameters: str,
+    value: float,
+    same_bytes: dict[str, bool],
+) -> Section:
+    """Tabulate what each reader found above the diagonal, and check it."""
+    expected = (value * torch.triu(torch.ones(NOTEBOOK.context_length, NOTEBOOK.context_length), diagonal=1)).tolist()
+    rows = []
+    kept = dict.fromkeys(IMPLEMENTATIONS, 0)
+    for (suffix, writer), path in saved.items():
+        masks = []
+        for reader in IMPLEMENTATIONS:
+            entry = loaded[reader, str(path)]
+            masks.append(f"{entry['mask'][0][1]:g}")
+            kept[reader] += entry["mask"] == expected and entry["parameters"] == parameters
+        rows.append([suffix, TITLES[writer], *masks])
+    fate = "kept" if kind == "with" else "lost"
+    section = Section(
+        f"Checkpoints {kind} the buffer: the edit is {fate}",
+        [
+            f"The mask is edited {INITIAL:g} -> {EDITED:g}, saved by each implementation, and loaded by each in a new "
+            "process. The entry above the diagonal, as loaded into:",
+            Table(["format", "saved by", *(TITLES[reader] for reader in IMPLEMENTATIONS)], rows),
+        ],
+    )
+    for reader in IMPLEMENTATIONS:
+        section.checks.append(
+            Check(
+                f"{kind} buffer: edit {fate}",
+                TITLES[reader],
+                kept[reader] == len(saved),
+                f"{kept[reader]} of {len(saved)} checkpoints",
+                f"{value:g} above the diagonal and the same weight bits in {len(saved)}",
+                f"{kept[reader]}/{len(saved)}",
+            )
+        )
+    differing = [suffix for suffix, same in same_bytes.items() if not same]
+    section.checks.append(
+        Check(
+            f"{kind} buffer: same bytes",
+            "all",
+            not differing,
+            f"different bytes in {', '.join(differing)}" if differing else "the same bytes",
+            f"the same bytes in {', '.join(same_bytes)}, whichever implementation writes them",
+            f"{len(same_bytes) - len(differing)}/{len(same_bytes)}",
+        )
+    )
+    return section
+
+
+def _same_bytes(saved: dict[tuple[str, str], Path]) -> dict[str, bool]:
+    """For each single-file format: whether all writers wrote the same bytes."""
+    digests: dict[str, set[str]] = {}
+    for (suffix, _), path in saved.items():
+        if path.is_file():
+            digests.setdefault(suffix, set()).add(hashlib.sha256(path.read_bytes()).hexdigest())
+    return {suffix: len(found) == 1 for suffix, found in digests.items()}

@@ -1,0 +1,113 @@
+"""What JAX does when the mask and the weights are on two devices.
+
+`XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m compare.scripts.jax_devices` prints the
+observations as JSON. The two devices are real to JAX: one on each side of a `device_put`.
+"""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..cases import NOTEBOOK
+from ..convert import torch_to_linen, torch_to_nnx
+from ..golden import initial_states, inputs
+from ..run import NnxAttention, build_linen, build_nnx, linen_mask, linen_template
+
+HERE, THERE = jax.devices("cpu")
+
+
+def attempt(call: Any) -> str:
+    """Return "works", or the error by which JAX refuses the call."""
+    try:
+        jax.block_until_ready(call())
+    except ValueError as error:
+        return f"ValueError: {error}"
+    return "works"
+
+
+def place(array: jax.Array) -> str:
+    """Return the names of the array's devices."""
+    return ", ".join(sorted(str(device) for device in array.devices()))
+
+
+def linen_cases() -> dict[str, Any]:
+    """The four cases with Linen variables."""
+    without_buffer, with_buffer = initial_states()
+    tokens = jax.device_put(inputs(), THERE)
+    model, plain = build_linen(NOTEBOOK, buffer=True), build_linen(NOTEBOOK, buffer=False)
+    variables = jax.device_put(torch_to_linen(with_buffer, linen_template(NOTEBOOK, buffer=True)), HERE)
+    moved = jax.device_put(variables, THERE)
+    left_behind = {"params": moved["params"], "buffers": variables["buffers"]}
+    constant = jax.device_put(torch_to_linen(without_buffer, linen_template(NOTEBOOK, buffer=False)), THERE)
+    edited = {**moved, "buffers": {"mask": jnp.zeros_like(moved["buffers"]["mask"])}}
+    captured = moved
+
+    @jax.jit
+    def closed_over(tokens: jax.Array) -> Any:
+        return model.apply(captured, tokens)
+
+    before = closed_over(tokens)
+    captured = edited
+    return {
+        "moved": {"result": attempt(lambda: model.apply(moved, tokens)), "mask": place(moved["buffers"]["mask"])},
+        "committed": {
+            "result": attempt(lambda: model.apply(left_behind, tokens)),
+            "mask": place(variables["buffers"]["mask"]),
+        },
+        "uncommitted": {
+            "result": attempt(lambda: plain.apply(constant, tokens)),
+            "mask": place(linen_mask(NOTEBOOK, constant, buffer=False)),
+        },
+        "closed_over": {
+            "edit_seen": not bool(jnp.array_equal(before, closed_over(tokens))),
+            "edit_seen_as_argument": not bool(jnp.array_equal(before, jax.jit(model.apply)(edited, tokens))),
+        },
+    }
+
+
+def nnx_cases() -> dict[str, Any]:
+    """The four cases with NNX models: the plain mask is the committed, then the uncommitted one."""
+    without_buffer, with_buffer = initial_states()
+    tokens = jax.device_put(inputs(), THERE)
+    model = _moved(torch_to_nnx(with_buffer, build_nnx(NOTEBOOK, buffer=True)))
+    plain = _moved(torch_to_nnx(without_buffer, build_nnx(NOTEBOOK, buffer=False)))
+    uncommitted = attempt(lambda: plain(tokens)), place(plain.mask[...])
+    plain.mask = jax.device_put(plain.mask, HERE)
+    committed = attempt(lambda: plain(tokens)), place(plain.mask[...])
+
+    @jax.jit
+    def closed_over(tokens: jax.Array) -> jax.Array:
+        return model(tokens)
+
+    @nnx.jit
+    def as_argument(model: NnxAttention, tokens: jax.Array) -> jax.Array:
+        return model(tokens)
+
+    moved = attempt(lambda: model(tokens)), place(model.mask[...])
+    before = closed_over(tokens)
+    model.mask[...] = jnp.zeros_like(model.mask[...])
+    return {
+        "moved": dict(zip(("result", "mask"), moved, strict=True)),
+        "committed": dict(zip(("result", "mask"), committed, strict=True)),
+        "uncommitted": dict(zip(("result", "mask"), uncommitted, strict=True)),
+        "closed_over": {
+            "edit_seen": not bool(jnp.array_equal(before, closed_over(tokens))),
+            "edit_seen_as_argument": not bool(jnp.array_equal(before, as_argument(model, tokens))),
+        },
+    }
+
+
+def _moved(model: NnxAttention) -> NnxAttention:
+    """Move the Params and Buffers of the model, as one moves a module's state."""
+    state = nnx.state(model, nnx.Variable)
+    nnx.update(model, jax.device_put(state, THERE))
+    model.eval()
+    return model
+
+
+if __name__ == "__main__":
+    devices = [str(device) for device in jax.devices("cpu")]
+    print(json.dumps({"devices": devices, "linen": linen_cases(), "nnx": nnx_cases()}))

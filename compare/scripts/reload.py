@@ -1,0 +1,57 @@
+"""Load checkpoints into fresh modules, in a process that knows nothing of the one that saved them.
+
+`python -m compare.scripts.reload IMPLEMENTATION PATH...` prints, for each path, what was loaded: the mask
+that the module now works with, and a checksum of the parameters' bits. The class with the buffer is
+used where the path's name begins with `with`.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..cases import NOTEBOOK
+from ..checkpoint import load_checkpoint
+from ..convert import StateDict, linen_to_torch, nnx_to_torch
+from ..run import build_nnx, build_torch, linen_mask, linen_template
+from ..transfer import tensor_to_numpy
+
+
+def checksum(state: StateDict) -> str:
+    """Return a digest of the parameters, by name, dtype, shape and bits."""
+    digest = hashlib.sha256()
+    for key in sorted(state.keys() - {"mask"}):
+        array = tensor_to_numpy(state[key])
+        digest.update(f"{key} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load(implementation: str, path: Path) -> tuple[Any, StateDict]:
+    """Load the checkpoint into a fresh module; return its mask and its state."""
+    buffer = path.name.startswith("with-")
+    if implementation == "torch":
+        module = load_checkpoint(path, build_torch(NOTEBOOK, buffer=buffer))
+        return module.mask, module.state_dict()
+    if implementation == "nnx":
+        model = load_checkpoint(path, build_nnx(NOTEBOOK, buffer=buffer))
+        return model.mask, nnx_to_torch(model)
+    variables = load_checkpoint(path, linen_template(NOTEBOOK, buffer=buffer))
+    return linen_mask(NOTEBOOK, variables, buffer=buffer), linen_to_torch(variables)
+
+
+def main() -> None:
+    """Print the JSON list of what each path gave."""
+    implementation, *paths = sys.argv[1:]
+    found = []
+    for path in map(Path, paths):
+        mask, state = load(implementation, path)
+        found.append({"path": str(path), "mask": np.asarray(mask).tolist(), "parameters": checksum(state)})
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Print findings: tables and matrices that fit 80 columns, with color only on a terminal."""
+
+from itertools import zip_longest
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from .findings import Cell, Check, Panels, Report, Section, Table
+
+VERDICTS = {True: "held", False: "FAILED", None: "not run"}
+_STYLES = {"held": "green", "FAILED": "bold red", "not run": "yellow"}
+
+
+def print_section(console: Console, section: Section) -> None:
+    """Print one section, its failed checks spelled out."""
+    console.rule(f"[bold]{escape(section.title)}", align="left")
+    for block in section.blocks:
+        match block:
+            case str():
+                console.print(escape(block))
+            case Table():
+                _print_table(console, block)
+            case Panels():
+                _print_panels(console, block)
+    for check in section.checks:
+        if check.held is False:
+            _print_check(console, check)
+    console.print()
+
+
+def print_summary(console: Console, report: Report) -> None:
+    """Print every check as a row, every implementation as a column, and the verdict."""
+    places = list(dict.fromkeys(check.implementation for check in report.checks))
+    names = list(dict.fromkeys(check.name for check in report.checks))
+    found = {(check.name, check.implementation): f"{VERDICTS[check.held]} {check.count}" for check in report.checks}
+    rows = [[name, *(found.get((name, place), "") for place in places)] for name in names]
+    console.rule("[bold]Summary", align="left")
+    _print_table(console, Table(["check", *places], rows))
+    counts = {verdict: sum(check.held is held for check in report.checks) for held, verdict in VERDICTS.items()}
+    for check in report.checks:
+        if not check.held:
+            _print_check(console, check)
+    verdict = "[bold green]Everything held" if report.held else "[bold red]NOT everything held"
+    console.print(f"{verdict}[/]: {', '.join(f'{count} {name}' for name, count in counts.items())}.")
+
+
+def _print_check(console: Console, check: Check) -> None:
+    verdict = VERDICTS[check.held]
+    line = f"{check.name} ({check.implementation}): {check.measured}; expected {check.expected}"
+    console.print(f"[{_STYLES[verdict]}]{verdict}[/] {escape(line)}")
+
+
+def _print_table(console: Console, table: Table) -> None:
+    rich = RichTable(box=box.SIMPLE_HEAD, title=table.title or None, title_justify="left", pad_edge=False)
+    for index, column in enumerate(table.columns):
+        numeric = any(isinstance(row[index], int | float) for row in table.rows)
+        rich.add_column(escape(column), justify="right" if numeric else "left")
+    for row in table.rows:
+        rich.add_row(*(_cell(cell) for cell in row))
+    console.print(rich)
+
+
+def _cell(cell: Cell) -> str:
+    match cell:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if cell else "no"
+        case float():
+            return f"{cell:.2g}"
+        case _:
+            text = str(cell)
+            style = next((style for verdict, style in _STYLES.items() if text.startswith(verdict)), "default")
+            return f"[{style}]{escape(text.rstrip())}[/]"
+
+
+def _print_panels(console: Console, panels: Panels) -> None:
+    """Print the matrices side by side."""
+    blocks = {
+        name: [" ".join(f"{entry:{_width(panels)}.{panels.decimals}f}" for entry in row) for row in matrix]
+        for name, matrix in panels.matrices.items()
+    }
+    widths = [max(len(name), *(len(line) for line in lines)) for name, lines in blocks.items()]
+    console.print(f"[italic]{escape(panels.title)}")
+    console.print("  ".join(f"{name:{width}}" for name, width in zip(blocks, widths, strict=True)).rstrip())
+    for lines in zip_longest(*blocks.values(), fillvalue=""):
+        padded = (f"{line:{width}}" for line, width in zip(lines, widths, strict=True))
+        console.print("  ".join(padded).rstrip(), highlight=False)
+    console.print()
+
+
+def _width(panels: Panels) -> int:
+    return panels.decimals + 3 if panels.decimals else 1
