@@ -24,12 +24,13 @@ def read(path: Path) -> StateDict:
         CheckpointError: no torch file, or anything in it but a dict of tensors.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as stream:
+            state = torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             path, "holds more than a state dict of tensors, and was not run; save `module.state_dict()` instead"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(path, f"not a whole torch file ({error or type(error).__name__})") from error
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(path, f"holds a {type(state).__name__}; expected a state dict, names to tensors")

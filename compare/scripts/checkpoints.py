@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import torch
 
-from ..cases import NOTEBOOK
+from ..cases import NOTEBOOK, Config
 from ..checkpoint import save_checkpoint
 from ..child import run_module
 from ..convert import StateDict, torch_to_linen, torch_to_nnx
@@ -31,22 +31,22 @@ def sections() -> Iterator[Section]:
     """Yield one section for the class with the buffer, one for the class without."""
     without_buffer, with_buffer = initial_states()
     with tempfile.TemporaryDirectory() as folder:
-        saved = _save_all(Path(folder), "with", edited_sources(with_buffer, buffer=True))
-        lost = _save_all(Path(folder), "without", edited_sources(without_buffer, buffer=False))
+        saved = _save_all(Path(folder), "with", edited_sources(NOTEBOOK, with_buffer, buffer=True))
+        lost = _save_all(Path(folder), "without", edited_sources(NOTEBOOK, without_buffer, buffer=False))
         loaded = _load_all([*saved.values(), *lost.values()])
         yield _section("with", saved, loaded, checksum(with_buffer), EDITED, _same_bytes(saved))
         yield _section("without", lost, loaded, checksum(without_buffer), INITIAL, _same_bytes(lost))
 
 
-def edited_sources(state: StateDict, *, buffer: bool) -> dict[str, Any]:
+def edited_sources(config: Config, state: StateDict, *, buffer: bool) -> dict[str, Any]:
     """Return the state in each implementation, its mask edited 1 -> 2 the framework's own way.
 
     A Linen module without the buffer has no place for the edit: its mask is made anew at every call.
     """
-    module = build_torch(NOTEBOOK, buffer=buffer)
+    module = build_torch(config, buffer=buffer)
     module.load_state_dict(state)
-    variables = torch_to_linen(module, linen_template(NOTEBOOK, buffer=buffer))
-    model = torch_to_nnx(module, build_nnx(NOTEBOOK, buffer=buffer))
+    variables = torch_to_linen(module, linen_template(config, buffer=buffer))
+    model = torch_to_nnx(module, build_nnx(config, buffer=buffer))
 
     module.mask[module.mask == INITIAL] = EDITED
     if buffer:

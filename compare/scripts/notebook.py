@@ -175,7 +175,7 @@ def _state(title: str, cell: str, state: StateDict, printed: dict[str, Any]) -> 
 
 def _edit(state: StateDict) -> Section:
     """Edit the mask in each implementation, and show that the output does not care: nonzero blocks."""
-    sources = edited_sources(state, buffer=True)
+    sources = edited_sources(NOTEBOOK, state, buffer=True)
     masks = _masks(sources, buffer=True)
     section = Section(
         "Cell 19: edit the mask, 1 -> 2",
@@ -197,7 +197,7 @@ def _edit(state: StateDict) -> Section:
 
 def _reload(title: str, cell: str, state: StateDict, *, buffer: bool) -> Section:
     """Edit, save in each framework's own format, load into fresh modules."""
-    sources = edited_sources(state, buffer=buffer)
+    sources = edited_sources(NOTEBOOK, state, buffer=buffer)
     fresh: dict[str, Any] = {
         "torch": build_torch(NOTEBOOK, buffer=buffer),
         "linen": linen_template(NOTEBOOK, buffer=buffer),

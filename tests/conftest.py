@@ -1,0 +1,25 @@
+"""Strict modes, the device fixture, and the versions under test in the header."""
+
+from importlib.metadata import version
+
+import jax
+import pytest
+
+from compare.__main__ import PACKAGES
+from compare.run import missing_cuda
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_report_header() -> str:
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return f"attention-parity: {versions}; CUDA: {missing_cuda() or 'seen by both frameworks'}"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device that both frameworks see; a skip names the framework that lacks it."""
+    if request.param == "cuda" and (missing := missing_cuda()):
+        pytest.skip(missing)
+    return request.param

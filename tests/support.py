@@ -1,0 +1,56 @@
+"""What several test modules share."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from compare.cases import PRIME_BIAS, Config
+from compare.check import Agreement
+from compare.convert import StateDict, torch_to_linen, torch_to_nnx
+from compare.parity import against_reference
+from compare.run import Implementation, NnxAttention, TorchAttention, build_nnx, build_torch, linen_template, run
+
+
+def torch_module(config: Config = PRIME_BIAS, *, buffer: bool = True, seed: int = 0) -> TorchAttention:
+    torch.manual_seed(seed)
+    return build_torch(config, buffer=buffer).eval()
+
+
+def linen_variables(config: Config = PRIME_BIAS, *, buffer: bool = True) -> dict[str, Any]:
+    return torch_to_linen(torch_module(config, buffer=buffer), linen_template(config, buffer=buffer))
+
+
+def nnx_model(config: Config = PRIME_BIAS, *, buffer: bool = True) -> NnxAttention:
+    model = torch_to_nnx(torch_module(config, buffer=buffer), build_nnx(config, buffer=buffer))
+    model.eval()
+    return model
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def state_of(config: Config, dtype: str, mask: np.ndarray | None = None) -> StateDict:
+    """A seeded state in the given precision, with another mask if there is one."""
+    state = dict(torch_module(config).to(getattr(torch, dtype)).state_dict())
+    return state if mask is None else {**state, "mask": torch.from_numpy(mask)}
+
+
+def judge(
+    implementation: Implementation,
+    config: Config,
+    state: StateDict,
+    inputs: np.ndarray,
+    device: str = "cpu",
+    keep: np.ndarray | None = None,
+) -> Agreement:
+    """Run one implementation and compare it with the reference."""
+    outputs = run(implementation, config, state, inputs, device=device, keep=keep)
+    return against_reference(outputs, config, state, inputs, keep)
+
+
+def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
+    """Equal in dtype, shape and every bit: NaN payloads, -0.0 and subnormals included."""
+    left, right = np.asarray(left), np.asarray(right)
+    return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()

@@ -1,0 +1,381 @@
+"""Every format, written by each implementation and read by each, whole or not at all."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.torch
+import torch
+from flax import nnx, serialization
+
+import compare
+from compare.cases import PRIME, PRIME_BIAS, Config
+from compare.checkpoint import atomic
+from compare.errors import CheckpointError, ConversionError
+from compare.run import IMPLEMENTATIONS, build_nnx, build_torch, linen_template
+from compare.scripts import checkpoints
+from compare.transfer import tensor_to_numpy
+
+from .support import linen_variables, nnx_model, same_bits, state_of, torch_module
+
+SUFFIXES = checkpoints.SUFFIXES
+FILES = (".pth", ".safetensors", ".msgpack")
+
+
+def sources(config: Config = PRIME_BIAS) -> dict[str, Any]:
+    """The same state in each implementation, its mask edited 1 -> 2."""
+    return checkpoints.edited_sources(config, state_of(config, "float32"), buffer=True)
+
+
+def fresh(implementation: str, config: Config = PRIME_BIAS) -> Any:
+    if implementation == "torch":
+        return build_torch(config, buffer=True)
+    return build_nnx(config, buffer=True) if implementation == "nnx" else linen_template(config, buffer=True)
+
+
+def run_script(script: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def as_state(loaded: Any) -> dict[str, torch.Tensor]:
+    if isinstance(loaded, torch.nn.Module):
+        return dict(loaded.state_dict())
+    return compare.nnx_to_torch(loaded) if isinstance(loaded, nnx.Module) else compare.linen_to_torch(loaded)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("writer", IMPLEMENTATIONS)
+def test_each_reads_what_each_wrote(writer: str, suffix: str, tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / f"state{suffix}", sources()[writer])
+    expected = state_of(PRIME_BIAS, "float32")
+    expected["mask"] = 2.0 * expected["mask"]
+    for reader in IMPLEMENTATIONS:
+        state = as_state(compare.load_checkpoint(path, fresh(reader)))
+        assert list(state) == list(expected)
+        assert all(same_bits(tensor_to_numpy(state[key]), tensor_to_numpy(expected[key])) for key in expected)
+    assert [found.name for found in tmp_path.iterdir()] == [path.name], "a temporary file was left behind"
+
+
+def test_the_edit_survives_into_new_processes_and_is_lost_without_the_buffer() -> None:
+    """Formats by writers by readers, each reader a process of its own, at the notebook's size."""
+    found = [check for section in checkpoints.sections() for check in section.checks]
+    assert len(found) == 8
+    assert all(check.held for check in found), found
+
+
+@pytest.mark.parametrize("suffix", FILES)
+def test_the_bytes_depend_on_the_values_alone(suffix: str, tmp_path: Path) -> None:
+    written = set()
+    for name, source in sources().items():
+        for attempt in (1, 2):
+            written.add(compare.save_checkpoint(tmp_path / f"{name}{attempt}{suffix}", source).read_bytes())
+    assert len(written) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_dtype_is_stored_without_x64(suffix: str, dtype: str, tmp_path: Path) -> None:
+    mask = np.arange(49, dtype=np.int64).reshape(7, 7) + 2**40
+    state = state_of(PRIME_BIAS, dtype, mask)
+    back = compare.read_checkpoint(compare.save_checkpoint(tmp_path / f"state{suffix}", state))
+    assert all(same_bits(tensor_to_numpy(back[key]), tensor_to_numpy(state[key])) for key in state)
+    with pytest.raises(CheckpointError, match=r"mask: values from 1099511627776 to .* do not fit int32"):
+        compare.load_checkpoint(tmp_path / f"state{suffix}", linen_template(PRIME_BIAS, buffer=True))
+
+
+def test_the_plain_libraries_read_our_files(tmp_path: Path) -> None:
+    variables = sources()["linen"]
+    state = compare.linen_to_torch(variables)
+    paths = {suffix: compare.save_checkpoint(tmp_path / f"state{suffix}", variables) for suffix in SUFFIXES}
+    loaded = torch.load(paths[".pth"], weights_only=True)
+    assert build_torch(PRIME_BIAS, buffer=True).load_state_dict(loaded)
+    assert torch.equal(safetensors.torch.load_file(paths[".safetensors"])["mask"], state["mask"])
+    restored = serialization.from_bytes(linen_variables(), paths[".msgpack"].read_bytes())
+    assert jax.tree.all(jax.tree.map(np.array_equal, restored, variables))
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(paths[".orbax"], variables)
+    assert jax.tree.all(jax.tree.map(np.array_equal, restored, variables))
+
+
+def test_we_read_the_plain_libraries_files(tmp_path: Path) -> None:
+    state, variables = state_of(PRIME_BIAS, "float32"), linen_variables()
+    torch.save(torch_module().state_dict(), tmp_path / "state.pt")
+    safetensors.torch.save_file(state, tmp_path / "state.safetensors")
+    (tmp_path / "state.msgpack").write_bytes(serialization.to_bytes(variables))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", variables)
+    for name in ("state.pt", "state.safetensors", "state.msgpack", "state"):
+        back = compare.read_checkpoint(tmp_path / name)
+        assert back.keys() == state.keys()
+        assert all(torch.equal(back[key], state[key]) for key in state), name
+
+
+def test_a_file_saved_on_cuda_loads_without_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file says `cuda:0` for every storage, as torch.save writes it there; plain torch.load refuses it."""
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    torch.save(torch_module().state_dict(), tmp_path / "state.pth")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="Attempting to deserialize object on a CUDA device"):
+            torch.load(tmp_path / "state.pth", weights_only=True)
+    for implementation in IMPLEMENTATIONS:
+        state = as_state(compare.load_checkpoint(tmp_path / "state.pth", fresh(implementation)))
+        assert torch.equal(state["mask"], torch_module().mask)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_state_on_the_device_is_saved_for_any_machine(suffix: str, device: str, tmp_path: Path) -> None:
+    module = torch_module().to(device)
+    on_device = jax.device_put(linen_variables(), jax.devices(device)[0])
+    torch_path = compare.save_checkpoint(tmp_path / f"torch{suffix}", module)
+    jax_path = compare.save_checkpoint(tmp_path / f"jax{suffix}", on_device)
+    for path in (torch_path, jax_path):
+        assert all(tensor.device.type == "cpu" for tensor in compare.read_checkpoint(path).values())
+        again = compare.load_checkpoint(path, build_torch(PRIME_BIAS, buffer=True).to(device))
+        assert again.mask.device == module.mask.device
+        assert torch.equal(again.mask, module.mask)
+
+
+# What is at the path, and what the error says of it.
+def _no_file(path: Path) -> None: ...
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _junk(path: Path) -> None:
+    path.write_bytes(b"neither one nor the other\n" * 9)
+
+
+def _cut(path: Path) -> None:
+    compare.save_checkpoint(path, torch_module())
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def _folder(path: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize("suffix", FILES)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_no_file, "no such file or folder"),
+        (_empty, "is empty"),
+        (_junk, "not a whole|holds"),
+        (_cut, "not a whole"),
+        (_folder, "is no regular file; an Orbax folder is named without suffix"),
+    ],
+)
+def test_unreadable_files(make: Callable[[Path], None], message: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"state{suffix}"
+    make(path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        compare.read_checkpoint(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "weights_only=False" not in str(caught.value)
+
+
+def test_unreadable_orbax_folders(tmp_path: Path) -> None:
+    (tmp_path / "empty.orbax").mkdir()
+    (tmp_path / "file.orbax").write_bytes(b"1")
+    for name, message in (
+        ("empty.orbax", "is not a finished Orbax checkpoint"),
+        ("file.orbax", "is a file; an Orbax checkpoint is a folder"),
+        ("none.orbax", "no such file or folder"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            compare.read_checkpoint(tmp_path / name)
+
+
+def test_an_orbax_folder_without_its_data(tmp_path: Path) -> None:
+    """In a process of its own: Orbax leaves callbacks behind that fail after the error."""
+    path = compare.save_checkpoint(tmp_path / "cut.orbax", torch_module())
+    for data in (path / "d").iterdir():
+        data.unlink()
+    script = (
+        "import sys, compare\n"
+        "try: compare.read_checkpoint(sys.argv[1])\n"
+        "except compare.CheckpointError as error: print(error)\n"
+    )
+    assert f"{path}: not a whole Orbax checkpoint" in run_script(script, str(path))
+
+
+class _Planted:
+    def __reduce__(self) -> Any:
+        return (exec, ("import pathlib; pathlib.Path('planted').touch()",))
+
+
+def test_pickled_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"mask": _Planted()}, tmp_path / "state.pth")
+    with pytest.raises(CheckpointError, match="more than a state dict of tensors, and was not run"):
+        compare.read_checkpoint(tmp_path / "state.pth")
+    assert not (tmp_path / "planted").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.zeros(2)], "holds a list; expected a state dict"),
+        ({1: torch.zeros(2)}, "holds a dict; expected a state dict"),
+        ({"mask": "causal"}, "mask is a str; expected a tensor"),
+    ],
+)
+def test_torch_files_of_something_else(content: Any, message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "state.pth")
+    with pytest.raises(CheckpointError, match=message):
+        compare.read_checkpoint(tmp_path / "state.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tree: [1, 2], "holds a list; expected Linen variables"),
+        (lambda tree: {**tree, "buffers": {"mask": "causal"}}, "mask: is a str, not an array"),
+        (lambda tree: {**tree, "buffers": {"mask": {"a": np.zeros(2)}}}, r"unexpected buffers/mask/a \(2,\)"),
+        (lambda tree: {**tree, "cache": {"index": np.zeros(2)}}, r"unexpected cache/index \(2,\)"),
+        (lambda tree: {"buffers": tree["buffers"]}, r"missing W_query.weight"),
+    ],
+)
+def test_msgpack_files_of_something_else(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+    tree = jax.tree.map(np.asarray, linen_variables(PRIME))
+    (tmp_path / "state.msgpack").write_bytes(serialization.msgpack_serialize(change(tree)))
+    with pytest.raises(CheckpointError, match=message):
+        compare.read_checkpoint(tmp_path / "state.msgpack")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("reader", IMPLEMENTATIONS)
+def test_a_state_that_does_not_fit_changes_nothing(reader: str, suffix: str, tmp_path: Path) -> None:
+    longer = Config(13, 11, 11, 0.1, qkv_bias=True)
+    path = compare.save_checkpoint(tmp_path / f"state{suffix}", torch_module(longer, seed=9))
+    target = fresh(reader) if reader != "linen" else linen_variables()
+    before = {key: tensor_to_numpy(tensor).copy() for key, tensor in as_state(target).items()}
+    with pytest.raises(CheckpointError, match=r"mask has shape \(11, 11\).*context_length=11") as caught:
+        compare.load_checkpoint(path, target)
+    assert [entry.name for entry in caught.value.mismatch.misshaped] == ["mask"]
+    for key, tensor in as_state(target).items():
+        assert same_bits(tensor_to_numpy(tensor), before[key])
+
+
+def test_torch_modules_are_never_cast_into(tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "state.safetensors", torch_module(PRIME))
+    with pytest.raises(CheckpointError, match=r"mask: is torch.float32; the module has torch.float64: cast the module"):
+        compare.load_checkpoint(path, torch_module(PRIME).double())
+    with torch.device("meta"):
+        unmade = build_torch(PRIME, buffer=True)
+    with pytest.raises(CheckpointError, match=r"mask: the module is on the meta device"):
+        compare.load_checkpoint(path, unmade)
+    with pytest.raises(TypeError, match="target is a str"):
+        compare.load_checkpoint(path, "module")
+
+
+def test_weights_without_a_mask_do_not_load_into_the_class_with_one(tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "state.msgpack", torch_module(PRIME, buffer=False))
+    for implementation in IMPLEMENTATIONS:
+        with pytest.raises(CheckpointError, match="missing mask"):
+            compare.load_checkpoint(path, fresh(implementation, PRIME))
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "error", "message"),
+    [
+        ("state.h5", torch_module, CheckpointError, r"unknown suffix '.h5'; name it with one of .pth, .pt,"),
+        ("none/state.pth", torch_module, CheckpointError, "the folder .*none does not exist; make it first"),
+        ("folder.pth", torch_module, CheckpointError, "is a folder; this format writes a file"),
+        ("file.orbax", torch_module, CheckpointError, "is a file; this format writes a folder"),
+        ("folder", torch_module, CheckpointError, "is a folder that Orbax did not write; it was left alone"),
+        ("state.pth", dict, CheckpointError, "there is no state in a dict"),
+        ("state.pth", lambda: 3, CheckpointError, "there is no state in a int"),
+        ("state.pth", lambda: {"mask": 3}, CheckpointError, "mask is a int; expected a tensor"),
+        ("state.pth", lambda: {"mask": torch.zeros(2, device="meta")}, CheckpointError, "mask: a meta tensor"),
+        ("state.msgpack", lambda: {"head": torch.zeros(2)}, ConversionError, r"unexpected head \(2,\)"),
+        ("state.orbax", lambda: {"mask": torch.zeros(0, 0)}, CheckpointError, "Orbax cannot store .* mask"),
+    ],
+)
+def test_what_cannot_be_saved(name: str, source: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.pth").mkdir()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("x")
+    (tmp_path / "file.orbax").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(error, match=message):
+        compare.save_checkpoint(tmp_path / name, source())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_missing_package_is_named(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        CheckpointError, match=r"needs .*, which is not installed: pip install 'attention-parity\[all\]'"
+    ):
+        compare.save_checkpoint(tmp_path / f"state{suffix}", torch_module())
+
+
+@pytest.mark.parametrize("suffix", FILES)
+def test_a_full_disk_leaves_the_old_file(suffix: str, tmp_path: Path) -> None:
+    """A process that may not write more than 1 kB to a file stands for the full disk."""
+    path = compare.save_checkpoint(tmp_path / f"state{suffix}", torch_module())
+    before = path.read_bytes()
+    script = (
+        "import resource, sys, torch, compare\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))\n"
+        "try: compare.save_checkpoint(sys.argv[1], {'mask': torch.ones(99, 99)})\n"
+        "except compare.CheckpointError as error: print(error)\n"
+    )
+    printed = run_script(script, str(path))
+    assert "could not be written" in printed
+    assert "what was there before is unchanged" in printed
+    assert path.read_bytes() == before
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_failing_writer_leaves_the_old_checkpoint(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = compare.save_checkpoint(tmp_path / f"state{suffix}", torch_module(seed=1))
+
+    def fail(*_: Any) -> None:
+        raise OSError("the disk went away")
+
+    monkeypatch.setattr(atomic, "_fsync", fail)
+    monkeypatch.setattr(atomic.os, "fsync", fail)
+    with pytest.raises(CheckpointError, match=r"could not be written \(the disk went away\)"):
+        compare.save_checkpoint(path, torch_module(seed=2))
+    monkeypatch.undo()
+    assert torch.equal(compare.read_checkpoint(path)["W_key.weight"], torch_module(seed=1).W_key.weight)
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_folders_are_exchanged_where_the_system_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *_, **__: object())
+    path = compare.save_checkpoint(tmp_path / "state.orbax", torch_module(seed=1))
+    compare.save_checkpoint(path, torch_module(seed=2))
+    assert torch.equal(compare.read_checkpoint(path)["W_key.weight"], torch_module(seed=2).W_key.weight)
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_saving_leaves_its_argument_alone(tmp_path: Path) -> None:
+    state, variables, model = state_of(PRIME, "float32"), linen_variables(PRIME), nnx_model(PRIME)
+    kinds = {key: type(value) for key, value in state.items()}
+    for suffix in SUFFIXES:
+        for source in (state, variables, model):
+            compare.save_checkpoint(tmp_path / f"state{suffix}", source)
+    assert {key: type(value) for key, value in state.items()} == kinds
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables))
+
+
+def test_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for suffix in SUFFIXES:
+        assert compare.read_checkpoint(compare.save_checkpoint(f"state{suffix}", torch_module())).keys()
+    assert {found.name for found in tmp_path.iterdir()} == {f"state{suffix}" for suffix in SUFFIXES}

@@ -1,0 +1,210 @@
+"""Bad input is refused alike, each framework's conventions hold, and the mask is state under every transform."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import flax_impl
+import torch_impl
+from compare.cases import PRIME_BIAS
+from compare.child import run_module
+from compare.convert import torch_to_linen, torch_to_nnx
+from compare.parity import against_reference
+from compare.rounding import FLOAT64_RELATIVE
+from compare.run import linen_template
+
+from .support import linen_variables, nnx_model, normal, state_of, torch_module
+
+D, T = PRIME_BIAS.input_embedding_dim, PRIME_BIAS.context_length
+NAMES = ("CausalAttentionWithBuffer", "CausalAttentionWithoutBuffers")
+LINEN = flax_impl.CausalAttentionWithBuffer(**PRIME_BIAS.arguments)
+
+
+def build(implementation: str, class_name: str, *arguments: Any) -> Any:
+    """Construct one of the six classes."""
+    if implementation == "torch":
+        return getattr(torch_impl, class_name)(*arguments)
+    if implementation == "linen":
+        return getattr(flax_impl, class_name)(*arguments)
+    return getattr(flax_impl.nnx, class_name)(*arguments, rngs=nnx.Rngs(0))
+
+
+def call(implementation: str, class_name: str, shape: tuple[int, ...]) -> Any:
+    module = build(implementation, class_name, D, 11, T, 0.1)
+    if implementation == "torch":
+        return module(torch.zeros(shape))
+    if implementation == "linen":
+        variables = module.init(jax.random.key(0), jnp.zeros((1, T, D)))
+        return module.apply(variables, jnp.zeros(shape))
+    return module(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("class_name", NAMES)
+@pytest.mark.parametrize("implementation", ["torch", "linen", "nnx"])
+def test_refuses_an_impossible_dropout(implementation: str, class_name: str, dropout: float) -> None:
+    with pytest.raises(ValueError, match=rf"dropout is {dropout}; a probability lies between 0 and 1"):
+        build(implementation, class_name, D, 11, T, dropout)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, T + 1, D), r"inputs have 8 tokens; the mask covers context_length=7.*context_length >= 8"),
+        ((2, 5, D + 1), r"inputs have shape \(2, 5, 14\); expected \(batch, tokens, input_embedding_dim=13\)"),
+        ((5, D), r"inputs have shape \(5, 13\); expected"),
+        ((1, 2, 5, D), r"inputs have shape \(1, 2, 5, 13\); expected"),
+    ],
+)
+@pytest.mark.parametrize("class_name", NAMES)
+@pytest.mark.parametrize("implementation", ["torch", "linen", "nnx"])
+def test_refuses_inputs_that_do_not_fit(
+    implementation: str, class_name: str, shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(implementation, class_name, shape)
+
+
+@pytest.mark.parametrize("shape", [(T, T + 1), (5, 5), (1, 1), (T,)])
+def test_refuses_a_mask_that_does_not_fit(shape: tuple[int, ...]) -> None:
+    module, variables, model = torch_module(), linen_variables(), nnx_model()
+    module.mask = torch.zeros(shape)
+    variables["buffers"]["mask"] = jnp.zeros(shape)
+    model.mask.set_value(jnp.zeros(shape))
+    inputs = normal(2, 3, D)
+    attempts: list[Callable[[], Any]] = [
+        lambda: module(torch.from_numpy(inputs)),
+        lambda: LINEN.apply(variables, inputs),
+        lambda: model(jnp.asarray(inputs)),
+    ]
+    for attempt in attempts:
+        with pytest.raises(ValueError, match=r"mask has shape .*; context_length=7 needs \(7, 7\)"):
+            attempt()
+
+
+def test_the_mask_is_a_buffer_and_never_a_parameter() -> None:
+    module, variables, model = torch_module(), linen_variables(), nnx_model()
+    assert [name for name, _ in module.named_buffers()] == ["mask"]
+    assert list(module.state_dict()) == [
+        *("mask", "W_query.weight", "W_query.bias", "W_key.weight", "W_key.bias", "W_value.weight", "W_value.bias")
+    ]
+    assert variables.keys() == {"params", "buffers"}
+    assert variables["buffers"].keys() == {"mask"}
+    assert variables["params"].keys() == {"W_query", "W_key", "W_value"}
+    assert list(nnx.state(model, flax_impl.nnx.Buffer)) == ["mask"]
+    assert set(nnx.state(model, nnx.Param)) == {"W_query", "W_key", "W_value"}
+
+
+def test_without_buffers_the_mask_is_no_state() -> None:
+    module, variables, model = (make(buffer=False) for make in (torch_module, linen_variables, nnx_model))
+    assert "mask" not in module.state_dict()
+    assert variables.keys() == {"params"}
+    assert "mask" not in nnx.state(model, nnx.Variable)
+
+
+def test_training_mode_follows_each_framework() -> None:
+    """torch and NNX train until told `eval()`; Linen is deterministic until told otherwise."""
+    inputs = normal(3, T, D)
+    module, model = torch_module().train(), nnx_model()
+    model.train()
+    trained = [module(torch.from_numpy(inputs)).detach().numpy() for _ in range(2)]
+    trained += [np.asarray(model(jnp.asarray(inputs))) for _ in range(2)]
+    for key in (0, 1):
+        trained.append(np.asarray(LINEN.apply(linen_variables(), inputs, False, rngs={"dropout": jax.random.key(key)})))
+    for first, second in zip(trained[::2], trained[1::2], strict=True):
+        assert not np.array_equal(first, second)
+    module.eval()
+    model.eval()
+    for forward in (
+        lambda: module(torch.from_numpy(inputs)).detach().numpy(),
+        lambda: np.asarray(model(jnp.asarray(inputs))),
+        lambda: np.asarray(LINEN.apply(linen_variables(), inputs)),
+    ):
+        assert np.array_equal(forward(), forward())
+
+
+def held(outputs: Any, inputs: Any, mask: np.ndarray | None = None) -> bool:
+    """Whether outputs are those of the seeded module, with another mask if there is one."""
+    state = state_of(PRIME_BIAS, "float32", mask)
+    return against_reference(np.asarray(outputs), PRIME_BIAS, state, np.asarray(inputs)).held
+
+
+def test_jit_obeys_an_edited_mask_without_recompiling() -> None:
+    inputs = jnp.asarray(normal(2, 5, D))
+    traces = []
+
+    def forward(variables: dict[str, Any], inputs: jax.Array) -> Any:
+        traces.append("linen")
+        return LINEN.apply(variables, inputs)
+
+    def forward_nnx(model: nnx.Module, inputs: jax.Array) -> Any:
+        traces.append("nnx")
+        return model(inputs)
+
+    jitted, jitted_nnx = jax.jit(forward), nnx.jit(forward_nnx)
+    variables, model = linen_variables(), nnx_model()
+    for mask in (np.triu(np.ones((T, T), np.float32), k=1), np.zeros((T, T), np.float32)):
+        variables["buffers"]["mask"] = jnp.asarray(mask)
+        model.mask[...] = jnp.asarray(mask)
+        assert held(jitted(variables, inputs), inputs, mask)
+        assert held(jitted_nnx(model, inputs), inputs, mask)
+    assert traces == ["linen", "nnx"]
+
+
+def test_gradients_reach_every_parameter_and_not_the_mask() -> None:
+    inputs = normal(2, 5, D).astype(np.float64)
+    module = torch_module().double()
+    module(torch.from_numpy(inputs)).square().sum().backward()
+    assert not module.mask.requires_grad
+    with jax.enable_x64(True):
+        variables = torch_to_linen(module, linen_template(PRIME_BIAS, buffer=True))
+        model = torch_to_nnx(module, nnx_model())
+        linen = jax.grad(lambda params: jnp.square(LINEN.apply({**variables, "params": params}, inputs)).sum())
+        gradients = linen(variables["params"])
+        state = nnx.grad(lambda model: jnp.square(model(jnp.asarray(inputs))).sum())(model)
+    assert "mask" not in state
+    for name in ("W_query", "W_key", "W_value"):
+        linear = getattr(module, name)
+        for leaf, expected in (("kernel", linear.weight.grad.numpy().T), ("bias", linear.bias.grad.numpy())):
+            for found in (gradients[name][leaf], state[name][leaf][...]):
+                # A key's bias shifts all scores of a row alike: its exact gradient is 0, and only rounding is left.
+                scale = np.abs(linear.weight.grad.numpy()).max()
+                assert np.abs(np.asarray(found) - expected).max() <= FLOAT64_RELATIVE * scale
+
+
+def test_vmap_over_masks_and_inputs() -> None:
+    variables, inputs = linen_variables(), jnp.asarray(normal(3, 2, 5, D))
+    masks = np.stack([np.triu(np.ones((T, T), np.float32), k=k) for k in (1, 2, T)])
+
+    def forward(mask: jax.Array, inputs: jax.Array) -> Any:
+        return LINEN.apply({**variables, "buffers": {"mask": mask}}, inputs)
+
+    mapped = jax.vmap(forward)(jnp.asarray(masks), inputs)
+    for outputs, mask, example in zip(mapped, masks, inputs, strict=True):
+        assert held(outputs, example, mask)
+
+
+def test_donated_variables() -> None:
+    inputs = jnp.asarray(normal(2, 5, D))
+    step = jax.jit(lambda variables, inputs: (variables, LINEN.apply(variables, inputs)), donate_argnums=0)
+    given = linen_variables()
+    variables, outputs = step(given, inputs)
+    assert given["buffers"]["mask"].is_deleted()
+    assert held(outputs, inputs)
+    assert held(step(variables, inputs)[1], inputs)
+
+
+def test_sharded_variables_in_a_child_process() -> None:
+    """Two host devices: inputs split by batch, kernels by column, the mask by row."""
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    found = run_module("tests.sharded", environment=environment)
+    assert found["devices"] == 2
+    assert found["round_trip"]
+    assert found["placed_like_the_template"]
+    assert found["error_over_bound"] <= 1.0

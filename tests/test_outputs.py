@@ -1,0 +1,121 @@
+"""The three implementations compute the same function, whatever the mask says."""
+
+import numpy as np
+import pytest
+import torch
+
+from compare.cases import CASES, PRIME, PRIME_BIAS, Case, Config
+from compare.check import agreement
+from compare.rounding import FLOAT64_RELATIVE
+from compare.run import IMPLEMENTATIONS, run
+
+from .support import judge, normal, state_of
+
+DTYPES = ("float32", "float64")
+T = PRIME.context_length
+
+# Drawn row by row: 0 is open, anything else is blocked.
+CAUSAL_EDITED = [[0, 2, 2, 2, 2, 2, 2], [0, 0, 2, 2, 2, 2, 2], [0, 0, 0, 2, 2, 2, 2], [0, 0, 0, 0, 2, 2, 2],
+                 [0, 0, 0, 0, 0, 2, 2], [0, 0, 0, 0, 0, 0, 2], [0, 0, 0, 0, 0, 0, 0]]  # fmt: skip
+RECTANGLE = [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0],
+             [1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]]  # fmt: skip
+SIGNS = [[0, -1, 1e-30, 0, 1, 0, 3], [1, 0, 0, -2, 0, 1, 0], [0, 0.5, 0, 0, 7, 0, 0], [-0.0, 1, 0, 0, 0, 0, 1],
+         [1, 1, 1, 1, 0, 1, 1], [0, 1, 0, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0, 1]]  # fmt: skip
+ROW_CLOSED = [[0, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1],
+              [0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0]]  # fmt: skip
+MASKS = {
+    "edited": np.array(CAUSAL_EDITED, dtype=np.float32),
+    "rectangle": np.array(RECTANGLE, dtype=np.float32),
+    "any nonzero": np.array(SIGNS, dtype=np.float32),
+    "open": np.zeros((T, T), dtype=np.float32),
+    "row closed": np.array(ROW_CLOSED, dtype=np.float32),
+    "closed": np.ones((T, T), dtype=np.float32),
+    "bool": np.array(RECTANGLE, dtype=bool),
+    "int8": np.array(CAUSAL_EDITED, dtype=np.int8),
+    "float16": np.array(CAUSAL_EDITED, dtype=np.float16),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(", ", "-"))
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_within_the_rounding_bound_of_the_reference(name: str, case: Case, dtype: str, device: str) -> None:
+    found = judge(name, case.config, state_of(case.config, dtype), case.inputs().astype(dtype), device)
+    assert found.held, found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(", ", "-"))
+@pytest.mark.parametrize("name", ["linen", "nnx"])
+def test_float64_equals_torch(name: str, case: Case, device: str) -> None:
+    state, inputs = state_of(case.config, "float64"), case.inputs().astype(np.float64)
+    torch_outputs = run("torch", case.config, state, inputs, device=device)
+    found = agreement(run(name, case.config, state, inputs, device=device), torch_outputs, np.inf)
+    assert found.relative <= FLOAT64_RELATIVE, found
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("tokens", [5, T])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_obeys_any_mask(name: str, tokens: int, mask: np.ndarray, device: str) -> None:
+    state = state_of(PRIME_BIAS, "float32", mask)
+    found = judge(name, PRIME_BIAS, state, normal(2, tokens, PRIME_BIAS.input_embedding_dim), device)
+    assert found.held, found
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_closed_row_is_nan_and_no_other(name: str, device: str) -> None:
+    state = state_of(PRIME, "float32", MASKS["row closed"])
+    outputs = run(name, PRIME, state, normal(2, 5, PRIME.input_embedding_dim), device=device)
+    assert np.isnan(outputs[:, 2]).all()
+    assert np.isfinite(np.delete(outputs, 2, axis=1)).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_blocked_nan_or_inf_reaches_every_row(name: str, value: float, device: str) -> None:
+    inputs = normal(2, 5, PRIME.input_embedding_dim)
+    inputs[1, 4, 0] = value
+    outputs = run(name, PRIME, state_of(PRIME, "float32"), inputs, device=device)
+    assert np.isfinite(outputs[0]).all()
+    assert np.isnan(outputs[1]).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_empty_inputs_give_empty_outputs(name: str, shape: tuple[int, int], device: str) -> None:
+    inputs = np.zeros((*shape, PRIME.input_embedding_dim), dtype=np.float32)
+    outputs = run(name, PRIME, state_of(PRIME, "float32"), inputs, device=device)
+    assert outputs.shape == (*shape, PRIME.output_embedding_dim)
+    assert outputs.dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_the_same_weights_dropped_give_the_same_outputs(name: str, dtype: str, device: str) -> None:
+    tokens = 5
+    keep = np.random.default_rng(1).random((2, tokens, tokens)) >= 0.4
+    config = Config(13, 11, 7, 0.4, qkv_bias=True)
+    inputs = normal(2, tokens, 13).astype(dtype)
+    found = judge(name, config, state_of(config, dtype), inputs, device, keep)
+    assert found.held, found
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_without_the_buffer_it_is_the_same_function(name: str, device: str) -> None:
+    state = state_of(PRIME, "float32")
+    inputs = normal(2, 5, PRIME.input_embedding_dim)
+    without = {key: tensor for key, tensor in state.items() if key != "mask"}
+    with_buffer, plain = (run(name, PRIME, found, inputs, device=device) for found in (state, without))
+    assert np.array_equal(with_buffer, plain)
+
+
+def test_torch_keeps_the_seeded_stream() -> None:
+    """Three Linear layers in the order query, key, value, and nothing else, draw from the generator."""
+    torch.manual_seed(5)
+    expected = [torch.nn.Linear(13, 11, bias=True).weight for _ in range(3)]
+    torch.manual_seed(5)
+    from torch_impl import CausalAttentionWithBuffer
+
+    module = CausalAttentionWithBuffer(13, 11, 7, 0.1, qkv_bias=True)
+    for linear, weight in zip((module.W_query, module.W_key, module.W_value), expected, strict=True):
+        assert torch.equal(linear.weight, weight)
