@@ -1,8 +1,8 @@
 """Causal self-attention in Flax: Linen here, NNX in `flax_impl.nnx`. Imports jax, never torch."""
 
 from . import linen, nnx
+from .attention import causal_mask, masked_attention
 from .linen import CausalAttentionWithBuffer, CausalAttentionWithoutBuffers
-from .masked_attention import causal_mask, masked_attention
 
 __all__ = [
     "CausalAttentionWithBuffer",

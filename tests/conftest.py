@@ -4,9 +4,15 @@ from importlib.metadata import version
 
 import jax
 import pytest
+from hypothesis import settings
 
 from compare.__main__ import PACKAGES
 from compare.run import missing_cuda
+
+# The same examples at every run; `--hypothesis-profile=wide` draws many more, other ones each time.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("wide", max_examples=2000, deadline=None)
+settings.load_profile("fixed")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,7 +1,7 @@
 """Causal self-attention in PyTorch. Imports torch, never jax."""
 
+from .attention import causal_mask, masked_attention
 from .causal_attention import CausalAttentionWithBuffer, CausalAttentionWithoutBuffers
-from .masked_attention import causal_mask, masked_attention
 
 __all__ = [
     "CausalAttentionWithBuffer",

@@ -3,8 +3,8 @@
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from .attention import causal_mask, masked_attention
 from .checks import check_dropout, check_inputs, check_mask
-from .masked_attention import causal_mask, masked_attention
 
 
 class CausalAttentionWithoutBuffers(nn.Module):

@@ -6,8 +6,8 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
 
+from ..attention import causal_mask, masked_attention
 from ..checks import check_dropout, check_inputs, check_mask
-from ..masked_attention import causal_mask, masked_attention
 
 
 class CausalAttentionWithoutBuffers(nn.Module):

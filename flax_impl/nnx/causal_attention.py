@@ -4,8 +4,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
+from ..attention import causal_mask, masked_attention
 from ..checks import check_dropout, check_inputs, check_mask
-from ..masked_attention import causal_mask, masked_attention
 from .buffer import Buffer
 
 

@@ -1,0 +1,156 @@
+"""The judge is tested too: what must fail, fails; and the reference is the formula, the bound a bound."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compare.cases import CASES, Config
+from compare.check import agreement
+from compare.parity import against_reference
+from compare.reference import attention_stages
+from compare.rounding import EXP_ULPS, UNIT_ROUNDOFF, context_bound
+from compare.run import IMPLEMENTATIONS, run
+from compare.transfer import tensor_to_numpy
+
+from .support import normal, state_of
+
+ONES = np.ones((2, 3))
+
+
+def changed(value: float) -> np.ndarray:
+    array = ONES.copy()
+    array[1, 2] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "limit"),
+    [
+        (changed(np.nan), ONES, 1.0),
+        (ONES, changed(np.nan), 1.0),
+        (changed(np.nan), ONES, np.inf),
+        (np.full((2, 3), np.nan), ONES, np.nan),
+        (changed(np.inf), ONES, np.inf),
+        (changed(np.inf), changed(-np.inf), np.inf),
+        (changed(np.nextafter(1.0, 2.0)), ONES, 0.0),
+        (changed(1.0 + 2e-3), ONES, 1e-3),
+        (changed(1.1), ONES, np.nan),
+        (ONES + np.array([1.0, -1.0, 0.0]), ONES, 0.5),
+        (np.array([3.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0]), 0.5),
+    ],
+    ids=[
+        *("nan found", "nan expected", "nan under an infinite limit", "all nan", "inf found", "inf of the other sign"),
+        *("an ulp against a limit of 0", "twice the limit", "nan limit", "errors that cancel", "a permutation"),
+    ],
+)
+def test_the_judge_fails(found: np.ndarray, expected: np.ndarray, limit: float) -> None:
+    assert not agreement(found, expected, limit).held
+
+
+def test_one_ulp_beyond_the_limit_fails_and_at_it_holds() -> None:
+    limit = 2.0**-20
+    assert agreement(np.array([1.0 + limit]), np.array([1.0]), limit).held
+    assert not agreement(np.array([1.0 + limit * (1 + 2.0**-30)]), np.array([1.0]), limit).held
+
+
+def test_the_judge_names_the_worst_entry() -> None:
+    found = agreement(changed(1.25), ONES, 0.125)
+    assert (found.absolute, found.ratio, found.index, found.held) == (0.25, 2.0, (1, 2), False)
+
+
+def test_matching_nan_and_inf_hold() -> None:
+    special = np.array([np.nan, np.inf, -np.inf, -0.0])
+    assert agreement(special, np.array([np.nan, np.inf, -np.inf, 0.0]), 0.0).held
+
+
+def test_nothing_compared_is_an_error() -> None:
+    with pytest.raises(ValueError, match="nothing to compare"):
+        agreement(np.zeros((0, 3)), np.zeros((0, 3)), 1.0)
+    with pytest.raises(ValueError, match=r"cannot compare shapes \(2, 3\) and \(3,\)"):
+        agreement(ONES, np.ones(3), 1.0)
+
+
+def test_the_reference_is_the_formula() -> None:
+    """Sums written out, one weight at a time, in Python floats."""
+    inputs, state = (
+        normal(2, 3, 2),
+        {f"W_{name}.weight": normal(3, 2, seed=i) for i, name in enumerate(("query", "key", "value"))},
+    )
+    state["W_key.bias"] = normal(3, seed=9)
+    mask = np.array([[0, 1, 0, 1], [0, 0, 2, 1], [0, 0, 0, 1], [0, 0, 0, 0]], dtype=np.float32)
+    found = attention_stages(inputs, state, mask).context
+
+    def project(token: np.ndarray, name: str) -> list[float]:
+        bias = state.get(f"{name}.bias", np.zeros(3))
+        return [sum(float(w) * float(x) for w, x in zip(row, token, strict=True)) + float(b)
+                for row, b in zip(state[f"{name}.weight"], bias, strict=True)]  # fmt: skip
+
+    for batch, i in np.ndindex(2, 3):
+        query = project(inputs[batch, i], "W_query")
+        seen = [j for j in range(3) if mask[i, j] == 0]
+        keys = {j: project(inputs[batch, j], "W_key") for j in seen}
+        scores = {j: math.exp(sum(q * k for q, k in zip(query, keys[j], strict=True)) / math.sqrt(3)) for j in seen}
+        values = {j: project(inputs[batch, j], "W_value") for j in seen}
+        expected = [sum(scores[j] * values[j][e] for j in seen) / sum(scores.values()) for e in range(3)]
+        # Both are float64 sums of at most 3 terms; their bound at these sizes.
+        limit = 2 * context_bound(inputs, state, mask, UNIT_ROUNDOFF["float64"])[batch, i]
+        assert agreement(found[batch, i], np.array(expected), limit).held
+
+
+@given(
+    sizes=st.tuples(*(st.integers(1, 17) for _ in range(3))),
+    batch=st.integers(1, 3),
+    slack=st.integers(0, 3),
+    bias=st.booleans(),
+    scale=st.sampled_from([1e-3, 1.0, 8.0]),
+    opened=st.floats(0.0, 1.0),
+    dtype=st.sampled_from(list(UNIT_ROUNDOFF)),
+    seed=st.integers(0, 2**16),
+)
+def test_no_implementation_exceeds_the_bound(
+    sizes: tuple[int, int, int], batch: int, slack: int, bias: bool, scale: float, opened: float, dtype: str, seed: int
+) -> None:
+    embed, head, tokens = sizes
+    config = Config(embed, head, tokens + slack, 0.1, bias)
+    random = np.random.default_rng(seed)
+    mask = (random.random((tokens + slack, tokens + slack)) > opened).astype(np.float32)
+    state = state_of(config, dtype, mask)
+    inputs = (scale * random.standard_normal((batch, tokens, embed))).astype(dtype)
+    for name in IMPLEMENTATIONS:
+        found = against_reference(run(name, config, state, inputs), config, state, inputs)
+        assert found.held, (name, found)
+
+
+def test_the_bound_is_not_vacuous() -> None:
+    """A slip of 1 % in the scale lies beyond the float32 bound, one of 1e-9 beyond the float64 bound."""
+    for dtype, slip in (("float32", 1.01), ("float64", 1 + 1e-9)):
+        for case in CASES:
+            if case.tokens == 1:  # softmax of one score is 1, whatever the scale
+                continue
+            state, inputs = state_of(case.config, dtype), case.inputs().astype(dtype)
+            slipped = {**state, "W_query.weight": slip * state["W_query.weight"]}
+            if case.config.qkv_bias:
+                slipped["W_query.bias"] = slip * state["W_query.bias"]
+            arrays = {key: tensor_to_numpy(tensor) for key, tensor in slipped.items()}
+            wrong = attention_stages(inputs, arrays, arrays["mask"]).context
+            assert not against_reference(wrong, case.config, state, inputs).held, case.name
+
+
+def test_exp_is_as_accurate_as_the_bound_assumes(device: str) -> None:
+    import jax
+    import jax.numpy as jnp
+    import torch
+
+    arguments = np.concatenate([np.linspace(-80, 0, 400_001), -np.geomspace(1e-8, 80, 400_000)])
+    for dtype in (np.float32, np.float64):
+        rounded = arguments.astype(dtype)
+        exact = np.exp(rounded.astype(np.longdouble))
+        ulp = np.spacing(exact.astype(dtype)).astype(np.longdouble)
+        with jax.enable_x64(True):
+            ours = np.asarray(jnp.exp(jax.device_put(rounded, jax.devices(device)[0])))
+        for found in (torch.exp(torch.from_numpy(rounded).to(device)).cpu().numpy(), ours):
+            assert found.dtype == dtype
+            assert float((np.abs(found - exact) / ulp).max()) <= EXP_ULPS

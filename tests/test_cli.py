@@ -1,0 +1,103 @@
+"""The commands: what they show, what they write, and how they end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import torch_impl.causal_attention
+from compare.__main__ import app
+from compare.child import ChildError, run_module
+from compare.findings import Check, Report, Section
+from compare.run import missing_cuda
+from torch_impl.attention import masked_attention
+
+ROOT = Path(__file__).parent.parent
+
+
+def compare_command(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Run `python -m compare` as a person would, its output piped."""
+    command = [sys.executable, "-m", "compare", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, timeout=280, env={**os.environ, **environment})
+
+
+def test_the_main_job(tmp_path: Path) -> None:
+    done = compare_command("--json", str(tmp_path / "report.json"))
+    printed = done.stdout.decode()
+    assert done.returncode == 0, printed + done.stderr.decode()
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "\x1b" not in printed, "a pipe gets no color"
+    assert "Reproduced: PyTorch 36/36, Flax Linen 36/36, Flax NNX 36/36." in printed
+    assert "Everything held" in printed
+    if missing_cuda():
+        assert f"Not run: {missing_cuda()}." in printed
+
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["held"] is True
+    titles = [section["title"] for section in report["sections"]]
+    assert sum(title.startswith("Cell ") for title in titles) == 9
+    for section in report["sections"]:
+        assert section["title"] in printed
+    rows = next(section for section in report["sections"] if section["title"].startswith("Cell 3"))["blocks"][0]["rows"]
+    assert len(rows) == 12
+    assert set(report["versions"]) >= {"python", "torch", "jax", "flax"}
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_output_without_unicode() -> None:
+    done = compare_command("devices", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.isascii()
+
+
+@pytest.mark.parametrize("part", ["outputs", "devices"])
+def test_each_part_is_a_command(part: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, [part, "--json", str(tmp_path / "report.json")])
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["command"] == f"compare {part}"
+    assert all(check["held"] is not False for section in report["sections"] for check in section["checks"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["outputs", "--speed"], "No such option"),
+        (["outputs", "--json", "no/such/folder/report.json"], "does not exist"),
+        (["--json", "report.json", "outputs"], "write it after the command"),
+    ],
+)
+def test_bad_usage_ends_with_2(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())
+
+
+def test_what_does_not_hold_ends_with_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def without_scale(queries: Any, keys: Any, values: Any, mask: Any, dropout: Any) -> Any:
+        return masked_attention(queries * queries.shape[-1] ** 0.5, keys, values, mask, dropout)
+
+    monkeypatch.setattr(torch_impl.causal_attention, "masked_attention", without_scale)
+    done = CliRunner().invoke(app, ["outputs", "--json", str(tmp_path / "report.json")])
+    assert done.exit_code == 1
+    assert "FAILED outputs on cpu (PyTorch)" in done.output
+    assert "NOT everything held" in done.output
+    assert json.loads((tmp_path / "report.json").read_text())["held"] is False
+
+
+def test_a_report_in_which_nothing_ran_does_not_hold() -> None:
+    skipped = Check("a", "torch", None, "no device", "a device")
+    held, failed = Check("b", "torch", True, "1", "1"), Check("c", "torch", False, "1", "2")
+    for checks, verdict in (([], False), ([skipped], False), ([held, skipped], True), ([held, failed], False)):
+        assert Report("compare", "", {}, [Section("", checks=checks)]).held is verdict
+
+
+def test_a_child_that_fails_says_why() -> None:
+    with pytest.raises(ChildError, match=r"exited with 1:(.|\n)*No module named compare.nonsense"):
+        run_module("compare.nonsense")

@@ -1,0 +1,80 @@
+"""The notebook's 36 printed rows and both its state dicts, in each implementation."""
+
+import numpy as np
+import pytest
+import torch
+
+import compare
+from compare.cases import NOTEBOOK
+from compare.golden import PRINT_ROUNDING, figures, initial_states, match_rows
+from compare.run import IMPLEMENTATIONS, build_nnx, linen_template
+from compare.scripts import notebook
+
+CELLS = {
+    "3": (0, figures()["without_buffer"]["output_cell_3_cpu"]),
+    "10": (0, figures()["without_buffer"]["output_cell_10_cuda"]),
+    "15": (1, figures()["with_buffer"]["output_cell_15_cuda"]),
+}
+
+
+@pytest.mark.parametrize(("state", "printed"), CELLS.values(), ids=CELLS)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_every_printed_row_fits_exactly_one_pattern_of_dropout(name: str, state: int, printed: list) -> None:
+    matches = match_rows(name, initial_states()[state], np.array(printed))
+    assert len(matches) == 12
+    assert [match.patterns for match in matches] == [1] * 12, matches
+
+
+def test_the_three_find_the_same_patterns_and_dropout_was_active() -> None:
+    state, printed = initial_states()[0], np.array(CELLS["10"][1])
+    dropped = {name: [match.dropped for match in match_rows(name, state, printed)] for name in IMPLEMENTATIONS}
+    assert dropped["torch"] == dropped["linen"] == dropped["nnx"]
+    assert dropped["torch"][:6] != dropped["torch"][6:], "the same input twice, so a difference is dropout"
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_printed_digit_off_by_two_fits_nothing(name: str) -> None:
+    printed = np.array(CELLS["3"][1])
+    printed[1, 5, 2] += 2e-4
+    matches = match_rows(name, initial_states()[0], printed)
+    assert [match.patterns > 0 for match in matches] == [True] * 11 + [False]
+
+
+@pytest.mark.parametrize(
+    ("index", "printed"),
+    [(0, figures()["without_buffer"]["state_dict_cell_17"]), (1, figures()["with_buffer"]["state_dict_cell_18"])],
+    ids=["17", "18"],
+)
+def test_printed_state_dicts(index: int, printed: dict) -> None:
+    buffer = index == 1
+    state = initial_states()[index]
+    variables = compare.torch_to_linen(state, linen_template(NOTEBOOK, buffer=buffer))
+    model = compare.torch_to_nnx(state, build_nnx(NOTEBOOK, buffer=buffer))
+    for key, rows in printed.items():
+        name = key.removesuffix(".weight")
+        if key == "mask":
+            held = [state[key].numpy(), variables["buffers"]["mask"], model.mask[...]]
+        else:
+            kernels = variables["params"][name]["kernel"], getattr(model, name).kernel[...]
+            held = [state[key].numpy(), *(kernel.T for kernel in kernels)]
+        for found in held:
+            assert np.abs(np.asarray(found, dtype=np.float64) - np.array(rows)).max() <= PRINT_ROUNDING
+
+
+def test_the_callers_generator_is_left_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    initial_states()
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_the_story_holds_and_says_how_rows_are_matched() -> None:
+    sections = list(notebook.sections())
+    checks = [check for section in sections for check in section.checks]
+    assert [check for check in checks if check.held is False] == []
+    assert [check.count for check in checks if check.name == "all output rows"] == ["36/36"] * 3
+    assert {check.name for check in checks if check.held is None} <= {"cell 6: mask left on the CPU"}
+    text = " ".join(block for block in sections[0].blocks if isinstance(block, str))
+    assert "Dropout was active" in text
+    assert "every pattern of dropped attention weights" in text
