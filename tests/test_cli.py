@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from compare.run import missing_cuda
 from torch_impl.attention import masked_attention
 
 ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
 def compare_command(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -34,6 +36,11 @@ def test_the_main_job(tmp_path: Path) -> None:
     assert "\x1b" not in printed, "a pipe gets no color"
     assert "Reproduced: PyTorch 36/36, Flax Linen 36/36, Flax NNX 36/36." in printed
     assert "Everything held" in printed
+    summary = re.search(r"```text\n( check .*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert summary
+    shown = {" ".join(line.split()) for line in printed.splitlines()}
+    if missing_cuda():
+        assert {" ".join(line.split()) for line in summary[1].splitlines()} <= shown, "the README shows another summary"
     if missing_cuda():
         assert f"Not run: {missing_cuda()}." in printed
 

@@ -1,0 +1,55 @@
+"""What the README says is so: its snippets run, its tables are the code's, its commands are CI's."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from flax import nnx
+
+from compare.mapping import ROWS
+
+from .support import linen_variables, nnx_model, torch_module
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["torch", "linen", "nnx", "carry"])
+def test_snippets_run(snippet: str, tmp_path: Path) -> None:
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{snippet}"
+    command = [sys.executable, "-W", "error", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_mapping_is_the_converters() -> None:
+    for row in ROWS:
+        linen, nnx_path = "/".join(row.linen_path), "/".join(row.nnx_path)
+        assert f"| `{row.torch_key}` | `{linen}` | `{nnx_path}` | {row.layout} | {row.kind} |" in README
+
+
+def test_commands_start_from_a_bare_clone() -> None:
+    commands = re.findall(r"```sh\n(.*?)\n```", README)
+    assert [command.split(" && ")[-1] for command in commands] == [
+        *(".venv/bin/python -m compare", ".venv/bin/python -m pytest")
+    ]
+    assert all(command.startswith("python3 -m venv .venv && ") for command in commands)
+
+
+def test_the_state_table() -> None:
+    """Moved, saved, trained: what each framework says of the weights, the buffer and the plain mask."""
+    for buffer in (True, False):
+        module = torch_module(buffer=buffer).to("meta")
+        assert module.W_key.weight.is_meta
+        assert module.mask.is_meta is buffer
+        assert ("mask" in module.state_dict()) is buffer
+        assert "mask" not in dict(module.named_parameters())
+        assert ("buffers" in linen_variables(buffer=buffer)) is buffer
+        state = nnx.state(nnx_model(buffer=buffer))
+        assert isinstance(state["mask"], nnx.Variable) is buffer
+        assert not isinstance(state["mask"], nnx.Param)
+    assert isinstance(torch_module().W_key.weight, torch.nn.Parameter)
