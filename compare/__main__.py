@@ -5,7 +5,7 @@ import json
 import sys
 from datetime import datetime
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
@@ -18,9 +18,14 @@ from .terminal import print_section, print_summary
 PARTS = ("notebook", "outputs", "devices", "checkpoints")
 PACKAGES = ("torch", "jax", "flax", "orbax-checkpoint", "safetensors", "numpy")
 
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write everything shown to FILE.")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", dir_okay=False, help="Also write everything shown to FILE."),
+]
 
-app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
 
 
 @app.callback(invoke_without_command=True)
@@ -66,16 +71,22 @@ def _run(command: str, parts: list[str] | tuple[str, ...], json_file: Path | Non
     _require_packages()
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise typer.BadParameter(f"{json_file}: the folder {json_file.absolute().parent} does not exist; make it first")
-    console = Console()
+    console = Console(highlight=False)
     progress = console if console.is_terminal else Console(stderr=True)
-    report = Report(command, datetime.now().astimezone().isoformat(timespec="seconds"), _versions())
-    console.print(", ".join(f"{name} {number}" for name, number in report.versions.items()), highlight=False)
-    for part in parts:
-        with progress.status(f"{part}: loading the frameworks") as status:
-            for section in import_module(f"compare.scripts.{part}").sections():
-                status.update(f"{part}: after {section.title}")
-                report.sections.append(section)
-                print_section(console, section)
+    report = Report(command, datetime.now().astimezone().isoformat(timespec="seconds"), versions())
+    console.print(", ".join(f"{name} {number}" for name, number in report.versions.items()))
+    with progress.status("loading the frameworks") as status:
+        from .errors import CheckpointError
+
+        for part in parts:
+            status.update(f"{part}: running")
+            try:
+                for section in import_module(f"compare.scripts.{part}").sections():
+                    status.update(f"{part}: after {section.title}")
+                    report.sections.append(section)
+                    print_section(console, section)
+            except CheckpointError as error:  # a missing package, a full disk: nothing was found out
+                raise typer.BadParameter(str(error)) from error
     print_summary(console, report)
     if json_file is not None:
         _write_json(json_file, report)
@@ -92,8 +103,15 @@ def _require_packages() -> None:
         )
 
 
-def _versions() -> dict[str, str]:
-    return {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}}
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that the figures depend on."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def _write_json(path: Path, report: Report) -> None:

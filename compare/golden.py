@@ -61,14 +61,16 @@ def initial_states() -> tuple[StateDict, StateDict]:
         return without, build_torch(NOTEBOOK, buffer=True).state_dict()
 
 
-def match_rows(implementation: Implementation, state: StateDict, printed: np.ndarray) -> list[RowMatch]:
+def match_rows(
+    implementation: Implementation, state: StateDict, printed: np.ndarray, device: str = "cpu"
+) -> list[RowMatch]:
     """Find each printed row, (2, 6, 5), among the module's outputs under every pattern of dropout."""
     tokens = inputs()[0]
     num_tokens = len(tokens)
     keep = _patterns(num_tokens)  # (patterns, keys)
     every_query = np.repeat(keep[:, None, :], num_tokens, axis=1)  # (patterns, queries, keys)
     batch = np.repeat(tokens[None], len(keep), axis=0)
-    found = run(implementation, NOTEBOOK, state, batch, keep=every_query).astype(np.float64)
+    found = run(implementation, NOTEBOOK, state, batch, device=device, keep=every_query).astype(np.float64)
     rounding = _rounding(state, batch, every_query)
     matches = []
     for row in np.ndindex(*printed.shape[:2]):

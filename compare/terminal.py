@@ -87,7 +87,7 @@ def _print_panels(console: Console, panels: Panels) -> None:
     console.print("  ".join(f"{name:{width}}" for name, width in zip(blocks, widths, strict=True)).rstrip())
     for lines in zip_longest(*blocks.values(), fillvalue=""):
         padded = (f"{line:{width}}" for line, width in zip(lines, widths, strict=True))
-        console.print("  ".join(padded).rstrip(), highlight=False)
+        console.print("  ".join(padded).rstrip())
     console.print()
 
 

@@ -1,12 +1,10 @@
 """Strict modes, the device fixture, and the versions under test in the header."""
 
-from importlib.metadata import version
-
 import jax
 import pytest
 from hypothesis import settings
 
-from compare.__main__ import PACKAGES
+from compare.__main__ import versions
 from compare.run import missing_cuda
 
 # The same examples at every run; `--hypothesis-profile=wide` draws many more, other ones each time.
@@ -16,11 +14,12 @@ settings.load_profile("fixed")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU the default is TF32
 
 
 def pytest_report_header() -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    return f"attention-parity: {versions}; CUDA: {missing_cuda() or 'seen by both frameworks'}"
+    found = ", ".join(f"{name} {number}" for name, number in versions().items())
+    return f"attention-parity: {found}; CUDA: {missing_cuda() or 'seen by both frameworks'}"
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

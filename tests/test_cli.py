@@ -86,6 +86,14 @@ def test_bad_usage_ends_with_2(arguments: list[str], message: str) -> None:
     assert message in " ".join(done.output.replace("│", " ").split())
 
 
+def test_a_missing_optional_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    done = CliRunner().invoke(app, ["checkpoints"])
+    assert done.exit_code == 2
+    message = " ".join(done.output.replace("│", " ").split())
+    assert "the safetensors format needs safetensors, which is not installed" in message
+
+
 def test_what_does_not_hold_ends_with_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def without_scale(queries: Any, keys: Any, values: Any, mask: Any, dropout: Any) -> Any:
         return masked_attention(queries * queries.shape[-1] ** 0.5, keys, values, mask, dropout)

@@ -19,8 +19,10 @@ CELLS = {
 
 @pytest.mark.parametrize(("state", "printed"), CELLS.values(), ids=CELLS)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_every_printed_row_fits_exactly_one_pattern_of_dropout(name: str, state: int, printed: list) -> None:
-    matches = match_rows(name, initial_states()[state], np.array(printed))
+def test_every_printed_row_fits_exactly_one_pattern_of_dropout(
+    name: str, state: int, printed: list, device: str
+) -> None:
+    matches = match_rows(name, initial_states()[state], np.array(printed), device)
     assert len(matches) == 12
     assert [match.patterns for match in matches] == [1] * 12, matches
 

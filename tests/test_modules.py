@@ -108,13 +108,14 @@ def test_without_buffers_the_mask_is_no_state() -> None:
     assert "mask" not in nnx.state(model, nnx.Variable)
 
 
-def test_training_mode_follows_each_framework() -> None:
+def test_training_mode_follows_each_framework(device: str) -> None:
     """torch and NNX train until told `eval()`; Linen is deterministic until told otherwise."""
-    inputs = normal(3, T, D)
-    module, model = torch_module().train(), nnx_model()
+    inputs = put(normal(3, T, D), device)
+    tensor = torch.from_numpy(np.array(inputs)).to(device)
+    module, model = torch_module().to(device).train(), nnx_model()
     model.train()
-    trained = [module(torch.from_numpy(inputs)).detach().numpy() for _ in range(2)]
-    trained += [np.asarray(model(jnp.asarray(inputs))) for _ in range(2)]
+    trained = [module(tensor).detach().cpu().numpy() for _ in range(2)]
+    trained += [np.asarray(model(inputs)) for _ in range(2)]
     for key in (0, 1):
         trained.append(np.asarray(LINEN.apply(linen_variables(), inputs, False, rngs={"dropout": jax.random.key(key)})))
     for first, second in zip(trained[::2], trained[1::2], strict=True):
@@ -122,11 +123,16 @@ def test_training_mode_follows_each_framework() -> None:
     module.eval()
     model.eval()
     for forward in (
-        lambda: module(torch.from_numpy(inputs)).detach().numpy(),
-        lambda: np.asarray(model(jnp.asarray(inputs))),
+        lambda: module(tensor).detach().cpu().numpy(),
+        lambda: np.asarray(model(inputs)),
         lambda: np.asarray(LINEN.apply(linen_variables(), inputs)),
     ):
         assert np.array_equal(forward(), forward())
+
+
+def put(array: np.ndarray, device: str) -> jax.Array:
+    """Commit the array to the device; what is committed nowhere follows it there."""
+    return jax.device_put(array, jax.devices(device)[0])
 
 
 def held(outputs: Any, inputs: Any, mask: np.ndarray | None = None) -> bool:
@@ -135,8 +141,8 @@ def held(outputs: Any, inputs: Any, mask: np.ndarray | None = None) -> bool:
     return against_reference(np.asarray(outputs), PRIME_BIAS, state, np.asarray(inputs)).held
 
 
-def test_jit_obeys_an_edited_mask_without_recompiling() -> None:
-    inputs = jnp.asarray(normal(2, 5, D))
+def test_jit_obeys_an_edited_mask_without_recompiling(device: str) -> None:
+    inputs = put(normal(2, 5, D), device)
     traces = []
 
     def forward(variables: dict[str, Any], inputs: jax.Array) -> Any:
@@ -157,29 +163,32 @@ def test_jit_obeys_an_edited_mask_without_recompiling() -> None:
     assert traces == ["linen", "nnx"]
 
 
-def test_gradients_reach_every_parameter_and_not_the_mask() -> None:
-    inputs = normal(2, 5, D).astype(np.float64)
-    module = torch_module().double()
-    module(torch.from_numpy(inputs)).square().sum().backward()
+def test_gradients_reach_every_parameter_and_not_the_mask(device: str) -> None:
+    module = torch_module().double().to(device)
+    module(torch.from_numpy(normal(2, 5, D)).double().to(device)).square().sum().backward()
     assert not module.mask.requires_grad
     with jax.enable_x64(True):
+        inputs = put(normal(2, 5, D).astype(np.float64), device)
         variables = torch_to_linen(module, linen_template(PRIME_BIAS, buffer=True))
         model = torch_to_nnx(module, nnx_model())
         linen = jax.grad(lambda params: jnp.square(LINEN.apply({**variables, "params": params}, inputs)).sum())
         gradients = linen(variables["params"])
-        state = nnx.grad(lambda model: jnp.square(model(jnp.asarray(inputs))).sum())(model)
+        state = nnx.grad(lambda model: jnp.square(model(inputs)).sum())(model)
     assert "mask" not in state
     for name in ("W_query", "W_key", "W_value"):
         linear = getattr(module, name)
-        for leaf, expected in (("kernel", linear.weight.grad.numpy().T), ("bias", linear.bias.grad.numpy())):
+        for leaf, expected in (
+            ("kernel", linear.weight.grad.cpu().numpy().T),
+            ("bias", linear.bias.grad.cpu().numpy()),
+        ):
             for found in (gradients[name][leaf], state[name][leaf][...]):
                 # A key's bias shifts all scores of a row alike: its exact gradient is 0, and only rounding is left.
-                scale = np.abs(linear.weight.grad.numpy()).max()
+                scale = float(linear.weight.grad.abs().max())
                 assert np.abs(np.asarray(found) - expected).max() <= FLOAT64_RELATIVE * scale
 
 
-def test_vmap_over_masks_and_inputs() -> None:
-    variables, inputs = linen_variables(), jnp.asarray(normal(3, 2, 5, D))
+def test_vmap_over_masks_and_inputs(device: str) -> None:
+    variables, inputs = linen_variables(), put(normal(3, 2, 5, D), device)
     masks = np.stack([np.triu(np.ones((T, T), np.float32), k=k) for k in (1, 2, T)])
 
     def forward(mask: jax.Array, inputs: jax.Array) -> Any:
@@ -190,10 +199,10 @@ def test_vmap_over_masks_and_inputs() -> None:
         assert held(outputs, example, mask)
 
 
-def test_donated_variables() -> None:
-    inputs = jnp.asarray(normal(2, 5, D))
+def test_donated_variables(device: str) -> None:
+    inputs = put(normal(2, 5, D), device)
     step = jax.jit(lambda variables, inputs: (variables, LINEN.apply(variables, inputs)), donate_argnums=0)
-    given = linen_variables()
+    given = jax.device_put(linen_variables(), jax.devices(device)[0])
     variables, outputs = step(given, inputs)
     assert given["buffers"]["mask"].is_deleted()
     assert held(outputs, inputs)

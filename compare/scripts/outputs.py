@@ -72,6 +72,7 @@ def _section(device: str) -> Section:
     section = Section(
         f"Outputs on {device.upper()}: the same function",
         [
+            *([f"On {torch.cuda.get_device_name()}."] if device == "cuda" else []),
             "Each implementation against a float64 reference: worst error over the rounding bound, entry by entry "
             "(at most 1 holds; compare/rounding.py derives it). Then Flax, the worse of Linen and NNX, against "
             "PyTorch: largest absolute difference, and the same over the largest output.",
