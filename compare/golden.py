@@ -15,9 +15,9 @@ import torch
 
 from .cases import NOTEBOOK
 from .convert import StateDict
-from .rounding import UNIT_ROUNDOFF, context_bound
+from .rounding import PRECISIONS, context_bound
 from .run import Implementation, build_torch, run
-from .transfer import tensor_to_numpy
+from .transfer import numpy_state
 
 # The notebook prints four decimals, so a figure lies within half a unit of the last one printed.
 PRINT_ROUNDING = 0.5e-4
@@ -102,6 +102,6 @@ def _patterns(num_tokens: int) -> np.ndarray:
 
 def _rounding(state: StateDict, batch: np.ndarray, keep: np.ndarray) -> np.ndarray:
     """Return what float32 rounding may add: once in the notebook's run, once in ours."""
-    arrays = {key: tensor_to_numpy(tensor) for key, tensor in state.items()}
+    arrays = numpy_state(state)
     mask = np.triu(np.ones((NOTEBOOK.context_length, NOTEBOOK.context_length)), k=1)
-    return 2.0 * context_bound(batch, arrays, mask, UNIT_ROUNDOFF["float32"], keep, NOTEBOOK.dropout)
+    return 2.0 * context_bound(batch, arrays, mask, PRECISIONS["float32"], keep, NOTEBOOK.dropout)

@@ -1,27 +1,35 @@
 r"""How far rounding alone may carry an output of masked attention from the exact value.
 
-The bound is a priori and elementwise. With unit roundoff u and gamma_n = n u / (1 - n u), a sum of n
-products in any order, fused or not, errs by at most gamma_n times the sum of the absolute products
-(Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1). E(x) bounds the error
-of x; lengths: d inputs, h head_dim, n tokens.
+The bound is a priori and elementwise. Every operation rounds its result to the working dtype, unit roundoff u;
+sums of products are accumulated with unit roundoff v, which is u for float32 and float64 and that of float32 for the
+half precisions, whose products it holds exactly. With gamma_n(v) = n v / (1 - n v), a sum of n terms in any order,
+fused or not, errs by at most gamma_n(v) times the sum of the absolute terms (Higham, Accuracy and Stability of
+Numerical Algorithms, 2nd ed., sections 3.1 and 3.4). So a sum of n products, and k roundings of it, err by
 
-    queries  E(q) = gamma_{d+1} (|x| |W|^T + |b|); keys and values alike
-    scores   E(s) = |q| E(k)^T + E(q) |k|^T + E(q) E(k)^T + gamma_h (|q| + E(q)) (|k| + E(k))^T
-    scaled   E(t) = (E(s) + gamma_4 (|s| + E(s))) / sqrt(h)    rounded root, its reciprocal, the product
-    softmax  the computed exponent is t_j - max + eta_j, |eta_j| <= E(t)_j + u |t_j - max| =: theta_j; exp errs
-             by phi = 2 u EXP_ULPS; the sum of n positive terms by gamma_n, the quotient by two roundings:
-             E(p)_j = p_j (e^{theta_j + max theta} (1 + phi) / (1 - phi) (1 + gamma_{2n+4}) - 1)
-    dropout  E(w) = keep (E(p) + gamma_3 (p + E(p))) / (1 - rate)
-    context  E(c) = w E(v) + E(w) (|v| + E(v)) + gamma_n (w + E(w)) (|v| + E(v))
+    r(n, k) = (1 + gamma_n(v)) (1 + gamma_k(u)) - 1
 
-Hypotheses: finite inputs, no overflow, no underflow that matters, and `exp` within EXP_ULPS.
+times the sum of the absolute products, plus f(k) = k s + n s_v where a rounding may flush to zero what is below the
+smallest normal number s (s_v: that of the accumulation). E(x) bounds the error of x; lengths: d inputs, h head_dim,
+n tokens.
+
+    queries  E(q) = r(d, 2) (|x| |W|^T + |b|) + f(2); keys and values alike          product, bias
+    scores   E(s) = |q| E(k)^T + E(q) (|k| + E(k))^T + r(h, 1) (|q| + E(q)) (|k| + E(k))^T + f(1)
+    scaled   E(t) = (E(s) + gamma_4(u) (|s| + E(s))) / sqrt(h) + f(2)                 root, reciprocal, product
+    softmax  the computed exponent is t_j - max + eta_j, |eta_j| <= E(t)_j + u |t_j - max| =: theta_j; exp errs by
+             phi = 2 u EXP_ULPS; the sum of positive terms by r(n, 1), the quotient by two roundings, hence
+             E(p)_j = p_j (e^{theta_j + max theta} (1 + phi) / (1 - phi) (1 + r(2n, 6)) - 1) + f(3)
+    dropout  E(w) = keep ((E(p) + gamma_3(u) (p + E(p))) / (1 - rate) + f(2))
+    context  E(c) = w E(v) + E(w) (|v| + E(v)) + r(n, 1) (w + E(w)) (|v| + E(v)) + f(1)
+
+Hypotheses: finite inputs, no overflow (`overflow` says where there may be one), and `exp` within EXP_ULPS.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
-from .reference import attention_stages
+from .reference import Stages, attention_stages
 
 # Measured on 8e6 arguments from -80 to 0, CPU: torch 0.57, XLA 1.01 (float32) and 1.69 (float64) ulps;
 # CUDA's expf is documented at 2. The next power of two above all of them.
@@ -31,59 +39,129 @@ EXP_ULPS = 4
 # orders above it, the rounding seen at the sizes of `compare.cases` (3e-16) two and a half below.
 FLOAT64_RELATIVE = 1e-13
 
-UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24}
+
+class Precision(NamedTuple):
+    """How a dtype rounds: unit roundoff, that of its sums, smallest normal and largest finite number."""
+
+    roundoff: float
+    accumulated: float
+    smallest: float
+    largest: float
+
+
+_FLOAT32 = Precision(2.0**-24, 2.0**-24, 2.0**-126, (2.0 - 2.0**-23) * 2.0**127)
+
+PRECISIONS = {
+    "float64": Precision(2.0**-53, 2.0**-53, 2.0**-1022, float(np.finfo(np.float64).max)),
+    "float32": _FLOAT32,
+    "bfloat16": Precision(2.0**-8, _FLOAT32.roundoff, _FLOAT32.smallest, (2.0 - 2.0**-7) * 2.0**127),
+    "float16": Precision(2.0**-11, _FLOAT32.roundoff, 2.0**-14, 65504.0),
+}
 
 
 def context_bound(
     inputs: np.ndarray,
     state: Mapping[str, np.ndarray],
     mask: np.ndarray,
-    unit_roundoff: float,
+    precision: Precision,
     keep: np.ndarray | None = None,
     dropout: float = 0.0,
 ) -> np.ndarray:
     """Return the largest |computed - exact| that rounding explains, for each entry of the output.
 
-    Arguments are those of `attention_stages`. Rows blocked everywhere have a bound of NaN.
+    Arguments are those of `attention_stages`, and how the implementation rounds. Rows blocked everywhere have a
+    bound of NaN.
     """
-    u = unit_roundoff
+    return stage_bounds(inputs, state, mask, precision, keep, dropout).context
+
+
+def stage_bounds(
+    inputs: np.ndarray,
+    state: Mapping[str, np.ndarray],
+    mask: np.ndarray,
+    precision: Precision,
+    keep: np.ndarray | None = None,
+    dropout: float = 0.0,
+) -> Stages:
+    """Return the bound of every stage, entry by entry; scores that are blocked have a bound of 0."""
+    u = precision.roundoff
     stages = attention_stages(inputs, state, mask)
     num_tokens, head_dim = stages.queries.shape[-2:]
-    e_queries, e_keys, e_values = (_projection(inputs, state, name, u) for name in ("W_query", "W_key", "W_value"))
+    e_queries, e_keys, e_values = (_projection(inputs, state, name, precision) for name in ("query", "key", "value"))
 
-    queries, keys, values = np.abs(stages.queries), np.abs(stages.keys), np.abs(stages.values)
-    transposed, e_transposed = keys.swapaxes(-1, -2), e_keys.swapaxes(-1, -2)
-    e_scores = queries @ e_transposed + e_queries @ (transposed + e_transposed)
-    e_scores = e_scores + _gamma(head_dim, u) * (queries + e_queries) @ (transposed + e_transposed)
+    queries = np.abs(stages.queries) + e_queries
+    keys = np.abs(stages.keys).swapaxes(-1, -2)
+    e_transposed = e_keys.swapaxes(-1, -2)
+    e_scores = np.abs(stages.queries) @ e_transposed + e_queries @ (keys + e_transposed)
+    e_scores = e_scores + _relative(head_dim, 1, precision) * queries @ (keys + e_transposed)
+    e_scores = e_scores + _flushed(head_dim, 1, precision)
+
     opened = np.isfinite(stages.scores)
     scaled = np.where(opened, stages.scores, 0.0)
-    e_scaled = e_scores / np.sqrt(head_dim) + _gamma(4, u) * (np.abs(scaled) + e_scores / np.sqrt(head_dim))
+    e_scaled = e_scores / np.sqrt(head_dim)
+    e_scaled = e_scaled + _gamma(4, u) * (np.abs(scaled) + e_scaled) + _flushed(0, 2, precision)
+    e_scaled = np.where(opened, e_scaled, 0.0)
 
-    weights, e_weights = stages.weights, _softmax(scaled, e_scaled, opened, stages.weights, u)
+    weights, e_weights = stages.weights, _softmax(scaled, e_scaled, opened, stages.weights, precision)
     if keep is not None:
-        e_weights = np.where(keep, e_weights + _gamma(3, u) * (weights + e_weights), 0.0) / (1.0 - dropout)
+        e_weights = (e_weights + _gamma(3, u) * (weights + e_weights)) / (1.0 - dropout) + _flushed(0, 2, precision)
+        e_weights = np.where(keep, e_weights, 0.0)
         weights = np.where(keep, weights, 0.0) / (1.0 - dropout)
-    whole = weights + e_weights
-    return weights @ e_values + (e_weights + _gamma(num_tokens, u) * whole) @ (values + e_values)
+    values = np.abs(stages.values) + e_values
+    e_context = weights @ e_values + e_weights @ values
+    e_context = e_context + _relative(num_tokens, 1, precision) * (weights + e_weights) @ values
+    e_context = e_context + _flushed(num_tokens, 1, precision)
+    return Stages(e_queries, e_keys, e_values, e_scaled, e_weights, e_context)
+
+
+def overflow(inputs: np.ndarray, state: Mapping[str, np.ndarray], mask: np.ndarray, precision: Precision) -> str:
+    """Say where the computation may leave the dtype's range, so that the bound means nothing; else nothing.
+
+    Scores are formed before they are divided by sqrt(head_dim), for blocked positions too.
+    """
+    stages, bounds = attention_stages(inputs, state, mask), stage_bounds(inputs, state, mask, precision)
+    scores = np.abs(stages.queries) @ np.abs(stages.keys).swapaxes(-1, -2)
+    reached = {name: np.abs(getattr(stages, name)) + getattr(bounds, name) for name in ("queries", "keys", "values")}
+    for name, magnitude in {**reached, "scores": scores}.items():
+        largest = magnitude.max(initial=0.0)
+        if not largest <= precision.largest:
+            return f"{name} may reach {largest:.3g}; the dtype ends at {precision.largest:.3g}"
+    return ""
 
 
 def _gamma(n: int, u: float) -> float:
     return n * u / (1.0 - n * u)
 
 
-def _projection(inputs: np.ndarray, state: Mapping[str, np.ndarray], name: str, u: float) -> np.ndarray:
-    absolute = np.abs(inputs.astype(np.float64)) @ np.abs(state[f"{name}.weight"].astype(np.float64)).T
-    bias = state.get(f"{name}.bias")
+def _relative(n: int, k: int, precision: Precision) -> float:
+    """r(n, k): a sum of n products in the accumulator, then k roundings to the dtype."""
+    return (1.0 + _gamma(n, precision.accumulated)) * (1.0 + _gamma(k, precision.roundoff)) - 1.0
+
+
+def _flushed(n: int, k: int, precision: Precision) -> float:
+    """f(k): what flushing to zero may take from a sum of n products and k roundings."""
+    accumulated = min(precision.smallest, _FLOAT32.smallest)
+    return k * precision.smallest + n * accumulated
+
+
+def _projection(inputs: np.ndarray, state: Mapping[str, np.ndarray], name: str, precision: Precision) -> np.ndarray:
+    absolute = np.abs(inputs.astype(np.float64)) @ np.abs(state[f"W_{name}.weight"].astype(np.float64)).T
+    bias = state.get(f"W_{name}.bias")
     absolute = absolute if bias is None else absolute + np.abs(bias.astype(np.float64))
-    return _gamma(inputs.shape[-1] + 1, u) * absolute
+    width = inputs.shape[-1]
+    return _relative(width, 2, precision) * absolute + _flushed(width, 2, precision)
 
 
-def _softmax(scaled: np.ndarray, e_scaled: np.ndarray, opened: np.ndarray, weights: np.ndarray, u: float) -> np.ndarray:
-    e_scaled = np.where(opened, e_scaled, 0.0)
+def _softmax(
+    scaled: np.ndarray, e_scaled: np.ndarray, opened: np.ndarray, weights: np.ndarray, precision: Precision
+) -> np.ndarray:
+    u = precision.roundoff
     e_max = e_scaled.max(axis=-1, keepdims=True, initial=0.0)
     top = np.where(opened, scaled, -np.inf).max(axis=-1, keepdims=True, initial=-np.inf)
     distance = np.where(opened, np.where(np.isfinite(top), top, 0.0) - scaled, 0.0) + e_scaled + e_max
     theta = np.where(opened, e_scaled + u * distance, 0.0)
     phi = 2.0 * u * EXP_ULPS
     growth = theta + theta.max(axis=-1, keepdims=True, initial=0.0) + np.log1p(phi) - np.log1p(-phi)
-    return weights * np.expm1(growth + np.log1p(_gamma(2 * scaled.shape[-1] + 4, u)))
+    summed = _relative(2 * scaled.shape[-1], 6, precision)
+    flushed = np.where(opened, _flushed(0, 3, precision), 0.0)
+    return weights * np.expm1(growth + np.log1p(summed)) + flushed

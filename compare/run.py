@@ -14,6 +14,7 @@ import torch_impl
 
 from .cases import Config
 from .convert import StateDict, torch_to_linen, torch_to_nnx
+from .transfer import numpy_to_tensor, tensor_to_numpy
 
 Implementation = Literal["torch", "linen", "nnx"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("torch", "linen", "nnx")
@@ -103,7 +104,7 @@ def _run_torch(
         kept = torch.from_numpy(keep).to(device)
         module.dropout = _Kept(lambda weights: torch.where(kept, weights / (1.0 - config.dropout), 0.0))  # type: ignore[assignment]
     with torch.no_grad():
-        return module(torch.from_numpy(inputs).to(device)).cpu().numpy()
+        return tensor_to_numpy(module(numpy_to_tensor(inputs).to(device)))
 
 
 def _run_linen(

@@ -1,5 +1,7 @@
 """One tensor from torch to JAX and back: bit for bit, by copy or by shared memory."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -30,7 +32,7 @@ def tensor_to_numpy(tensor: Tensor) -> np.ndarray:
         if not name.startswith(_EXTENDED):
             return tensor.numpy()
         carrier, _ = _CARRIER[tensor.element_size()]
-        return tensor.view(carrier).numpy().view(getattr(ml_dtypes, name))
+        return tensor.view(carrier).numpy().view(numpy_dtype(name))
     except (TypeError, AttributeError) as error:
         raise Untransferable(f"dtype {tensor.dtype} has no NumPy counterpart") from error
 
@@ -49,6 +51,16 @@ def numpy_to_tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(native.view(carrier)).view(getattr(torch, native.dtype.name))
     except (TypeError, AttributeError) as error:
         raise Untransferable(f"dtype {array.dtype} has no torch counterpart") from error
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """Return the NumPy dtype of that name, of `ml_dtypes` where NumPy has none."""
+    return np.dtype(getattr(ml_dtypes, name) if name.startswith(_EXTENDED) else name)
+
+
+def numpy_state(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Return the state dict with NumPy arrays, sharing memory where it is on the CPU."""
+    return {key: tensor_to_numpy(tensor) for key, tensor in state.items()}
 
 
 def to_jax(tensor: Tensor, *, transpose: bool, copy: bool) -> jax.Array:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from ..convert import StateDict, linen_to_torch
@@ -25,8 +24,7 @@ def state_to_tree(state: StateDict) -> dict[str, Any]:
     leaves = {}
     for key, tensor in state.items():
         array = tensor_to_numpy(tensor)
-        transposed = rows[key].layout == "transposed"
-        leaves[rows[key].linen_path] = np.ascontiguousarray(array.T) if transposed else array
+        leaves[rows[key].linen_path] = array.T if rows[key].layout == "transposed" else array
     return unflatten_dict(leaves)
 
 

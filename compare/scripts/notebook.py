@@ -13,7 +13,7 @@ from ..convert import StateDict, linen_to_torch, nnx_to_torch, torch_to_linen, t
 from ..findings import Check, Panels, Section, Table
 from ..golden import PRINT_ROUNDING, RowMatch, figures, initial_states, inputs, match_rows
 from ..run import IMPLEMENTATIONS, TITLES, Implementation, build_nnx, build_torch, linen_mask, linen_template, run
-from ..transfer import tensor_to_numpy
+from ..transfer import numpy_state
 from .checkpoints import edited_sources
 from .devices import here, mismatch_check
 
@@ -147,7 +147,7 @@ def _state(title: str, cell: str, state: StateDict, printed: dict[str, Any]) -> 
     variables = torch_to_linen(state, linen_template(NOTEBOOK, buffer=buffer))
     model = torch_to_nnx(state, build_nnx(NOTEBOOK, buffer=buffer))
     held = {"torch": state, "linen": linen_to_torch(variables), "nnx": nnx_to_torch(model)}
-    arrays = {name: {key: tensor_to_numpy(t) for key, t in found.items()} for name, found in held.items()}
+    arrays = {name: numpy_state(found) for name, found in held.items()}
     section = Section(title)
     for key in printed:
         panels = {TITLES[name]: arrays[name][key].tolist() for name in IMPLEMENTATIONS}
