@@ -66,7 +66,17 @@ def checkpoints(json_file: Json = None) -> None:
     _run("compare checkpoints", ["checkpoints"], json_file)
 
 
-def _run(command: str, parts: list[str] | tuple[str, ...], json_file: Path | None) -> None:
+@app.command()
+def bound(
+    cases: Annotated[int, typer.Option(min=4, help="How many cases to draw, a fourth in each dtype.")] = 400,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+    json_file: Json = None,
+) -> None:
+    """Draw weights, inputs and masks in every dtype: does any implementation exceed the rounding bound?"""
+    _run(f"compare bound --cases {cases} --seed {seed}", ["bound"], json_file, cases=cases, seed=seed)
+
+
+def _run(command: str, parts: list[str] | tuple[str, ...], json_file: Path | None, **options: int) -> None:
     """Run the parts, printing each section as it is found; exit with the verdict."""
     _require_packages()
     if json_file is not None and not json_file.absolute().parent.is_dir():
@@ -81,7 +91,7 @@ def _run(command: str, parts: list[str] | tuple[str, ...], json_file: Path | Non
         for part in parts:
             status.update(f"{part}: running")
             try:
-                for section in import_module(f"compare.scripts.{part}").sections():
+                for section in import_module(f"compare.scripts.{part}").sections(**options):
                     status.update(f"{part}: after {section.title}")
                     report.sections.append(section)
                     print_section(console, section)

@@ -17,7 +17,8 @@ n tokens.
     scaled   E(t) = (E(s) + gamma_4(u) (|s| + E(s))) / sqrt(h) + f(2)                 root, reciprocal, product
     softmax  the computed exponent is t_j - max + eta_j, |eta_j| <= E(t)_j + u |t_j - max| =: theta_j; exp errs by
              phi = 2 u EXP_ULPS; the sum of positive terms by r(n, 1), the quotient by two roundings, hence
-             E(p)_j = p_j (e^{theta_j + max theta} (1 + phi) / (1 - phi) (1 + r(2n, 6)) - 1) + f(3)
+             E(p)_j = p_j (e^{theta_j + max theta} (1 + phi) / (1 - phi) (1 + r(2n, 6)) - 1) + f(3),
+             and never above 1 + r(2n, 6) + f(3), which no weight exceeds
     dropout  E(w) = keep ((E(p) + gamma_3(u) (p + E(p))) / (1 - rate) + f(2))
     context  E(c) = w E(v) + E(w) (|v| + E(v)) + r(n, 1) (w + E(w)) (|v| + E(v)) + f(1)
 
@@ -163,5 +164,7 @@ def _softmax(
     phi = 2.0 * u * EXP_ULPS
     growth = theta + theta.max(axis=-1, keepdims=True, initial=0.0) + np.log1p(phi) - np.log1p(-phi)
     summed = _relative(2 * scaled.shape[-1], 6, precision)
-    flushed = np.where(opened, _flushed(0, 3, precision), 0.0)
-    return weights * np.expm1(growth + np.log1p(summed)) + flushed
+    growth = growth + np.log1p(summed)
+    # No weight, exact or computed, is above 1 + summed; a growth this large says no more than that.
+    told = np.where(growth < 30.0, weights * np.expm1(np.minimum(growth, 30.0)), weights + 1.0)
+    return np.where(opened, np.minimum(told, 1.0 + summed) + _flushed(0, 3, precision), 0.0 * weights)

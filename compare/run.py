@@ -1,6 +1,7 @@
 """Build one implementation with a given state, run it, and hand out NumPy."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -91,6 +92,26 @@ def run(
     x64 = inputs.dtype == np.float64
     with jax.enable_x64(x64), jax.default_matmul_precision("highest"), jax.default_device(place):
         return runner(config, state, inputs, place, keep)
+
+
+def compiled(implementation: Implementation, config: Config) -> Callable[[StateDict, np.ndarray], np.ndarray]:
+    """Return a function like `run` that keeps the module, with the buffer, and its `jit` between calls, on the CPU."""
+    if implementation == "torch":
+        return partial(_run_torch, config, device="cpu", keep=None)
+    place = jax.devices("cpu")[0]
+    template = linen_template(config, buffer=True)
+    linen_apply = jax.jit(build_linen(config, buffer=True).apply)
+    model = build_nnx(config, buffer=True)
+    model.eval()
+    nnx_apply = nnx.jit(lambda model, inputs: model(inputs))
+
+    def call(state: StateDict, inputs: np.ndarray) -> np.ndarray:
+        with jax.enable_x64(inputs.dtype == np.float64), jax.default_device(place):
+            if implementation == "linen":
+                return np.asarray(linen_apply(torch_to_linen(state, template), inputs))
+            return np.asarray(nnx_apply(torch_to_nnx(state, model), inputs))
+
+    return call
 
 
 def _run_torch(

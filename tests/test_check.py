@@ -13,6 +13,7 @@ from compare.parity import against_reference
 from compare.reference import attention_stages
 from compare.rounding import EXP_ULPS, PRECISIONS, context_bound, overflow
 from compare.run import IMPLEMENTATIONS, run
+from compare.scripts import bound
 from compare.transfer import numpy_dtype, numpy_state
 
 from .support import normal, state_of
@@ -155,3 +156,13 @@ def test_exp_is_as_accurate_as_the_bound_assumes(device: str) -> None:
         for found in (torch.exp(torch.from_numpy(rounded).to(device)).cpu().numpy(), ours):
             assert found.dtype == dtype
             assert float((np.abs(found - exact) / ulp).max()) <= EXP_ULPS
+
+
+def test_the_campaign_counts_every_case_and_sees_a_bound_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    (section,) = bound.sections(cases=12, seed=3)
+    assert [row[1] for row in section.blocks[1].rows] == [3, 3, 3, 3]
+    assert len(section.checks) == 12
+    assert all(check.held for check in section.checks)
+    monkeypatch.setattr(bound, "context_bound", lambda *given: context_bound(*given) / 1e6)
+    (section,) = bound.sections(cases=12, seed=3)
+    assert not any(check.held for check in section.checks)

@@ -1,0 +1,125 @@
+"""Is the bound a bound? Drawn weights, inputs and masks in every dtype, each implementation against the reference."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from ..cases import Config
+from ..check import agreement
+from ..convert import StateDict
+from ..findings import Cell, Check, Section, Table
+from ..reference import attention_stages
+from ..rounding import PRECISIONS, context_bound, overflow
+from ..run import IMPLEMENTATIONS, TITLES, compiled
+from ..transfer import numpy_dtype, numpy_state, numpy_to_tensor
+
+# Few shapes, so that compiling does not take the time; tokens < context_length in most.
+SHAPES = (
+    (Config(3, 5, 6, 0.0), 6),
+    (Config(13, 11, 7, 0.0, qkv_bias=True), 5),
+    (Config(1, 2, 3, 0.0), 2),
+    (Config(29, 17, 19, 0.0, qkv_bias=True), 11),
+    (Config(61, 31, 67, 0.0, qkv_bias=True), 53),
+)
+# Of the weights; the inputs are standard normal. The largest sends some float16 scores out of range.
+SCALES = (0.01, 0.3, 1.0, 60.0)
+# A slip small enough to be linear in, large enough to stand clear of float64 rounding.
+SLIP = 1e-6
+
+
+@dataclass
+class Tally:
+    """What the cases of one dtype gave; `slips` by shape, the smallest."""
+
+    cases: int = 0
+    outside: int = 0
+    ratios: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    slips: dict[Config, float] = field(default_factory=lambda: defaultdict(lambda: float("inf")))
+
+
+def sections(cases: int, seed: int = 0) -> Iterator[Section]:
+    """Draw the cases and yield one section with a row for each dtype."""
+    random = np.random.default_rng(seed)
+    runners = {(name, shape): compiled(name, shape[0]) for shape in SHAPES for name in IMPLEMENTATIONS}
+    tallies = {dtype: Tally() for dtype in PRECISIONS}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for index in progress.track(range(cases), description="cases"):
+            dtype = list(PRECISIONS)[index % len(PRECISIONS)]
+            shape = SHAPES[random.integers(len(SHAPES))]
+            _judge(tallies[dtype], dtype, shape, runners, random)
+    yield _section(tallies, seed)
+
+
+def draw(config: Config, tokens: int, dtype: str, random: np.random.Generator) -> tuple[StateDict, np.ndarray]:
+    """Draw weights at one of the scales, a mask with any share of open entries or the causal one, and inputs."""
+    scale = SCALES[random.integers(len(SCALES))]
+    state = {}
+    for name in ("W_query", "W_key", "W_value"):
+        shape = config.output_embedding_dim, config.input_embedding_dim
+        state[f"{name}.weight"] = scale * random.standard_normal(shape) / np.sqrt(config.input_embedding_dim)
+        if config.qkv_bias:
+            state[f"{name}.bias"] = scale * random.standard_normal(config.output_embedding_dim)
+    square = config.context_length, config.context_length
+    mask = np.triu(np.ones(square), k=1) if random.random() < 0.5 else random.random(square) < random.random()
+    tensors = {key: numpy_to_tensor(value.astype(numpy_dtype(dtype))) for key, value in state.items()}
+    tensors["mask"] = numpy_to_tensor(np.asarray(mask, dtype=np.float32))
+    inputs = random.standard_normal((2, tokens, config.input_embedding_dim)).astype(numpy_dtype(dtype))
+    return tensors, inputs
+
+
+def _judge(tally: Tally, dtype: str, shape: tuple[Config, int], runners: dict, random: np.random.Generator) -> None:
+    """Run one case in each implementation; keep error over bound, and the slip that the bound would catch."""
+    state, inputs = draw(*shape, dtype, random)
+    arrays = numpy_state(state)
+    tally.cases += 1
+    if overflow(inputs, arrays, arrays["mask"], PRECISIONS[dtype]):
+        tally.outside += 1
+        return
+    exact = attention_stages(inputs, arrays, arrays["mask"]).context
+    precisions = PRECISIONS[dtype], PRECISIONS["float64"]
+    limit = sum(context_bound(inputs, arrays, arrays["mask"], precision) for precision in precisions)
+    for name in IMPLEMENTATIONS:
+        tally.ratios[name].append(agreement(runners[name, shape](state, inputs), exact, limit).ratio)
+    slipped = {key: value.astype(np.float64) * (1 + SLIP if "query" in key else 1) for key, value in arrays.items()}
+    moved = np.abs(attention_stages(inputs, slipped, arrays["mask"]).context - exact) / SLIP
+    caught = np.nanmax(moved / limit, initial=0.0)
+    if caught:
+        tally.slips[shape[0]] = min(tally.slips[shape[0]], float(1 / caught))
+
+
+def _section(tallies: dict[str, Tally], seed: int) -> Section:
+    rows: list[list[Cell]] = []
+    section = Section(f"The rounding bound under {sum(tally.cases for tally in tallies.values())} drawn cases")
+    for dtype, tally in tallies.items():
+        worst = {name: max(tally.ratios[name], default=float("nan")) for name in IMPLEMENTATIONS}
+        rows.append([dtype, tally.cases, tally.outside, *worst.values()])
+        for name, ratio in worst.items():
+            section.checks.append(
+                Check(
+                    f"bound holds in {dtype}",
+                    TITLES[name],
+                    ratio <= 1.0,
+                    f"worst error/bound {ratio:.2g} of {len(tally.ratios[name])}",
+                    "at most 1",
+                )
+            )
+    section.blocks = [
+        f"Seed {seed}. Outside: cases in which the dtype may overflow, not compared. Then the worst error over the "
+        "bound of each implementation.",
+        Table(["dtype", "cases", "outside", *IMPLEMENTATIONS], rows),
+        "What the bound would catch: the smallest relative slip of the scores that leaves it, in the case of each "
+        "size that shows it best. Above 1 the bound says nothing of the scores in that dtype.",
+        Table(["tokens", "head_dim", *PRECISIONS], _slips(tallies)),
+    ]
+    return section
+
+
+def _slips(tallies: dict[str, Tally]) -> list[list[Cell]]:
+    return [
+        [tokens, config.output_embedding_dim, *(tally.slips[config] for tally in tallies.values())]
+        for config, tokens in SHAPES
+    ]
