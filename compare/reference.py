@@ -9,11 +9,11 @@ import numpy as np
 class Stages(NamedTuple):
     """Every intermediate of the formula, in order."""
 
-    queries: np.ndarray  # (batch, tokens, head_dim), as keys, values and context
+    queries: np.ndarray  # (..., tokens, head_dim), as keys, values and context
     keys: np.ndarray
     values: np.ndarray
-    scores: np.ndarray  # (batch, tokens, tokens), scaled, -inf where blocked
-    weights: np.ndarray  # (batch, tokens, tokens), after dropout
+    scores: np.ndarray  # (..., tokens, tokens), scaled, -inf where blocked
+    weights: np.ndarray  # (..., tokens, tokens), after dropout
     context: np.ndarray
 
 
@@ -34,6 +34,27 @@ def attention_stages(
         dropout: the probability that `keep` was drawn with: kept weights are divided by 1 - dropout.
     """
     queries, keys, values = (_project(inputs, state, name) for name in ("W_query", "W_key", "W_value"))
+    return masked_attention(queries, keys, values, mask, keep, dropout)
+
+
+def masked_attention(
+    queries: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    mask: np.ndarray,
+    keep: np.ndarray | None = None,
+    dropout: float = 0.0,
+) -> Stages:
+    """Return the stages of masked attention in float64, over any leading batch and head dimensions.
+
+    Args:
+        queries: (..., tokens, head_dim), float64.
+        keys: likewise.
+        values: likewise.
+        mask: (context_length, context_length); nonzero blocks.
+        keep: (..., tokens, tokens), True where dropout keeps the weight; None for no dropout.
+        dropout: the probability that `keep` was drawn with: kept weights are divided by 1 - dropout.
+    """
     num_tokens, head_dim = queries.shape[-2:]
     blocked = mask[:num_tokens, :num_tokens] != 0
     scores = np.where(blocked, -np.inf, queries @ keys.swapaxes(-1, -2)) / np.sqrt(head_dim)

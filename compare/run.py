@@ -117,13 +117,7 @@ def compiled(implementation: Implementation, config: Config) -> Callable[[StateD
 def _run_torch(
     config: Config, state: StateDict, inputs: np.ndarray, device: Any, keep: np.ndarray | None
 ) -> np.ndarray:
-    module = build_torch(config, buffer="mask" in state)
-    module.load_state_dict(state, assign=True)
-    module.to(device).eval()
-    module.mask = module.mask.to(device)  # without the buffer, `.to` has left it behind
-    if keep is not None:
-        kept = torch.from_numpy(keep).to(device)
-        module.dropout = _Kept(lambda weights: torch.where(kept, weights / (1.0 - config.dropout), 0.0))  # type: ignore[assignment]
+    module = ready_torch(config, state, device, keep)
     with torch.no_grad():
         return tensor_to_numpy(module(numpy_to_tensor(inputs).to(device)))
 
@@ -131,28 +125,56 @@ def _run_torch(
 def _run_linen(
     config: Config, state: StateDict, inputs: np.ndarray, device: Any, keep: np.ndarray | None
 ) -> np.ndarray:
+    apply, variables = ready_linen(config, state, keep)
+    return np.asarray(apply(jax.device_put(variables, device), jax.device_put(inputs, device)))
+
+
+def _run_nnx(config: Config, state: StateDict, inputs: np.ndarray, device: Any, keep: np.ndarray | None) -> np.ndarray:
+    model = ready_nnx(config, state, keep)
+    nnx.update(model, jax.device_put(nnx.state(model), device))
+    return np.asarray(model(jax.device_put(inputs, device)))
+
+
+def ready_torch(config: Config, state: StateDict, device: Any, keep: np.ndarray | None) -> TorchAttention:
+    """Return the module with this state on the device, in `eval` mode or dropping what `keep` does not keep."""
+    module = build_torch(config, buffer="mask" in state)
+    module.load_state_dict(state, assign=True)
+    module.to(device).eval()
+    module.mask = module.mask.to(device)  # without the buffer, `.to` has left it behind
+    if keep is not None:
+        kept = torch.from_numpy(keep).to(device)
+        module.dropout = _TorchKept(lambda weights: torch.where(kept, weights / (1.0 - config.dropout), 0.0))  # type: ignore[assignment]
+    return module
+
+
+def ready_linen(
+    config: Config, state: StateDict, keep: np.ndarray | None
+) -> tuple[Callable[[Mapping[str, Any], jax.Array], jax.Array], dict[str, Any]]:
+    """Return `apply` and the variables, deterministic or dropping what `keep` does not keep."""
     model = build_linen(config, buffer="mask" in state)
-    variables = torch_to_linen(state, linen_template(config, buffer="mask" in state))
 
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: linen.module.InterceptorContext) -> Any:
         if keep is None or not isinstance(context.module, linen.Dropout):
             return call(*args, **kwargs)
         return jnp.where(keep, args[0] / (1.0 - config.dropout), 0.0)
 
-    with linen.intercept_methods(intercept):
-        return np.asarray(model.apply(jax.device_put(variables, device), jax.device_put(inputs, device)))
+    def apply(variables: Mapping[str, Any], inputs: jax.Array) -> Any:
+        with linen.intercept_methods(intercept):
+            return model.apply(variables, inputs)
+
+    return apply, torch_to_linen(state, linen_template(config, buffer="mask" in state))
 
 
-def _run_nnx(config: Config, state: StateDict, inputs: np.ndarray, device: Any, keep: np.ndarray | None) -> np.ndarray:
+def ready_nnx(config: Config, state: StateDict, keep: np.ndarray | None) -> NnxAttention:
+    """Return the model with this state, in `eval` mode or dropping what `keep` does not keep."""
     model = torch_to_nnx(state, build_nnx(config, buffer="mask" in state))
-    nnx.update(model, jax.device_put(nnx.state(model), device))
     model.eval()
     if keep is not None:
-        model.dropout = lambda weights: jnp.where(keep, weights / (1.0 - config.dropout), 0.0)  # type: ignore[assignment]
-    return np.asarray(model(jax.device_put(inputs, device)))
+        model.dropout = _NnxKept(lambda weights: jnp.where(keep, weights / (1.0 - config.dropout), 0.0))  # type: ignore[assignment]
+    return model
 
 
-class _Kept(torch.nn.Module):
+class _TorchKept(torch.nn.Module):
     """Dropout with a given pattern, in the place of `nn.Dropout`."""
 
     def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -160,4 +182,14 @@ class _Kept(torch.nn.Module):
         self.function = function
 
     def forward(self, weights: torch.Tensor) -> torch.Tensor:
+        return self.function(weights)
+
+
+class _NnxKept(nnx.Module):
+    """Dropout with a given pattern, in the place of `nnx.Dropout`."""
+
+    def __init__(self, function: Callable[[jax.Array], jax.Array]) -> None:
+        self.function = function
+
+    def __call__(self, weights: jax.Array) -> jax.Array:
         return self.function(weights)

@@ -1,7 +1,6 @@
 """The judge is tested too: what must fail, fails; and the reference is the formula, the bound a bound."""
 
-import math
-
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from compare.cases import CASES, Config
 from compare.check import agreement
 from compare.parity import against_reference
-from compare.reference import attention_stages
+from compare.reference import attention_stages, masked_attention
 from compare.rounding import EXP_ULPS, PRECISIONS, context_bound, overflow
 from compare.run import IMPLEMENTATIONS, run
 from compare.scripts import bound
@@ -74,31 +73,36 @@ def test_nothing_compared_is_an_error() -> None:
         agreement(ONES, np.ones(3), 1.0)
 
 
-def test_the_reference_is_the_formula() -> None:
-    """Sums written out, one weight at a time, in Python floats."""
-    inputs, state = (
-        normal(2, 3, 2),
-        {f"W_{name}.weight": normal(3, 2, seed=i) for i, name in enumerate(("query", "key", "value"))},
-    )
-    state["W_key.bias"] = normal(3, seed=9)
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3)], ids=str)
+def test_the_reference_is_the_formula_to_50_digits(leading: tuple[int, ...]) -> None:
+    """The sums written out in mpmath, one weight at a time, with and without dropout."""
+    tokens, head_dim, rate = 3, 5, 0.25
+    queries, keys, values = (normal(*leading, tokens, head_dim, seed=seed).astype(np.float64) for seed in range(3))
     mask = np.array([[0, 1, 0, 1], [0, 0, 2, 1], [0, 0, 0, 1], [0, 0, 0, 0]], dtype=np.float32)
-    found = attention_stages(inputs, state, mask).context
+    keep = np.random.default_rng(4).random((*leading, tokens, tokens)) >= rate
+    for kept, dropped in ((None, 0.0), (keep, rate)):
+        found = masked_attention(queries, keys, values, mask, kept, dropped).context
+        assert found.shape == values.shape
+        for index in np.ndindex(*leading, tokens):
+            expected = _row(queries[index], keys[index[:-1]], values[index[:-1]], mask[index[-1]],
+                            np.ones(tokens, bool) if kept is None else kept[index], dropped)  # fmt: skip
+            # float64 sums of at most 5 terms, then an exp, a quotient and 3 terms more: under 64 roundings
+            # of entries that stay below 8.
+            assert np.abs(found[index] - expected).max() <= 64 * 2.0**-53 * 8
 
-    def project(token: np.ndarray, name: str) -> list[float]:
-        bias = state.get(f"{name}.bias", np.zeros(3))
-        return [sum(float(w) * float(x) for w, x in zip(row, token, strict=True)) + float(b)
-                for row, b in zip(state[f"{name}.weight"], bias, strict=True)]  # fmt: skip
 
-    for batch, i in np.ndindex(2, 3):
-        query = project(inputs[batch, i], "W_query")
-        seen = [j for j in range(3) if mask[i, j] == 0]
-        keys = {j: project(inputs[batch, j], "W_key") for j in seen}
-        scores = {j: math.exp(sum(q * k for q, k in zip(query, keys[j], strict=True)) / math.sqrt(3)) for j in seen}
-        values = {j: project(inputs[batch, j], "W_value") for j in seen}
-        expected = [sum(scores[j] * values[j][e] for j in seen) / sum(scores.values()) for e in range(3)]
-        # Both are float64 sums of at most 3 terms; their bound at these sizes.
-        limit = 2 * context_bound(inputs, state, mask, PRECISIONS["float64"])[batch, i]
-        assert agreement(found[batch, i], np.array(expected), limit).held
+def _row(
+    query: np.ndarray, keys: np.ndarray, values: np.ndarray, blocked: np.ndarray, keep: np.ndarray, rate: float
+) -> np.ndarray:
+    """One row of attention in 50 digits, rounded to float64 at the end."""
+    with mpmath.workdps(50):
+        opened = [j for j in range(len(keys)) if blocked[j] == 0]
+        dots = {j: mpmath.fdot(map(mpmath.mpf, query), map(mpmath.mpf, keys[j])) for j in opened}
+        raised = {j: mpmath.exp(dots[j] / mpmath.sqrt(len(query))) for j in opened}
+        total = mpmath.fsum(raised.values()) * (1 - mpmath.mpf(rate))
+        mixed = [mpmath.fsum(raised[j] * mpmath.mpf(values[j, e]) for j in opened if keep[j]) / total
+                 for e in range(values.shape[1])]  # fmt: skip
+        return np.array([float(entry) for entry in mixed])
 
 
 @given(

@@ -1,0 +1,122 @@
+"""First and second derivatives of the same scalar in the three implementations, in float64, by torch's names.
+
+The scalar is the sum of outputs times a fixed cotangent; it depends on the parameters and the inputs. Buffers are
+given, not differentiated.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+from .cases import Config
+from .convert import StateDict, linen_to_torch, torch_to_linen
+from .run import Implementation, linen_template, ready_linen, ready_nnx, ready_torch
+from .transfer import numpy_state
+
+
+class Derivatives(NamedTuple):
+    """The gradient, and the product of the Hessian with a direction, by entry; `inputs` is one of them."""
+
+    gradient: dict[str, np.ndarray]
+    hessian_vector: dict[str, np.ndarray]
+
+
+def derivatives(
+    implementation: Implementation,
+    config: Config,
+    state: StateDict,
+    inputs: np.ndarray,
+    cotangent: np.ndarray,
+    direction: dict[str, np.ndarray],
+    keep: np.ndarray | None = None,
+) -> Derivatives:
+    """Differentiate one implementation.
+
+    Args:
+        implementation: which one.
+        config: the constructor arguments.
+        state: a float64 torch state dict.
+        inputs: (batch, tokens, input_embedding_dim), float64.
+        cotangent: (batch, tokens, output_embedding_dim), float64.
+        direction: for each parameter by its torch key, and for `inputs`, an array of its shape.
+        keep: (batch, tokens, tokens), True where dropout keeps the weight; None for no dropout.
+    """
+    if implementation == "torch":
+        return _torch(config, state, inputs, cotangent, direction, keep)
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        return _flax(implementation, config, state, inputs, cotangent, direction, keep)
+
+
+def _torch(
+    config: Config,
+    state: StateDict,
+    inputs: np.ndarray,
+    cotangent: np.ndarray,
+    direction: dict[str, np.ndarray],
+    keep: np.ndarray | None,
+) -> Derivatives:
+    module = ready_torch(config, state, "cpu", keep)
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    along = {name: torch.from_numpy(array) for name, array in direction.items()}
+
+    def scalar(parameters: dict[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+        outputs = torch.func.functional_call(module, parameters, (inputs,))
+        return (outputs * torch.from_numpy(cotangent)).sum()
+
+    gradient = torch.func.grad(scalar, argnums=(0, 1))
+
+    # Reverse over reverse: torch's forward mode warns of its own deprecated parts.
+    def gradient_along(parameters: dict[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+        by_name, by_inputs = gradient(parameters, inputs)
+        products = [(by_name[name] * along[name]).sum() for name in by_name]
+        return sum(products, (by_inputs * along["inputs"]).sum())
+
+    at = (parameters, torch.from_numpy(inputs))
+    found = gradient(*at), torch.func.grad(gradient_along, argnums=(0, 1))(*at)
+    first, second = (numpy_state({**by_name, "inputs": by_inputs}) for by_name, by_inputs in found)
+    return Derivatives(first, second)
+
+
+def _flax(
+    implementation: Implementation,
+    config: Config,
+    state: StateDict,
+    inputs: np.ndarray,
+    cotangent: np.ndarray,
+    direction: dict[str, np.ndarray],
+    keep: np.ndarray | None,
+) -> Derivatives:
+    apply, variables = ready_linen(config, state, keep)
+    if implementation == "nnx":
+        apply = _nnx_apply(config, state, keep)
+    buffers = {name: collection for name, collection in variables.items() if name != "params"}
+    along = torch_to_linen(
+        {key: torch.from_numpy(array) for key, array in direction.items() if key != "inputs"},
+        linen_template(config, buffer=False),
+    )
+
+    def scalar(parameters: Any, inputs: jax.Array) -> jax.Array:
+        return (apply({"params": parameters, **buffers}, inputs) * cotangent).sum()
+
+    gradient = jax.grad(scalar, argnums=(0, 1))
+    at = (variables["params"], jnp.asarray(inputs))
+    first, second = jax.jvp(gradient, at, (along["params"], jnp.asarray(direction["inputs"])))
+    return Derivatives(_by_torch_name(*first), _by_torch_name(*second))
+
+
+def _by_torch_name(parameters: Any, inputs: jax.Array) -> dict[str, np.ndarray]:
+    return {**numpy_state(linen_to_torch({"params": parameters})), "inputs": np.asarray(inputs)}
+
+
+def _nnx_apply(config: Config, state: StateDict, keep: np.ndarray | None) -> Any:
+    """Return a function of Linen's params that runs the NNX model: both name their parameters alike."""
+    graph, _, rest = nnx.split(ready_nnx(config, state, keep), nnx.Param, ...)
+
+    def apply(variables: dict[str, Any], inputs: jax.Array) -> Any:
+        return nnx.merge(graph, nnx.State(variables["params"]), rest)(inputs)
+
+    return apply
