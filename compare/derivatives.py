@@ -104,7 +104,8 @@ def _flax(
 
     gradient = jax.grad(scalar, argnums=(0, 1))
     at = (variables["params"], jnp.asarray(inputs))
-    first, second = jax.jvp(gradient, at, (along["params"], jnp.asarray(direction["inputs"])))
+    found: Any = jax.jvp(gradient, at, (along["params"], jnp.asarray(direction["inputs"])))
+    first, second = found
     return Derivatives(_by_torch_name(*first), _by_torch_name(*second))
 
 

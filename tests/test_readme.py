@@ -1,5 +1,6 @@
 """What the README says is so: its snippets run, its tables are the code's, its commands are CI's."""
 
+import json
 import re
 import subprocess
 import sys
@@ -53,3 +54,14 @@ def test_the_state_table() -> None:
         assert isinstance(state["mask"], nnx.Variable) is buffer
         assert not isinstance(state["mask"], nnx.Param)
     assert isinstance(torch_module().W_key.weight, torch.nn.Parameter)
+
+
+def test_the_bound_table_is_the_records() -> None:
+    record = json.loads((ROOT / "compare/records/bound-cpu.json").read_text(encoding="utf-8"))
+    campaign, slips = (block for block in record["sections"][0]["blocks"] if isinstance(block, dict))
+    assert record["command"] == "compare bound --cases 10000 --seed 0"
+    at_five_tokens = slips["rows"][1]
+    assert at_five_tokens[:2] == [5, 11]
+    for (dtype, cases, outside, *worst), slip in zip(campaign["rows"], at_five_tokens[2:], strict=True):
+        cells = [dtype, str(cases), str(outside), *(f"{value:.2g}" for value in (*worst, slip))]
+        assert f"| {' | '.join(cells)} |" in README
