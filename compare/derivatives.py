@@ -115,7 +115,8 @@ def _by_torch_name(parameters: Any, inputs: jax.Array) -> dict[str, np.ndarray]:
 
 def _nnx_apply(config: Config, state: StateDict, keep: np.ndarray | None) -> Any:
     """Return a function of Linen's params that runs the NNX model: both name their parameters alike."""
-    graph, _, rest = nnx.split(ready_nnx(config, state, keep), nnx.Param, ...)
+    split: Any = nnx.split(ready_nnx(config, state, keep), nnx.Param, ...)
+    graph, _, rest = split
 
     def apply(variables: dict[str, Any], inputs: jax.Array) -> Any:
         return nnx.merge(graph, nnx.State(variables["params"]), rest)(inputs)

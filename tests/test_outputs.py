@@ -9,7 +9,7 @@ from compare.check import agreement
 from compare.rounding import FLOAT64_RELATIVE
 from compare.run import IMPLEMENTATIONS, run
 
-from .support import judge, normal, state_of
+from .support import judge, normal, same_bits, state_of
 
 DTYPES = ("float32", "float64")
 T = PRIME.context_length
@@ -78,6 +78,24 @@ def test_a_blocked_nan_or_inf_reaches_every_row(name: str, value: float, device:
     outputs = run(name, PRIME, state_of(PRIME, "float32"), inputs, device=device)
     assert np.isfinite(outputs[0]).all()
     assert np.isnan(outputs[1]).all()
+
+
+@pytest.mark.parametrize("value", [3.0, -1e30])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_later_token_changes_no_bit_before_it(name: str, value: float, device: str) -> None:
+    state, inputs = state_of(PRIME_BIAS, "float32"), normal(2, 5, PRIME.input_embedding_dim)
+    changed = inputs.copy()
+    changed[:, 3:] = value
+    before, after = (run(name, PRIME_BIAS, state, given, device=device) for given in (inputs, changed))
+    assert same_bits(before[:, :3], after[:, :3])
+    assert not np.array_equal(before[:, 3:], after[:, 3:])
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_the_same_program_twice_gives_the_same_bits(name: str, device: str) -> None:
+    state, inputs = state_of(PRIME_BIAS, "float32"), normal(2, 5, PRIME.input_embedding_dim)
+    first, second = (run(name, PRIME_BIAS, state, inputs, device=device) for _ in range(2))
+    assert same_bits(first, second)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
