@@ -99,7 +99,10 @@ def _run(command: str, parts: list[str] | tuple[str, ...], json_file: Path | Non
                 raise typer.BadParameter(str(error)) from error
     print_summary(console, report)
     if json_file is not None:
-        _write_json(json_file, report)
+        try:
+            _write_json(json_file, report)
+        except OSError as error:
+            raise typer.BadParameter(f"{json_file} could not be written: {error}") from error
         console.print(f"Written to {json_file}")
     raise typer.Exit(0 if report.held else 1)
 
@@ -127,8 +130,12 @@ def versions() -> dict[str, str]:
 def _write_json(path: Path, report: Report) -> None:
     from .checkpoint.atomic import atomic_file
 
+    text = json.dumps(report.as_json(), indent=1, allow_nan=False).encode()
+    if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
+        path.write_bytes(text)
+        return
     with atomic_file(path) as stream:
-        stream.write(json.dumps(report.as_json(), indent=1, allow_nan=False).encode())
+        stream.write(text)
 
 
 if __name__ == "__main__":

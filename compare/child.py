@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# The parent may hold most of a GPU's memory: a child that needs none of it stays on the CPU.
+ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
 # Importing both frameworks takes seconds; a process that needs minutes hangs.
 TIMEOUT_SECONDS = 240
 

@@ -1,7 +1,8 @@
 """Parameters and buffers from PyTorch to Flax and back, bit for bit, everything accounted for.
 
-The mask is state: it travels with the weights. No value is cast, no entry invented: dtypes follow the
-source, and by default one error lists all that does not fit before anything is changed.
+The mask is state: it travels with the weights. No value changes, no entry is invented: dtypes follow the
+source (but for int64, which becomes int32 where JAX has x64 off, if every value fits), and by default one
+error lists all that does not fit before anything is changed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -80,8 +81,9 @@ def torch_to_nnx(
 
     Args:
         source: a module, or its state dict. Weights are (out, in).
-        model: the model to fill; `nnx.eval_shape(lambda: Model(...))` will do. Values land where the
-            model's were, if it was placed on chosen devices.
+        model: the model to fill. Values land where the model's were, if it was placed on chosen
+            devices. Of an abstract model (`nnx.eval_shape`) Params and Buffers are filled, and its random
+            streams and plain arrays stay abstract: build a real one to train it.
         copy: False shares memory with the torch tensors (see `compare.transfer.to_jax`).
         strict: False converts what fits and leaves the rest of the model as it was.
 
@@ -168,7 +170,7 @@ def _state_dict(source: Source) -> Mapping[str, Any]:
 
 
 def _linen_leaves(variables: Mapping[str, Any]) -> dict[Path, Any]:
-    if not isinstance(variables, Mapping):
+    if not isinstance(variables, Mapping) or isinstance(variables, nnx.State):
         raise TypeError(f"got a {type(variables).__name__}; expected Linen variables, as `model.init` returns them")
     return flatten_dict(variables)
 
@@ -206,7 +208,7 @@ def _to_flax(
         else:
             try:
                 array = to_jax(tensor, transpose=row.layout == "transposed", copy=copy)
-                arrays[path] = _place_like(array, leaf)
+                arrays[path] = _place_like(array, leaf, copy)
             except Untransferable as error:
                 refused.append(Entry(row.torch_key, place, tuple(tensor.shape), expected, str(error)))
     unexpected = [
@@ -250,7 +252,11 @@ def _torch_shape(row: Row | None, shape: Shape) -> Shape:
     return tuple(reversed(shape)) if row is not None and row.layout == "transposed" else tuple(shape)
 
 
-def _place_like(array: jax.Array, leaf: Any) -> jax.Array:
+def _place_like(array: jax.Array, leaf: Any, copy: bool) -> jax.Array:
     """Return the array where the leaf was put on purpose: committed, or abstract with a sharding."""
     chosen = leaf.committed if isinstance(leaf, jax.Array) else getattr(leaf, "sharding", None) is not None
-    return jax.device_put(array, leaf.sharding) if chosen else array
+    if not chosen:
+        return array
+    if not copy and not array.sharding.is_equivalent_to(leaf.sharding, array.ndim):
+        raise Untransferable(f"the template is on {leaf.sharding}, the tensor on {array.device}; use copy=True")
+    return jax.device_put(array, leaf.sharding)

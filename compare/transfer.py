@@ -76,17 +76,16 @@ def to_jax(tensor: Tensor, *, transpose: bool, copy: bool) -> jax.Array:
         Untransferable: as `tensor_to_numpy`; a 64-bit value that JAX would narrow with loss; with
             `copy=False` a tensor that cannot be shared.
     """
+    if not copy and (tensor.is_conj() or tensor.is_neg()):
+        raise Untransferable("a conjugated or negated view has no memory of its own to share; use copy=True")
     tensor = _fit_x64(dense(tensor), copy=copy)
     tensor = tensor.mT if transpose else tensor
     if copy:
         return jnp.asarray(np.array(tensor_to_numpy(tensor), order="C", copy=True))
     try:
-        shared = jax.dlpack.from_dlpack(tensor, copy=False)
+        return jax.dlpack.from_dlpack(tensor, copy=False)
     except Exception as error:  # XLA's own errors share no narrower class across versions
         raise Untransferable(f"memory cannot be shared ({error}); use copy=True") from error
-    if shared.dtype.name != str(tensor.dtype).removeprefix("torch."):
-        raise Untransferable(f"sharing would turn {tensor.dtype} into {shared.dtype}; use copy=True")
-    return shared
 
 
 def to_torch(array: jax.Array | np.ndarray, *, transpose: bool, copy: bool) -> Tensor:
@@ -104,6 +103,8 @@ def to_torch(array: jax.Array | np.ndarray, *, transpose: bool, copy: bool) -> T
         raise Untransferable("the array was deleted, as a donated argument is; convert it before donating it")
     if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.extended):
         raise Untransferable(f"dtype {array.dtype} has no torch counterpart")
+    if not copy and not array.dtype.isnative:
+        raise Untransferable("torch has no foreign byte order, so the memory cannot be shared; use copy=True")
     if copy:
         host = np.asarray(array)
         return numpy_to_tensor(np.array(host.swapaxes(-1, -2) if transpose else host, order="C", copy=True))

@@ -5,12 +5,20 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 
 def causal_mask(context_length: int) -> Float[Array, "context_length context_length"]:
     """Return the float32 mask with 1 above the diagonal: token i may not look at token j > i."""
     return jnp.triu(jnp.ones((context_length, context_length), dtype=jnp.float32), k=1)
+
+
+def is_nonzero(mask: Shaped[Array, "..."]) -> Bool[Array, "..."]:
+    """Tell which entries are not 0, by their bits: XLA on the CPU takes a subnormal number for 0."""
+    if not jnp.issubdtype(mask.dtype, jnp.floating):
+        return mask.astype(bool)
+    bits = jax.lax.bitcast_convert_type(mask, jnp.dtype(f"uint{8 * mask.dtype.itemsize}"))
+    return bits << 1 != 0  # without the sign, for -0.0
 
 
 def masked_attention(
@@ -28,7 +36,7 @@ def masked_attention(
     Source: Vaswani et al., "Attention Is All You Need", section 3.2.1.
     """
     num_tokens, head_dim = queries.shape[-2:]
-    blocked = mask[None, :num_tokens, :num_tokens].astype(bool)  # (1, tokens, tokens)
+    blocked = is_nonzero(mask[None, :num_tokens, :num_tokens])  # (1, tokens, tokens)
     scores = queries @ keys.mT  # (batch, tokens, tokens)
     scores = jnp.where(blocked, -jnp.inf, scores)
     weights = jax.nn.softmax(scores / head_dim**0.5, axis=-1)  # (batch, tokens, tokens)

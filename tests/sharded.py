@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from compare.cases import Config
 from compare.convert import linen_to_torch, torch_to_linen
+from compare.errors import ConversionError
 from compare.parity import against_reference
 from compare.run import build_linen, build_torch, linen_template
 
@@ -29,12 +30,17 @@ def main() -> None:
     outputs = jax.jit(build_linen(CONFIG, buffer=True).apply)(sharded, jax.device_put(inputs, by_row))
     back = linen_to_torch(sharded)
     placed = torch_to_linen(state, sharded)
+    try:
+        torch_to_linen(state, sharded, copy=False)
+    except ConversionError as error:
+        refused = "use copy=True" in str(error)
     print(
         json.dumps(
             {
                 "devices": len(sharded["buffers"]["mask"].devices()),
                 "round_trip": all(torch.equal(back[key], state[key]) for key in state),
                 "placed_like_the_template": placed["buffers"]["mask"].sharding == by_row,
+                "sharing_refused": refused,
                 "error_over_bound": against_reference(np.asarray(outputs), CONFIG, state, inputs).ratio,
             }
         )

@@ -38,12 +38,22 @@ def changed(value: float) -> np.ndarray:
         (changed(np.nextafter(1.0, 2.0)), ONES, 0.0),
         (changed(1.0 + 2e-3), ONES, 1e-3),
         (changed(1.1), ONES, np.nan),
+        (changed(1.1), ONES, np.inf),
+        (ONES, ONES, None),
         (ONES + np.array([1.0, -1.0, 0.0]), ONES, 0.5),
         (np.array([3.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0]), 0.5),
     ],
     ids=[
         *("nan found", "nan expected", "nan under an infinite limit", "all nan", "inf found", "inf of the other sign"),
-        *("an ulp against a limit of 0", "twice the limit", "nan limit", "errors that cancel", "a permutation"),
+        *(
+            "an ulp against a limit of 0",
+            "twice the limit",
+            "nan limit",
+            "infinite limit",
+            "no limit",
+            "errors that cancel",
+            "a permutation",
+        ),
     ],
 )
 def test_the_judge_fails(found: np.ndarray, expected: np.ndarray, limit: float) -> None:
@@ -69,6 +79,8 @@ def test_matching_nan_and_inf_hold() -> None:
 def test_nothing_compared_is_an_error() -> None:
     with pytest.raises(ValueError, match="nothing to compare"):
         agreement(np.zeros((0, 3)), np.zeros((0, 3)), 1.0)
+    with pytest.raises(ValueError, match="a limit is negative"):
+        agreement(ONES, ONES, -1.0)
     with pytest.raises(ValueError, match=r"cannot compare shapes \(2, 3\) and \(3,\)"):
         agreement(ONES, np.ones(3), 1.0)
 

@@ -1,5 +1,6 @@
 """Every format, written by each implementation and read by each, whole or not at all."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from flax import nnx, serialization
 import compare
 from compare.cases import PRIME, PRIME_BIAS, Config
 from compare.checkpoint import atomic
-from compare.errors import CheckpointError, ConversionError
+from compare.errors import CheckpointError
 from compare.run import IMPLEMENTATIONS, build_nnx, build_torch, linen_template
 from compare.scripts import checkpoints
 from compare.transfer import tensor_to_numpy
@@ -168,7 +169,7 @@ def _folder(path: Path) -> None:
     [
         (_no_file, "no such file or folder"),
         (_empty, "is empty"),
-        (_junk, "not a whole|holds"),
+        (_junk, "not a whole"),
         (_cut, "not a whole"),
         (_folder, "is no regular file; an Orbax folder is named without suffix"),
     ],
@@ -265,10 +266,47 @@ def test_a_state_that_does_not_fit_changes_nothing(reader: str, suffix: str, tmp
         assert same_bits(tensor_to_numpy(tensor), before[key])
 
 
+@pytest.mark.parametrize("value", [torch.zeros(11).to_sparse(), torch.zeros(11, device="meta")], ids=["sparse", "meta"])
+def test_a_tensor_without_plain_values_changes_nothing(value: torch.Tensor, tmp_path: Path) -> None:
+    torch.save({**state_of(PRIME_BIAS, "float32"), "W_value.bias": value}, tmp_path / "state.pth")
+    module = torch_module(seed=9)
+    before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"W_value.bias: a (sparse|meta)"):
+        compare.load_checkpoint(tmp_path / "state.pth", module)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
+
+
+def test_an_expanded_mask_is_not_half_loaded_into(tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "state.pth", torch_module(seed=1))
+    module = torch_module(seed=9)
+    module.mask = torch.zeros(1, 7).expand(7, 7)
+    with pytest.raises(CheckpointError, match=r"`module.mask = module.mask.clone\(\)` first"):
+        compare.load_checkpoint(path, module)
+    assert torch.equal(module.W_key.weight, torch_module(seed=9).W_key.weight)
+
+
+def test_links_permissions_and_views(tmp_path: Path) -> None:
+    real = compare.save_checkpoint(tmp_path / "real.pth", torch_module(seed=1))
+    real.chmod(0o600)
+    (tmp_path / "link.pth").symlink_to(real)
+    compare.save_checkpoint(tmp_path / "link.pth", torch_module(seed=2))
+    assert (tmp_path / "link.pth").is_symlink()
+    assert real.stat().st_mode & 0o777 == 0o600
+    assert torch.equal(compare.read_checkpoint(real)["W_key.weight"], torch_module(seed=2).W_key.weight)
+    view = compare.save_checkpoint(tmp_path / "view.pth", {"mask": torch.zeros(1000, 1000)[:2, :2]})
+    assert view.stat().st_size < 10_000, "the view took its whole storage along"
+
+
 def test_torch_modules_are_never_cast_into(tmp_path: Path) -> None:
     path = compare.save_checkpoint(tmp_path / "state.safetensors", torch_module(PRIME))
-    with pytest.raises(CheckpointError, match=r"mask: is torch.float32; the module has torch.float64: cast the module"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"mask: is torch.float32; the module has torch.float64: `module.to\(torch.float32\)` first",
+    ):
         compare.load_checkpoint(path, torch_module(PRIME).double())
+    whole = compare.save_checkpoint(tmp_path / "bool.pth", {**state_of(PRIME, "float32"), "mask": torch.ones(7, 7) > 0})
+    with pytest.raises(CheckpointError, match=r"`module.mask = module.mask.to\(torch.bool\)` first"):
+        compare.load_checkpoint(whole, torch_module(PRIME))
     with torch.device("meta"):
         unmade = build_torch(PRIME, buffer=True)
     with pytest.raises(CheckpointError, match=r"mask: the module is on the meta device"):
@@ -289,14 +327,19 @@ def test_weights_without_a_mask_do_not_load_into_the_class_with_one(tmp_path: Pa
     [
         ("state.h5", torch_module, CheckpointError, r"unknown suffix '.h5'; name it with one of .pth, .pt,"),
         ("none/state.pth", torch_module, CheckpointError, "the folder .*none does not exist; make it first"),
-        ("folder.pth", torch_module, CheckpointError, "is a folder; this format writes a file"),
-        ("file.orbax", torch_module, CheckpointError, "is a file; this format writes a folder"),
+        ("folder.pth", torch_module, CheckpointError, "is something else than a regular file"),
+        ("file.orbax", torch_module, CheckpointError, "is something else than a folder"),
+        ("pipe.pth", torch_module, CheckpointError, "is something else than a regular file"),
+        (".pth", torch_module, CheckpointError, "is a suffix without a name; say 'state.pth'"),
+        ("mixed", torch_module, CheckpointError, "holds thesis.tex beside an Orbax checkpoint; it was left alone"),
+        ("state.pth", lambda: {1: torch.zeros(2)}, CheckpointError, "the key 1 is a int; a state dict has names"),
+        ("state.pth", lambda: nnx.state(nnx_model()), CheckpointError, "give the NNX model"),
         ("folder", torch_module, CheckpointError, "is a folder that Orbax did not write; it was left alone"),
         ("state.pth", dict, CheckpointError, "there is no state in a dict"),
         ("state.pth", lambda: 3, CheckpointError, "there is no state in a int"),
         ("state.pth", lambda: {"mask": 3}, CheckpointError, "mask is a int; expected a tensor"),
         ("state.pth", lambda: {"mask": torch.zeros(2, device="meta")}, CheckpointError, "mask: a meta tensor"),
-        ("state.msgpack", lambda: {"head": torch.zeros(2)}, ConversionError, r"unexpected head \(2,\)"),
+        ("state.msgpack", lambda: {"head": torch.zeros(2)}, CheckpointError, r"unexpected head \(2,\)"),
         ("state.orbax", lambda: {"mask": torch.zeros(0, 0)}, CheckpointError, "Orbax cannot store .* mask"),
     ],
 )
@@ -305,6 +348,10 @@ def test_what_cannot_be_saved(name: str, source: Any, error: type[Exception], me
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.tex").write_text("x")
     (tmp_path / "file.orbax").write_text("x")
+    os.mkfifo(tmp_path / "pipe.pth")
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "_METADATA").write_text("{}")
+    (tmp_path / "mixed" / "thesis.tex").write_text("x")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(error, match=message):
         compare.save_checkpoint(tmp_path / name, source())

@@ -86,6 +86,21 @@ def test_bad_usage_ends_with_2(arguments: list[str], message: str) -> None:
     assert message in " ".join(done.output.replace("│", " ").split())
 
 
+def test_a_report_goes_into_a_pipe_and_not_in_its_place(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE) as reader:
+        done = compare_command("devices", "--json", str(tmp_path / "pipe"))
+        assert done.returncode == 0, done.stderr.decode()
+        assert json.loads(reader.communicate(timeout=30)[0])["command"] == "compare devices"
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_report_that_cannot_be_written_ends_with_2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["devices", "--json", str(tmp_path / ("long" * 80))])
+    assert done.exit_code == 2
+    assert "could not be written" in " ".join(done.output.replace("│", " ").split())
+
+
 def test_a_missing_optional_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
     done = CliRunner().invoke(app, ["checkpoints"])

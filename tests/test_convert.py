@@ -119,6 +119,17 @@ def test_what_cannot_be_shared_is_refused() -> None:
     assert np.array_equal(variables["buffers"]["mask"], np.zeros((7, 7)))
 
 
+def test_what_would_have_to_be_copied_is_not_shared_without_a_word() -> None:
+    conjugated = torch.tensor([[1 + 2j, 3 - 4j]]).conj()
+    assert np.array_equal(to_jax(conjugated, transpose=False, copy=True), [[1 - 2j, 3 + 4j]])
+    with pytest.raises(Untransferable, match="conjugated or negated view"):
+        to_jax(conjugated, transpose=False, copy=False)
+    foreign = np.array([1.0, 2.0], dtype=">f4")
+    assert to_torch(foreign, transpose=False, copy=True).tolist() == [1.0, 2.0]
+    with pytest.raises(Untransferable, match="foreign byte order"):
+        to_torch(foreign, transpose=False, copy=False)
+
+
 def test_one_error_lists_everything() -> None:
     source = torch_module(PRIME, buffer=False).state_dict()
     source["W_qeury.bias"] = torch.zeros(11)
@@ -239,6 +250,8 @@ def test_wrong_kinds_of_argument() -> None:
         compare.torch_to_linen([1], variables)
     with pytest.raises(TypeError, match="expected Linen variables"):
         compare.linen_to_torch(model)
+    with pytest.raises(TypeError, match="got a State; expected Linen variables"):
+        compare.linen_to_torch(nnx.state(model))
     with pytest.raises(TypeError, match=r"model is a dict; expected an nnx.Module"):
         compare.torch_to_nnx(torch_module(PRIME), variables)
     with pytest.raises(TypeError, match="template params/W_query/kernel is a str; expected an array"):

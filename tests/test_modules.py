@@ -216,4 +216,5 @@ def test_sharded_variables_in_a_child_process() -> None:
     assert found["devices"] == 2
     assert found["round_trip"]
     assert found["placed_like_the_template"]
+    assert found["sharing_refused"]
     assert found["error_over_bound"] <= 1.0

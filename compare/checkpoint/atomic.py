@@ -1,4 +1,8 @@
-"""Write beside the target, flush to the disk, rename: a reader sees the old or the new, whole."""
+"""Write beside the target, flush to the disk, rename: there is the old or the new, whole.
+
+A file that is open stays readable as it was. A folder is read file by file, so a reader that began with the
+old one may find it gone; it then fails with an error, and reads the new one when it tries again.
+"""
 
 import ctypes
 import os
@@ -17,11 +21,14 @@ _RENAME_EXCHANGE = 2
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file in the folder of `path` that becomes `path` when the block succeeds.
 
-    If the block raises, the temporary file is removed and `path` is as it was.
+    The new file gets the old one's permissions. If the block raises, the temporary file is removed and
+    `path` is as it was.
     """
     temporary = _temporary(path)
     try:
         with temporary.open("xb") as stream:
+            if path.exists():
+                temporary.chmod(path.stat().st_mode & 0o7777)
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

@@ -28,6 +28,8 @@ FORMATS = {
     "orbax": Format((".orbax", ""), "orbax.checkpoint", True, orbax_folder.write, orbax_folder.read),
 }
 
+KNOWN = [suffix for known in FORMATS.values() for suffix in known.suffixes if suffix]
+
 
 def format_of(path: str | PathLike[str]) -> Format:
     """Return the format that the path's suffix names.
@@ -35,13 +37,15 @@ def format_of(path: str | PathLike[str]) -> Format:
     Raises:
         CheckpointError: an unknown suffix, or a format whose package is not installed.
     """
-    suffix = Path(path).suffix.lower()
-    for name, found in FORMATS.items():
+    name = Path(path).name
+    suffix = name.lower() if name.lower() in KNOWN else Path(path).suffix.lower()
+    if suffix == name.lower():
+        raise CheckpointError(path, f"is a suffix without a name; say {'state' + suffix!r}")
+    for format_name, found in FORMATS.items():
         if suffix in found.suffixes:
-            _require(path, name, found.package)
+            _require(path, format_name, found.package)
             return found
-    known = ", ".join(suffix for known in FORMATS.values() for suffix in known.suffixes if suffix)
-    raise CheckpointError(path, f"unknown suffix {suffix!r}; name it with one of {known}")
+    raise CheckpointError(path, f"unknown suffix {suffix!r}; name it with one of {', '.join(KNOWN)}")
 
 
 def _require(path: str | PathLike[str], name: str, package: str) -> None:

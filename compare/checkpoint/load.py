@@ -7,9 +7,11 @@ from typing import Any, TypeVar, overload
 
 import torch
 from flax import nnx
+from torch import Tensor
 
 from ..convert import StateDict, Variables, torch_to_linen, torch_to_nnx
 from ..errors import CheckpointError, ConversionError, Entry, Mismatch
+from ..transfer import Untransferable, dense
 from .formats import format_of
 
 Module = TypeVar("Module", bound=torch.nn.Module | nnx.Module)
@@ -31,7 +33,7 @@ def load_checkpoint(path: str | PathLike[str], target: Any) -> Any:
             target: missing, unexpected, of another shape, or (into torch) of another dtype. The
             target is as it was.
     """
-    if not isinstance(target, torch.nn.Module | nnx.Module | Mapping):
+    if not isinstance(target, torch.nn.Module | nnx.Module | Mapping) or isinstance(target, nnx.State):
         raise TypeError(f"target is a {type(target).__name__}; expected a torch or NNX module, or Linen variables")
     state = read_checkpoint(path)
     try:
@@ -71,6 +73,10 @@ def read_checkpoint(path: str | PathLike[str]) -> StateDict:
 def _fill(module: torch.nn.Module, state: StateDict) -> torch.nn.Module:
     """Load the state dict into the module, or raise ConversionError before touching it."""
     wanted = module.state_dict()
+    for key, entry in wanted.items():
+        if not isinstance(entry, Tensor):
+            reason = f"is a {type(entry).__name__} in the module; only tensors are stored"
+            raise ConversionError(Mismatch(refused=(Entry(key, "the module", reason=reason),)))
     missing = tuple(Entry(key, "the module's", expected=tuple(wanted[key].shape)) for key in wanted if key not in state)
     unexpected = tuple(Entry(key, "", tuple(state[key].shape)) for key in state if key not in wanted)
     misshaped, refused = [], []
@@ -78,15 +84,27 @@ def _fill(module: torch.nn.Module, state: StateDict) -> torch.nn.Module:
         found, expected = state[key], wanted[key]
         if found.shape != expected.shape:
             misshaped.append(Entry(key, "the module", tuple(found.shape), tuple(expected.shape)))
-        elif found.dtype != expected.dtype:
-            reason = f"is {found.dtype}; the module has {expected.dtype}: cast the module first, `module.to(dtype)`"
+        elif reason := _refusal(key, found, expected):
             refused.append(Entry(key, "the module", reason=reason))
-        elif expected.is_meta:
-            refused.append(
-                Entry(key, "the module", reason="the module is on the meta device: `to_empty(device=...)` first")
-            )
     mismatch = Mismatch(missing, unexpected, tuple(misshaped), tuple(refused))
     if mismatch:
         raise ConversionError(mismatch)
     module.load_state_dict(state)
     return module
+
+
+def _refusal(key: str, found: Tensor, expected: Tensor) -> str:
+    """Say why the tensor cannot be copied into the module's as it is, or nothing."""
+    try:
+        dense(found)
+    except Untransferable as error:
+        return str(error)
+    if expected.is_meta:
+        return "the module is on the meta device: `to_empty(device=...)` first"
+    if any(stride == 0 and size > 1 for stride, size in zip(expected.stride(), expected.shape, strict=True)):
+        return f"the module's is expanded, many entries in one place: `module.{key} = module.{key}.clone()` first"
+    if found.dtype == expected.dtype:
+        return ""
+    floating = found.dtype.is_floating_point and expected.dtype.is_floating_point
+    mend = f"module.to({found.dtype})" if floating else f"module.{key} = module.{key}.to({found.dtype})"
+    return f"is {found.dtype}; the module has {expected.dtype}: `{mend}` first"

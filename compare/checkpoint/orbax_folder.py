@@ -1,5 +1,6 @@
 """The Orbax format: a folder of Linen variables, as `StandardCheckpointer` writes it."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -9,6 +10,11 @@ from ..convert import StateDict
 from ..errors import CheckpointError
 from .atomic import atomic_folder
 from .tree import state_to_tree, tree_to_state
+
+# What Orbax itself puts into the folder of a checkpoint.
+_OWN = re.compile(
+    r"_METADATA|_CHECKPOINT_METADATA|_sharding|array_metadatas|d|manifest\.ocdbt|ocdbt\.process_\d+|commit_success\.txt"
+)
 
 
 def write(path: Path, state: StateDict) -> None:
@@ -24,6 +30,10 @@ def write(path: Path, state: StateDict) -> None:
         raise CheckpointError(path, f"Orbax cannot store arrays without elements: {', '.join(empty)}")
     if path.exists() and not _is_orbax(path):
         raise CheckpointError(path, "is a folder that Orbax did not write; it was left alone: choose another name")
+    if path.exists() and (strange := sorted(entry.name for entry in path.iterdir() if not _OWN.fullmatch(entry.name))):
+        raise CheckpointError(
+            path, f"holds {', '.join(strange)} beside an Orbax checkpoint; it was left alone: choose another name"
+        )
     with atomic_folder(path) as folder, ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute(), state_to_tree(state), force=True)
         checkpointer.wait_until_finished()

@@ -30,20 +30,23 @@ def save_checkpoint(path: str | PathLike[str], source: torch.nn.Module | nnx.Mod
 
     Raises:
         CheckpointError: the path cannot be written, or the state not be stored in this format.
-        ConversionError: the state has entries that the format's layout has no place for.
     """
     path = Path(path)
     chosen = format_of(path)
-    if not path.parent.is_dir():
-        raise CheckpointError(path, f"the folder {path.parent} does not exist; make it first")
-    if path.exists() and path.is_dir() != chosen.is_folder:
-        found, wanted = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
-        raise CheckpointError(path, f"is {found}; this format writes {wanted}: choose another name")
-    state = _state(path, source)
+    target = path.resolve()  # a link stays a link, and what it points to is replaced
+    if not target.parent.is_dir():
+        raise CheckpointError(path, f"the folder {target.parent} does not exist; make it first")
+    if target.exists() and not (target.is_dir() if chosen.is_folder else target.is_file()):
+        wanted = "a folder" if chosen.is_folder else "a regular file"
+        raise CheckpointError(path, f"is something else than {wanted}, which this format writes: choose another name")
     try:
-        chosen.write(path, state)
-    except (CheckpointError, ConversionError):
+        chosen.write(target, _state(path, source))
+    except CheckpointError:
         raise
+    except ConversionError as error:
+        raise CheckpointError(
+            path, f"the state cannot be stored in this format:\n{error.mismatch}", error.mismatch
+        ) from error
     except Exception as error:  # each library raises its own types on a full disk or a read-only folder
         raise CheckpointError(path, f"could not be written ({error}); what was there before is unchanged") from error
     return path
@@ -53,6 +56,8 @@ def _state(path: Path, source: torch.nn.Module | nnx.Module | Mapping[str, Any])
     """Return the source's state as contiguous CPU tensors under torch's names."""
     if isinstance(source, nnx.Module):
         return nnx_to_torch(source)
+    if isinstance(source, nnx.State):
+        raise CheckpointError(path, "an nnx.State does not say which module it is of; give the NNX model")
     if isinstance(source, Mapping) and any(isinstance(value, Mapping) for value in source.values()):
         return linen_to_torch(source)
     tensors = source.state_dict() if isinstance(source, torch.nn.Module) else source
@@ -65,10 +70,13 @@ def _state(path: Path, source: torch.nn.Module | nnx.Module | Mapping[str, Any])
     return {key: _plain(path, key, value) for key, value in tensors.items()}
 
 
-def _plain(path: Path, key: str, value: Any) -> Tensor:
+def _plain(path: Path, key: Any, value: Any) -> Tensor:
+    if not isinstance(key, str):
+        raise CheckpointError(path, f"the key {key!r} is a {type(key).__name__}; a state dict has names")
     if not isinstance(value, Tensor):
         raise CheckpointError(path, f"{key} is a {type(value).__name__}; expected a tensor")
     try:
+        # A clone, for a view would take its whole storage along.
         return dense(value).cpu().clone(memory_format=torch.contiguous_format)
     except Untransferable as error:
         raise CheckpointError(path, f"{key}: {error}") from error

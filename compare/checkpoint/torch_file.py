@@ -1,6 +1,7 @@
 """The torch zip format: a state dict of CPU tensors, read without running any pickled code."""
 
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -25,6 +26,10 @@ def read(path: Path) -> StateDict:
     """
     try:
         with path.open("rb") as stream:
+            start = stream.read(2)
+            if not (start == b"PK" or re.fullmatch(rb"\x80[\x02-\x05]", start)):  # a zip, or a pickle of old
+                raise ValueError(f"it begins with {start!r}")
+            stream.seek(0)
             state = torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(

@@ -13,7 +13,7 @@ import torch
 
 from ..cases import NOTEBOOK, Config
 from ..checkpoint import save_checkpoint
-from ..child import run_module
+from ..child import ON_CPU, run_module
 from ..convert import StateDict, torch_to_linen, torch_to_nnx
 from ..findings import Check, Section, Table
 from ..golden import initial_states
@@ -73,7 +73,7 @@ def _load_all(paths: list[Path]) -> Loaded:
     """Load every path in one new process for each implementation, two at a time."""
 
     def load(reader: str) -> list[dict[str, Any]]:
-        return run_module("compare.scripts.reload", [reader, *map(str, paths)])
+        return run_module("compare.scripts.reload", [reader, *map(str, paths)], ON_CPU)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         found = pool.map(load, IMPLEMENTATIONS)

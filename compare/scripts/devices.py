@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from ..cases import NOTEBOOK
-from ..child import run_module
+from ..child import ON_CPU, run_module
 from ..findings import Check, Section, Table
 from ..golden import figures, inputs
 from ..run import TITLES, TorchAttention, build_torch
 
-TWO_HOST_DEVICES = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+TWO_HOST_DEVICES = {**ON_CPU, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 
 # What JAX does in each case; the error is matched by its beginning.
 JAX_CASES = {

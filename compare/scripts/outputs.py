@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from ..cases import CASES, Case
@@ -54,7 +53,7 @@ def _measure(case: Case, dtype: str, device: str) -> _Result:
         case.name,
         dtype,
         {name: against_reference(outputs, case.config, state, inputs) for name, outputs in found.items()},
-        {name: agreement(found[name], found["torch"], np.inf) for name in ("linen", "nnx")},
+        {name: agreement(found[name], found["torch"]) for name in ("linen", "nnx")},
     )
 
 
