@@ -266,6 +266,7 @@ def test_a_state_that_does_not_fit_changes_nothing(reader: str, suffix: str, tmp
         assert same_bits(tensor_to_numpy(tensor), before[key])
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch 2.11, of any sparse tensor it loads
 @pytest.mark.parametrize("value", [torch.zeros(11).to_sparse(), torch.zeros(11, device="meta")], ids=["sparse", "meta"])
 def test_a_tensor_without_plain_values_changes_nothing(value: torch.Tensor, tmp_path: Path) -> None:
     torch.save({**state_of(PRIME_BIAS, "float32"), "W_value.bias": value}, tmp_path / "state.pth")
