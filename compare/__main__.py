@@ -91,10 +91,12 @@ def _run(command: str, parts: list[str] | tuple[str, ...], json_file: Path | Non
         for part in parts:
             status.update(f"{part}: running")
             try:
-                for section in import_module(f"compare.scripts.{part}").sections(**options):
-                    status.update(f"{part}: after {section.title}")
-                    report.sections.append(section)
-                    print_section(console, section)
+                for found in import_module(f"compare.scripts.{part}").sections(**options):
+                    if isinstance(found, str):
+                        status.update(f"{part}: {found}")
+                        continue
+                    report.sections.append(found)
+                    print_section(console, found)
             except CheckpointError as error:  # a missing package, a full disk: nothing was found out
                 raise typer.BadParameter(str(error)) from error
     print_summary(console, report)

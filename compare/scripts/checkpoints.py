@@ -27,12 +27,14 @@ EDITED, INITIAL = 2.0, 1.0
 Loaded = dict[tuple[str, str], dict[str, Any]]
 
 
-def sections() -> Iterator[Section]:
-    """Yield one section for the class with the buffer, one for the class without."""
+def sections() -> Iterator[Section | str]:
+    """Yield one section for the class with the buffer, one for the class without; before, what is being done."""
     without_buffer, with_buffer = initial_states()
     with tempfile.TemporaryDirectory() as folder:
+        yield "saving in every format"
         saved = _save_all(Path(folder), "with", edited_sources(NOTEBOOK, with_buffer, buffer=True))
         lost = _save_all(Path(folder), "without", edited_sources(NOTEBOOK, without_buffer, buffer=False))
+        yield "loading in new processes"
         loaded = _load_all([*saved.values(), *lost.values()])
         yield _section("with", saved, loaded, checksum(with_buffer), EDITED, _same_bytes(saved))
         yield _section("without", lost, loaded, checksum(without_buffer), INITIAL, _same_bytes(lost))
