@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .errors import CheckpointError
 from .findings import Report
 from .terminal import print_section, print_summary
 
@@ -76,7 +78,7 @@ def bound(
     _run(f"compare bound --cases {cases} --seed {seed}", ["bound"], json_file, cases=cases, seed=seed)
 
 
-def _run(command: str, parts: list[str] | tuple[str, ...], json_file: Path | None, **options: int) -> None:
+def _run(command: str, parts: Sequence[str], json_file: Path | None, **options: int) -> None:
     """Run the parts, printing each section as it is found; exit with the verdict."""
     _require_packages()
     if json_file is not None and not json_file.absolute().parent.is_dir():
@@ -85,9 +87,7 @@ def _run(command: str, parts: list[str] | tuple[str, ...], json_file: Path | Non
     progress = console if console.is_terminal else Console(stderr=True)
     report = Report(command, datetime.now().astimezone().isoformat(timespec="seconds"), versions())
     console.print(", ".join(f"{name} {number}" for name, number in report.versions.items()))
-    with progress.status("loading the frameworks") as status:
-        from .errors import CheckpointError
-
+    with progress.status("starting") as status:
         for part in parts:
             status.update(f"{part}: running")
             try:

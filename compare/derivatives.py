@@ -25,47 +25,41 @@ class Derivatives(NamedTuple):
     hessian_vector: dict[str, np.ndarray]
 
 
-def derivatives(
-    implementation: Implementation,
-    config: Config,
-    state: StateDict,
-    inputs: np.ndarray,
-    cotangent: np.ndarray,
-    direction: dict[str, np.ndarray],
-    keep: np.ndarray | None = None,
-) -> Derivatives:
-    """Differentiate one implementation.
+class Problem(NamedTuple):
+    """What is differentiated, where, and along which direction; everything in float64.
 
-    Args:
-        implementation: which one.
-        config: the constructor arguments.
-        state: a float64 torch state dict.
-        inputs: (batch, tokens, input_embedding_dim), float64.
-        cotangent: (batch, tokens, output_embedding_dim), float64.
-        direction: for each parameter by its torch key, and for `inputs`, an array of its shape.
-        keep: (batch, tokens, tokens), True where dropout keeps the weight; None for no dropout.
+    config: the constructor arguments.
+    state: a torch state dict.
+    inputs: (batch, tokens, input_embedding_dim).
+    cotangent: (batch, tokens, output_embedding_dim).
+    direction: for each parameter by its torch key, and for `inputs`, an array of its shape.
+    keep: (batch, tokens, tokens), True where dropout keeps the weight; None for no dropout.
     """
+
+    config: Config
+    state: StateDict
+    inputs: np.ndarray
+    cotangent: np.ndarray
+    direction: dict[str, np.ndarray]
+    keep: np.ndarray | None = None
+
+
+def derivatives(implementation: Implementation, problem: Problem) -> Derivatives:
+    """Differentiate one implementation."""
     if implementation == "torch":
-        return _torch(config, state, inputs, cotangent, direction, keep)
+        return _torch(problem)
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        return _flax(implementation, config, state, inputs, cotangent, direction, keep)
+        return _flax(implementation, problem)
 
 
-def _torch(
-    config: Config,
-    state: StateDict,
-    inputs: np.ndarray,
-    cotangent: np.ndarray,
-    direction: dict[str, np.ndarray],
-    keep: np.ndarray | None,
-) -> Derivatives:
-    module = ready_torch(config, state, "cpu", keep)
+def _torch(problem: Problem) -> Derivatives:
+    module = ready_torch(problem.config, problem.state, "cpu", problem.keep)
     parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
-    along = {name: torch.from_numpy(array) for name, array in direction.items()}
+    along = {name: torch.from_numpy(array) for name, array in problem.direction.items()}
 
     def scalar(parameters: dict[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
         outputs = torch.func.functional_call(module, parameters, (inputs,))
-        return (outputs * torch.from_numpy(cotangent)).sum()
+        return (outputs * torch.from_numpy(problem.cotangent)).sum()
 
     gradient = torch.func.grad(scalar, argnums=(0, 1))
 
@@ -75,36 +69,28 @@ def _torch(
         products = [(by_name[name] * along[name]).sum() for name in by_name]
         return sum(products, (by_inputs * along["inputs"]).sum())
 
-    at = (parameters, torch.from_numpy(inputs))
+    at = (parameters, torch.from_numpy(problem.inputs))
     found = gradient(*at), torch.func.grad(gradient_along, argnums=(0, 1))(*at)
     first, second = (numpy_state({**by_name, "inputs": by_inputs}) for by_name, by_inputs in found)
     return Derivatives(first, second)
 
 
-def _flax(
-    implementation: Implementation,
-    config: Config,
-    state: StateDict,
-    inputs: np.ndarray,
-    cotangent: np.ndarray,
-    direction: dict[str, np.ndarray],
-    keep: np.ndarray | None,
-) -> Derivatives:
-    apply, variables = ready_linen(config, state, keep)
+def _flax(implementation: Implementation, problem: Problem) -> Derivatives:
+    apply, variables = ready_linen(problem.config, problem.state, problem.keep)
     if implementation == "nnx":
-        apply = _nnx_apply(config, state, keep)
+        apply = _nnx_apply(problem)
     buffers = {name: collection for name, collection in variables.items() if name != "params"}
     along = torch_to_linen(
-        {key: torch.from_numpy(array) for key, array in direction.items() if key != "inputs"},
-        linen_template(config, buffer=False),
+        {key: torch.from_numpy(array) for key, array in problem.direction.items() if key != "inputs"},
+        linen_template(problem.config, buffer=False),
     )
 
     def scalar(parameters: Any, inputs: jax.Array) -> jax.Array:
-        return (apply({"params": parameters, **buffers}, inputs) * cotangent).sum()
+        return (apply({"params": parameters, **buffers}, inputs) * problem.cotangent).sum()
 
     gradient = jax.grad(scalar, argnums=(0, 1))
-    at = (variables["params"], jnp.asarray(inputs))
-    found: Any = jax.jvp(gradient, at, (along["params"], jnp.asarray(direction["inputs"])))
+    at = (variables["params"], jnp.asarray(problem.inputs))
+    found: Any = jax.jvp(gradient, at, (along["params"], jnp.asarray(problem.direction["inputs"])))
     first, second = found
     return Derivatives(_by_torch_name(*first), _by_torch_name(*second))
 
@@ -113,9 +99,9 @@ def _by_torch_name(parameters: Any, inputs: jax.Array) -> dict[str, np.ndarray]:
     return {**numpy_state(linen_to_torch({"params": parameters})), "inputs": np.asarray(inputs)}
 
 
-def _nnx_apply(config: Config, state: StateDict, keep: np.ndarray | None) -> Any:
+def _nnx_apply(problem: Problem) -> Any:
     """Return a function of Linen's params that runs the NNX model: both name their parameters alike."""
-    split: Any = nnx.split(ready_nnx(config, state, keep), nnx.Param, ...)
+    split: Any = nnx.split(ready_nnx(problem.config, problem.state, problem.keep), nnx.Param, ...)
     graph, _, rest = split
 
     def apply(variables: dict[str, Any], inputs: jax.Array) -> Any:

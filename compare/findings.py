@@ -29,7 +29,6 @@ class Table:
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
-    title: str = ""
 
 
 @dataclass(frozen=True)

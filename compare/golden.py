@@ -15,7 +15,8 @@ import torch
 
 from .cases import NOTEBOOK
 from .convert import StateDict
-from .rounding import PRECISIONS, context_bound
+from .reference import causal_mask
+from .rounding import PRECISIONS, stage_bounds
 from .run import Implementation, build_torch, run
 from .transfer import numpy_state
 
@@ -33,7 +34,6 @@ class RowMatch(NamedTuple):
     batch: int
     token: int
     printed: tuple[float, ...]
-    reproduced: tuple[float, ...]
     dropped: tuple[int, ...]
     patterns: int
     error: float
@@ -85,7 +85,6 @@ def match_rows(
                 batch=row[0],
                 token=row[1],
                 printed=tuple(printed[row].tolist()),
-                reproduced=tuple(found[visible[best], row[1]].tolist()),
                 dropped=tuple(np.flatnonzero(~keep[visible[best]]).tolist()),
                 patterns=int(fits.sum()),
                 error=float(errors[best].max()),
@@ -103,5 +102,5 @@ def _patterns(num_tokens: int) -> np.ndarray:
 def _rounding(state: StateDict, batch: np.ndarray, keep: np.ndarray) -> np.ndarray:
     """Return what float32 rounding may add: once in the notebook's run, once in ours."""
     arrays = numpy_state(state)
-    mask = np.triu(np.ones((NOTEBOOK.context_length, NOTEBOOK.context_length)), k=1)
-    return 2.0 * context_bound(batch, arrays, mask, PRECISIONS["float32"], keep, NOTEBOOK.dropout)
+    mask = causal_mask(NOTEBOOK.context_length)
+    return 2.0 * stage_bounds(batch, arrays, mask, PRECISIONS["float32"], keep, NOTEBOOK.dropout).context

@@ -5,8 +5,8 @@ import numpy as np
 from .cases import Config
 from .check import Agreement, agreement
 from .convert import StateDict
-from .reference import attention_stages
-from .rounding import PRECISIONS, context_bound
+from .reference import attention_stages, causal_mask
+from .rounding import PRECISIONS, stage_bounds
 from .transfer import numpy_state
 
 
@@ -22,11 +22,21 @@ def against_reference(
         inputs: (batch, tokens, input_embedding_dim), in one of `PRECISIONS`.
         keep: (batch, tokens, tokens), True where dropout kept the weight; None for no dropout.
     """
+    exact, limit = exact_and_limit(config, state, inputs, keep)
+    return agreement(outputs, exact, limit)
+
+
+def exact_and_limit(
+    config: Config, state: StateDict, inputs: np.ndarray, keep: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the reference's outputs, and how far from them rounding may carry an implementation.
+
+    Arguments are those of `against_reference`.
+    """
     arrays = numpy_state(state)
-    causal = np.triu(np.ones((config.context_length, config.context_length)), k=1)
-    mask = arrays.get("mask", causal)
+    mask = arrays.get("mask", causal_mask(config.context_length))
     exact = attention_stages(inputs, arrays, mask, keep, config.dropout).context
     # The reference rounds too, in float64.
     precisions = PRECISIONS[inputs.dtype.name], PRECISIONS["float64"]
-    limit = sum(context_bound(inputs, arrays, mask, precision, keep, config.dropout) for precision in precisions)
-    return agreement(outputs, exact, limit)
+    bounds = [stage_bounds(inputs, arrays, mask, precision, keep, config.dropout) for precision in precisions]
+    return exact, bounds[0].context + bounds[1].context

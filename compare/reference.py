@@ -37,6 +37,11 @@ def attention_stages(
     return masked_attention(queries, keys, values, mask, keep, dropout)
 
 
+def causal_mask(context_length: int) -> np.ndarray:
+    """Return the mask of a state that has none: 1 above the diagonal."""
+    return np.triu(np.ones((context_length, context_length)), k=1)
+
+
 def masked_attention(
     queries: np.ndarray,
     keys: np.ndarray,

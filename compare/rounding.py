@@ -60,22 +60,6 @@ PRECISIONS = {
 }
 
 
-def context_bound(
-    inputs: np.ndarray,
-    state: Mapping[str, np.ndarray],
-    mask: np.ndarray,
-    precision: Precision,
-    keep: np.ndarray | None = None,
-    dropout: float = 0.0,
-) -> np.ndarray:
-    """Return the largest |computed - exact| that rounding explains, for each entry of the output.
-
-    Arguments are those of `attention_stages`, and how the implementation rounds. Rows blocked everywhere have a
-    bound of NaN.
-    """
-    return stage_bounds(inputs, state, mask, precision, keep, dropout).context
-
-
 def stage_bounds(
     inputs: np.ndarray,
     state: Mapping[str, np.ndarray],
@@ -84,7 +68,11 @@ def stage_bounds(
     keep: np.ndarray | None = None,
     dropout: float = 0.0,
 ) -> Stages:
-    """Return the bound of every stage, entry by entry; scores that are blocked have a bound of 0."""
+    """Return, for each entry of every stage, the largest |computed - exact| that rounding explains.
+
+    Arguments are those of `attention_stages`, and how the implementation rounds. Blocked scores have a bound of 0;
+    rows blocked everywhere have, like their outputs, one of NaN.
+    """
     u = precision.roundoff
     stages = attention_stages(inputs, state, mask)
     num_tokens, head_dim = stages.queries.shape[-2:]

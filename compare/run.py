@@ -37,10 +37,10 @@ def build_linen(config: Config, *, buffer: bool) -> LinenAttention:
     return kind(**config.arguments)
 
 
-def build_nnx(config: Config, *, buffer: bool, seed: int = 0) -> NnxAttention:
+def build_nnx(config: Config, *, buffer: bool) -> NnxAttention:
     """Return a fresh NNX model, with or without the buffer."""
     kind = flax_impl.nnx.CausalAttentionWithBuffer if buffer else flax_impl.nnx.CausalAttentionWithoutBuffers
-    return kind(**config.arguments, rngs=nnx.Rngs(seed))
+    return kind(**config.arguments, rngs=nnx.Rngs(0))
 
 
 def linen_template(config: Config, *, buffer: bool) -> dict[str, Any]:
@@ -98,18 +98,20 @@ def compiled(implementation: Implementation, config: Config) -> Callable[[StateD
     """Return a function like `run` that keeps the module, with the buffer, and its `jit` between calls, on the CPU."""
     if implementation == "torch":
         return partial(_run_torch, config, device="cpu", keep=None)
-    place = jax.devices("cpu")[0]
-    template = linen_template(config, buffer=True)
-    linen_apply = jax.jit(build_linen(config, buffer=True).apply)
-    model = build_nnx(config, buffer=True)
-    model.eval()
-    nnx_apply = nnx.jit(lambda model, inputs: model(inputs))
+    filled: Callable[[StateDict], Any]
+    forward: Callable[..., Any]
+    if implementation == "linen":
+        filled = partial(torch_to_linen, template=linen_template(config, buffer=True))
+        forward = jax.jit(build_linen(config, buffer=True).apply)
+    else:
+        model = build_nnx(config, buffer=True)
+        model.eval()
+        filled = partial(torch_to_nnx, model=model)
+        forward = nnx.jit(lambda model, inputs: model(inputs))
 
     def call(state: StateDict, inputs: np.ndarray) -> np.ndarray:
-        with jax.enable_x64(inputs.dtype == np.float64), jax.default_device(place):
-            if implementation == "linen":
-                return np.asarray(linen_apply(torch_to_linen(state, template), inputs))
-            return np.asarray(nnx_apply(torch_to_nnx(state, model), inputs))
+        with jax.enable_x64(inputs.dtype == np.float64), jax.default_device(jax.devices("cpu")[0]):
+            return np.asarray(forward(filled(state), inputs))
 
     return call
 

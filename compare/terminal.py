@@ -53,7 +53,7 @@ def _print_check(console: Console, check: Check) -> None:
 
 
 def _print_table(console: Console, table: Table) -> None:
-    rich = RichTable(box=box.SIMPLE_HEAD, title=table.title or None, title_justify="left", pad_edge=False)
+    rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(table.columns):
         numeric = any(isinstance(row[index], int | float) for row in table.rows)
         rich.add_column(escape(column), justify="right" if numeric else "left")

@@ -287,6 +287,21 @@ def test_an_expanded_mask_is_not_half_loaded_into(tmp_path: Path) -> None:
     assert torch.equal(module.W_key.weight, torch_module(seed=9).W_key.weight)
 
 
+class _WithExtraState(torch.nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"step": 3}
+
+
+def test_a_module_with_more_than_tensors_is_refused_with_all_else(tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "state.pth", {"weight": torch.zeros(2, 3)})
+    with pytest.raises(
+        CheckpointError, match="_extra_state: is a dict in the module; only tensors are stored"
+    ) as caught:
+        compare.load_checkpoint(path, _WithExtraState(2, 2))
+    assert [entry.name for entry in caught.value.mismatch.missing] == ["bias"]
+    assert [entry.name for entry in caught.value.mismatch.misshaped] == ["weight"]
+
+
 def test_links_permissions_and_views(tmp_path: Path) -> None:
     real = compare.save_checkpoint(tmp_path / "real.pth", torch_module(seed=1))
     real.chmod(0o600)
@@ -332,6 +347,7 @@ def test_weights_without_a_mask_do_not_load_into_the_class_with_one(tmp_path: Pa
         ("folder.pth", torch_module, CheckpointError, "is something else than a regular file"),
         ("file.orbax", torch_module, CheckpointError, "is something else than a folder"),
         ("pipe.pth", torch_module, CheckpointError, "is something else than a regular file"),
+        (".", torch_module, CheckpointError, "is a folder that Orbax did not write; it was left alone"),
         (".pth", torch_module, CheckpointError, "is a suffix without a name; say 'state.pth'"),
         ("mixed", torch_module, CheckpointError, "holds thesis.tex beside an Orbax checkpoint; it was left alone"),
         ("state.pth", lambda: {1: torch.zeros(2)}, CheckpointError, "the key 1 is a int; a state dict has names"),

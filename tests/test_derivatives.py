@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 
 from compare.cases import PRIME, PRIME_BIAS, Config
 from compare.check import agreement
-from compare.derivatives import Derivatives, derivatives
+from compare.derivatives import Derivatives, Problem, derivatives
 from compare.rounding import FLOAT64_RELATIVE
 from compare.run import ready_linen, ready_nnx, ready_torch
 from compare.transfer import numpy_state
@@ -32,7 +32,7 @@ def differentiate(name: Any, config: Config, mask: np.ndarray | None, keep: np.n
     cotangent = normal(2, TOKENS, config.output_embedding_dim, seed=1).astype(np.float64)
     shapes = {key: array.shape for key, array in numpy_state(state).items() if key != "mask"} | {"inputs": inputs.shape}
     direction = {key: normal(*shape, seed=2).astype(np.float64) for key, shape in shapes.items()}
-    return derivatives(name, config, state, inputs, cotangent, direction, keep)
+    return derivatives(name, Problem(config, state, inputs, cotangent, direction, keep))
 
 
 @pytest.mark.parametrize(

@@ -37,13 +37,12 @@ def format_of(path: str | PathLike[str]) -> Format:
     Raises:
         CheckpointError: an unknown suffix, or a format whose package is not installed.
     """
-    name = Path(path).name
-    suffix = name.lower() if name.lower() in KNOWN else Path(path).suffix.lower()
-    if suffix == name.lower():
-        raise CheckpointError(path, f"is a suffix without a name; say {'state' + suffix!r}")
-    for format_name, found in FORMATS.items():
+    if (alone := Path(path).name.lower()) in KNOWN:
+        raise CheckpointError(path, f"is a suffix without a name; say {'state' + alone!r}")
+    suffix = Path(path).suffix.lower()
+    for name, found in FORMATS.items():
         if suffix in found.suffixes:
-            _require(path, format_name, found.package)
+            _require(path, name, found.package)
             return found
     raise CheckpointError(path, f"unknown suffix {suffix!r}; name it with one of {', '.join(KNOWN)}")
 

@@ -72,14 +72,16 @@ def read_checkpoint(path: str | PathLike[str]) -> StateDict:
 
 def _fill(module: torch.nn.Module, state: StateDict) -> torch.nn.Module:
     """Load the state dict into the module, or raise ConversionError before touching it."""
-    wanted = module.state_dict()
-    for key, entry in wanted.items():
-        if not isinstance(entry, Tensor):
-            reason = f"is a {type(entry).__name__} in the module; only tensors are stored"
-            raise ConversionError(Mismatch(refused=(Entry(key, "the module", reason=reason),)))
+    held = module.state_dict()
+    wanted = {key: entry for key, entry in held.items() if isinstance(entry, Tensor)}
     missing = tuple(Entry(key, "the module's", expected=tuple(wanted[key].shape)) for key in wanted if key not in state)
     unexpected = tuple(Entry(key, "", tuple(state[key].shape)) for key in state if key not in wanted)
-    misshaped, refused = [], []
+    misshaped = []
+    refused = [
+        Entry(key, "the module", reason=f"is a {type(entry).__name__} in the module; only tensors are stored")
+        for key, entry in held.items()
+        if key not in wanted
+    ]
     for key in [key for key in wanted if key in state]:
         found, expected = state[key], wanted[key]
         if found.shape != expected.shape:

@@ -10,8 +10,9 @@ from ..cases import Config
 from ..check import agreement
 from ..convert import StateDict
 from ..findings import Cell, Check, Section, Table
+from ..parity import exact_and_limit
 from ..reference import attention_stages
-from ..rounding import PRECISIONS, context_bound, overflow
+from ..rounding import PRECISIONS, overflow
 from ..run import IMPLEMENTATIONS, TITLES, compiled
 from ..transfer import numpy_dtype, numpy_state, numpy_to_tensor
 
@@ -78,9 +79,7 @@ def _judge(tally: Tally, dtype: str, shape: tuple[Config, int], runners: dict, r
     if overflow(inputs, arrays, arrays["mask"], PRECISIONS[dtype]):
         tally.outside += 1
         return
-    exact = attention_stages(inputs, arrays, arrays["mask"]).context
-    precisions = PRECISIONS[dtype], PRECISIONS["float64"]
-    limit = sum(context_bound(inputs, arrays, arrays["mask"], precision) for precision in precisions)
+    exact, limit = exact_and_limit(shape[0], state, inputs)
     for name in IMPLEMENTATIONS:
         tally.ratios[name].append(agreement(runners[name, shape](state, inputs), exact, limit).ratio)
     slipped = {key: value.astype(np.float64) * (1 + SLIP if "query" in key else 1) for key, value in arrays.items()}

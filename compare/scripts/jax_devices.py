@@ -5,6 +5,7 @@ observations as JSON. The two devices are real to JAX: one on each side of a `de
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,18 +20,14 @@ from ..run import NnxAttention, build_linen, build_nnx, linen_mask, linen_templa
 HERE, THERE = jax.devices("cpu")
 
 
-def attempt(call: Any) -> str:
-    """Return "works", or the error by which JAX refuses the call."""
+def observe(call: Callable[[], Any], mask: jax.Array) -> dict[str, str]:
+    """Return where the mask is, and "works" or the error by which JAX refuses the call."""
     try:
         jax.block_until_ready(call())
+        result = "works"
     except ValueError as error:
-        return f"ValueError: {error}"
-    return "works"
-
-
-def place(array: jax.Array) -> str:
-    """Return the names of the array's devices."""
-    return ", ".join(sorted(str(device) for device in array.devices()))
+        result = f"ValueError: {error}"
+    return {"result": result, "mask": ", ".join(sorted(str(device) for device in mask.devices()))}
 
 
 def linen_cases() -> dict[str, Any]:
@@ -52,15 +49,9 @@ def linen_cases() -> dict[str, Any]:
     before = closed_over(tokens)
     captured = edited
     return {
-        "moved": {"result": attempt(lambda: model.apply(moved, tokens)), "mask": place(moved["buffers"]["mask"])},
-        "committed": {
-            "result": attempt(lambda: model.apply(left_behind, tokens)),
-            "mask": place(variables["buffers"]["mask"]),
-        },
-        "uncommitted": {
-            "result": attempt(lambda: plain.apply(constant, tokens)),
-            "mask": place(linen_mask(NOTEBOOK, constant, buffer=False)),
-        },
+        "moved": observe(lambda: model.apply(moved, tokens), moved["buffers"]["mask"]),
+        "committed": observe(lambda: model.apply(left_behind, tokens), left_behind["buffers"]["mask"]),
+        "uncommitted": observe(lambda: plain.apply(constant, tokens), linen_mask(NOTEBOOK, constant, buffer=False)),
         "closed_over": {
             "edit_seen": not bool(jnp.array_equal(before, closed_over(tokens))),
             "edit_seen_as_argument": not bool(jnp.array_equal(before, jax.jit(model.apply)(edited, tokens))),
@@ -74,9 +65,9 @@ def nnx_cases() -> dict[str, Any]:
     tokens = jax.device_put(inputs(), THERE)
     model = _moved(torch_to_nnx(with_buffer, build_nnx(NOTEBOOK, buffer=True)))
     plain = _moved(torch_to_nnx(without_buffer, build_nnx(NOTEBOOK, buffer=False)))
-    uncommitted = attempt(lambda: plain(tokens)), place(plain.mask[...])
+    uncommitted = observe(lambda: plain(tokens), plain.mask[...])
     plain.mask = jax.device_put(plain.mask, HERE)
-    committed = attempt(lambda: plain(tokens)), place(plain.mask[...])
+    committed = observe(lambda: plain(tokens), plain.mask[...])
 
     @jax.jit
     def closed_over(tokens: jax.Array) -> jax.Array:
@@ -86,13 +77,13 @@ def nnx_cases() -> dict[str, Any]:
     def as_argument(model: NnxAttention, tokens: jax.Array) -> jax.Array:
         return model(tokens)
 
-    moved = attempt(lambda: model(tokens)), place(model.mask[...])
+    moved = observe(lambda: model(tokens), model.mask[...])
     before = closed_over(tokens)
     model.mask[...] = jnp.zeros_like(model.mask[...])
     return {
-        "moved": dict(zip(("result", "mask"), moved, strict=True)),
-        "committed": dict(zip(("result", "mask"), committed, strict=True)),
-        "uncommitted": dict(zip(("result", "mask"), uncommitted, strict=True)),
+        "moved": moved,
+        "committed": committed,
+        "uncommitted": uncommitted,
         "closed_over": {
             "edit_seen": not bool(jnp.array_equal(before, closed_over(tokens))),
             "edit_seen_as_argument": not bool(jnp.array_equal(before, as_argument(model, tokens))),
