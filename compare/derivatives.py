@@ -44,22 +44,23 @@ class Problem(NamedTuple):
     keep: np.ndarray | None = None
 
 
-def derivatives(implementation: Implementation, problem: Problem) -> Derivatives:
-    """Differentiate one implementation."""
+def derivatives(implementation: Implementation, problem: Problem, device: str = "cpu") -> Derivatives:
+    """Differentiate one implementation on the device, "cpu" or "cuda"."""
     if implementation == "torch":
-        return _torch(problem)
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        return _torch(problem, device)
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"), jax.default_device(jax.devices(device)[0]):
         return _flax(implementation, problem)
 
 
-def _torch(problem: Problem) -> Derivatives:
-    module = ready_torch(problem.config, problem.state, "cpu", problem.keep)
+def _torch(problem: Problem, device: str) -> Derivatives:
+    module = ready_torch(problem.config, problem.state, device, problem.keep)
     parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
-    along = {name: torch.from_numpy(array) for name, array in problem.direction.items()}
+    along = {name: torch.from_numpy(array).to(device) for name, array in problem.direction.items()}
+    cotangent = torch.from_numpy(problem.cotangent).to(device)
 
     def scalar(parameters: dict[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
         outputs = torch.func.functional_call(module, parameters, (inputs,))
-        return (outputs * torch.from_numpy(problem.cotangent)).sum()
+        return (outputs * cotangent).sum()
 
     gradient = torch.func.grad(scalar, argnums=(0, 1))
 
@@ -69,7 +70,7 @@ def _torch(problem: Problem) -> Derivatives:
         products = [(by_name[name] * along[name]).sum() for name in by_name]
         return sum(products, (by_inputs * along["inputs"]).sum())
 
-    at = (parameters, torch.from_numpy(problem.inputs))
+    at = (parameters, torch.from_numpy(problem.inputs).to(device))
     found = gradient(*at), torch.func.grad(gradient_along, argnums=(0, 1))(*at)
     first, second = (numpy_state({**by_name, "inputs": by_inputs}) for by_name, by_inputs in found)
     return Derivatives(first, second)

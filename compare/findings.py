@@ -1,9 +1,14 @@
 """What a command found out, as plain data: what is printed is exactly what the JSON holds."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # `--help` answers without NumPy
+    from .agreement import Finding
 
 Cell = str | int | float | bool | None
 
@@ -40,13 +45,48 @@ class Panels:
     decimals: int = 0
 
 
-@dataclass
-class Section:
-    """A heading, what is shown below it in order, and the checks it settles."""
+@dataclass(frozen=True)
+class Curves:
+    """One value against another for each series, the values on a logarithmic scale; `marked` x are printed."""
 
     title: str
-    blocks: list[str | Table | Panels] = field(default_factory=list)
+    x_label: str
+    y_label: str
+    x: Sequence[float]
+    series: Mapping[str, Sequence[float]]
+    marked: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How many values of each series lie between one edge and the next; the edges grow by a constant factor."""
+
+    title: str
+    x_label: str
+    edges: Sequence[float]
+    counts: Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A value for each row and column, None where there is none; above 1 is beyond the limit."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Mapping[str, Sequence[float | None]]
+
+
+Block = str | Table | Panels | Curves | Histogram | Grid
+
+
+@dataclass
+class Section:
+    """A heading, what is shown below it in order, the checks it settles, and every comparison behind them."""
+
+    title: str
+    blocks: list[Block] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
 
 @dataclass

@@ -2,11 +2,11 @@
 
 import numpy as np
 
+from .agreement import Agreement, agreement
 from .cases import Config
-from .check import Agreement, agreement
 from .convert import StateDict
 from .reference import attention_stages, causal_mask
-from .rounding import PRECISIONS, stage_bounds
+from .rounding import PRECISIONS, Precision, stage_bounds
 from .transfer import numpy_state
 
 
@@ -27,16 +27,20 @@ def against_reference(
 
 
 def exact_and_limit(
-    config: Config, state: StateDict, inputs: np.ndarray, keep: np.ndarray | None = None
+    config: Config,
+    state: StateDict,
+    inputs: np.ndarray,
+    keep: np.ndarray | None = None,
+    precision: Precision | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the reference's outputs, and how far from them rounding may carry an implementation.
 
-    Arguments are those of `against_reference`.
+    Arguments are those of `against_reference`; another precision than that of the inputs' dtype may be given.
     """
     arrays = numpy_state(state)
     mask = arrays.get("mask", causal_mask(config.context_length))
     exact = attention_stages(inputs, arrays, mask, keep, config.dropout).context
     # The reference rounds too, in float64.
-    precisions = PRECISIONS[inputs.dtype.name], PRECISIONS["float64"]
+    precisions = precision or PRECISIONS[inputs.dtype.name], PRECISIONS["float64"]
     bounds = [stage_bounds(inputs, arrays, mask, precision, keep, config.dropout) for precision in precisions]
     return exact, bounds[0].context + bounds[1].context

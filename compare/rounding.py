@@ -59,6 +59,9 @@ PRECISIONS = {
     "float16": Precision(2.0**-11, _FLOAT32.roundoff, 2.0**-14, 65504.0),
 }
 
+# Both operands of a product are rounded to 11 bits, which one rounding of twice the size covers; the rest is float32.
+TF32 = Precision(2.0**-10, _FLOAT32.roundoff, _FLOAT32.smallest, _FLOAT32.largest)
+
 
 def stage_bounds(
     inputs: np.ndarray,
@@ -88,12 +91,12 @@ def stage_bounds(
     opened = np.isfinite(stages.scores)
     scaled = np.where(opened, stages.scores, 0.0)
     e_scaled = e_scores / np.sqrt(head_dim)
-    e_scaled = e_scaled + _gamma(4, u) * (np.abs(scaled) + e_scaled) + _flushed(0, 2, precision)
+    e_scaled = e_scaled + gamma(4, u) * (np.abs(scaled) + e_scaled) + _flushed(0, 2, precision)
     e_scaled = np.where(opened, e_scaled, 0.0)
 
     weights, e_weights = stages.weights, _softmax(scaled, e_scaled, opened, stages.weights, precision)
     if keep is not None:
-        e_weights = (e_weights + _gamma(3, u) * (weights + e_weights)) / (1.0 - dropout) + _flushed(0, 2, precision)
+        e_weights = (e_weights + gamma(3, u) * (weights + e_weights)) / (1.0 - dropout) + _flushed(0, 2, precision)
         e_weights = np.where(keep, e_weights, 0.0)
         weights = np.where(keep, weights, 0.0) / (1.0 - dropout)
     values = np.abs(stages.values) + e_values
@@ -118,13 +121,14 @@ def overflow(inputs: np.ndarray, state: Mapping[str, np.ndarray], mask: np.ndarr
     return ""
 
 
-def _gamma(n: int, u: float) -> float:
+def gamma(n: int, u: float) -> float:
+    """How far, relative to its absolute terms, n roundings of unit u may carry a result."""
     return n * u / (1.0 - n * u)
 
 
 def _relative(n: int, k: int, precision: Precision) -> float:
     """r(n, k): a sum of n products in the accumulator, then k roundings to the dtype."""
-    return (1.0 + _gamma(n, precision.accumulated)) * (1.0 + _gamma(k, precision.roundoff)) - 1.0
+    return (1.0 + gamma(n, precision.accumulated)) * (1.0 + gamma(k, precision.roundoff)) - 1.0
 
 
 def _flushed(n: int, k: int, precision: Precision) -> float:

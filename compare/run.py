@@ -65,6 +65,13 @@ def missing_cuda() -> str:
     return f"no CUDA device is seen by {' and '.join(lacking)}" if lacking else ""
 
 
+def places(device: str | None) -> list[str]:
+    """Return the devices to run on: the one asked for, or the CPU and CUDA where both frameworks see it."""
+    if device is not None:
+        return [device]
+    return ["cpu"] if missing_cuda() else ["cpu", "cuda"]
+
+
 def run(
     implementation: Implementation,
     config: Config,
@@ -73,6 +80,7 @@ def run(
     *,
     device: str = "cpu",
     keep: np.ndarray | None = None,
+    matmul: Literal["highest", "default"] = "highest",
 ) -> np.ndarray:
     """Return the outputs of one implementation, (batch, tokens, output_embedding_dim).
 
@@ -84,13 +92,14 @@ def run(
         device: "cpu" or "cuda", for either framework. float32 products are kept from TF32.
         keep: (batch, tokens, tokens), True where dropout keeps the weight, in place of each
             framework's own draw; None runs without dropout.
+        matmul: "default" leaves JAX the precision of products that it takes unasked, on a GPU TF32.
     """
     runner = {"torch": _run_torch, "linen": _run_linen, "nnx": _run_nnx}[implementation]
     if implementation == "torch":
         return runner(config, state, inputs, device, keep)
     place = jax.devices(device)[0]
     x64 = inputs.dtype == np.float64
-    with jax.enable_x64(x64), jax.default_matmul_precision("highest"), jax.default_device(place):
+    with jax.enable_x64(x64), jax.default_matmul_precision(matmul), jax.default_device(place):
         return runner(config, state, inputs, place, keep)
 
 
@@ -145,15 +154,13 @@ def ready_torch(config: Config, state: StateDict, device: Any, keep: np.ndarray 
     module.mask = module.mask.to(device)  # without the buffer, `.to` has left it behind
     if keep is not None:
         kept = torch.from_numpy(keep).to(device)
-        module.dropout = _TorchKept(lambda weights: torch.where(kept, weights / (1.0 - config.dropout), 0.0))  # type: ignore[assignment]
+        module.dropout = TorchFunction(lambda weights: torch.where(kept, weights / (1.0 - config.dropout), 0.0))  # type: ignore[assignment]
     return module
 
 
-def ready_linen(
-    config: Config, state: StateDict, keep: np.ndarray | None
-) -> tuple[Callable[[Mapping[str, Any], jax.Array], jax.Array], dict[str, Any]]:
-    """Return `apply` and the variables, deterministic or dropping what `keep` does not keep."""
-    model = build_linen(config, buffer="mask" in state)
+def linen_apply(config: Config, keep: Any, *, buffer: bool) -> Callable[[Mapping[str, Any], jax.Array], jax.Array]:
+    """Return `apply` of the Linen module, deterministic or dropping what `keep`, an array, does not keep."""
+    model = build_linen(config, buffer=buffer)
 
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: linen.module.InterceptorContext) -> Any:
         if keep is None or not isinstance(context.module, linen.Dropout):
@@ -164,7 +171,15 @@ def ready_linen(
         with linen.intercept_methods(intercept):
             return model.apply(variables, inputs)
 
-    return apply, torch_to_linen(state, linen_template(config, buffer="mask" in state))
+    return apply
+
+
+def ready_linen(
+    config: Config, state: StateDict, keep: np.ndarray | None
+) -> tuple[Callable[[Mapping[str, Any], jax.Array], jax.Array], dict[str, Any]]:
+    """Return `apply` and the variables, deterministic or dropping what `keep` does not keep."""
+    buffer = "mask" in state
+    return linen_apply(config, keep, buffer=buffer), torch_to_linen(state, linen_template(config, buffer=buffer))
 
 
 def ready_nnx(config: Config, state: StateDict, keep: np.ndarray | None) -> NnxAttention:
@@ -172,26 +187,28 @@ def ready_nnx(config: Config, state: StateDict, keep: np.ndarray | None) -> NnxA
     model = torch_to_nnx(state, build_nnx(config, buffer="mask" in state))
     model.eval()
     if keep is not None:
-        model.dropout = _NnxKept(lambda weights: jnp.where(keep, weights / (1.0 - config.dropout), 0.0))  # type: ignore[assignment]
+        model.dropout = NnxFunction(lambda weights: jnp.where(keep, weights / (1.0 - config.dropout), 0.0))  # type: ignore[assignment]
     return model
 
 
-class _TorchKept(torch.nn.Module):
-    """Dropout with a given pattern, in the place of `nn.Dropout`."""
+class TorchFunction(torch.nn.Module):
+    """A function in the place of a child module, such as dropout with a given pattern."""
 
     def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.function = function
 
     def forward(self, weights: torch.Tensor) -> torch.Tensor:
+        """Apply the function."""
         return self.function(weights)
 
 
-class _NnxKept(nnx.Module):
-    """Dropout with a given pattern, in the place of `nnx.Dropout`."""
+class NnxFunction(nnx.Module):
+    """A function in the place of a child module, such as dropout with a given pattern."""
 
     def __init__(self, function: Callable[[jax.Array], jax.Array]) -> None:
         self.function = function
 
     def __call__(self, weights: jax.Array) -> jax.Array:
+        """Apply the function."""
         return self.function(weights)

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from compare.agreement import Agreement
 from compare.cases import PRIME_BIAS, Config
-from compare.check import Agreement
 from compare.convert import StateDict, torch_to_linen, torch_to_nnx
 from compare.parity import against_reference
 from compare.run import Implementation, NnxAttention, TorchAttention, build_nnx, build_torch, linen_template, run

@@ -1,66 +1,81 @@
-"""Gradients and Hessian-vector products agree in float64, and are those of the function that is computed."""
+"""The reference derivatives are the formula's, and each framework's are those of the function that it computes."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
-import pytest
 import torch
 from flax import nnx
 from jax.test_util import check_grads
 
-from compare.cases import PRIME, PRIME_BIAS, Config
-from compare.check import agreement
-from compare.derivatives import Derivatives, Problem, derivatives
-from compare.rounding import FLOAT64_RELATIVE
+from compare.cases import Config
+from compare.checks.gradients import exact_derivatives, problem_of
+from compare.derivatives import Problem
 from compare.run import ready_linen, ready_nnx, ready_torch
 from compare.transfer import numpy_state
+from compare.trials import Trial, draw
 
 from .support import normal, state_of
-from .test_outputs import RECTANGLE
 
-TOKENS = 5
-KEEP = np.random.default_rng(1).random((2, TOKENS, TOKENS)) >= 0.4
-DROPPING = Config(13, 11, 7, 0.4, qkv_bias=True)
 SMALL = Config(3, 2, 5, 0.1, qkv_bias=True)
 
 
-def differentiate(name: Any, config: Config, mask: np.ndarray | None, keep: np.ndarray | None) -> Derivatives:
-    state = state_of(config, "float64", mask)
-    inputs = normal(2, TOKENS, config.input_embedding_dim).astype(np.float64)
-    cotangent = normal(2, TOKENS, config.output_embedding_dim, seed=1).astype(np.float64)
-    shapes = {key: array.shape for key, array in numpy_state(state).items() if key != "mask"} | {"inputs": inputs.shape}
-    direction = {key: normal(*shape, seed=2).astype(np.float64) for key, shape in shapes.items()}
-    return derivatives(name, Problem(config, state, inputs, cotangent, direction, keep))
+def test_the_written_out_gradient_is_the_derivative_to_50_digits() -> None:
+    """Differentiated by mpmath; the gradient lies within its own running error bound, the second derivative too."""
+    trial = draw(SMALL, 3, np.random.default_rng(0), batch=1, keep=True)
+    problem = problem_of(trial)
+    found = exact_derivatives(problem)
+    names = list(found)
+    sizes = [found[name].value.value.size for name in names]
+
+    with mpmath.workdps(50):
+        at = mpmath.matrix([*map(mpmath.mpf, np.concatenate([_entries(problem, name) for name in names]).tolist())])
+        along = np.concatenate([problem.direction[name].ravel() for name in names]).tolist()
+
+        def shifted(index: int, by: Any, along_by: Any) -> Any:
+            point = [entry + along_by * mpmath.mpf(step) for entry, step in zip(at, along, strict=True)]
+            point[index] += by
+            return _scalar(trial, problem, dict(zip(names, _split(point, sizes), strict=True)))
+
+        for index in range(0, sum(sizes), 3):
+            name = names[int(np.searchsorted(np.cumsum(sizes), index, side="right"))]
+            place = index - sum(sizes[: names.index(name)])
+            first = mpmath.diff(lambda by, index=index: shifted(index, by, 0), 0)
+            second = mpmath.diff(lambda by, t, index=index: shifted(index, by, t), (0, 0), (1, 1))
+            for bounded, exact in ((found[name].value, first), (found[name].tangent, second)):
+                error = abs(mpmath.mpf(float(bounded.value.ravel()[place])) - exact)
+                assert error <= bounded.error.ravel()[place], (name, place)
 
 
-@pytest.mark.parametrize(
-    ("config", "mask", "keep"),
-    [
-        (PRIME, None, None),
-        (PRIME_BIAS, None, None),
-        (PRIME_BIAS, np.array(RECTANGLE, dtype=np.float32), None),
-        (DROPPING, None, KEEP),
-    ],
-    ids=["no bias", "bias", "rectangular mask", "dropout"],
-)
-@pytest.mark.parametrize("name", ["linen", "nnx"])
-def test_first_and_second_derivatives_equal_torch(
-    name: str, config: Config, mask: np.ndarray | None, keep: np.ndarray | None
-) -> None:
-    expected, found = differentiate("torch", config, mask, keep), differentiate(name, config, mask, keep)
-    for kind in ("gradient", "hessian_vector"):
-        ours, theirs = getattr(found, kind), getattr(expected, kind)
-        assert ours.keys() == theirs.keys()
-        assert "mask" not in ours
-        # A key's bias shifts a row's scores alike, and without dropout a value's bias is only added: gradients and
-        # second derivatives that are exactly 0. So all are judged by the largest.
-        largest = max(np.abs(array).max() for array in theirs.values())
-        for key in theirs:
-            result = agreement(ours[key], theirs[key], FLOAT64_RELATIVE * largest)
-            assert result.held, (kind, key, result)
-            assert key.endswith("bias") or np.abs(theirs[key]).max() > 1e-3 * largest, f"{key} is not put to the test"
+def _entries(problem: Problem, name: str) -> np.ndarray:
+    return problem.inputs.ravel() if name == "inputs" else numpy_state(problem.state)[name].ravel()
+
+
+def _split(point: list[Any], sizes: list[int]) -> list[list[Any]]:
+    ends = np.cumsum(sizes).tolist()
+    return [point[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+def _scalar(trial: Trial, problem: Problem, given: dict[str, list[Any]]) -> Any:
+    """The sum of outputs times cotangent, written out one entry at a time."""
+    width, head, tokens = 3, 2, 3
+    x = [given["inputs"][width * t : width * (t + 1)] for t in range(tokens)]
+
+    def project(name: str) -> list[list[Any]]:
+        rows = [given[f"{name}.weight"][width * h : width * (h + 1)] for h in range(head)]
+        return [[mpmath.fdot(x[t], rows[h]) + given[f"{name}.bias"][h] for h in range(head)] for t in range(tokens)]
+
+    queries, keys, values = project("W_query"), project("W_key"), project("W_value")
+    total = mpmath.mpf(0)
+    for t in range(tokens):
+        raised = [mpmath.exp(mpmath.fdot(queries[t], keys[s]) / mpmath.sqrt(head)) for s in range(t + 1)]
+        kept = [s for s in range(t + 1) if trial.keep[0, t, s]]
+        for h in range(head):
+            mixed = mpmath.fsum(raised[s] * values[s][h] for s in kept) / mpmath.fsum(raised)
+            total += mixed / (1 - mpmath.mpf(trial.config.dropout)) * mpmath.mpf(float(problem.cotangent[0, t, h]))
+    return total
 
 
 def test_torch_gradients_are_those_of_the_function() -> None:

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from compare.agreement import agreement
 from compare.cases import CASES, Config
-from compare.check import agreement
+from compare.mutants import MUTANTS, planted
 from compare.parity import against_reference, exact_and_limit
 from compare.reference import attention_stages, masked_attention
 from compare.rounding import EXP_ULPS, PRECISIONS, overflow
 from compare.run import IMPLEMENTATIONS, run
-from compare.scripts import bound
+from compare.scripts import bound, outputs
 from compare.transfer import numpy_dtype, numpy_state
 
 from .support import normal, state_of
@@ -189,3 +190,14 @@ def test_the_campaign_counts_every_case_and_sees_a_bound_that_is_too_small(monke
     monkeypatch.setattr(bound, "exact_and_limit", far_too_strict)
     *_, section = bound.sections(cases=12, seed=3)
     assert not any(check.held for check in section.checks)
+
+
+def test_tf32_lies_between_the_two_bounds() -> None:
+    """Emulated: operands of the scores with 11 bits leave float32's bound and stay in TF32's."""
+    mutants = [mutant for mutant in MUTANTS if mutant.name == "TF32 left on"]
+    for mutant in mutants:
+        with planted(mutant.module, mutant.changes):
+            rows = outputs.defaults("cpu").rows
+        ratios = np.array([row[2:] for row in rows if row[1] == mutant.implementation])
+        assert (ratios[:, 0] > 1.0).any()
+        assert (ratios[:, 1] <= 1.0).all()

@@ -1,0 +1,31 @@
+"""The checks: each takes one implementation and one trial, and yields what it compared as findings."""
+
+from collections.abc import Callable, Iterator
+
+from ..agreement import Finding
+from ..run import Implementation
+from ..trials import Trial
+from .causality import causality
+from .determinism import determinism
+from .dropout import dropout
+from .gradients import gradients
+from .outputs import outputs
+from .stages import stages
+from .state import state
+from .training import training
+
+CheckFunction = Callable[[Implementation, Trial, str], Iterator[Finding]]
+
+# In the order in which a fault should be looked for.
+CHECKS: dict[str, CheckFunction] = {
+    "state": state,
+    "stages": stages,
+    "outputs": outputs,
+    "causality": causality,
+    "determinism": determinism,
+    "gradients": gradients,
+    "dropout": dropout,
+    "training": training,
+}
+
+__all__ = ["CHECKS", "CheckFunction", *CHECKS]

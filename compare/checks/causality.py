@@ -1,0 +1,37 @@
+"""No framework but one: what lies behind the mask changes no bit before it, unless it is NaN or infinite."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from .. import limits
+from ..agreement import Finding, agreement, identical
+from ..reference import causal_mask
+from ..run import Implementation, run
+from ..trials import Trial
+
+LATER = {"another token": 3.0, "a huge token": -1e30}
+
+
+def causality(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
+    """Change the last tokens under the causal mask: yield whether a bit before them changed.
+
+    With NaN or inf there, every row becomes NaN: 0 * NaN is NaN in `weights @ values`.
+    """
+    given = trial.masked(trial.name, causal_mask(trial.config.context_length).astype(np.float32)).rounded("float32")
+    first = given.inputs.shape[1] // 2
+
+    def outputs(later: float | None) -> np.ndarray:
+        inputs = given.inputs.copy()
+        if later is not None:
+            inputs[:, first:] = later
+        return run(implementation, given.config, given.state, inputs, device=device, keep=given.keep)
+
+    before = outputs(None)
+    for name, later in LATER.items():
+        agreed = identical(outputs(later)[:, :first], before[:, :first])
+        yield Finding(f"causality: {name}", implementation, trial.name, agreed, limits.BITS)
+    nowhere = np.full_like(before, np.nan)
+    for later in (np.nan, np.inf):
+        agreed = agreement(outputs(later), nowhere, 0.0)
+        yield Finding(f"causality: {later} reaches all", implementation, trial.name, agreed, limits.BITS)

@@ -1,0 +1,89 @@
+"""The same program twice, compiled against eager, batched against one by one."""
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from .. import limits
+from ..agreement import Finding, agreement, identical
+from ..parity import exact_and_limit
+from ..run import Implementation, ready_linen, ready_nnx, ready_torch, run
+from ..transfer import numpy_to_tensor, tensor_to_numpy
+from ..trials import Trial
+
+
+def determinism(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
+    """Yield bits that are equal when run twice, and transforms of the program that stay within rounding, in float32."""
+    given = trial.rounded("float32")
+
+    def outputs(inputs: np.ndarray) -> np.ndarray:
+        return run(implementation, given.config, given.state, inputs, device=device, keep=given.keep)
+
+    eager = outputs(given.inputs)
+    again = identical(outputs(given.inputs), eager)
+    yield Finding("determinism: twice", implementation, trial.name, again, limits.BITS)
+    _, limit = exact_and_limit(given.config, given.state, given.inputs, given.keep)
+    if given.keep is not None:  # the pattern of dropout is the batch's, not one for each of its entries
+        return
+    found = {name: transform(given, device) for name, transform in _transforms(implementation).items()}
+    found["a loop as the batch"] = np.concatenate([outputs(one[None]) for one in given.inputs])
+    for name, transformed in found.items():
+        agreed = agreement(transformed, eager, 2.0 * limit)
+        yield Finding(f"determinism: {name}", implementation, trial.name, agreed, limits.TWICE)
+
+
+def compiled_by_torch(trial: Trial, device: str = "cpu") -> Finding:
+    """Compare `torch.compile` with eager; the first call takes seconds, and on the CPU needs a C++ compiler."""
+    given = trial.rounded("float32")
+    eager = run("torch", given.config, given.state, given.inputs, device=device, keep=given.keep)
+    _, limit = exact_and_limit(given.config, given.state, given.inputs, given.keep)
+    agreed = agreement(_run_compiled(given, device), eager, 2.0 * limit)
+    return Finding("determinism: torch.compile as eager", "torch", trial.name, agreed, limits.TWICE)
+
+
+def _run_compiled(trial: Trial, device: str) -> np.ndarray:
+    module = ready_torch(trial.config, trial.state, device, trial.keep)
+    with torch.no_grad(), warnings.catch_warnings():
+        # torch 2.13 warns of a part of its own that its compiler imports.
+        warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
+        return tensor_to_numpy(torch.compile(module)(numpy_to_tensor(trial.inputs).to(device)))
+
+
+Transform = Callable[[Trial, str], np.ndarray]
+
+
+def _transforms(implementation: Implementation) -> dict[str, Transform]:
+    return _torch_transforms() if implementation == "torch" else _jax_transforms(implementation)
+
+
+def _torch_transforms() -> dict[str, Transform]:
+    def mapped(trial: Trial, device: str) -> np.ndarray:
+        module = ready_torch(trial.config, trial.state, device, None)
+        inputs = numpy_to_tensor(trial.inputs).to(device)
+        with torch.no_grad():
+            return tensor_to_numpy(torch.vmap(lambda one: module(one[None])[0])(inputs))
+
+    return {"vmap as the batch": mapped}
+
+
+def _jax_transforms(implementation: Implementation) -> dict[str, Transform]:
+    def forward(trial: Trial) -> Callable[[jax.Array], jax.Array]:
+        if implementation == "nnx":
+            return ready_nnx(trial.config, trial.state, trial.keep)
+        apply, variables = ready_linen(trial.config, trial.state, trial.keep)
+        return lambda inputs: apply(variables, inputs)
+
+    def jitted(trial: Trial, device: str) -> np.ndarray:
+        with jax.default_matmul_precision("highest"), jax.default_device(jax.devices(device)[0]):
+            return np.asarray(jax.jit(forward(trial))(trial.inputs))
+
+    def mapped(trial: Trial, device: str) -> np.ndarray:
+        with jax.default_matmul_precision("highest"), jax.default_device(jax.devices(device)[0]):
+            call = forward(trial)
+            return np.asarray(jax.vmap(lambda one: call(one[None])[0])(jnp.asarray(trial.inputs)))
+
+    return {"jit as eager": jitted, "vmap as the batch": mapped}

@@ -1,0 +1,64 @@
+"""Each framework's own dropout: how often it keeps, by what it scales, whether neighbors know of each other."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from .. import limits
+from ..agreement import Agreement, Finding, agreement, identical
+from ..run import Implementation, build_linen, build_nnx, build_torch, linen_template
+from ..transfer import tensor_to_numpy
+from ..trials import Trial
+
+SHAPE = (64, 64, 128)
+AXES = ("batch", "queries", "keys")
+
+
+def dropout(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
+    """Drop ones at the trial's rate, with a fixed seed, as the module does while training and while not."""
+    rate = trial.config.dropout
+    dropped = _drop(implementation, trial, device, training=True)
+    kept = dropped != 0
+
+    def finding(what: str, agreed: Agreement, why: str) -> Finding:
+        return Finding(f"dropout: {what}", implementation, f"rate {rate}", agreed, why)
+
+    yield finding("keep rate", _counted(kept, 1.0 - rate), limits.BINOMIAL)
+    if kept.any():
+        scaled = dropped[kept].astype(np.float64) * (1.0 - rate)
+        yield finding("scale", agreement(scaled, np.ones_like(scaled), limits.dropout_scale()), limits.SCALE)
+    alike = rate**2 + (1.0 - rate) ** 2
+    for axis, name in enumerate(AXES):
+        # Disjoint neighbors, so that the pairs are independent of each other too.
+        first, second = (np.take(kept, range(start, kept.shape[axis], 2), axis=axis) for start in (0, 1))
+        yield finding(f"neighbors along the {name}", _counted(first == second, alike), limits.BINOMIAL)
+    evaluated = _drop(implementation, trial, device, training=False)
+    yield finding("none in eval", identical(evaluated, np.ones(SHAPE, dtype=np.float32)), limits.BITS)
+
+
+def _counted(events: np.ndarray, probability: float) -> Agreement:
+    count, expected, limit = limits.binomial_distance(int(events.sum()), events.size, probability)
+    return agreement(np.array([count]), np.array([expected]), limit)
+
+
+def _drop(implementation: Implementation, trial: Trial, device: str, *, training: bool) -> np.ndarray:
+    if implementation == "torch":
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            module = build_torch(trial.config, buffer=True).train(training)
+            return tensor_to_numpy(module.dropout(torch.ones(SHAPE, device=device)))
+    ones = jax.device_put(jnp.ones(SHAPE), jax.devices(device)[0])
+    if implementation == "nnx":
+        model = build_nnx(trial.config, buffer=True)
+        model.set_attributes(deterministic=not training)
+        return np.asarray(model.dropout(ones))
+    linen = build_linen(trial.config, buffer=True)
+    buffers = {"buffers": {"mask": jnp.zeros(linen_template(trial.config, buffer=True)["buffers"]["mask"].shape)}}
+
+    def drop(module: object) -> jax.Array:
+        return module.attention_dropout(ones, deterministic=not training)  # type: ignore[attr-defined]
+
+    return np.asarray(linen.apply(buffers, method=drop, rngs={"dropout": jax.random.key(0)}))

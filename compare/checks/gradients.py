@@ -1,0 +1,54 @@
+"""Gradients and Hessian-vector products in float64, against the formula written out; buffers have none."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from .. import limits
+from ..agreement import Finding, agreement, same_names
+from ..bounded import Bounded
+from ..derivatives import Problem, derivatives
+from ..dual import Dual
+from ..reference_gradient import attention_forward, attention_gradient
+from ..run import Implementation
+from ..transfer import numpy_state
+from ..trials import Trial
+
+
+def gradients(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
+    """Yield a finding for the names that have a gradient, and two for each: first and second derivative.
+
+    A trial with a closed row has none: its outputs are NaN.
+    """
+    if trial.closed:
+        return
+    problem = problem_of(trial)
+    expected = exact_derivatives(problem)
+    found = derivatives(implementation, problem, device)
+    names = same_names(found.gradient, expected)
+    yield Finding("gradients: of what", implementation, trial.name, names, limits.NAMES)
+    for name in sorted(expected.keys() & found.gradient.keys()):
+        first, second = expected[name].value, expected[name].tangent
+        agreed = agreement(found.gradient[name], first.value, limits.both_sides(first))
+        yield Finding("gradients", implementation, f"{trial.name}, {name}", agreed, limits.GRADIENT)
+        agreed = agreement(found.hessian_vector[name], second.value, limits.regrouped(second))
+        yield Finding("Hessian-vector products", implementation, f"{trial.name}, {name}", agreed, limits.HESSIAN)
+
+
+def problem_of(trial: Trial) -> Problem:
+    """Return the trial with a drawn cotangent and direction."""
+    random = np.random.default_rng(1)
+    arrays = {**numpy_state(trial.state), "inputs": trial.inputs}
+    cotangent = random.standard_normal((*trial.inputs.shape[:2], trial.config.output_embedding_dim))
+    direction = {key: random.standard_normal(array.shape) for key, array in arrays.items() if key != "mask"}
+    return Problem(trial.config, trial.state, trial.inputs, cotangent, direction, trial.keep)
+
+
+def exact_derivatives(problem: Problem) -> dict[str, Dual]:
+    """Return, by torch's names, each gradient with the Hessian-vector product as its tangent, and their bounds."""
+    arrays = {**numpy_state(problem.state), "inputs": problem.inputs}
+    mask, rate = arrays.pop("mask"), problem.config.dropout
+    given = {key: Dual(Bounded.exact(array), Bounded.exact(problem.direction[key])) for key, array in arrays.items()}
+    cotangent = Dual(Bounded.exact(problem.cotangent), Bounded.exact(np.zeros_like(problem.cotangent)))
+    stages = attention_forward(given, mask, problem.keep, rate)
+    return attention_gradient(given, stages, cotangent, problem.keep, rate)

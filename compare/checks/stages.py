@@ -1,0 +1,29 @@
+"""Queries, keys, values, scores, weights and context in that order, so that the first that parts is named."""
+
+from collections.abc import Iterable, Iterator
+
+from .. import limits
+from ..agreement import Finding, agreement
+from ..reference import attention_stages
+from ..rounding import PRECISIONS, stage_bounds
+from ..run import Implementation
+from ..stages import record_stages
+from ..transfer import numpy_state
+from ..trials import Trial
+
+
+def stages(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
+    """Yield a finding for each stage, in float64."""
+    arrays, precision = numpy_state(trial.state), PRECISIONS["float64"]
+    found = record_stages(implementation, trial, device)
+    exact = attention_stages(trial.inputs, arrays, trial.mask, trial.keep, trial.config.dropout)
+    bound = stage_bounds(trial.inputs, arrays, trial.mask, precision, trial.keep, trial.config.dropout)
+    for name in exact._fields:
+        # -inf, where scores are blocked, is compared as such; both sides round.
+        agreed = agreement(getattr(found, name), getattr(exact, name), 2.0 * getattr(bound, name))
+        yield Finding(f"stage: {name}", implementation, trial.name, agreed, limits.OUTPUT)
+
+
+def first_parted(findings: Iterable[Finding]) -> str:
+    """Return the first stage that lies beyond its limit, or nothing."""
+    return next((finding.check.removeprefix("stage: ") for finding in findings if not finding.held), "")

@@ -1,0 +1,149 @@
+"""The mask as state: what kind of entry it is, and that it survives conversion, checkpoints and compiled programs."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+import flax_impl
+
+from .. import limits
+from ..agreement import Agreement, Finding, agreement, identical, same_names
+from ..checkpoint import load_checkpoint, save_checkpoint
+from ..convert import StateDict, linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
+from ..errors import ConversionError
+from ..parity import exact_and_limit
+from ..run import Implementation, build_linen, build_nnx, build_torch, linen_template
+from ..transfer import numpy_state, numpy_to_tensor, tensor_to_numpy
+from ..trials import Trial
+
+SUFFIXES = (".pth", ".safetensors", ".msgpack")
+
+
+def state(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
+    """Yield what is trained, what is saved, and that state with an edited mask comes back bit for bit."""
+    given = trial.rounded("float32")
+    edited = given.masked(trial.name, np.where(given.mask != 0, np.float32(-2.5), given.mask))
+
+    def finding(what: str, agreed: Agreement, why: str) -> Finding:
+        return Finding(f"state: {what}", implementation, trial.name, agreed, why)
+
+    trained, saved = _kinds(implementation, given)
+    yield finding("what is trained", same_names(trained, given.state.keys() - {"mask"}), limits.NAMES)
+    yield finding("what is saved", same_names(saved, given.state), limits.NAMES)
+    yield finding("the mask when built", _built(implementation, given), limits.BITS)
+    holder = _filled(implementation, edited.state, edited)
+    yield finding("through the converter", _same_state(_state_of(holder), edited.state), limits.BITS)
+    with tempfile.TemporaryDirectory() as folder:
+        for suffix in SUFFIXES:
+            path = save_checkpoint(Path(folder) / f"state{suffix}", holder)
+            loaded = load_checkpoint(path, _empty(implementation, given))
+            yield finding(f"through {suffix}", _same_state(_state_of(loaded), edited.state), limits.BITS)
+    yield finding("64 bits refused or kept", _wide(implementation, given), limits.BITS)
+    yield finding("an edit is obeyed", _edit_obeyed(implementation, given, device), limits.OUTPUT)
+
+
+def _empty(implementation: Implementation, trial: Trial) -> Any:
+    if implementation == "torch":
+        return build_torch(trial.config, buffer=True)
+    return (
+        linen_template(trial.config, buffer=True) if implementation == "linen" else build_nnx(trial.config, buffer=True)
+    )
+
+
+def _filled(implementation: Implementation, state: StateDict, trial: Trial) -> Any:
+    holder = _empty(implementation, trial)
+    if implementation == "torch":
+        holder.load_state_dict(state)
+        return holder
+    return torch_to_linen(state, holder) if implementation == "linen" else torch_to_nnx(state, holder)
+
+
+def _state_of(holder: Any) -> StateDict:
+    if isinstance(holder, torch.nn.Module):
+        return holder.state_dict()
+    return nnx_to_torch(holder) if isinstance(holder, nnx.Module) else linen_to_torch(holder)
+
+
+def _kinds(implementation: Implementation, trial: Trial) -> tuple[set[str], set[str]]:
+    """Return the torch names of what an optimizer is given, and of what a checkpoint holds, for a fresh module."""
+    holder = _empty(implementation, trial)
+    if implementation == "torch":
+        return {name for name, _ in holder.named_parameters()}, set(holder.state_dict())
+    if implementation == "linen":
+        return _torch_names(holder["params"]), set().union(*map(_torch_names, holder.values()))
+    trained = _torch_names(nnx.to_pure_dict(nnx.state(holder, nnx.Param)))
+    return trained, trained | _torch_names(nnx.to_pure_dict(nnx.state(holder, flax_impl.nnx.Buffer)))
+
+
+def _torch_names(tree: Any) -> set[str]:
+    """Return dotted names: a `kernel` is torch's `weight`."""
+    return {".".join(path).replace("kernel", "weight") for path in flatten_dict(tree)}
+
+
+def _built(implementation: Implementation, trial: Trial) -> Agreement:
+    """Compare the mask of a fresh module with the causal one."""
+    size = trial.config.context_length
+    causal = np.triu(np.ones((size, size), dtype=np.float32), k=1)
+    if implementation == "linen":
+        inputs = jax.numpy.ones((1, 1, trial.config.input_embedding_dim))
+        fresh = build_linen(trial.config, buffer=True).init(jax.random.key(0), inputs)
+        return identical(np.asarray(fresh["buffers"]["mask"]), causal)
+    return identical(tensor_to_numpy(_state_of(_empty(implementation, trial))["mask"]), causal)
+
+
+def _same_state(found: StateDict, expected: StateDict) -> Agreement:
+    """Return the worst comparison of two states."""
+    names = same_names(found, expected)
+    each = [identical(array, numpy_state(found)[key]) for key, array in numpy_state(expected).items() if key in found]
+    return max([names, *each], key=lambda agreed: agreed.ratio)
+
+
+def _wide(implementation: Implementation, trial: Trial) -> Agreement:
+    """Convert an int64 mask with an entry that 32 bits do not hold: refused without x64, kept with it."""
+    wide = np.where(trial.mask != 0, 2**40, 0)
+    state = {**trial.state, "mask": numpy_to_tensor(wide)}
+    if implementation == "torch":
+        module = build_torch(trial.config, buffer=True)
+        module.load_state_dict(state, assign=True)
+        return identical(tensor_to_numpy(module.mask), wide)
+    try:
+        kept = tensor_to_numpy(_state_of(_filled(implementation, state, trial))["mask"])
+    except ConversionError:
+        with jax.enable_x64(True):
+            kept = tensor_to_numpy(_state_of(_filled(implementation, state, trial))["mask"])
+    return agreement(kept, wide, 0.0)
+
+
+def _edit_obeyed(implementation: Implementation, trial: Trial, device: str) -> Agreement:
+    """Run, edit the mask the framework's own way, run the same program again: which mask did it use?"""
+    tokens, size = trial.inputs.shape[1], trial.config.context_length
+    opened = np.zeros((size, size), dtype=np.float32)
+    opened[tokens - 1, 0] = 1.0
+    exact, limit = exact_and_limit(trial.config, trial.masked("", opened).state, trial.inputs)
+    holder = _filled(implementation, trial.state, trial)
+    if implementation == "torch":
+        module, inputs = holder.to(device).eval(), numpy_to_tensor(trial.inputs).to(device)
+        with torch.no_grad():
+            module(inputs)
+            module.mask.copy_(torch.from_numpy(opened))
+            return agreement(tensor_to_numpy(module(inputs)), exact, limit)
+    with jax.default_matmul_precision("highest"), jax.default_device(jax.devices(device)[0]):
+        if implementation == "linen":
+            linen = build_linen(trial.config, buffer=True)
+            # A new function each time: jit remembers a bound method by what it is bound to.
+            forward = jax.jit(lambda variables, inputs: linen.apply(variables, inputs))
+            forward(holder, trial.inputs)
+            edited = {**holder, "buffers": {"mask": jax.numpy.asarray(opened)}}
+            return agreement(np.asarray(forward(edited, trial.inputs)), exact, limit)
+        holder.eval()
+        call = nnx.jit(lambda model, inputs: model(inputs))
+        call(holder, trial.inputs)
+        holder.mask[...] = jax.numpy.asarray(opened)
+        return agreement(np.asarray(call(holder, trial.inputs)), exact, limit)

@@ -1,0 +1,89 @@
+"""The derivatives of masked attention, written out: against these the gradients of the frameworks are judged."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import numpy as np
+
+from .bounded import Bounded
+from .dual import Dual
+
+Number = TypeVar("Number", Bounded, Dual)
+
+
+def attention_forward(
+    given: Mapping[str, Number], mask: np.ndarray, keep: np.ndarray | None = None, rate: float = 0.0
+) -> dict[str, Number]:
+    """Return the stages of masked attention: queries, keys, values, weights, dropped, context.
+
+    Args:
+        given: `inputs` (batch, tokens, input_embedding_dim), `W_query.weight` (out, in), ..., `W_query.bias` if any;
+            the parameters may all have one leading axis more, and then the stages have it.
+        mask: (context_length, context_length); nonzero blocks, leaving something open in every row.
+        keep: (batch, tokens, tokens), True where dropout keeps the weight; None for no dropout.
+        rate: the probability that `keep` was drawn with.
+    """
+    inputs = given["inputs"]
+    tokens = inputs.shape[-2]
+    opened = mask[:tokens, :tokens] == 0
+    queries, keys, values = (_project(inputs, given, name) for name in ("W_query", "W_key", "W_value"))
+    scores = (queries @ keys.mT).scaled(queries.shape[-1] ** -0.5, roundings=4)
+    exponentials = scores.shifted(opened).exp().kept(opened)
+    weights = exponentials / exponentials.sum(-1, keepdims=True)
+    dropped = _dropped(weights, keep, rate)
+    context = dropped @ values
+    return {
+        **{"queries": queries, "keys": keys, "values": values},
+        **{"weights": weights, "dropped": dropped, "context": context},
+    }
+
+
+def attention_gradient(
+    given: Mapping[str, Number],
+    stages: Mapping[str, Number],
+    cotangent: Number,
+    keep: np.ndarray | None = None,
+    rate: float = 0.0,
+) -> dict[str, Number]:
+    """Return the gradient of sum(context * cotangent) by everything in `given`.
+
+    With w the weights before dropout, D what dropout does and g the cotangent: values get D(w)^T g; w gets
+    a = D(g values^T); the scores before softmax get w (a - sum(a w)) / sqrt(head_dim).
+
+    Args:
+        given: as `attention_forward` was given.
+        stages: what it returned.
+        cotangent: (batch, tokens, output_embedding_dim).
+        keep: as `attention_forward` was given.
+        rate: likewise.
+    """
+    weights = stages["weights"]
+    to_weights = _dropped(cotangent @ stages["values"].mT, keep, rate)
+    to_scores = weights * (to_weights - (to_weights * weights).sum(-1, keepdims=True))
+    to_scores = to_scores.scaled(stages["queries"].shape[-1] ** -0.5, roundings=4)
+    to_projected = {
+        "W_query": to_scores @ stages["keys"],
+        "W_key": to_scores.mT @ stages["queries"],
+        "W_value": stages["dropped"].mT @ cotangent,
+    }
+    gradient = {}
+    by_inputs = []
+    for name, arrived in to_projected.items():
+        rows = arrived.rows()
+        gradient[f"{name}.weight"] = rows.mT @ given["inputs"].rows()
+        if f"{name}.bias" in given:
+            gradient[f"{name}.bias"] = rows.sum(-2)
+        by_inputs.append((rows @ given[f"{name}.weight"]).batched(arrived.shape[-3]))
+    gradient["inputs"] = by_inputs[0] + by_inputs[1] + by_inputs[2]
+    return gradient
+
+
+def _project(inputs: Number, given: Mapping[str, Number], name: str) -> Number:
+    projected = inputs.rows() @ given[f"{name}.weight"].mT
+    if f"{name}.bias" in given:
+        projected = projected + given[f"{name}.bias"].spread(before=1)
+    return projected.batched(inputs.shape[-3])
+
+
+def _dropped(weights: Number, keep: np.ndarray | None, rate: float) -> Number:
+    return weights if keep is None else weights.kept(keep).scaled(1.0 / (1.0 - rate), roundings=3)

@@ -1,0 +1,137 @@
+"""Training written out in NumPy float64, and how far rounding may carry anybody else's run of the same steps.
+
+One step turns parameters and the optimizer's moments into new ones; run on `Bounded`, it also tells how far rounding
+in that step alone may carry each of them. What these errors grow to is found by training again with each of them in
+place, under random signs (`compare.limits.worst_case`).
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from .bounded import Bounded
+from .courses import SGD, Course, Recipe, course
+from .limits import TRAINING_SAMPLES, worst_case
+from .reference_gradient import attention_forward, attention_gradient
+from .transfer import numpy_state
+
+# torch adds this to the norm that it clips by.
+CLIP_EPS = 1e-6
+
+Arrays = dict[str, np.ndarray]
+
+
+class Run(NamedTuple):
+    """A training run: the loss before each step, and each parameter after it, (steps, ...)."""
+
+    losses: np.ndarray
+    parameters: Arrays
+
+
+class Limited(NamedTuple):
+    """The reference's run, and the limits for the distance of another run from it, of the same shapes."""
+
+    run: Run
+    limits: Run
+
+
+@cache
+def reference_training(recipe: Recipe, steps: int) -> Limited:
+    """Train the standard course of that many steps, with its limits."""
+    run = _train(course(steps), recipe)
+    moments = 2 if recipe is SGD else 3
+    count = moments * sum(array[0, 0].size for array in run.parameters.values()) * np.arange(1, steps + 1)
+
+    def limit(found: np.ndarray) -> np.ndarray:
+        deviations = np.moveaxis(found[:, 1:] - found[:, :1], 1, 0)
+        # The reference rounds too.
+        return 2.0 * worst_case(deviations, count.reshape(-1, *[1] * (found.ndim - 2)))
+
+    exact = Run(run.losses[:, 0], {key: array[:, 0] for key, array in run.parameters.items()})
+    return Limited(exact, Run(limit(run.losses), {key: limit(array) for key, array in run.parameters.items()}))
+
+
+def _train(given: Course, recipe: Recipe) -> Run:
+    """Train 1 + TRAINING_SAMPLES times at once, the runs along the second axis of what is returned.
+
+    The first run is the exact one. In the others every result of every step is moved by the most that rounding may
+    move it, up or down.
+    """
+    signs, samples = np.random.default_rng(0), 1 + TRAINING_SAMPLES
+    state: dict[str, tuple[np.ndarray, ...]] = {}
+    for key, array in numpy_state(given.start.state).items():
+        if key != "mask":
+            parameter = np.repeat(array[None], samples, axis=0)
+            state[key] = (parameter, *[np.zeros_like(parameter)] * (1 if recipe is SGD else 2))
+    losses, history = [], []
+    advance = _sgd if recipe is SGD else _adamw
+    for step in range(len(given.inputs)):
+        loss, gradient = _loss_and_gradient(given, {key: entry[0] for key, entry in state.items()}, step)
+        losses.append(_moved(loss, signs))
+        clipped = _clipped(gradient, recipe.max_norm)
+        state = {
+            key: tuple(_moved(new, signs) for new in advance(recipe, clipped[key], entry, step + 1))
+            for key, entry in state.items()
+        }
+        history.append({key: entry[0] for key, entry in state.items()})
+    return Run(np.array(losses), {key: np.stack([entry[key] for entry in history]) for key in state})
+
+
+def _loss_and_gradient(given: Course, parameters: Arrays, step: int) -> tuple[Bounded, dict[str, Bounded]]:
+    lifted = {key: Bounded.exact(array) for key, array in parameters.items()}
+    lifted["inputs"] = Bounded.exact(given.inputs[step])
+    dropped = given.keeps[step], given.start.config.dropout
+    stages = attention_forward(lifted, given.start.mask, *dropped)
+    apart = stages["context"] - Bounded.exact(given.targets[step])
+    entries = given.targets[step].size
+    loss = (apart * apart).sum((-3, -2, -1)).scaled(1.0 / entries)
+    gradient = attention_gradient(lifted, stages, apart.scaled(2.0 / entries, roundings=2), *dropped)
+    del gradient["inputs"]
+    return loss, gradient
+
+
+def _clipped(gradient: dict[str, Bounded], max_norm: float) -> dict[str, Bounded]:
+    """Scale by max_norm / (norm + 1e-6) where that is below 1, as `torch.nn.utils.clip_grad_norm_` does."""
+    squares = [(array * array).sum(tuple(range(1, array.value.ndim))) for array in gradient.values()]
+    total = squares[0]
+    for square in squares[1:]:
+        total = total + square
+    norm = total.sqrt() + Bounded.exact(np.array(CLIP_EPS))
+    factor = Bounded.exact(np.array(max_norm)) / norm
+    below = factor.value < 1.0
+    factor = Bounded(np.where(below, factor.value, 1.0), np.where(below, factor.error, 0.0))
+    return {key: array * factor.spread(array.value.ndim - 1) for key, array in gradient.items()}
+
+
+def _sgd(recipe: Recipe, gradient: Bounded, entry: tuple[np.ndarray, ...], step: int) -> tuple[Bounded, ...]:
+    parameter, trace = map(Bounded.exact, entry)
+    gradient = gradient + parameter.scaled(recipe.weight_decay)
+    trace = trace.scaled(recipe.momentum) + gradient
+    return parameter - trace.scaled(recipe.learning_rate), trace
+
+
+def _adamw(recipe: Recipe, gradient: Bounded, entry: tuple[np.ndarray, ...], step: int) -> tuple[Bounded, ...]:
+    """Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2."""
+    # No rounding makes a mean of squares negative.
+    parameter, first, second = map(Bounded.exact, (*entry[:2], np.maximum(entry[2], 0.0)))
+    beta_1, beta_2 = recipe.betas
+    first = first.scaled(beta_1) + gradient.scaled(1.0 - beta_1, roundings=2)
+    second = second.scaled(beta_2) + (gradient * gradient).scaled(1.0 - beta_2, roundings=2)
+    # A power by `step` multiplications, and what a subtraction from 1 makes of their relative error.
+    unbiased_1 = first.scaled(1.0 / (1.0 - beta_1**step), roundings=_bias_roundings(beta_1, step))
+    unbiased_2 = second.scaled(1.0 / (1.0 - beta_2**step), roundings=_bias_roundings(beta_2, step))
+    direction = unbiased_1 / (unbiased_2.sqrt() + Bounded.exact(np.array(recipe.eps)))
+    moved = direction + parameter.scaled(recipe.weight_decay)
+    return parameter - moved.scaled(recipe.learning_rate), first, second
+
+
+def _bias_roundings(beta: float, step: int) -> int:
+    power = beta**step
+    return int(np.ceil((step + 1) * power / (1.0 - power))) + 3
+
+
+def _moved(new: Bounded, signs: np.random.Generator) -> np.ndarray:
+    chosen = signs.choice((-1.0, 1.0), new.shape)
+    chosen[0] = 0.0
+    return new.value + chosen * new.error

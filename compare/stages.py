@@ -1,0 +1,102 @@
+"""Every intermediate of one implementation, as it runs: recorded from outside, the modules know nothing of it."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import jax
+import numpy as np
+import torch
+from flax import linen
+from torch.overrides import TorchFunctionMode
+
+from .reference import Stages
+from .run import Implementation, NnxFunction, ready_linen, ready_nnx, ready_torch
+from .transfer import numpy_to_tensor, tensor_to_numpy
+from .trials import Trial
+
+# Where each stage comes out of a module; scores are what the softmax is given.
+PRODUCERS = {
+    "W_query": "queries",
+    "W_key": "keys",
+    "W_value": "values",
+    "dropout": "weights",
+    "attention_dropout": "weights",
+}
+
+
+def record_stages(implementation: Implementation, trial: Trial, device: str = "cpu") -> Stages:
+    """Run the trial in its dtype and return its stages, shaped as those of `compare.reference`.
+
+    Raises:
+        ValueError: a stage was never computed, or more than once.
+    """
+    recorded: dict[str, list[Any]] = {name: [] for name in Stages._fields}
+    if implementation == "torch":
+        _torch(trial, device, recorded)
+    else:
+        place = jax.devices(device)[0]
+        x64 = trial.inputs.dtype == np.float64
+        with jax.enable_x64(x64), jax.default_matmul_precision("highest"), jax.default_device(place):
+            (_linen if implementation == "linen" else _nnx)(trial, recorded)
+    for name, found in recorded.items():
+        if len(found) != 1:
+            raise ValueError(f"the stage {name} was computed {len(found)} times; expected once")
+    convert = tensor_to_numpy if implementation == "torch" else np.asarray
+    return Stages(**{name: convert(found[0]) for name, found in recorded.items()})
+
+
+def _torch(trial: Trial, device: str, recorded: dict[str, list[Any]]) -> None:
+    module = ready_torch(trial.config, trial.state, device, trial.keep)
+    for name, child in module.named_children():
+        child.register_forward_hook(
+            lambda _module, _inputs, output, name=name: recorded[PRODUCERS[name]].append(output)
+        )
+
+    class RecordScores(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function in (torch.softmax, torch.Tensor.softmax, torch.nn.functional.softmax):
+                recorded["scores"].append(args[0])
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), RecordScores():
+        recorded["context"].append(module(numpy_to_tensor(trial.inputs).to(device)))
+
+
+def _linen(trial: Trial, recorded: dict[str, list[Any]]) -> None:
+    apply, variables = ready_linen(trial.config, trial.state, trial.keep)
+
+    def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: linen.module.InterceptorContext) -> Any:
+        output = call(*args, **kwargs)
+        if context.module.name in PRODUCERS:
+            recorded[PRODUCERS[context.module.name]].append(output)
+        return output
+
+    with linen.intercept_methods(intercept), _recorded_scores(recorded):
+        recorded["context"].append(apply(variables, jax.numpy.asarray(trial.inputs)))
+
+
+def _nnx(trial: Trial, recorded: dict[str, list[Any]]) -> None:
+    model = ready_nnx(trial.config, trial.state, trial.keep)
+    for name in ("W_query", "W_key", "W_value", "dropout"):
+        setattr(model, name, NnxFunction(_recording(getattr(model, name), recorded[PRODUCERS[name]])))
+    with _recorded_scores(recorded):
+        recorded["context"].append(model(jax.numpy.asarray(trial.inputs)))
+
+
+def _recorded_scores(recorded: dict[str, list[Any]]) -> Any:
+    softmax = jax.nn.softmax
+
+    def record(scores: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        recorded["scores"].append(scores)
+        return softmax(scores, *args, **kwargs)
+
+    return patch.object(jax.nn, "softmax", record)
+
+
+def _recording(call: Callable[[Any], Any], into: list[Any]) -> Callable[[Any], Any]:
+    def recorded(given: Any) -> Any:
+        into.append(call(given))
+        return into[-1]
+
+    return recorded

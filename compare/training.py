@@ -1,0 +1,169 @@
+"""Training as each framework's users do it: `torch.optim`, and Optax under Linen and under `nnx.Optimizer`."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from flax import nnx
+
+from .convert import linen_to_torch
+from .courses import SGD, Course, Recipe
+from .reference_training import CLIP_EPS, Run
+from .run import Implementation, TorchFunction, linen_apply, ready_linen, ready_nnx, ready_torch
+from .transfer import numpy_state, numpy_to_tensor, tensor_to_numpy
+
+
+class Trained(NamedTuple):
+    """A run, and the mask as it is at its end."""
+
+    run: Run
+    mask: np.ndarray
+
+
+def train(implementation: Implementation, course: Course, recipe: Recipe, device: str = "cpu") -> Trained:
+    """Train one implementation on the device, "cpu" or "cuda", in the course's dtype."""
+    if implementation == "torch":
+        return _train_torch(course, recipe, device)
+    x64 = course.inputs.dtype == np.float64
+    place = jax.devices(device)[0]
+    # Optax raises a float to an int32 power, which strict promotion refuses.
+    standard = jax.numpy_dtype_promotion("standard")
+    with jax.enable_x64(x64), jax.default_matmul_precision("highest"), jax.default_device(place), standard:
+        return (_train_linen if implementation == "linen" else _train_nnx)(course, recipe)
+
+
+def torch_optimizer(recipe: Recipe, module: torch.nn.Module) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer of the module's parameters; buffers are none of them."""
+    if recipe is SGD:
+        return torch.optim.SGD(
+            module.parameters(), recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        )
+    return torch.optim.AdamW(
+        module.parameters(), recipe.learning_rate, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay
+    )
+
+
+def optax_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """Return the same in Optax: there clipping is a part of it, and SGD's weight decay another."""
+    if recipe is SGD:
+        return optax.chain(
+            clip_grad_norm(recipe.max_norm),
+            optax.add_decayed_weights(recipe.weight_decay),
+            optax.sgd(recipe.learning_rate, momentum=recipe.momentum),
+        )
+    first, second = recipe.betas
+    return optax.chain(
+        clip_grad_norm(recipe.max_norm),
+        optax.adamw(recipe.learning_rate, first, second, eps=recipe.eps, weight_decay=recipe.weight_decay),
+    )
+
+
+def clip_grad_norm(max_norm: float) -> optax.GradientTransformation:
+    """Clip as torch does: `optax.clip_by_global_norm` lacks the 1e-6 that torch adds to the norm."""
+
+    def clip(updates: Any, _parameters: Any) -> Any:
+        norm = jnp.sqrt(sum(jnp.sum(update**2) for update in jax.tree.leaves(updates)))
+        factor = jnp.minimum(1.0, max_norm / (norm + CLIP_EPS))
+        return jax.tree.map(lambda update: update * factor, updates)
+
+    return optax.stateless(clip)
+
+
+def _train_torch(course: Course, recipe: Recipe, device: str) -> Trained:
+    start = course.start
+    state = {key: tensor.clone() for key, tensor in start.state.items()}  # the optimizer writes into it
+    module = ready_torch(start.config, state, device, None).train()
+    optimizer = torch_optimizer(recipe, module)
+    losses, history = [], []
+    given = (numpy_to_tensor(array).to(device) for array in (course.inputs, course.targets, course.keeps))
+    for inputs, targets, keep in zip(*given, strict=True):
+        module.dropout = TorchFunction(partial(_drop_torch, keep, start.config.dropout))  # type: ignore[assignment]
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(module(inputs), targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.max_norm)
+        optimizer.step()
+        losses.append(loss.item())
+        history.append({name: tensor_to_numpy(value.detach()).copy() for name, value in module.named_parameters()})
+    return _trained(losses, history, tensor_to_numpy(module.mask.detach()))
+
+
+def _drop_torch(keep: torch.Tensor, rate: float, weights: torch.Tensor) -> torch.Tensor:
+    return torch.where(keep, weights / (1.0 - rate), 0.0)
+
+
+def _train_linen(course: Course, recipe: Recipe) -> Trained:
+    start = course.start
+    _, variables = ready_linen(start.config, start.state, None)
+    parameters, buffers = variables["params"], {"buffers": variables["buffers"]}
+    optimizer = optax_optimizer(recipe)
+    state = optimizer.init(parameters)
+
+    @jax.jit
+    def step(parameters: Any, buffers: Any, state: Any, inputs: Any, targets: Any, keep: Any) -> Any:
+        def mean_squared(parameters: Any) -> jax.Array:
+            outputs = linen_apply(start.config, keep, buffer=True)({"params": parameters, **buffers}, inputs)
+            return jnp.mean((outputs - targets) ** 2)
+
+        loss, gradient = jax.value_and_grad(mean_squared)(parameters)
+        updates, state = optimizer.update(gradient, state, parameters)
+        return loss, optax.apply_updates(parameters, updates), state
+
+    losses, history = [], []
+    for inputs, targets, keep in zip(course.inputs, course.targets, course.keeps, strict=True):
+        loss, parameters, state = step(parameters, buffers, state, inputs, targets, keep)
+        losses.append(float(loss))
+        history.append(_torch_names(parameters))
+    return _trained(losses, history, np.asarray(buffers["buffers"]["mask"]))
+
+
+class _Keep(nnx.Variable):
+    """The pattern of dropout of the present step."""
+
+
+def _train_nnx(course: Course, recipe: Recipe) -> Trained:
+    start = course.start
+    model = ready_nnx(start.config, start.state, None)
+    pattern = _Keep(jnp.asarray(course.keeps[0]))
+    model.dropout = _NnxPattern(pattern, start.config.dropout)  # type: ignore[assignment]
+    optimizer = nnx.Optimizer(model, optax_optimizer(recipe), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: Any, optimizer: Any, inputs: Any, targets: Any) -> Any:
+        def mean_squared(model: Any) -> jax.Array:
+            return jnp.mean((model(inputs) - targets) ** 2)
+
+        loss, gradient = nnx.value_and_grad(mean_squared)(model)
+        optimizer.update(model, gradient)
+        return loss
+
+    losses, history = [], []
+    for inputs, targets, keep in zip(course.inputs, course.targets, course.keeps, strict=True):
+        pattern[...] = jnp.asarray(keep)
+        losses.append(float(step(model, optimizer, inputs, targets)))
+        history.append(_torch_names(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
+    return _trained(losses, history, np.asarray(model.mask[...]))
+
+
+class _NnxPattern(nnx.Module):
+    """Dropout with the pattern that a variable holds."""
+
+    def __init__(self, keep: _Keep, rate: float) -> None:
+        self.keep = keep
+        self.rate = rate
+
+    def __call__(self, weights: jax.Array) -> jax.Array:
+        return jnp.where(self.keep[...], weights / (1.0 - self.rate), 0.0)
+
+
+def _torch_names(parameters: Any) -> dict[str, np.ndarray]:
+    return numpy_state(linen_to_torch({"params": parameters}))
+
+
+def _trained(losses: list[float], history: list[dict[str, np.ndarray]], mask: np.ndarray) -> Trained:
+    parameters = {name: np.stack([entry[name] for entry in history]) for name in history[0]}
+    return Trained(Run(np.array(losses), parameters), mask)

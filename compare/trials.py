@@ -1,0 +1,85 @@
+"""What the checks are run on: a state, inputs and a pattern of dropout, in float64, to be rounded to any dtype."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .cases import Config
+from .convert import StateDict
+from .transfer import numpy_dtype
+
+
+class Trial(NamedTuple):
+    """One configuration with everything that its output depends on.
+
+    name: for the reader.
+    config: the constructor arguments.
+    state: a torch state dict, with a mask.
+    inputs: (batch, tokens, input_embedding_dim).
+    keep: (batch, tokens, tokens), True where dropout keeps the weight; None for no dropout.
+    """
+
+    name: str
+    config: Config
+    state: StateDict
+    inputs: np.ndarray
+    keep: np.ndarray | None = None
+
+    def rounded(self, dtype: str) -> Trial:
+        """Return the trial with weights and inputs rounded to the dtype; the mask stays as it is."""
+        cast = {
+            key: tensor if key == "mask" else tensor.to(getattr(torch, dtype)) for key, tensor in self.state.items()
+        }
+        return self._replace(state=cast, inputs=self.inputs.astype(numpy_dtype(dtype)))
+
+    def masked(self, name: str, mask: np.ndarray) -> Trial:
+        """Return the trial under another mask."""
+        return self._replace(name=name, state={**self.state, "mask": torch.from_numpy(mask.copy())})
+
+    @property
+    def mask(self) -> np.ndarray:
+        """The mask, (context_length, context_length)."""
+        return self.state["mask"].numpy()
+
+    @property
+    def closed(self) -> bool:
+        """Whether some row of the mask leaves nothing open among the tokens: that row is NaN."""
+        tokens = self.inputs.shape[1]
+        return bool((self.mask[:tokens, :tokens] != 0).all(axis=1).any())
+
+
+def draw(config: Config, tokens: int, random: np.random.Generator, *, batch: int = 2, keep: bool = False) -> Trial:
+    """Draw standard normal weights over sqrt(input_embedding_dim), biases and inputs; the mask is causal."""
+    state: StateDict = {}
+    for name in ("W_query", "W_key", "W_value"):
+        shape = config.output_embedding_dim, config.input_embedding_dim
+        state[f"{name}.weight"] = torch.from_numpy(random.standard_normal(shape) / np.sqrt(shape[1]))
+        if config.qkv_bias:
+            state[f"{name}.bias"] = torch.from_numpy(random.standard_normal(shape[0]))
+    state["mask"] = torch.triu(torch.ones(config.context_length, config.context_length), diagonal=1)
+    inputs = random.standard_normal((batch, tokens, config.input_embedding_dim))
+    kept = random.random((batch, tokens, tokens)) >= config.dropout if keep else None
+    return Trial("causal", config, state, inputs, kept)
+
+
+def fixed() -> list[Trial]:
+    """Return the trials that every check is run on: between them, each part of the formula matters in one."""
+    random = np.random.default_rng(211)
+    prime = draw(Config(13, 11, 7, 0.4, qkv_bias=True), 5, random, keep=True)
+    plain = prime._replace(keep=None)
+    square = draw(Config(6, 6, 6, 0.25), 6, random)
+    rows = np.arange(7)
+    rectangle = ((rows[:, None] < 3) == (rows >= 4)).astype(np.float32)
+    edited = prime.mask * np.where(rows % 2, 2.0, -0.5).astype(np.float32)
+    closed = np.array(prime.mask)
+    closed[2] = 1.0
+    return [
+        plain,
+        plain.masked("rectangular mask", rectangle),
+        prime.masked("dropout, edited mask", edited),
+        plain.masked("a row closed", closed),
+        square._replace(name="square weights"),
+    ]

@@ -1,0 +1,82 @@
+"""Every check holds for every implementation, on every device; and a report on nothing does not."""
+
+import numpy as np
+import pytest
+
+from compare import trials
+from compare.agreement import Finding, agreement
+from compare.checks import CHECKS
+from compare.checks.causality import causality
+from compare.checks.determinism import compiled_by_torch
+from compare.checks.stages import first_parted, stages
+from compare.mutants import MUTANTS, planted
+from compare.run import IMPLEMENTATIONS
+from compare.scripts.checks import sections
+from compare.settle import settle
+
+ON_EACH = [name for name in CHECKS if name not in ("dropout", "training")]
+TRIALS = trials.fixed()
+
+
+@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
+@pytest.mark.parametrize("check", ON_EACH)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_on_each_trial(name: str, check: str, trial: trials.Trial, device: str) -> None:
+    findings = list(CHECKS[check](name, trial, device))
+    assert findings or (check == "gradients" and trial.closed)
+    for finding in findings:
+        assert finding.held, finding
+
+
+@pytest.mark.parametrize("check", ["dropout", "training"])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_on_its_own_trial(name: str, check: str, device: str) -> None:
+    findings = list(CHECKS[check](name, TRIALS[0], device))
+    assert findings
+    for finding in findings:
+        assert finding.held, finding
+
+
+def test_torch_compile_computes_the_same(device: str) -> None:
+    finding = compiled_by_torch(TRIALS[0], device)
+    assert finding.held, finding
+
+
+@pytest.mark.parametrize(
+    ("bug", "stage"),
+    [("keys and values swapped", "scores"), ("softmax over the queries", "weights"), ("keys for values", "context")],
+)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_the_first_stage_that_parts_is_named(name: str, bug: str, stage: str) -> None:
+    mutant = next(mutant for mutant in MUTANTS if (mutant.name, mutant.implementation) == (bug, name))
+    assert first_parted(stages(name, TRIALS[0])) == ""
+    with planted(mutant.module, mutant.changes):
+        assert first_parted(stages(name, TRIALS[0])) == stage
+
+
+def test_a_failure_says_both_values_where_and_why() -> None:
+    finding = Finding("outputs", "torch", "a case", agreement(np.array([1.0, 2.5]), np.array([1.0, 2.0]), 0.25), "why")
+    assert str(finding) == (
+        "outputs (torch), a case: 2.5 where 2.0 is expected, at (1,): error/limit 2, limit 0.25. The limit: why"
+    )
+    (check,) = settle([finding], "outputs")
+    assert (check.held, check.count, check.measured) == (False, "0/1", str(finding))
+
+
+def test_a_check_that_compared_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="gradients: nothing was compared"):
+        settle([], "gradients")
+
+
+def test_one_finding_beyond_its_limit_is_not_outvoted() -> None:
+    held = list(causality("torch", TRIALS[0]))
+    nan = agreement(np.array([np.nan]), np.array([1.0]), np.inf)
+    for place in range(len(held) + 1):
+        findings = [*held[:place], Finding("causality", "torch", "nan", nan, ""), *held[place:]]
+        assert [check.held for check in settle(findings, "causality")] == [False]
+
+
+def test_sections_are_made_of_every_comparison() -> None:
+    *_, section = sections(["causality"], "cpu")
+    assert len(section.findings) == 3 * 5 * 4
+    assert [check.count for check in section.checks] == ["20/20"] * 3

@@ -1,0 +1,84 @@
+"""Any magnitude from subnormal to infinite, NaN, -0 and any mask: NaN and inf stand in the same places."""
+
+import numpy as np
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from compare.agreement import agreement
+from compare.cases import Config
+from compare.parity import against_reference
+from compare.reference import attention_stages
+from compare.rounding import PRECISIONS, overflow
+from compare.run import IMPLEMENTATIONS, run
+from compare.transfer import numpy_dtype, numpy_state, numpy_to_tensor
+from compare.trials import Trial, draw
+
+CONFIG, TOKENS = Config(3, 5, 6, 0.1, qkv_bias=True), 4
+SUBNORMAL_TO_HUGE = (0.0, -0.0, 1e-45, -1e-40, 1e-38, 1e-10, 1.0, -3.0, 1e4, 1e10, -1e19, 1e30, -1e30)
+MASK_VALUES = {
+    "float32": (0.0, -0.0, 1e-45, 1.0, -2.0, np.inf, np.nan),
+    "float16": (0.0, 6e-8, 2.0),
+    "bfloat16": (0.0, -0.0, 3.0),
+    "bool": (False, True),
+    "int8": (0, 1, -128),
+    "int32": (0, -1, 2**31 - 1),
+    "uint8": (0, 255),
+}
+
+
+@st.composite
+def trials(draw_value: st.DrawFn, values: tuple[float, ...]) -> Trial:
+    """A trial in which some entries of the inputs are among the values, under a mask of any pattern and dtype."""
+    trial = draw(CONFIG, TOKENS, np.random.default_rng(draw_value(st.integers(0, 2**16))))
+    for _ in range(draw_value(st.integers(0, 5))):
+        place = tuple(draw_value(st.integers(0, size - 1)) for size in trial.inputs.shape)
+        trial.inputs[place] = draw_value(st.sampled_from(values))
+    dtype = draw_value(st.sampled_from(list(MASK_VALUES)))
+    entries = st.lists(st.sampled_from(MASK_VALUES[dtype]), min_size=36, max_size=36)
+    mask = np.array(draw_value(entries), dtype=np.float64).reshape(6, 6).astype(numpy_dtype(dtype))
+    return trial._replace(state={**trial.state, "mask": numpy_to_tensor(mask)})
+
+
+def arrays(trial: Trial) -> dict[str, np.ndarray]:
+    return numpy_state(trial.state)
+
+
+@given(trial=trials(SUBNORMAL_TO_HUGE), dtype=st.sampled_from(["float32", "bfloat16", "float16"]))
+def test_finite_inputs_stay_within_the_bound(trial: Trial, dtype: str) -> None:
+    with np.errstate(over="ignore"):
+        rounded = trial.rounded(dtype)
+    state = arrays(rounded)
+    assume(np.isfinite(rounded.inputs).all() and not overflow(rounded.inputs, state, state["mask"], PRECISIONS[dtype]))
+    for name in IMPLEMENTATIONS:
+        found = run(name, CONFIG, rounded.state, rounded.inputs)
+        agreed = against_reference(found, CONFIG, rounded.state, rounded.inputs)
+        assert agreed.held, (name, agreed)
+
+
+@given(trial=trials((*SUBNORMAL_TO_HUGE[:9], np.inf, -np.inf, np.nan)), dtype=st.sampled_from(["float32", "bfloat16"]))
+def test_nan_and_inf_stand_where_the_formula_puts_them(trial: Trial, dtype: str) -> None:
+    rounded = trial.rounded(dtype)
+    state = arrays(rounded)
+    with np.errstate(invalid="ignore"):
+        expected = attention_stages(rounded.inputs, state, state["mask"]).context
+    for name in IMPLEMENTATIONS:
+        found = run(name, CONFIG, rounded.state, rounded.inputs)
+        agreed = agreement(pattern(found), pattern(expected), 0.0)
+        assert agreed.held, (name, agreed)
+
+
+def pattern(array: np.ndarray) -> np.ndarray:
+    """Return 3 for NaN, 1 for inf, -1 for -inf, 0 for a number."""
+    array = array.astype(np.float64)
+    return np.where(np.isnan(array), 3.0, np.isposinf(array) * 1.0 - np.isneginf(array))
+
+
+def test_the_documented_difference_where_a_dot_product_overflows() -> None:
+    """Partial sums of both signs: PyTorch's vector lanes meet in inf - inf, XLA adds in another order."""
+    trial = draw(Config(3, 5, 6, 0.0, qkv_bias=True), TOKENS, np.random.default_rng(0))
+    trial.inputs[:, 3, 2] = -1e30
+    state, rounded = arrays(trial.rounded("float32")), trial.rounded("float32")
+    assert overflow(rounded.inputs, state, state["mask"], PRECISIONS["float32"])
+    for name in IMPLEMENTATIONS:
+        outputs = run(name, CONFIG, rounded.state, rounded.inputs)
+        assert np.isfinite(outputs[:, :3]).all(), "only the row that overflows may differ"
