@@ -1,67 +1,64 @@
-"""The parity judge catches each statement of the attention written wrong, in both frameworks."""
+"""Every planted bug is seen by a check, and planting one leaves nothing behind."""
 
-import inspect
-import re
+import json
+from importlib.resources import files
 
-import numpy as np
 import pytest
 
 import flax_impl.attention
-import torch_impl.attention
-from compare.cases import Config
-from compare.run import IMPLEMENTATIONS
+import torch_impl
+from compare.mutants import MUTANTS, Mutant, planted
+from compare.scripts import mutants as script
+from compare.scripts.mutants import judge
 
-from .support import judge, normal, state_of
-from .test_outputs import RECTANGLE, ROW_CLOSED
+# Linen runs the same lines; `python -m compare mutants` plants them in NNX too.
+SHARED = ("flax_impl.attention", "compare.convert", "compare.mapping", "compare.transfer")
+PLANTED = [mutant for mutant in MUTANTS if mutant.implementation != "nnx" or mutant.module not in SHARED]
 
-CONFIG = Config(13, 11, 7, 0.4, qkv_bias=True)
-TOKENS = 5
-
-MUTANTS = {
-    "queries and keys swapped": (r"queries @ keys\.mT", "keys @ queries.mT"),
-    "keys and values swapped": (r"queries @ keys\.mT", "queries @ values.mT"),
-    "values for keys": (r"@ values", "@ keys"),
-    "no scale": (r"scores / head_dim\*\*0\.5", "scores"),
-    "scale by head_dim": (r"head_dim\*\*0\.5", "head_dim"),
-    "scale 1 % off": (r"head_dim\*\*0\.5", "(1.01 * head_dim**0.5)"),
-    "scale multiplies": (r"scores / head_dim", "scores * head_dim"),
-    "softmax over the queries": (r"(dim|axis)=-1", r"\1=-2"),
-    "mask ignored": (r"blocked = (.*)  #", r"blocked = (\1) & False  #"),
-    "mask inverted": (r"blocked = (.*)  #", r"blocked = ~(\1)  #"),
-    "mask transposed": (r"mask\[None", "mask.mT[None"),
-    "mask from the other corner": (r":num_tokens, :num_tokens", "-num_tokens:, -num_tokens:"),
-    "finite fill": (r"-(torch|jnp)\.inf", "-1e9"),
-    "mask after the softmax": (
-        r"scores = (?:scores\.masked_fill|jnp\.where).*\n    (weights = .*)  #",
-        r"\1 * (1.0 - mask[None, :num_tokens, :num_tokens])  #",
-    ),
-    "dropout forgotten": (r"dropout\(weights\)", "weights"),
-    "dropout before the softmax": (r"softmax\(scores", "softmax(dropout(scores)"),
-}
+# The quickest first.
+ORDER = ("stages", "causality", "dropout", "outputs", "state", "training", "gradients", "determinism")
 
 
-@pytest.mark.parametrize(("pattern", "replacement"), MUTANTS.values(), ids=MUTANTS)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_the_judge_catches(name: str, pattern: str, replacement: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    home = torch_impl.attention if name == "torch" else flax_impl.attention
-    users = {
-        "torch": "torch_impl.causal_attention",
-        "linen": "flax_impl.linen.causal_attention",
-        "nnx": "flax_impl.nnx.causal_attention",
-    }
-    source, count = re.subn(pattern, replacement, inspect.getsource(home.masked_attention))
-    assert count == 1, "the mutant does not apply to the source"
-    namespace = dict(vars(home))
-    exec(source, namespace)
-    assert all(verdicts(name)), "a false alarm on the unbroken code"
-    monkeypatch.setattr(f"{users[name]}.masked_attention", namespace["masked_attention"])
-    assert not all(verdicts(name))
+def seen_by() -> dict[str, list[str]]:
+    """The checks that saw each bug when all were run, from the record, the quickest first."""
+    record = json.loads(files("compare").joinpath("records/mutants-cpu.json").read_text(encoding="utf-8"))
+    grid = next(block for block in record["sections"][-1]["blocks"] if "planted bugs and checks" in str(block).lower())
+    ratios = {name: dict(zip(grid["columns"], map(float, row), strict=True)) for name, row in grid["rows"].items()}
+    return {name: [check for check in ORDER if row[check] > 1.0] for name, row in ratios.items()}
 
 
-def verdicts(name: str) -> list[bool]:
-    """Judge the implementation under masks of three shapes, and under dropout."""
-    inputs = normal(2, TOKENS, CONFIG.input_embedding_dim)
-    keep = np.random.default_rng(1).random((2, TOKENS, TOKENS)) >= CONFIG.dropout
-    masks = [None, np.array(RECTANGLE, dtype=np.float32), np.array(ROW_CLOSED, dtype=np.float32)]
-    plain = [judge(name, CONFIG, state_of(CONFIG, "float32", mask), inputs).held for mask in masks]
-    return [*plain, judge(name, CONFIG, state_of(CONFIG, "float32"), inputs, keep=keep).held]
+SEEN_BY = seen_by()
+
+
+@pytest.mark.parametrize("mutant", PLANTED, ids=lambda mutant: f"{mutant.name}-{mutant.implementation}")
+def test_a_check_sees_it(mutant: Mutant) -> None:
+    check = SEEN_BY[f"{mutant.name} ({mutant.implementation})"][0]
+    assert judge(mutant, [check]).caught_by == [check]
+
+
+def test_planting_is_undone_and_needs_a_place() -> None:
+    module, function = torch_impl.CausalAttentionWithBuffer, flax_impl.attention.masked_attention
+    with planted("flax_impl.attention", [("queries @", "keys @")]):
+        assert flax_impl.linen.causal_attention.masked_attention is not function
+        assert flax_impl.attention.masked_attention is not function
+    with pytest.raises(RuntimeError, match="as raised"), planted("torch_impl.causal_attention", [("inputs", "inputs")]):
+        assert torch_impl.CausalAttentionWithBuffer is not module
+        raise RuntimeError("as raised")
+    assert torch_impl.CausalAttentionWithBuffer is module
+    assert flax_impl.linen.causal_attention.masked_attention is function
+    with pytest.raises(ValueError, match="has nothing like 'no such line'"), planted("torch_impl.attention", [
+        ("no such line", "")
+    ]):  # fmt: skip
+        raise AssertionError
+
+
+def test_the_table_names_what_was_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change that changes nothing is seen by no check, and the verdict says so."""
+    harmless = Mutant("harmless", "torch", "torch_impl.attention", (("queries @", "queries  @"),))
+    seen = next(mutant for mutant in MUTANTS if mutant.name == "no scale")
+    monkeypatch.setattr(script, "MUTANTS", (harmless, seen))
+    monkeypatch.setattr(script, "CHECKS", {"stages": script.CHECKS["stages"]})
+    honest, planted_bugs = [found for found in script.sections(configurations=2) if not isinstance(found, str)]
+    assert [check.held for check in honest.checks] == [True]
+    (verdict,) = planted_bugs.checks
+    assert (verdict.held, verdict.measured, verdict.count) == (False, "missed: harmless", "1/2")

@@ -1,0 +1,253 @@
+"""The planted bugs. A change is a regular expression and what it is replaced by, in one module's source."""
+
+from typing import NamedTuple
+
+from ..run import IMPLEMENTATIONS, Implementation
+
+Change = tuple[str, str]
+
+ATTENTION = {"torch": "torch_impl.attention", "linen": "flax_impl.attention", "nnx": "flax_impl.attention"}
+MODULES = {
+    "torch": "torch_impl.causal_attention",
+    "linen": "flax_impl.linen.causal_attention",
+    "nnx": "flax_impl.nnx.causal_attention",
+}
+LINEN_VARIABLE = r'self\.variable\("buffers", "mask", causal_mask, self\.context_length\)'
+SCALE = r"head_dim\*\*0\.5"
+BLOCKED = r"blocked = (.*)  #"
+FILLED = r"scores = (?:scores\.masked_fill|jnp\.where).*\n"
+OPEN_MASK = "mask[None, :num_tokens, :num_tokens]"
+CONTEXT = r"return dropout\(weights\) @ values"
+RETURNED = "return dropout(weights) @ values"
+WRITTEN = r"chosen\.write\(target, _state\(path, source\)\)"
+
+
+class Mutant(NamedTuple):
+    """A bug planted in one implementation: the module whose source is changed, and the changes."""
+
+    name: str
+    implementation: Implementation
+    module: str
+    changes: tuple[Change, ...]
+
+
+def _attention(name: str, *changes: Change, only: Implementation | None = None) -> list[Mutant]:
+    """Plant the same changes in the attention of either framework."""
+    return [Mutant(name, place, ATTENTION[place], changes) for place in IMPLEMENTATIONS if only in (None, place)]
+
+
+def _each(name: str, modules: dict[str, str], **changes: Change | tuple[Change, ...]) -> list[Mutant]:
+    """Plant in each implementation its own changes, if it has any."""
+    found = []
+    for place in IMPLEMENTATIONS:
+        if change := changes.get(place):
+            several = change if isinstance(change[0], tuple) else (change,)
+            found.append(Mutant(name, place, modules[place], several))
+    return found
+
+
+def _classes(name: str, *changes: Change) -> list[Mutant]:
+    """Plant the same changes in the three modules."""
+    return [Mutant(name, place, MODULES[place], changes) for place in IMPLEMENTATIONS]
+
+
+def _flax(name: str, module: str, *changes: Change) -> list[Mutant]:
+    """Plant the same changes in what both Linen and NNX use."""
+    return [Mutant(name, place, module, changes) for place in ("linen", "nnx")]
+
+
+def _training(name: str, torch: Change | None, flax: Change | None) -> list[Mutant]:
+    """Plant changes in the training loops."""
+    places: dict[Implementation, Change | None] = {"torch": torch, "linen": flax, "nnx": flax}
+    return [Mutant(name, place, "compare.training", (change,)) for place, change in places.items() if change]
+
+
+_SCALING = [
+    *_attention("no scale", (f"scores / {SCALE}", "scores")),
+    *_attention("scale by head_dim", (SCALE, "head_dim")),
+    *_attention("scale by sqrt(tokens)", (SCALE, "num_tokens**0.5")),
+    *_attention("scale multiplies", ("scores / head_dim", "scores * head_dim")),
+    *_attention("scale 1 % off", (SCALE, "(1.01 * head_dim**0.5)")),
+    *_attention("scale 1e-9 off", (SCALE, "((1 + 1e-9) * head_dim**0.5)")),
+    *_classes(
+        "scale by sqrt(input_embedding_dim)",
+        (
+            r"queries = self\.W_query\(inputs\)",
+            "queries = self.W_query(inputs)\n        queries = queries * (queries.shape[-1] / inputs.shape[-1]) ** 0.5",
+        ),
+    ),
+    *_attention("softmax before the scale", (rf"softmax\(scores / {SCALE}, (dim|axis)=-1\)",
+                r"softmax(scores, \1=-1) / head_dim**0.5")),
+]  # fmt: skip
+
+_MASKING = [
+    *_attention("mask ignored", (BLOCKED, r"blocked = (\1) & False  #")),
+    *_attention("mask inverted", (BLOCKED, r"blocked = ~(\1)  #")),
+    *_attention("mask transposed", (r"mask\[None", "mask.mT[None")),
+    *_attention("mask from the other corner", (r":num_tokens, :num_tokens", "-num_tokens:, -num_tokens:")),
+    *_attention("only entries of 1 block", (BLOCKED, f"blocked = {OPEN_MASK} == 1  #")),
+    *_attention("only positive entries block", (BLOCKED, f"blocked = {OPEN_MASK} > 0  #")),
+    *_attention("assumed causal", (BLOCKED, "blocked = causal_mask(num_tokens)[None] > 0  #")),
+    *_attention("the diagonal is blocked", (r"(diagonal|k)=1\)", r"\1=0)")),
+    *_attention("blocked by -1e4", (r"-(torch|jnp)\.inf", "-1e4")),
+    *_attention("blocked by -1e9", (r"-(torch|jnp)\.inf", "-1e9")),
+    *_attention("mask added times -1e9", (FILLED, f"scores = scores + ({OPEN_MASK} * -1e9).to(scores)\n"),
+                only="torch"),
+    *_flax("mask added times -1e9", "flax_impl.attention",
+           (FILLED, f"scores = scores + ({OPEN_MASK} * -1e9).astype(scores.dtype)\n")),
+    *_attention("mask after the softmax",
+                (rf"{FILLED}    (weights = .*)  #", rf"\1 * (1.0 - {OPEN_MASK}).to(scores)  #"), only="torch"),
+    *_flax("mask after the softmax", "flax_impl.attention",
+           (rf"{FILLED}    (weights = .*)  #", rf"\1 * (1.0 - {OPEN_MASK}.astype(scores.dtype))  #")),
+    *_attention("a closed row is 0", (r"return dropout\(weights\)", "return dropout(weights.nan_to_num())"),
+                only="torch"),
+    *_flax("a closed row is 0", "flax_impl.attention",
+           (r"return dropout\(weights\)", "return dropout(jnp.nan_to_num(weights))")),
+]  # fmt: skip
+
+_MIXING = [
+    *_attention("softmax over the queries", (r"(dim|axis)=-1", r"\1=-2")),
+    *_attention("softmax over the batch", (r"(dim|axis)=-1", r"\1=0")),
+    *_attention("softmax twice", (r"(torch|jax\.nn)\.softmax\((.*), (dim|axis)=-1\)",
+                r"\1.softmax(\1.softmax(\2, \3=-1), \3=-1)")),
+    *_attention("queries and keys swapped", (r"queries @ keys\.mT", "keys @ queries.mT")),
+    *_attention("keys and values swapped", (r"queries @ keys\.mT", "queries @ values.mT"),
+                ("@ values  #", "@ keys  #")),
+    *_attention("values for keys", (r"queries @ keys\.mT", "queries @ values.mT")),
+    *_attention("keys for values", ("@ values  #", "@ keys  #")),
+    *_attention("a later token leaks", (CONTEXT, r"return dropout(weights) @ (values + 1e-9 * values.mean(0)[None])")),
+    *_classes("keys from W_query", (r"keys = self\.W_key\(inputs\)", "keys = self.W_query(inputs)")),
+    *_classes("values from W_key", (r"values = self\.W_value\(inputs\)", "values = self.W_key(inputs)")),
+    *_classes(
+        "bias dropped",
+        (r"values = self\.W_value\(inputs\)", "values = self.W_value(inputs) - self.W_value(inputs * 0)"),
+    ),
+    *_classes(
+        "bias doubled",
+        (r"values = self\.W_value\(inputs\)", "values = self.W_value(inputs) + self.W_value(inputs * 0)"),
+    ),
+    *_each("bias left out", MODULES, torch=(r"(W_key = .*)bias=qkv_bias", r"\1bias=False"),
+           linen=(r"(W_key = .*)use_bias=self\.qkv_bias", r"\1use_bias=False"),
+           nnx=(r"(W_key = .*)use_bias=qkv_bias", r"\1use_bias=False")),
+]  # fmt: skip
+
+_PRECISION = [
+    *_attention("TF32 left on", (r"queries @ keys\.mT", "_tf32(queries) @ _tf32(keys).mT"),
+                (r"def causal_mask", "def _tf32(array):\n    high = array * 8193.0\n"
+                                     "    return high - (high - array)\n\n\ndef causal_mask")),
+    *_attention("scores in half precision", (r"queries @ keys\.mT", "(queries.half() @ keys.half().mT).to(queries)"),
+                only="torch"),
+    *_flax("scores in half precision", "flax_impl.attention",
+           (r"queries @ keys\.mT",
+            "(queries.astype(jnp.float16) @ keys.astype(jnp.float16).mT).astype(queries.dtype)")),
+    *_attention("softmax in float32", (r"softmax\((.*), dim=-1\)", r"softmax((\1).float(), dim=-1).to(scores)"),
+                only="torch"),
+    *_flax("softmax in float32", "flax_impl.attention",
+           (r"weights = jax\.nn\.softmax\((.*), axis=-1\)",
+            r"weights = jax.nn.softmax((\1).astype(jnp.float32), axis=-1).astype(scores.dtype)")),
+    *_attention("not the same twice", (r"queries @ keys\.mT",
+                "queries @ keys.mT * (1 + 1e-6 * __import__('random').random())")),
+]  # fmt: skip
+
+_DROPPING = [
+    *_attention("dropout forgotten", (r"dropout\(weights\)", "weights")),
+    *_attention("dropout on the scores", (r"softmax\(scores", "softmax(dropout(scores)"),
+                (r"dropout\(weights\)", "weights")),
+    *_attention("dropout twice", (r"dropout\(weights\)", "dropout(dropout(weights))")),
+    *_attention("dropout scale missing", (r"dropout\(weights\)", "(weights * (dropout(weights) != 0))"), only="torch"),
+    *_flax("dropout scale missing", "flax_impl.attention",
+           (r"dropout\(weights\)", "(weights * (dropout(weights) != 0).astype(weights.dtype))")),
+    *_each("dropout keeps what it should drop", MODULES, torch=(r"nn\.Dropout\(dropout\)", "nn.Dropout(1 - dropout)"),
+           linen=(r"nn\.Dropout\(self\.dropout\)", "nn.Dropout(1 - self.dropout)"),
+           nnx=(r"nnx\.Dropout\(dropout", "nnx.Dropout(1 - dropout")),
+    *_each("one pattern for the batch", MODULES,
+           torch=(r"nn\.Dropout\(dropout\)", "nn.Dropout2d(dropout)"),
+           linen=(r"nn\.Dropout\(self\.dropout\)", "nn.Dropout(self.dropout, broadcast_dims=(0,))"),
+           nnx=(r"nnx\.Dropout\(dropout", "nnx.Dropout(dropout, broadcast_dims=(0,)")),
+    *_each("dropout in eval", ATTENTION, torch=(r"dropout\(weights\)", "torch.nn.functional.dropout(weights, 0.1)")),
+]  # fmt: skip
+
+_GRADIENTS = [
+    *_attention("no gradient through the weights", (r"dropout\(weights\)", "dropout(weights.detach())"), only="torch"),
+    *_flax("no gradient through the weights", "flax_impl.attention",
+           (r"dropout\(weights\)", "dropout(jax.lax.stop_gradient(weights))")),
+    *_attention("no gradient through the keys", (r"keys\.mT", "keys.detach().mT"), only="torch"),
+    *_flax("no gradient through the keys", "flax_impl.attention", (r"keys\.mT", "jax.lax.stop_gradient(keys).mT")),
+    *_attention("only the gradient is wrong", (CONTEXT, f"values = 2.0 * values - values.detach()\n    {RETURNED}"),
+                only="torch"),
+    *_flax("only the gradient is wrong", "flax_impl.attention",
+           (CONTEXT, f"values = 2.0 * values - jax.lax.stop_gradient(values)\n    {RETURNED}")),
+]  # fmt: skip
+
+_STATE = [
+    *_each("buffer trained", MODULES,
+           torch=((r'self\.register_buffer\("mask", (.*)\)', r"self.mask = nn.Parameter(\1)"),),
+           linen=((LINEN_VARIABLE, 'self.param("mask", lambda _: causal_mask(self.context_length))'),
+                  (r"self\.mask\.value", "self.mask")),
+           nnx=((r"self\.mask = Buffer\(", "self.mask = nnx.Param("),)),
+    *_each("buffer left out of the checkpoint", MODULES,
+           torch=((r'register_buffer\("mask", (.*)\)', r'register_buffer("mask", \1, persistent=False)'),),
+           linen=((LINEN_VARIABLE, "causal_mask(self.context_length)"), (r"self\.mask\.value", "self.mask")),
+           nnx=((r"self\.mask = Buffer\((.*)\)", r"self.mask = \1"),)),
+    *_each("stale mask", MODULES,
+           torch=(r"values, self\.mask, self", 'values, self.__dict__.setdefault("stale", self.mask.clone()), self'),
+           linen=(r"values, self\.mask\.value, dropout", "values, causal_mask(self.context_length), dropout"),
+           nnx=(r"values, self\.mask\[\.\.\.\], self", "values, causal_mask(self.context_length), self")),
+    *_flax("kernel transposed where not square", "compare.convert",
+           (r'to_jax\(tensor, transpose=row\.layout == "transposed"',
+            "to_jax(tensor, transpose=tuple(tensor.shape) != tuple(leaf.shape)")),
+    *_flax("W_query and W_key exchanged", "compare.mapping",
+           (r'Row\(f"\{name\}\.weight"',
+            r'Row({"W_query": "W_key", "W_key": "W_query"}.get(name, name) + ".weight"')),
+    *_flax("mask rebuilt on the way", "compare.convert",
+           (r"arrays\[path\] = _place_like\(array, leaf, copy\)",
+            r'arrays[path] = jax.numpy.triu(jax.numpy.ones_like(array), 1) if path[-1] == "mask" else array')),
+    *_flax("weights narrowed to bfloat16", "compare.convert",
+           (r"arrays\[path\] = _place_like\(array, leaf, copy\)",
+            "arrays[path] = array.astype(jax.numpy.bfloat16).astype(array.dtype)")),
+    *_flax("int64 narrowed", "compare.transfer",
+           (r"tensor = _fit_x64\(dense\(tensor\), copy=copy\)",
+            "tensor = dense(tensor)\n    tensor = tensor.int() if tensor.dtype == torch.int64 else tensor")),
+    *[Mutant("checkpoint in half precision", place, "compare.checkpoint.save",
+             ((WRITTEN, "chosen.write(target, {k: v.half().to(v) for k, v in _state(path, source).items()})"),))
+      for place in IMPLEMENTATIONS],
+    *[Mutant("checkpoint stores a bool mask", place, "compare.checkpoint.save",
+             ((WRITTEN, "state = _state(path, source); state['mask'] = (state['mask'] != 0).to(state['mask']); "
+                        "chosen.write(target, state)"),)) for place in IMPLEMENTATIONS],
+]  # fmt: skip
+
+_OPTIMIZING = [
+    *_training("weight decay in the gradient", (r"torch\.optim\.AdamW\(", "torch.optim.Adam("),
+               (r"optax\.adamw\((.*), weight_decay=recipe\.weight_decay\)",
+                r"optax.add_decayed_weights(recipe.weight_decay), optax.adam(\1)")),
+    *_training("weight decay forgotten", (r"weight_decay=recipe\.weight_decay", "weight_decay=0.0"),
+               (r"add_decayed_weights\(recipe\.weight_decay\)", "add_decayed_weights(0.0)")),
+    *_training("clipping forgotten", (r"torch\.nn\.utils\.clip_grad_norm_\(.*\)", "pass"),
+               (r"jnp\.minimum\(1\.0, max_norm / \(norm \+ CLIP_EPS\)\)", "1.0")),
+    *_training("clipped by each value", (r"clip_grad_norm_\(module", "clip_grad_value_(module"),
+               (r"update \* factor", "jnp.clip(update, -max_norm, max_norm)")),
+    *_training("optax.clip_by_global_norm", None, (r"clip_grad_norm\(recipe", "optax.clip_by_global_norm(recipe")),
+    *_training("Nesterov momentum", (r"momentum=recipe\.momentum", "momentum=recipe.momentum, nesterov=True"),
+               (r"momentum=recipe\.momentum", "momentum=recipe.momentum, nesterov=True")),
+    *_training("epsilon under the root", None, (r"eps=recipe\.eps", "eps=0.0, eps_root=recipe.eps")),
+    *_training("epsilon left at its default", (r"eps=recipe\.eps, ", ""), (r"eps=recipe\.eps, ", "")),
+    *_training("betas left at their default", (r"betas=recipe\.betas, ", ""), (r"first, second, eps", "eps")),
+    *_training("gradients pile up", (r"optimizer\.zero_grad\(\)", "pass"), None),
+    *_training("pattern of the step before", (r"course\.keeps\)\)", "np.roll(course.keeps, 1, axis=0)))"),
+               (r"course\.keeps, strict", "np.roll(course.keeps, 1, axis=0), strict")),
+    *_training("loss summed",
+               (r"mse_loss\(module\(inputs\), targets", 'mse_loss(module(inputs), targets, reduction="sum"'),
+               (r"jnp\.mean\(", "jnp.sum(")),
+    Mutant("mask decayed", "torch", "compare.training",
+           ((r"optimizer\.step\(\)", "optimizer.step(); module.mask.mul_(1 - 1e-3)"),)),
+    Mutant("mask decayed", "linen", "compare.training",
+           ((r"losses\.append\(float\(loss\)\)",
+             "losses.append(float(loss)); buffers = jax.tree.map(lambda mask: mask * (1 - 1e-3), buffers)"),)),
+    Mutant("mask decayed", "nnx", "compare.training",
+           ((r"pattern\[\.\.\.\] = jnp\.asarray\(keep\)",
+             "pattern[...] = jnp.asarray(keep); model.mask[...] = model.mask[...] * (1 - 1e-3)"),)),
+]  # fmt: skip
+
+MUTANTS: tuple[Mutant, ...] = (
+    *_SCALING, *_MASKING, *_MIXING, *_PRECISION, *_DROPPING, *_GRADIENTS, *_STATE, *_OPTIMIZING
+)  # fmt: skip
