@@ -7,22 +7,34 @@ from collections.abc import Sequence
 from datetime import datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from inspect import signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from .errors import CheckpointError
 from .findings import Report
-from .terminal import print_section, print_summary
+from .report.terminal import print_section, print_summary
 
-PARTS = ("notebook", "outputs", "devices", "checkpoints")
-PACKAGES = ("torch", "jax", "flax", "orbax-checkpoint", "safetensors", "numpy")
+PARTS = ("notebook", "outputs", "checks", "devices", "checkpoints", "recorded")
+ON_A_DEVICE = ("outputs", "checks")
+CHECKS = ("state", "stages", "outputs", "causality", "determinism", "gradients", "dropout", "training")
+PACKAGES = ("torch", "jax", "flax", "optax", "orbax-checkpoint", "safetensors", "numpy")
 
 Json = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", dir_okay=False, help="Also write everything shown to FILE."),
+]
+
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", dir_okay=False, help="Also write it, with pictures, as one page to FILE."),
+]
+Place = Annotated[
+    Literal["cpu", "cuda"] | None,
+    typer.Option("--device", help="Run on this device alone; without, on the CPU, and on CUDA if there is one."),
 ]
 
 app = typer.Typer(
@@ -31,7 +43,7 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def everything(context: typer.Context, json_file: Json = None) -> None:
+def everything(context: typer.Context, device: Place = None, json_file: Json = None, html_file: Html = None) -> None:
     """Causal attention whose mask is state: PyTorch, Flax Linen and Flax NNX side by side.
 
     Without a command: the source notebook cell by cell in all three, then every other part, then a summary.
@@ -39,33 +51,50 @@ def everything(context: typer.Context, json_file: Json = None) -> None:
     Exit code 0 if everything held, 1 if something did not, 2 for bad usage.
     """
     if context.invoked_subcommand is None:
-        _run("compare", PARTS, json_file)
-    elif json_file is not None:
-        raise typer.BadParameter(f"write it after the command: {context.invoked_subcommand} --json {json_file}")
+        _run("compare", PARTS if device is None else ON_A_DEVICE, json_file, html_file, device=device)
+        return
+    for option, value in (("--json", json_file), ("--html", html_file), ("--device", device)):
+        if value is not None:
+            raise typer.BadParameter(f"write it after the command: {context.invoked_subcommand} {option} {value}")
 
 
 @app.command()
-def notebook(json_file: Json = None) -> None:
+def notebook(json_file: Json = None, html_file: Html = None) -> None:
     """Tell the notebook's story, and match every figure that it printed."""
-    _run("compare notebook", ["notebook"], json_file)
+    _run("compare notebook", ["notebook"], json_file, html_file)
 
 
 @app.command()
-def outputs(json_file: Json = None) -> None:
-    """Same weights, same inputs: how far the outputs are apart, on the CPU and on CUDA if there is one."""
-    _run("compare outputs", ["outputs"], json_file)
+def outputs(device: Place = None, json_file: Json = None, html_file: Html = None) -> None:
+    """Same weights, same inputs: how far the outputs are apart, in four dtypes."""
+    _run("compare outputs", ["outputs"], json_file, html_file, device=device)
 
 
 @app.command()
-def devices(json_file: Json = None) -> None:
+def checks(
+    names: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(CHECKS)}; none: all.")] = None,
+    device: Place = None,
+    json_file: Json = None,
+    html_file: Html = None,
+) -> None:
+    """State, stages, outputs, causality, determinism, gradients, dropout, training: each against its limit."""
+    for name in names or ():
+        if name not in CHECKS:
+            raise typer.BadParameter(f"there is no check {name!r}; there are {', '.join(CHECKS)}")
+    command = " ".join(["compare checks", *(names or ())])
+    _run(command, ["checks"], json_file, html_file, device=device, names=names or (), slow=True)
+
+
+@app.command()
+def devices(json_file: Json = None, html_file: Html = None) -> None:
     """What `.to()` and `device_put` move, and what a mask left behind does."""
-    _run("compare devices", ["devices"], json_file)
+    _run("compare devices", ["devices"], json_file, html_file)
 
 
 @app.command()
-def checkpoints(json_file: Json = None) -> None:
+def checkpoints(json_file: Json = None, html_file: Html = None) -> None:
     """Edit the mask, save it in every format, load it in new processes of every implementation."""
-    _run("compare checkpoints", ["checkpoints"], json_file)
+    _run("compare checkpoints", ["checkpoints"], json_file, html_file)
 
 
 @app.command()
@@ -73,25 +102,48 @@ def bound(
     cases: Annotated[int, typer.Option(min=4, help="How many cases to draw, a fourth in each dtype.")] = 400,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
     json_file: Json = None,
+    html_file: Html = None,
 ) -> None:
     """Draw weights, inputs and masks in every dtype: does any implementation exceed the rounding bound?"""
-    _run(f"compare bound --cases {cases} --seed {seed}", ["bound"], json_file, cases=cases, seed=seed)
+    _run(f"compare bound --cases {cases} --seed {seed}", ["bound"], json_file, html_file, cases=cases, seed=seed)
 
 
-def _run(command: str, parts: Sequence[str], json_file: Path | None, **options: int) -> None:
+@app.command()
+def mutants(
+    configurations: Annotated[int, typer.Option(min=1, help="How many unbroken ones to draw.")] = 1000,
+    first: Annotated[bool, typer.Option("--first", help="End with the first check that sees a bug.")] = False,
+    json_file: Json = None,
+    html_file: Html = None,
+) -> None:
+    """Plant bugs in every implementation, one at a time: which check sees each, and with what margin?"""
+    command = f"compare mutants --configurations {configurations}{' --first' if first else ''}"
+    _run(command, ["mutants"], json_file, html_file, configurations=configurations, first=first)
+
+
+def _run(command: str, parts: Sequence[str], json_file: Path | None, html_file: Path | None, **options: Any) -> None:
     """Run the parts, printing each section as it is found; exit with the verdict."""
-    _require_packages()
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{json_file}: the folder {json_file.absolute().parent} does not exist; make it first")
+    _require("torch", "jax", "flax", "scipy", "optax")
+    device = options.get("device")
+    if device is not None:
+        command += f" --device {device}"
+        _require_device(device)
+    for file in filter(None, (json_file, html_file)):
+        if not file.absolute().parent.is_dir():
+            raise typer.BadParameter(f"{file}: the folder {file.absolute().parent} does not exist; make it first")
     console = Console(highlight=False)
     progress = console if console.is_terminal else Console(stderr=True)
     report = Report(command, datetime.now().astimezone().isoformat(timespec="seconds"), versions())
     console.print(", ".join(f"{name} {number}" for name, number in report.versions.items()))
+    if html_file is not None:
+        _require("jinja2", "matplotlib")
     with progress.status("starting") as status:
         for part in parts:
             status.update(f"{part}: running")
             try:
-                for found in import_module(f"compare.scripts.{part}").sections(**options):
+                sections = import_module(f"compare.scripts.{part}").sections
+                for found in sections(
+                    **{name: options[name] for name in signature(sections).parameters if name in options}
+                ):
                     if isinstance(found, str):
                         status.update(f"{part}: {found}")
                         continue
@@ -101,21 +153,27 @@ def _run(command: str, parts: Sequence[str], json_file: Path | None, **options: 
                 raise typer.BadParameter(str(error)) from error
     print_summary(console, report)
     if json_file is not None:
-        try:
-            _write_json(json_file, report)
-        except OSError as error:
-            raise typer.BadParameter(f"{json_file} could not be written: {error}") from error
-        console.print(f"Written to {json_file}")
+        _write(console, json_file, json.dumps(report.as_json(), indent=1, allow_nan=False))
+    if html_file is not None:
+        from .report.html import html
+
+        _write(console, html_file, html(report))
     raise typer.Exit(0 if report.held else 1)
 
 
-def _require_packages() -> None:
-    missing = [name for name in ("torch", "jax", "flax") if importlib.util.find_spec(name) is None]
+def _require(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise typer.BadParameter(
-            f"{' and '.join(missing)} cannot be imported; comparing needs both frameworks: "
-            "pip install 'attention-parity[all]'"
+            f"{' and '.join(missing)} cannot be imported, and this needs it: pip install 'attention-parity[all]'"
         )
+
+
+def _require_device(device: str) -> None:
+    from .run import missing_cuda
+
+    if device == "cuda" and (missing := missing_cuda()):
+        raise typer.BadParameter(f"--device cuda: {missing}")
 
 
 def versions() -> dict[str, str]:
@@ -129,15 +187,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _write_json(path: Path, report: Report) -> None:
+def _write(console: Console, path: Path, text: str) -> None:
     from .checkpoint.atomic import atomic_file
 
-    text = json.dumps(report.as_json(), indent=1, allow_nan=False).encode()
-    if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
-        path.write_bytes(text)
-        return
-    with atomic_file(path) as stream:
-        stream.write(text)
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
+            path.write_text(text, encoding="utf-8")
+        else:
+            with atomic_file(path) as stream:
+                stream.write(text.encode())
+    except OSError as error:
+        raise typer.BadParameter(f"{path} could not be written: {error}") from error
+    console.print(f"Written to {path}")
 
 
 if __name__ == "__main__":

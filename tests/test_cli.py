@@ -7,14 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+from markupsafe import escape
 from typer.testing import CliRunner
 
 import torch_impl.causal_attention
+from compare.__main__ import CHECKS as NAMED
 from compare.__main__ import app
+from compare.checks import CHECKS
 from compare.child import ChildError, run_module
-from compare.findings import Check, Report, Section
+from compare.findings import Check, Panels, Report, Section
+from compare.report.html import html
 from compare.run import missing_cuda
 from torch_impl.attention import masked_attention
 
@@ -29,7 +34,7 @@ def compare_command(*arguments: str, cwd: Path = ROOT, **environment: str) -> su
 
 
 def test_the_main_job(tmp_path: Path) -> None:
-    done = compare_command("--json", str(tmp_path / "report.json"))
+    done = compare_command("--json", str(tmp_path / "report.json"), "--html", str(tmp_path / "report.html"))
     printed = done.stdout.decode()
     assert done.returncode == 0, printed + done.stderr.decode()
     assert max(map(len, printed.splitlines())) <= 80
@@ -42,7 +47,7 @@ def test_the_main_job(tmp_path: Path) -> None:
     if missing_cuda():
         assert {" ".join(line.split()) for line in summary[1].splitlines()} <= shown, "the README shows another summary"
     if missing_cuda():
-        assert f"Not run: {missing_cuda()}." in printed
+        assert f"Not yet run on a GPU: {missing_cuda()}." in printed
 
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["held"] is True
@@ -53,7 +58,22 @@ def test_the_main_job(tmp_path: Path) -> None:
     rows = next(section for section in report["sections"] if section["title"].startswith("Cell 3"))["blocks"][0]["rows"]
     assert len(rows) == 12
     assert set(report["versions"]) >= {"python", "torch", "jax", "flax"}
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+    _is_whole((tmp_path / "report.html").read_text(encoding="utf-8"), titles)
+
+
+def _is_whole(page: str, titles: list[str]) -> None:
+    """One page, well formed, that asks for nothing from elsewhere and needs no script."""
+    assert page.index("Everything held") < page.index("<table>")
+    assert all(str(escape(title)) in page for title in titles)
+    assert page.count("<svg") >= 10
+    assert not re.findall(r"<script|<link|<img|@import|url\((?!#)|(?:src|href)=\"(?!#|data:)", page)
+    for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
+        ElementTree.fromstring(svg)
+    ids = re.findall(r' id="([^"]+)"', page)
+    used = set(re.findall(r'(?:xlink:href="|url\()#([^")]+)', page))
+    assert used <= set(ids)
+    assert all(ids.count(name) == 1 for name in used)
 
 
 def test_output_without_unicode() -> None:
@@ -77,7 +97,12 @@ def test_each_part_is_a_command(part: str, tmp_path: Path) -> None:
         (["nonsense"], "No such command 'nonsense'"),
         (["outputs", "--speed"], "No such option"),
         (["outputs", "--json", "no/such/folder/report.json"], "does not exist"),
+        (["outputs", "--html", "no/such/folder/report.html"], "does not exist"),
         (["--json", "report.json", "outputs"], "write it after the command"),
+        (["--html", "report.html", "outputs"], "write it after the command"),
+        (["--device", "cpu", "outputs"], "write it after the command"),
+        (["checks", "speed"], "there is no check 'speed'; there are state, stages"),
+        (["outputs", "--device", "tpu"], "is not one of"),
     ],
 )
 def test_bad_usage_ends_with_2(arguments: list[str], message: str) -> None:
@@ -99,6 +124,26 @@ def test_a_report_that_cannot_be_written_ends_with_2(monkeypatch: pytest.MonkeyP
     done = CliRunner().invoke(app, ["devices", "--json", str(tmp_path / ("long" * 80))])
     assert done.exit_code == 2
     assert "could not be written" in " ".join(done.output.replace("│", " ").split())
+
+
+@pytest.mark.skipif(not missing_cuda(), reason="both frameworks see CUDA")
+def test_a_device_that_is_not_there_ends_with_2() -> None:
+    done = CliRunner().invoke(app, ["--device", "cuda"])
+    assert done.exit_code == 2
+    assert "no CUDA device is seen by" in " ".join(done.output.replace("│", " ").split())
+
+
+def test_a_check_is_a_command_with_findings(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["checks", "causality", "--device", "cpu", "--json", str(tmp_path / "report.json")])
+    assert done.exit_code == 0, done.output
+    (section,) = json.loads((tmp_path / "report.json").read_text())["sections"]
+    assert len(section["findings"]) == 60
+    assert set(section["findings"][0]) == {"check", "implementation", "case", "agreement", "why"}
+    assert set(section["findings"][0]["agreement"]) >= {"found", "expected", "limit", "ratio", "index"}
+
+
+def test_the_commands_and_the_checks_have_the_same_names() -> None:
+    assert tuple(CHECKS) == NAMED
 
 
 def test_a_missing_optional_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,3 +176,12 @@ def test_a_report_in_which_nothing_ran_does_not_hold() -> None:
 def test_a_child_that_fails_says_why() -> None:
     with pytest.raises(ChildError, match=r"exited with 1:(.|\n)*No module named compare.nonsense"):
         run_module("compare.nonsense")
+
+
+def test_names_in_a_page_are_text() -> None:
+    hostile = "<script>alert(1)</script>"
+    check = Check(hostile, hostile, False, hostile, hostile)
+    panels = Panels(hostile, {hostile: [[1.0, float("nan")]]})
+    page = html(Report(hostile, "", {}, [Section(hostile, [hostile, panels], [check])]))
+    assert "<script" not in page
+    assert "NOT everything held" in page

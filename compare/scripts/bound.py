@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..agreement import agreement
 from ..cases import Config
-from ..check import agreement
 from ..convert import StateDict
 from ..findings import Cell, Check, Section, Table
 from ..parity import exact_and_limit

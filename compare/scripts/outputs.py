@@ -3,29 +3,32 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from ..agreement import Agreement, agreement
 from ..cases import CASES, Case
-from ..check import Agreement, agreement
 from ..convert import StateDict
-from ..findings import Cell, Check, Section, Table
-from ..parity import against_reference
-from ..rounding import FLOAT64_RELATIVE
-from ..run import IMPLEMENTATIONS, TITLES, Implementation, build_torch, missing_cuda, run
+from ..findings import Cell, Check, Histogram, Section, Table
+from ..parity import against_reference, exact_and_limit
+from ..rounding import FLOAT64_RELATIVE, PRECISIONS, TF32
+from ..run import IMPLEMENTATIONS, TITLES, Implementation, build_torch, missing_cuda, places, run
 
 SEED = 211
 DTYPES = ("float64", "float32")
+# What is less counts as the first, what is more as the last.
+ULPS = tuple(4.0**power for power in range(-3, 8))
 
 
-def sections() -> Iterator[Section]:
+def sections(device: str | None = None) -> Iterator[Section]:
     """Yield one section a device."""
-    yield _section("cpu")
+    for place in places(device):
+        yield _section(place)
     missing = missing_cuda()
-    if not missing:
-        yield _section("cuda")
+    if device is not None or not missing:
         return
     skipped = Check("outputs on cuda", "all", None, missing, "a CUDA device that both frameworks see")
-    yield Section("Outputs on CUDA", [f"Not run: {missing}."], [skipped])
+    yield Section("Outputs on CUDA", [f"Not yet run on a GPU: {missing}."], [skipped])
 
 
 def case_state(case: Case, dtype: str) -> StateDict:
@@ -57,6 +60,38 @@ def _measure(case: Case, dtype: str, device: str) -> _Result:
     )
 
 
+def defaults(device: str) -> Table:
+    """Return the worst error of each implementation's default float32 over the bounds of float32 and of TF32."""
+    rows: list[list[Cell]] = []
+    for case in CASES:
+        state, inputs = case_state(case, "float32"), case.inputs()
+        for name in IMPLEMENTATIONS:
+            outputs = run(name, case.config, state, inputs, device=device, matmul="default")
+            ratios = []
+            for precision in (PRECISIONS["float32"], TF32):
+                exact, limit = exact_and_limit(case.config, state, inputs, precision=precision)
+                ratios.append(agreement(outputs, exact, limit).ratio)
+            rows.append([case.name, name, *ratios])
+    return Table(["case", "implementation", "over float32's", "over TF32's"], rows)
+
+
+def _histogram(device: str) -> Histogram:
+    """Count how far the float32 outputs of all cases are from the reference, and how far they may be, in ulps."""
+    found: dict[str, list[np.ndarray]] = {name: [] for name in (*IMPLEMENTATIONS, "bound")}
+    for case in CASES:
+        state, inputs = case_state(case, "float32"), case.inputs()
+        exact, limit = exact_and_limit(case.config, state, inputs)
+        ulp = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
+        found["bound"].append((limit / ulp).ravel())
+        for name in IMPLEMENTATIONS:
+            outputs = run(name, case.config, state, inputs, device=device)
+            found[name].append((np.abs(outputs - exact) / ulp).ravel())
+    values = {name: np.clip(np.concatenate(each), ULPS[0], ULPS[-1]) for name, each in found.items()}
+    counts = {name: np.histogram(each, ULPS)[0].tolist() for name, each in values.items()}
+    title = "float32 outputs of all cases: error in units of the last place, and the bound"
+    return Histogram(title, "ulps", list(ULPS), counts)
+
+
 def _section(device: str) -> Section:
     results = [_measure(case, dtype, device) for case in CASES for dtype in DTYPES]
     rows: list[list[Cell]] = [
@@ -79,6 +114,10 @@ def _section(device: str) -> Section:
             Table(["case", "dtype", "torch", "linen", "nnx", "max abs", "max rel"], rows),
         ],
     )
+    section.blocks.append(_histogram(device))
+    if device == "cuda":
+        section.blocks += ["float32 with each framework's default settings, against both bounds; not judged:"]
+        section.blocks.append(defaults(device))
     for name in IMPLEMENTATIONS:
         agreed = [result.against_exact[name] for result in results]
         measured = f"worst error/bound {max(a.ratio for a in agreed):.2g}"

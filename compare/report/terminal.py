@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from .findings import Cell, Check, Panels, Report, Section, Table
+from ..findings import Cell, Check, Curves, Grid, Histogram, Panels, Report, Section, Table
 
 VERDICTS = {True: "held", False: "FAILED", None: "not run"}
 _STYLES = {"held": "green", "FAILED": "bold red", "not run": "yellow"}
@@ -24,6 +24,12 @@ def print_section(console: Console, section: Section) -> None:
                 _print_table(console, block)
             case Panels():
                 _print_panels(console, block)
+            case Curves():
+                _print_table(console, _marked(block), block.title)
+            case Histogram():
+                _print_table(console, _counted(block), block.title)
+            case Grid():
+                console.print(escape(f"{block.title}: {len(block.rows)} rows, in the JSON and the HTML."))
     for check in section.checks:
         if check.held is False:
             _print_check(console, check)
@@ -52,8 +58,23 @@ def _print_check(console: Console, check: Check) -> None:
     console.print(f"[{_STYLES[verdict]}]{verdict}[/] {escape(line)}")
 
 
-def _print_table(console: Console, table: Table) -> None:
-    rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+def _marked(curves: Curves) -> Table:
+    places = [(x, curves.x.index(x)) for x in curves.marked]
+    rows: list[list[Cell]] = [[f"{x:g}", *(values[i] for values in curves.series.values())] for x, i in places]
+    return Table([curves.x_label, *curves.series], rows)
+
+
+def _counted(histogram: Histogram) -> Table:
+    edges = histogram.edges
+    rows = [
+        [f"{low:.3g} to {high:.3g}", *counts]
+        for low, high, *counts in zip(edges[:-1], edges[1:], *histogram.counts.values(), strict=True)
+    ]
+    return Table([histogram.x_label, *histogram.counts], rows)
+
+
+def _print_table(console: Console, table: Table, title: str | None = None) -> None:
+    rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, title=title and escape(title), title_justify="left")
     for index, column in enumerate(table.columns):
         numeric = any(isinstance(row[index], int | float) for row in table.rows)
         rich.add_column(escape(column), justify="right" if numeric else "left")
@@ -62,7 +83,8 @@ def _print_table(console: Console, table: Table) -> None:
     console.print(rich)
 
 
-def _cell(cell: Cell) -> str:
+def cell_text(cell: Cell) -> str:
+    """Return a table's cell as it is shown."""
     match cell:
         case None:
             return "-"
@@ -71,9 +93,15 @@ def _cell(cell: Cell) -> str:
         case float():
             return f"{cell:.2g}"
         case _:
-            text = str(cell)
-            style = next((style for verdict, style in _STYLES.items() if text.startswith(verdict)), "default")
-            return f"[{style}]{escape(text.rstrip())}[/]"
+            return str(cell).rstrip()
+
+
+def _cell(cell: Cell) -> str:
+    text = cell_text(cell)
+    if not isinstance(cell, str):
+        return text
+    style = next((style for verdict, style in _STYLES.items() if text.startswith(verdict)), "default")
+    return f"[{style}]{escape(text)}[/]"
 
 
 def _print_panels(console: Console, panels: Panels) -> None:

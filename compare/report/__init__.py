@@ -1,0 +1,1 @@
+"""Show a report: on the terminal, as JSON, as one HTML page."""

@@ -1,0 +1,142 @@
+"""Every check on the fixed trials: state, stages, causality, determinism, gradients, dropout, training."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from .. import trials
+from ..agreement import Finding
+from ..checks import CHECKS
+from ..checks.determinism import compiled_by_torch
+from ..checks.stages import first_parted
+from ..checks.training import judged
+from ..courses import RECIPES, STEPS, Recipe, course
+from ..findings import Block, Curves, Panels, Section
+from ..reference_training import Run, reference_training
+from ..run import IMPLEMENTATIONS, TITLES, places
+from ..settle import ratio_table, settle
+from ..stages import record_stages
+from ..training import train
+
+TITLE = {
+    "state": "State: the mask is saved, moved, obeyed, and never trained",
+    "stages": "Stages in float64: where would they part?",
+    "outputs": "Outputs in four dtypes, under every kind of mask",
+    "causality": "Causality: what is blocked changes no bit",
+    "determinism": "Determinism: twice, compiled, batched",
+    "gradients": "Gradients and Hessian-vector products in float64",
+    "dropout": "Dropout: each framework's own",
+    "training": f"Training: {STEPS} steps in float64",
+}
+
+TEXT = {
+    "state": "The mask is edited to -2.5 and sent through the converter and files. An int64 mask with an entry that 32 "
+    "bits do not hold is refused where JAX has x64 off. An edit is obeyed by the same module, compiled or not.",
+    "stages": "Each intermediate against the reference. A failure names the first that parts; later ones follow it.",
+    "outputs": "The trials round to each dtype; the reference computes from what they round to.",
+    "causality": "Tokens of the second half are replaced: no bit of the first half may change. NaN or inf there does "
+    "reach every row, in every implementation alike, because the formula multiplies it by a weight of 0.",
+    "determinism": "The same program twice gives the same bits; a transformed one stays within rounding.",
+    "gradients": "Of inputs and every parameter, against the derivative written out; buffers have none. The limit is "
+    "a running error bound, as the written-out formula computes it.",
+    "dropout": "Half a million ones are dropped with a fixed seed: share kept, scale, and whether neighbors agree more "
+    "often than chance has it. The streams differ between the frameworks; given the same pattern, outputs, gradients "
+    "and training agree, as the other checks show.",
+    "training": "The same batches, patterns of dropout, weight decay and clipping: `torch.optim` against Optax, under "
+    "Linen and `nnx.Optimizer`. The limit is each step's running error bound, carried on by the training itself.",
+}
+
+
+def sections(names: Sequence[str] = (), device: str | None = None, *, slow: bool = False) -> Iterator[Section | str]:
+    """Yield a section for each check and device; on the way, what is being done. No names: all of them.
+
+    `slow` adds what takes long: `torch.compile`.
+    """
+    for name in names or CHECKS:
+        for place in places(device):
+            section = Section(TITLE[name] + ("" if place == "cpu" else " (CUDA)"), [TEXT[name]])
+            if name == "training":
+                yield from _train(section, place)
+            else:
+                for implementation in IMPLEMENTATIONS:
+                    yield f"{name}: {TITLES[implementation]} on {place}"
+                    given = trials.fixed()
+                    for trial in given if name != "dropout" else [given[0], given[-1]]:
+                        section.findings += CHECKS[name](implementation, trial, place)
+            if name == "determinism" and slow:
+                yield "determinism: torch.compile"
+                section.findings.append(compiled_by_torch(trials.fixed()[0], place))
+            section.blocks.append(ratio_table(section.findings))
+            if name == "stages":
+                section.blocks += [_parted(section.findings), *_weights(place)]
+            section.checks += settle(section.findings, name if place == "cpu" else f"{name} on cuda")
+            yield section
+
+
+def _parted(findings: Sequence[Finding]) -> str:
+    parted = {
+        TITLES[place]: first_parted(finding for finding in findings if finding.implementation == place)
+        for place in IMPLEMENTATIONS
+    }
+    said = [f"{place}: {stage}" for place, stage in parted.items() if stage]
+    return f"The first stage that parts: {', '.join(said)}." if said else "No stage parts."
+
+
+def _weights(device: str) -> Iterator[Panels]:
+    """Yield the mask and the attention weights of the first two trials, first of the batch."""
+    for trial in trials.fixed()[:2]:
+        recorded = {TITLES[name]: record_stages(name, trial, device) for name in IMPLEMENTATIONS}
+        matrices = {name: found.weights[0].tolist() for name, found in recorded.items()}
+        tokens = trial.inputs.shape[1]
+        shown = {"mask": (trial.mask[:tokens, :tokens] != 0).astype(float).tolist(), **matrices}
+        yield Panels(f"attention weights, {trial.name}", shown, decimals=2)
+
+
+def _train(section: Section, device: str) -> Iterator[str]:
+    blocks: list[Block] = []
+    for recipe in RECIPES:
+        yield f"training: the reference, {recipe.name}"
+        expected = reference_training(recipe, STEPS)
+        curves: dict[str, Run] = {}
+        for implementation in IMPLEMENTATIONS:
+            yield f"training: {TITLES[implementation]} on {device}, {recipe.name}"
+            found = train(implementation, course(), recipe, device)
+            section.findings += judged(implementation, recipe.name, found, expected)
+            curves[f"{implementation} float64"] = found.run
+            curves[f"{implementation} float32"] = train(implementation, course().rounded("float32"), recipe, device).run
+        blocks += _pictures(recipe, expected.run, expected.limits, curves)
+    section.blocks += blocks
+
+
+MARKED = (1, 2, 5, 10, 20, 50, 100, 200)
+
+
+def _pictures(recipe: Recipe, exact: Run, limit: Run, found: dict[str, Run]) -> list[Block]:
+    """Return the loss, and how the runs part from the reference with the step; of float32 it is only reported."""
+    steps = list(range(1, STEPS + 1))
+
+    def apart(run: Run) -> list[float]:
+        each = [np.abs(run.parameters[key] - exact.parameters[key]).reshape(STEPS, -1) for key in exact.parameters]
+        return np.concatenate(each, axis=1).max(axis=1).tolist()
+
+    series = {"limit float64": _largest(limit), **{name: apart(run) for name, run in found.items()}}
+    keys = {
+        key: max(float(np.abs(run.parameters[key] - array).max()) for name, run in found.items() if "float32" in name)
+        for key, array in exact.parameters.items()
+    }
+    worst = max(keys, key=lambda key: keys[key])
+    text = f"{recipe.name} in float32 parts most in {worst}, by {keys[worst]:.1e}" + (
+        ": its exact gradient is 0, and Adam divides what rounding leaves of it by its own size."
+        if recipe.name == "AdamW" and worst == "W_key.bias"
+        else "."
+    )
+    return [
+        Curves(f"{recipe.name}: loss", "step", "loss", steps, {"reference": exact.losses.tolist()}, MARKED),
+        Curves(f"{recipe.name}: largest distance of a parameter from the reference", "step", "distance", steps, series,
+               MARKED),
+        text,
+    ]  # fmt: skip
+
+
+def _largest(run: Run) -> list[float]:
+    return np.concatenate([array.reshape(STEPS, -1) for array in run.parameters.values()], axis=1).max(axis=1).tolist()
