@@ -1,0 +1,32 @@
+"""The learners' notebook runs, and prints what it is stored with."""
+
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = ROOT / "compare/notebooks/buffers_in_two_frameworks.ipynb"
+
+
+def printed(cell: Any) -> str:
+    """What a code cell shows, its streams joined as a front end joins them."""
+    texts = (output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.outputs)
+    return "".join(text if text.endswith("\n") else f"{text}\n" for text in texts)
+
+
+# The kernel's own libraries warn about their transport and their event loop.
+@pytest.mark.filterwarnings("ignore")
+def test_it_prints_what_it_is_stored_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # so that its kernel takes no GPU memory from the suite
+    stored = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(stored)
+    fresh = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(fresh, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    for before, after in zip(stored.cells, fresh.cells, strict=True):
+        if before.cell_type == "code":
+            assert before.outputs or before is stored.cells[1]
+            assert printed(after) == printed(before), before.source
+            assert all(output.get("name") != "stderr" for output in after.outputs), before.source
