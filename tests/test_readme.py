@@ -11,6 +11,7 @@ import torch
 from flax import nnx
 
 from compare.mapping import ROWS
+from compare.mutants import MUTANTS
 
 from .support import linen_variables, nnx_model, torch_module
 
@@ -65,3 +66,21 @@ def test_the_bound_table_is_the_records() -> None:
     for (dtype, cases, outside, *worst), slip in zip(campaign["rows"], at_five_tokens[2:], strict=True):
         cells = [dtype, str(cases), str(outside), *(f"{value:.2g}" for value in (*worst, slip))]
         assert f"| {' | '.join(cells)} |" in README
+
+
+def test_the_table_of_planted_bugs_is_the_records() -> None:
+    record = json.loads((ROOT / "compare/records/mutants-cpu.json").read_text(encoding="utf-8"))
+    honest, planted = record["sections"]
+    ratios = [row[1] for row in honest["blocks"][1]["rows"]]
+    words = next(block for block in planted["blocks"] if isinstance(block, str) and "smallest of any" in block)
+    grid = next(block for block in planted["blocks"] if isinstance(block, dict) and isinstance(block["rows"], dict))
+    smallest = min(max(float(value) for value in row) for row in grid["rows"].values())
+    bugs = planted["title"].split()[0]
+    held, tried = (sum(int(check["count"].split("/")[i]) for check in planted["checks"]) for i in (0, 1))
+    compared = honest["blocks"][0].split("drawn; ")[1].split()[0]
+    row = f"| {bugs} | {tried} | {held} | {smallest:.2g} | 0 of {compared} | {max(ratios):.2g} |"
+    assert row in README
+    assert f"is {max(ratios):.2g}. The smallest of any planted bug is {smallest:.3g} " in words
+    assert [check["held"] for check in honest["checks"]] == [True]
+    current = {f"{mutant.name} ({mutant.implementation})" for mutant in MUTANTS}
+    assert set(grid["rows"]) == current, "the record is of other planted bugs; run `python -m compare mutants --json`"
