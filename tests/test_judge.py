@@ -69,6 +69,15 @@ def test_one_ulp_beyond_the_limit_fails_and_at_it_holds() -> None:
     assert not agreement(np.array([1.0 + limit * (1 + 2.0**-30)]), np.array([1.0]), limit).held
 
 
+def test_one_wrong_entry_counts_the_same_among_a_million() -> None:
+    for size in (1, 10**6):
+        found = np.zeros(size)
+        found[size // 2] = 1.5
+        assert agreement(found, np.zeros(size), 1.0).ratio == 1.5
+    with pytest.raises(ValueError, match="dimensions"):
+        agreement(np.ones(1), np.zeros(1), np.ones((2, 1)))
+
+
 def test_the_judge_names_the_worst_entry() -> None:
     found = agreement(changed(1.25), ONES, 0.125)
     assert (found.absolute, found.ratio, found.index, found.held) == (0.25, 2.0, (1, 2), False)
