@@ -66,7 +66,7 @@ def notebook(json_file: Json = None, html_file: Html = None) -> None:
 
 @app.command()
 def outputs(device: Place = None, json_file: Json = None, html_file: Html = None) -> None:
-    """Same weights, same inputs: how far the outputs are apart, in four dtypes."""
+    """Same weights, same inputs: how far the outputs are apart, in float64 and float32."""
     _run("compare outputs", ["outputs"], json_file, html_file, device=device)
 
 

@@ -54,14 +54,14 @@ class Course(NamedTuple):
 
 
 @cache
-def course(steps: int = STEPS) -> Course:
+def course() -> Course:
     """Return a course in float64 whose numbers are all float32's: a teacher's outputs, with noise, are learned."""
     random = np.random.default_rng(7)
     config = Config(3, 5, 6, 0.1, qkv_bias=True)
     tokens, batch = 5, 4
     start, teacher = (draw(config, tokens, random).rounded("float32").rounded("float64") for _ in range(2))
-    inputs = random.standard_normal((steps, batch, tokens, 3)).astype(np.float32).astype(np.float64)
+    inputs = random.standard_normal((STEPS, batch, tokens, 3)).astype(np.float32).astype(np.float64)
     taught = attention_stages(inputs, numpy_state(teacher.state), teacher.mask).context
     targets = (taught + 0.1 * random.standard_normal(taught.shape)).astype(np.float32).astype(np.float64)
-    keeps = random.random((steps, batch, tokens, tokens)) >= config.dropout
+    keeps = random.random((STEPS, batch, tokens, tokens)) >= config.dropout
     return Course(start, inputs, targets, keeps)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from .cases import Config
 from .convert import StateDict, linen_to_torch, torch_to_linen
-from .run import Implementation, linen_template, ready_linen, ready_nnx, ready_torch
+from .run import Implementation, jax_on, linen_template, ready_linen, ready_nnx, ready_torch
 from .transfer import numpy_state
 
 
@@ -48,7 +48,7 @@ def derivatives(implementation: Implementation, problem: Problem, device: str = 
     """Differentiate one implementation on the device, "cpu" or "cuda"."""
     if implementation == "torch":
         return _torch(problem, device)
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"), jax.default_device(jax.devices(device)[0]):
+    with jax_on(device, np.float64):
         return _flax(implementation, problem)
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # `--help` answers without NumPy
     from .agreement import Finding
 
+VERDICTS = {True: "held", False: "FAILED", None: "not run"}
+
 Cell = str | int | float | bool | None
 
 
@@ -102,6 +104,24 @@ class Report:
     def checks(self) -> list[Check]:
         """The checks of all sections, each once where two parts settle the same one."""
         return list(dict.fromkeys(check for section in self.sections for check in section.checks))
+
+    @property
+    def places(self) -> list[str]:
+        """The implementations that were checked, in order."""
+        return list(dict.fromkeys(check.implementation for check in self.checks))
+
+    @property
+    def by_name(self) -> dict[str, dict[str, Check]]:
+        """The checks by name, in order, then by implementation."""
+        found: dict[str, dict[str, Check]] = {}
+        for check in self.checks:
+            found.setdefault(check.name, {})[check.implementation] = check
+        return found
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many checks came to each verdict, in its word."""
+        return {word: sum(check.held is held for check in self.checks) for held, word in VERDICTS.items()}
 
     @property
     def held(self) -> bool:

@@ -39,9 +39,9 @@ def binomial_distance(count: int, total: int, probability: float) -> tuple[float
     return float(count), expected, float(upper - expected if count > expected else expected - lower)
 
 
-def dropout_scale(dtype: str = "float32") -> float:
-    """Return how far a kept weight times (1 - rate) may lie from 1."""
-    return 3.0 * PRECISIONS[dtype].roundoff
+def dropout_scale() -> float:
+    """Return how far a kept weight times (1 - rate) may lie from 1, in float32."""
+    return 3.0 * PRECISIONS["float32"].roundoff
 
 
 def worst_case(samples: np.ndarray, errors: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .bounded import Bounded
-from .courses import SGD, Course, Recipe, course
+from .courses import SGD, STEPS, Course, Recipe, course
 from .limits import TRAINING_SAMPLES, worst_case
 from .reference_gradient import attention_forward, attention_gradient
 from .transfer import numpy_state
@@ -37,11 +37,11 @@ class Limited(NamedTuple):
 
 
 @cache
-def reference_training(recipe: Recipe, steps: int) -> Limited:
-    """Train the standard course of that many steps, with its limits."""
-    run = _train(course(steps), recipe)
+def reference_training(recipe: Recipe) -> Limited:
+    """Train the course, with its limits."""
+    run = _train(course(), recipe)
     moments = 2 if recipe is SGD else 3
-    count = moments * sum(array[0, 0].size for array in run.parameters.values()) * np.arange(1, steps + 1)
+    count = moments * sum(array[0, 0].size for array in run.parameters.values()) * np.arange(1, STEPS + 1)
 
     def limit(found: np.ndarray) -> np.ndarray:
         deviations = np.moveaxis(found[:, 1:] - found[:, :1], 1, 0)

@@ -1,6 +1,7 @@
 """Build one implementation with a given state, run it, and hand out NumPy."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -72,6 +73,14 @@ def places(device: str | None) -> list[str]:
     return ["cpu"] if missing_cuda() else ["cpu", "cuda"]
 
 
+@contextmanager
+def jax_on(device: str, dtype: Any = np.float32, matmul: Literal["highest", "default"] = "highest") -> Iterator[None]:
+    """Run JAX on that device, with x64 where the dtype is float64, and with products kept from TF32."""
+    x64 = np.dtype(dtype) == np.float64
+    with jax.enable_x64(x64), jax.default_matmul_precision(matmul), jax.default_device(jax.devices(device)[0]):
+        yield
+
+
 def run(
     implementation: Implementation,
     config: Config,
@@ -97,10 +106,8 @@ def run(
     runner = {"torch": _run_torch, "linen": _run_linen, "nnx": _run_nnx}[implementation]
     if implementation == "torch":
         return runner(config, state, inputs, device, keep)
-    place = jax.devices(device)[0]
-    x64 = inputs.dtype == np.float64
-    with jax.enable_x64(x64), jax.default_matmul_precision(matmul), jax.default_device(place):
-        return runner(config, state, inputs, place, keep)
+    with jax_on(device, inputs.dtype, matmul):
+        return runner(config, state, inputs, jax.devices(device)[0], keep)
 
 
 def compiled(implementation: Implementation, config: Config) -> Callable[[StateDict, np.ndarray], np.ndarray]:

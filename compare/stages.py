@@ -11,7 +11,7 @@ from flax import linen
 from torch.overrides import TorchFunctionMode
 
 from .reference import Stages
-from .run import Implementation, NnxFunction, ready_linen, ready_nnx, ready_torch
+from .run import Implementation, NnxFunction, jax_on, ready_linen, ready_nnx, ready_torch
 from .transfer import numpy_to_tensor, tensor_to_numpy
 from .trials import Trial
 
@@ -35,9 +35,7 @@ def record_stages(implementation: Implementation, trial: Trial, device: str = "c
     if implementation == "torch":
         _torch(trial, device, recorded)
     else:
-        place = jax.devices(device)[0]
-        x64 = trial.inputs.dtype == np.float64
-        with jax.enable_x64(x64), jax.default_matmul_precision("highest"), jax.default_device(place):
+        with jax_on(device, trial.inputs.dtype):
             (_linen if implementation == "linen" else _nnx)(trial, recorded)
     for name, found in recorded.items():
         if len(found) != 1:

@@ -13,7 +13,7 @@ from flax import nnx
 from .convert import linen_to_torch
 from .courses import SGD, Course, Recipe
 from .reference_training import CLIP_EPS, Run
-from .run import Implementation, TorchFunction, linen_apply, ready_linen, ready_nnx, ready_torch
+from .run import Implementation, TorchFunction, jax_on, linen_apply, ready_linen, ready_nnx, ready_torch
 from .transfer import numpy_state, numpy_to_tensor, tensor_to_numpy
 
 
@@ -28,11 +28,8 @@ def train(implementation: Implementation, course: Course, recipe: Recipe, device
     """Train one implementation on the device, "cpu" or "cuda", in the course's dtype."""
     if implementation == "torch":
         return _train_torch(course, recipe, device)
-    x64 = course.inputs.dtype == np.float64
-    place = jax.devices(device)[0]
     # Optax raises a float to an int32 power, which strict promotion refuses.
-    standard = jax.numpy_dtype_promotion("standard")
-    with jax.enable_x64(x64), jax.default_matmul_precision("highest"), jax.default_device(place), standard:
+    with jax_on(device, course.inputs.dtype), jax.numpy_dtype_promotion("standard"):
         return (_train_linen if implementation == "linen" else _train_nnx)(course, recipe)
 
 

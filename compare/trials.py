@@ -9,6 +9,7 @@ import torch
 
 from .cases import Config
 from .convert import StateDict
+from .reference import causal_mask
 from .transfer import numpy_dtype
 
 
@@ -51,15 +52,21 @@ class Trial(NamedTuple):
         return bool((self.mask[:tokens, :tokens] != 0).all(axis=1).any())
 
 
-def draw(config: Config, tokens: int, random: np.random.Generator, *, batch: int = 2, keep: bool = False) -> Trial:
-    """Draw standard normal weights over sqrt(input_embedding_dim), biases and inputs; the mask is causal."""
-    state: StateDict = {}
+def draw_parameters(config: Config, random: np.random.Generator, scale: float = 1.0) -> dict[str, np.ndarray]:
+    """Draw weights and biases in float64 by torch's names: normal, weights over sqrt(input_embedding_dim)."""
+    parameters = {}
     for name in ("W_query", "W_key", "W_value"):
         shape = config.output_embedding_dim, config.input_embedding_dim
-        state[f"{name}.weight"] = torch.from_numpy(random.standard_normal(shape) / np.sqrt(shape[1]))
+        parameters[f"{name}.weight"] = scale * random.standard_normal(shape) / np.sqrt(config.input_embedding_dim)
         if config.qkv_bias:
-            state[f"{name}.bias"] = torch.from_numpy(random.standard_normal(shape[0]))
-    state["mask"] = torch.triu(torch.ones(config.context_length, config.context_length), diagonal=1)
+            parameters[f"{name}.bias"] = scale * random.standard_normal(config.output_embedding_dim)
+    return parameters
+
+
+def draw(config: Config, tokens: int, random: np.random.Generator, *, batch: int = 2, keep: bool = False) -> Trial:
+    """Draw standard normal weights over sqrt(input_embedding_dim), biases and inputs; the mask is causal."""
+    state = {key: torch.from_numpy(array) for key, array in draw_parameters(config, random).items()}
+    state["mask"] = torch.from_numpy(causal_mask(config.context_length).astype(np.float32))
     inputs = random.standard_normal((batch, tokens, config.input_embedding_dim))
     kept = random.random((batch, tokens, tokens)) >= config.dropout if keep else None
     return Trial("causal", config, state, inputs, kept)

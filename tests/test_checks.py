@@ -5,7 +5,7 @@ import pytest
 
 from compare import trials
 from compare.agreement import Finding, agreement
-from compare.checks import CHECKS
+from compare.checks import CHECKS, ON_THEIR_OWN
 from compare.checks.causality import causality
 from compare.checks.determinism import compiled_by_torch
 from compare.checks.stages import first_parted, stages
@@ -14,7 +14,7 @@ from compare.run import IMPLEMENTATIONS
 from compare.scripts.checks import sections
 from compare.settle import settle
 
-ON_EACH = [name for name in CHECKS if name not in ("dropout", "training")]
+ON_EACH = [name for name in CHECKS if name not in ON_THEIR_OWN]
 TRIALS = trials.fixed()
 
 
@@ -28,7 +28,7 @@ def test_on_each_trial(name: str, check: str, trial: trials.Trial, device: str) 
         assert finding.held, finding
 
 
-@pytest.mark.parametrize("check", ["dropout", "training"])
+@pytest.mark.parametrize("check", ON_THEIR_OWN)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_on_its_own_trial(name: str, check: str, device: str) -> None:
     findings = list(CHECKS[check](name, TRIALS[0], device))

@@ -28,4 +28,7 @@ CHECKS: dict[str, CheckFunction] = {
     "training": training,
 }
 
-__all__ = ["CHECKS", "CheckFunction", *CHECKS]
+# These bring what they run on, and take of a trial its rate of dropout at most.
+ON_THEIR_OWN = ("dropout", "training")
+
+__all__ = ["CHECKS", "ON_THEIR_OWN", "CheckFunction", *CHECKS]

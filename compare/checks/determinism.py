@@ -11,7 +11,7 @@ import torch
 from .. import limits
 from ..agreement import Finding, agreement, identical
 from ..parity import exact_and_limit
-from ..run import Implementation, ready_linen, ready_nnx, ready_torch, run
+from ..run import Implementation, jax_on, ready_linen, ready_nnx, ready_torch, run
 from ..transfer import numpy_to_tensor, tensor_to_numpy
 from ..trials import Trial
 
@@ -78,11 +78,11 @@ def _jax_transforms(implementation: Implementation) -> dict[str, Transform]:
         return lambda inputs: apply(variables, inputs)
 
     def jitted(trial: Trial, device: str) -> np.ndarray:
-        with jax.default_matmul_precision("highest"), jax.default_device(jax.devices(device)[0]):
+        with jax_on(device):
             return np.asarray(jax.jit(forward(trial))(trial.inputs))
 
     def mapped(trial: Trial, device: str) -> np.ndarray:
-        with jax.default_matmul_precision("highest"), jax.default_device(jax.devices(device)[0]):
+        with jax_on(device):
             call = forward(trial)
             return np.asarray(jax.vmap(lambda one: call(one[None])[0])(jnp.asarray(trial.inputs)))
 

@@ -19,7 +19,8 @@ from ..checkpoint import load_checkpoint, save_checkpoint
 from ..convert import StateDict, linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
 from ..errors import ConversionError
 from ..parity import exact_and_limit
-from ..run import Implementation, build_linen, build_nnx, build_torch, linen_template
+from ..reference import causal_mask
+from ..run import Implementation, build_linen, build_nnx, build_torch, jax_on, linen_template
 from ..transfer import numpy_state, numpy_to_tensor, tensor_to_numpy
 from ..trials import Trial
 
@@ -89,8 +90,7 @@ def _torch_names(tree: Any) -> set[str]:
 
 def _built(implementation: Implementation, trial: Trial) -> Agreement:
     """Compare the mask of a fresh module with the causal one."""
-    size = trial.config.context_length
-    causal = np.triu(np.ones((size, size), dtype=np.float32), k=1)
+    causal = causal_mask(trial.config.context_length).astype(np.float32)
     if implementation == "linen":
         inputs = jax.numpy.ones((1, 1, trial.config.input_embedding_dim))
         fresh = build_linen(trial.config, buffer=True).init(jax.random.key(0), inputs)
@@ -134,7 +134,7 @@ def _edit_obeyed(implementation: Implementation, trial: Trial, device: str) -> A
             module(inputs)
             module.mask.copy_(torch.from_numpy(opened))
             return agreement(tensor_to_numpy(module(inputs)), exact, limit)
-    with jax.default_matmul_precision("highest"), jax.default_device(jax.devices(device)[0]):
+    with jax_on(device):
         if implementation == "linen":
             linen = build_linen(trial.config, buffer=True)
             # A new function each time: jit remembers a bound method by what it is bound to.

@@ -2,24 +2,20 @@
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from .. import limits
 from ..agreement import Agreement, Finding, agreement, identical, same_names
-from ..courses import RECIPES, STEPS, course
+from ..courses import RECIPES, course
 from ..reference_training import Limited, reference_training
 from ..run import Implementation
 from ..training import Trained, train
 from ..trials import Trial
 
 
-def training(
-    implementation: Implementation, trial: Trial, device: str = "cpu", *, steps: int = STEPS
-) -> Iterator[Finding]:
+def training(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
     """Train the standard course, which has its own trial, under each recipe."""
     for recipe in RECIPES:
-        found = train(implementation, course(steps), recipe, device)
-        yield from judged(implementation, recipe.name, found, reference_training(recipe, steps))
+        found = train(implementation, course(), recipe, device)
+        yield from judged(implementation, recipe.name, found, reference_training(recipe))
 
 
 def judged(implementation: Implementation, name: str, found: Trained, expected: Limited) -> Iterator[Finding]:
@@ -34,5 +30,4 @@ def judged(implementation: Implementation, name: str, found: Trained, expected: 
     yield finding("losses", agreement(found.run.losses, run.losses, limit.losses), limits.TRAINING)
     each = [agreement(found.run.parameters[key], run.parameters[key], limit.parameters[key]) for key in run.parameters]
     yield finding("parameters", max(each, key=lambda agreed: agreed.ratio), limits.TRAINING)
-    start = course(len(run.losses)).start.mask
-    yield finding("mask untouched", identical(found.mask, np.asarray(start)), limits.BITS)
+    yield finding("mask untouched", identical(found.mask, course().start.mask), limits.BITS)

@@ -7,9 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from ..findings import Cell, Check, Curves, Grid, Histogram, Panels, Report, Section, Table
+from ..findings import VERDICTS, Cell, Check, Curves, Grid, Histogram, Panels, Report, Section, Table
 
-VERDICTS = {True: "held", False: "FAILED", None: "not run"}
 _STYLES = {"held": "green", "FAILED": "bold red", "not run": "yellow"}
 
 
@@ -38,18 +37,23 @@ def print_section(console: Console, section: Section) -> None:
 
 def print_summary(console: Console, report: Report) -> None:
     """Print every check as a row, every implementation as a column, and the verdict."""
-    places = list(dict.fromkeys(check.implementation for check in report.checks))
-    names = list(dict.fromkeys(check.name for check in report.checks))
-    found = {(check.name, check.implementation): f"{VERDICTS[check.held]} {check.count}" for check in report.checks}
-    rows = [[name, *(found.get((name, place), "") for place in places)] for name in names]
+    rows = [
+        [
+            name,
+            *(
+                f"{VERDICTS[found[place].held]} {found[place].count}" if place in found else ""
+                for place in report.places
+            ),
+        ]
+        for name, found in report.by_name.items()
+    ]
     console.rule("[bold]Summary", align="left")
-    _print_table(console, Table(["check", *places], rows))
-    counts = {verdict: sum(check.held is held for check in report.checks) for held, verdict in VERDICTS.items()}
+    _print_table(console, Table(["check", *report.places], rows))
     for check in report.checks:
         if not check.held:
             _print_check(console, check)
     verdict = "[bold green]Everything held" if report.held else "[bold red]NOT everything held"
-    console.print(f"{verdict}[/]: {', '.join(f'{count} {name}' for name, count in counts.items())}.")
+    console.print(f"{verdict}[/]: {', '.join(f'{count} {name}' for name, count in report.counts.items())}.")
 
 
 def _print_check(console: Console, check: Check) -> None:

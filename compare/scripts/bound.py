@@ -11,10 +11,11 @@ from ..cases import Config
 from ..convert import StateDict
 from ..findings import Cell, Check, Section, Table
 from ..parity import exact_and_limit
-from ..reference import attention_stages
+from ..reference import attention_stages, causal_mask
 from ..rounding import PRECISIONS, overflow
 from ..run import IMPLEMENTATIONS, TITLES, compiled
 from ..transfer import numpy_dtype, numpy_state, numpy_to_tensor
+from ..trials import draw_parameters
 
 # Few shapes, so that compiling does not take the time; tokens < context_length in most.
 SHAPES = (
@@ -57,14 +58,9 @@ def sections(cases: int, seed: int = 0) -> Iterator[Section | str]:
 def draw(config: Config, tokens: int, dtype: str, random: np.random.Generator) -> tuple[StateDict, np.ndarray]:
     """Draw weights at one of the scales, a mask with any share of open entries or the causal one, and inputs."""
     scale = SCALES[random.integers(len(SCALES))]
-    state = {}
-    for name in ("W_query", "W_key", "W_value"):
-        shape = config.output_embedding_dim, config.input_embedding_dim
-        state[f"{name}.weight"] = scale * random.standard_normal(shape) / np.sqrt(config.input_embedding_dim)
-        if config.qkv_bias:
-            state[f"{name}.bias"] = scale * random.standard_normal(config.output_embedding_dim)
+    state = draw_parameters(config, random, scale)
     square = config.context_length, config.context_length
-    mask = np.triu(np.ones(square), k=1) if random.random() < 0.5 else random.random(square) < random.random()
+    mask = causal_mask(config.context_length) if random.random() < 0.5 else random.random(square) < random.random()
     tensors = {key: numpy_to_tensor(value.astype(numpy_dtype(dtype))) for key, value in state.items()}
     tensors["mask"] = numpy_to_tensor(np.asarray(mask, dtype=np.float32))
     inputs = random.standard_normal((2, tokens, config.input_embedding_dim)).astype(numpy_dtype(dtype))

@@ -96,7 +96,7 @@ def _train(section: Section, device: str) -> Iterator[str]:
     blocks: list[Block] = []
     for recipe in RECIPES:
         yield f"training: the reference, {recipe.name}"
-        expected = reference_training(recipe, STEPS)
+        expected = reference_training(recipe)
         curves: dict[str, Run] = {}
         for implementation in IMPLEMENTATIONS:
             yield f"training: {TITLES[implementation]} on {device}, {recipe.name}"

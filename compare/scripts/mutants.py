@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import trials
 from ..agreement import Finding
-from ..checks import CHECKS
+from ..checks import CHECKS, ON_THEIR_OWN
 from ..findings import Cell, Check, Grid, Section, Table
 from ..mutants import MUTANTS, Mutant, planted
 from ..run import IMPLEMENTATIONS, TITLES, Implementation
@@ -64,7 +64,7 @@ def judge(mutant: Mutant, names: Iterable[str] = tuple(CHECKS), *, first: bool =
 
 def fixed_findings(check: str, implementation: Implementation) -> Iterator[Finding]:
     """Yield all findings of a check on the fixed trials."""
-    for trial in trials.fixed() if check not in ("dropout", "training") else trials.fixed()[:1]:
+    for trial in trials.fixed()[:1] if check in ON_THEIR_OWN else trials.fixed():
         yield from CHECKS[check](implementation, trial, "cpu")
 
 

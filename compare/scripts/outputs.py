@@ -10,7 +10,7 @@ from ..agreement import Agreement, agreement
 from ..cases import CASES, Case
 from ..convert import StateDict
 from ..findings import Cell, Check, Histogram, Section, Table
-from ..parity import against_reference, exact_and_limit
+from ..parity import exact_and_limit
 from ..rounding import FLOAT64_RELATIVE, PRECISIONS, TF32
 from ..run import IMPLEMENTATIONS, TITLES, Implementation, build_torch, missing_cuda, places, run
 
@@ -40,23 +40,30 @@ def case_state(case: Case, dtype: str) -> StateDict:
 
 
 class _Result(NamedTuple):
-    """One case in one precision: each implementation against the reference, Linen and NNX against torch."""
+    """One case in one precision: each implementation against the reference, Linen and NNX against torch.
+
+    `ulps` holds the errors of each implementation, and the `bound`, in units of the last place of the exact outputs.
+    """
 
     case: str
     dtype: str
     against_exact: dict[Implementation, Agreement]
     against_torch: dict[Implementation, Agreement]
+    ulps: dict[str, np.ndarray]
 
 
 def _measure(case: Case, dtype: str, device: str) -> _Result:
     state = case_state(case, dtype)
     inputs = case.inputs().astype(dtype)
     found = {name: run(name, case.config, state, inputs, device=device) for name in IMPLEMENTATIONS}
+    exact, limit = exact_and_limit(case.config, state, inputs)
+    ulp = np.spacing(np.abs(exact).astype(dtype)).astype(np.float64)
     return _Result(
         case.name,
         dtype,
-        {name: against_reference(outputs, case.config, state, inputs) for name, outputs in found.items()},
+        {name: agreement(outputs, exact, limit) for name, outputs in found.items()},
         {name: agreement(found[name], found["torch"]) for name in ("linen", "nnx")},
+        {**{name: np.abs(outputs - exact) / ulp for name, outputs in found.items()}, "bound": limit / ulp},
     )
 
 
@@ -75,19 +82,12 @@ def defaults(device: str) -> Table:
     return Table(["case", "implementation", "over float32's", "over TF32's"], rows)
 
 
-def _histogram(device: str) -> Histogram:
+def _histogram(results: list[_Result]) -> Histogram:
     """Count how far the float32 outputs of all cases are from the reference, and how far they may be, in ulps."""
-    found: dict[str, list[np.ndarray]] = {name: [] for name in (*IMPLEMENTATIONS, "bound")}
-    for case in CASES:
-        state, inputs = case_state(case, "float32"), case.inputs()
-        exact, limit = exact_and_limit(case.config, state, inputs)
-        ulp = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
-        found["bound"].append((limit / ulp).ravel())
-        for name in IMPLEMENTATIONS:
-            outputs = run(name, case.config, state, inputs, device=device)
-            found[name].append((np.abs(outputs - exact) / ulp).ravel())
-    values = {name: np.clip(np.concatenate(each), ULPS[0], ULPS[-1]) for name, each in found.items()}
-    counts = {name: np.histogram(each, ULPS)[0].tolist() for name, each in values.items()}
+    counts = {}
+    for name in (*IMPLEMENTATIONS, "bound"):
+        ulps = np.concatenate([result.ulps[name].ravel() for result in results if result.dtype == "float32"])
+        counts[name] = np.histogram(np.clip(ulps, ULPS[0], ULPS[-1]), ULPS)[0].tolist()
     title = "float32 outputs of all cases: error in units of the last place, and the bound"
     return Histogram(title, "ulps", list(ULPS), counts)
 
@@ -114,7 +114,7 @@ def _section(device: str) -> Section:
             Table(["case", "dtype", "torch", "linen", "nnx", "max abs", "max rel"], rows),
         ],
     )
-    section.blocks.append(_histogram(device))
+    section.blocks.append(_histogram(results))
     if device == "cuda":
         section.blocks += ["float32 with each framework's default settings, against both bounds; not judged:"]
         section.blocks.append(defaults(device))
