@@ -10,13 +10,17 @@ if TYPE_CHECKING:
     from .checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
     from .convert import linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
     from .errors import CheckpointError, ConversionError, Mismatch
+    from .mapping import Mapping
+    from .matching import match
 
 _HOMES = {
     "CheckpointError": ".errors",
     "ConversionError": ".errors",
+    "Mapping": ".mapping",
     "Mismatch": ".errors",
     "linen_to_torch": ".convert",
     "load_checkpoint": ".checkpoint",
+    "match": ".matching",
     "nnx_to_torch": ".convert",
     "read_checkpoint": ".checkpoint",
     "save_checkpoint": ".checkpoint",
@@ -27,9 +31,11 @@ _HOMES = {
 __all__ = [
     "CheckpointError",
     "ConversionError",
+    "Mapping",
     "Mismatch",
     "linen_to_torch",
     "load_checkpoint",
+    "match",
     "nnx_to_torch",
     "read_checkpoint",
     "save_checkpoint",

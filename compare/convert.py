@@ -5,19 +5,24 @@ source (but for int64, which becomes int32 where JAX has x64 off, if every value
 error lists all that does not fit before anything is changed.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, overload
 
 import jax
-import numpy as np
 import torch
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from torch import Tensor
 
-from .errors import ConversionError, Entry, Mismatch, Shape
-from .mapping import ROWS, Path, Row
-from .transfer import Untransferable, to_jax, to_torch
+from . import mapping as tables
+from .errors import ConversionError, Mismatch
+from .mapping import Mapping as Table
+from .mapping import Path
+from .matching import pair
+from .sides import FlaxSide, flax_side
+from .taxonomy import SAVED, linen_kind
+from .walk import flax_from_torch, torch_from_flax
 
 StateDict = dict[str, Tensor]
 Variables = dict[str, Any]
@@ -27,14 +32,24 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 @overload
 def torch_to_linen(
-    source: Source, template: Mapping[str, Any], *, copy: bool = True, strict: Literal[True] = True
+    source: Source,
+    template: Mapping[str, Any],
+    *,
+    mapping: Table | None = None,
+    copy: bool = True,
+    strict: Literal[True] = True,
 ) -> Variables: ...
 @overload
 def torch_to_linen(
-    source: Source, template: Mapping[str, Any], *, copy: bool = True, strict: Literal[False]
+    source: Source,
+    template: Mapping[str, Any],
+    *,
+    mapping: Table | None = None,
+    copy: bool = True,
+    strict: Literal[False],
 ) -> tuple[Variables, Mismatch]: ...
 def torch_to_linen(
-    source: Source, template: Mapping[str, Any], *, copy: bool = True, strict: bool = True
+    source: Source, template: Mapping[str, Any], *, mapping: Table | None = None, copy: bool = True, strict: bool = True
 ) -> Variables | tuple[Variables, Mismatch]:
     """Return Linen variables with the values of a torch module.
 
@@ -42,6 +57,7 @@ def torch_to_linen(
         source: a module, or its state dict. Weights are (out, in).
         template: the variables of the Linen module, or their `jax.eval_shape`: its entries are the
             ones wanted. A template on chosen devices (committed or with a sharding) places the result.
+        mapping: which entry lies where; without, what `compare.match` finds.
         copy: False shares memory with the torch tensors (see `compare.transfer.to_jax`): editing a
             tensor in place then changes the "immutable" JAX array.
         strict: False converts what fits. What does not keeps the template's value, or is left out
@@ -54,26 +70,26 @@ def torch_to_linen(
     Raises:
         ConversionError: entries missing, unexpected, of another shape, or not representable.
     """
-    wanted = _linen_leaves(template)
-    for path, leaf in wanted.items():
-        if not hasattr(leaf, "shape"):
-            raise TypeError(f"template {'/'.join(map(str, path))} is a {type(leaf).__name__}; expected an array")
-    arrays, mismatch = _to_flax(_state_dict(source), wanted, {row.linen_path: row for row in ROWS}, copy)
+    leaves = _linen_leaves(template)
+    side = flax_side(template)
+    arrays, mismatch = _to_flax(source, side, mapping, copy)
     if mismatch and strict:
         raise ConversionError(mismatch)
-    kept = {path: leaf for path, leaf in wanted.items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
+    kept = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
     variables = unflatten_dict(kept | arrays)
     return variables if strict else (variables, mismatch)
 
 
 @overload
-def torch_to_nnx(source: Source, model: Model, *, copy: bool = True, strict: Literal[True] = True) -> Model: ...
+def torch_to_nnx(
+    source: Source, model: Model, *, mapping: Table | None = None, copy: bool = True, strict: Literal[True] = True
+) -> Model: ...
 @overload
 def torch_to_nnx(
-    source: Source, model: Model, *, copy: bool = True, strict: Literal[False]
+    source: Source, model: Model, *, mapping: Table | None = None, copy: bool = True, strict: Literal[False]
 ) -> tuple[Model, Mismatch]: ...
 def torch_to_nnx(
-    source: Source, model: Model, *, copy: bool = True, strict: bool = True
+    source: Source, model: Model, *, mapping: Table | None = None, copy: bool = True, strict: bool = True
 ) -> Model | tuple[Model, Mismatch]:
     """Fill an NNX model with the values of a torch module and return that same model.
 
@@ -84,6 +100,7 @@ def torch_to_nnx(
         model: the model to fill. Values land where the model's were, if it was placed on chosen
             devices. Of an abstract model (`nnx.eval_shape`) Params and Buffers are filled, and its random
             streams and plain arrays stay abstract: build a real one to train it.
+        mapping: which entry lies where; without, what `compare.match` finds.
         copy: False shares memory with the torch tensors (see `compare.transfer.to_jax`).
         strict: False converts what fits and leaves the rest of the model as it was.
 
@@ -93,8 +110,9 @@ def torch_to_nnx(
     Raises:
         ConversionError: entries missing, unexpected, of another shape, or not representable.
     """
-    wanted = {path: variable.get_value() for path, variable in _nnx_variables(model).items()}
-    arrays, mismatch = _to_flax(_state_dict(source), wanted, {row.nnx_path: row for row in ROWS}, copy)
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected an nnx.Module")
+    arrays, mismatch = _to_flax(source, flax_side(model), mapping, copy)
     if mismatch and strict:
         raise ConversionError(mismatch)
     nnx.update(model, unflatten_dict(arrays))
@@ -102,18 +120,21 @@ def torch_to_nnx(
 
 
 @overload
-def linen_to_torch(variables: Mapping[str, Any], *, copy: bool = True, strict: Literal[True] = True) -> StateDict: ...
+def linen_to_torch(
+    variables: Mapping[str, Any], *, mapping: Table | None = None, copy: bool = True, strict: Literal[True] = True
+) -> StateDict: ...
 @overload
 def linen_to_torch(
-    variables: Mapping[str, Any], *, copy: bool = True, strict: Literal[False]
+    variables: Mapping[str, Any], *, mapping: Table | None = None, copy: bool = True, strict: Literal[False]
 ) -> tuple[StateDict, Mismatch]: ...
 def linen_to_torch(
-    variables: Mapping[str, Any], *, copy: bool = True, strict: bool = True
+    variables: Mapping[str, Any], *, mapping: Table | None = None, copy: bool = True, strict: bool = True
 ) -> StateDict | tuple[StateDict, Mismatch]:
     """Return the torch state dict that holds the values of Linen variables.
 
     Args:
         variables: `{"params": ..., "buffers": ...}`; the leaves may be sharded.
+        mapping: which entry lies where, as `compare.match` found it; without, the attention classes'.
         copy: False shares memory with the JAX arrays (see `compare.transfer.to_torch`): an in-place
             edit of the tensor then changes the "immutable" JAX array.
         strict: False converts what fits.
@@ -125,18 +146,23 @@ def linen_to_torch(
     Raises:
         ConversionError: entries missing, unexpected, of a wrong rank, or not representable.
     """
-    state, mismatch = _from_flax(_linen_leaves(variables), {row.linen_path: row for row in ROWS}, copy)
+    leaves = {path: leaf for path, leaf in _linen_leaves(variables).items() if linen_kind(path) in SAVED}
+    state, mismatch = torch_from_flax(leaves, mapping or tables.LINEN, copy)
     if mismatch and strict:
-        raise ConversionError(mismatch)
+        raise ConversionError(mismatch, _hint(mapping))
     return state if strict else (state, mismatch)
 
 
 @overload
-def nnx_to_torch(model: nnx.Module, *, copy: bool = True, strict: Literal[True] = True) -> StateDict: ...
-@overload
-def nnx_to_torch(model: nnx.Module, *, copy: bool = True, strict: Literal[False]) -> tuple[StateDict, Mismatch]: ...
 def nnx_to_torch(
-    model: nnx.Module, *, copy: bool = True, strict: bool = True
+    model: nnx.Module, *, mapping: Table | None = None, copy: bool = True, strict: Literal[True] = True
+) -> StateDict: ...
+@overload
+def nnx_to_torch(
+    model: nnx.Module, *, mapping: Table | None = None, copy: bool = True, strict: Literal[False]
+) -> tuple[StateDict, Mismatch]: ...
+def nnx_to_torch(
+    model: nnx.Module, *, mapping: Table | None = None, copy: bool = True, strict: bool = True
 ) -> StateDict | tuple[StateDict, Mismatch]:
     """Return the torch state dict that holds the Params and Buffers of an NNX model.
 
@@ -144,6 +170,7 @@ def nnx_to_torch(
 
     Args:
         model: the model; its arrays may be sharded.
+        mapping: which entry lies where, as `compare.match` found it; without, the attention classes'.
         copy: False shares memory with the JAX arrays (see `compare.transfer.to_torch`).
         strict: False converts what fits.
 
@@ -154,10 +181,11 @@ def nnx_to_torch(
     Raises:
         ConversionError: entries missing, unexpected, of a wrong rank, or not representable.
     """
-    leaves = {path: variable.get_value() for path, variable in _nnx_variables(model).items()}
-    state, mismatch = _from_flax(leaves, {row.nnx_path: row for row in ROWS}, copy)
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected an nnx.Module")
+    state, mismatch = torch_from_flax(flax_side(model).leaves, mapping or tables.NNX, copy)
     if mismatch and strict:
-        raise ConversionError(mismatch)
+        raise ConversionError(mismatch, _hint(mapping))
     return state if strict else (state, mismatch)
 
 
@@ -175,88 +203,20 @@ def _linen_leaves(variables: Mapping[str, Any]) -> dict[Path, Any]:
     return flatten_dict(variables)
 
 
-def _nnx_variables(model: nnx.Module) -> dict[Path, nnx.Variable]:
-    """Return the model's state by path, without the random streams and plain arrays."""
-    if not isinstance(model, nnx.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected an nnx.Module")
-    leaves = nnx.to_flat_state(nnx.state(model))
-    return {
-        path: leaf for path, leaf in leaves if isinstance(leaf, nnx.Variable) and not isinstance(leaf, nnx.RngState)
-    }
-
-
 def _to_flax(
-    tensors: Mapping[str, Any], wanted: Mapping[Path, Any], rows: Mapping[Path, Row], copy: bool
+    source: Source, side: FlaxSide, mapping: Table | None, copy: bool
 ) -> tuple[dict[Path, jax.Array], Mismatch]:
-    """Convert each wanted entry that the tensors have in the right shape; list the others."""
-    arrays: dict[Path, jax.Array] = {}
-    missing, misshaped, refused = [], [], []
-    taken = set()
-    for path, row, leaf in _in_order(wanted, rows):
-        place = "/".join(map(str, path))
-        expected = _torch_shape(row, leaf.shape)
-        if row is None or row.torch_key not in tensors:
-            missing.append(Entry(row.torch_key if row else place, place, expected=expected))
-            continue
-        taken.add(row.torch_key)
-        tensor = tensors[row.torch_key]
-        if not isinstance(tensor, Tensor):
-            reason = f"is a {type(tensor).__name__}, not a tensor"
-            refused.append(Entry(row.torch_key, place, expected=expected, reason=reason))
-        elif tuple(tensor.shape) != expected:
-            misshaped.append(Entry(row.torch_key, place, tuple(tensor.shape), expected))
-        else:
-            try:
-                array = to_jax(tensor, transpose=row.layout == "transposed", copy=copy)
-                arrays[path] = _place_like(array, leaf, copy)
-            except Untransferable as error:
-                refused.append(Entry(row.torch_key, place, tuple(tensor.shape), expected, str(error)))
-    unexpected = [
-        Entry(key, "", found=tuple(getattr(value, "shape", ()))) for key, value in tensors.items() if key not in taken
-    ]
-    return arrays, Mismatch(tuple(missing), tuple(unexpected), tuple(misshaped), tuple(refused))
+    tensors = _state_dict(source)
+    if mapping is not None:
+        return flax_from_torch(tensors, side.leaves, mapping, copy)
+    found, unpaired = pair(source, side)
+    arrays, mismatch = flax_from_torch(tensors, side.leaves, found, copy)
+    named = {entry.name for entry in (*unpaired.refused, *unpaired.misshaped)}
+    refused = tuple(entry for entry in mismatch.refused if entry.name not in named)
+    return arrays, replace(unpaired, refused=unpaired.refused + refused)
 
 
-def _from_flax(leaves: Mapping[Path, Any], rows: Mapping[Path, Row], copy: bool) -> tuple[StateDict, Mismatch]:
-    """Convert each leaf that has a row; list the others, and the required rows that lack a leaf."""
-    state: StateDict = {}
-    unexpected, refused = [], []
-    for path, row, leaf in _in_order(leaves, rows):
-        place = "/".join(map(str, path))
-        if row is None:
-            unexpected.append(Entry(place, place, found=tuple(getattr(leaf, "shape", ()))))
-        elif not isinstance(leaf, jax.Array | np.ndarray):
-            refused.append(Entry(row.torch_key, place, reason=f"is a {type(leaf).__name__}, not an array of values"))
-        elif row.layout == "transposed" and leaf.ndim != 2:
-            refused.append(Entry(row.torch_key, place, reason=f"{place} is {leaf.shape}; a kernel is (in, out)"))
-        else:
-            try:
-                state[row.torch_key] = to_torch(leaf, transpose=row.layout == "transposed", copy=copy)
-            except Untransferable as error:
-                refused.append(Entry(row.torch_key, place, leaf.shape, reason=str(error)))
-    missing = [
-        Entry(row.torch_key, "/".join(map(str, path)))
-        for path, row in rows.items()
-        if row.required and path not in leaves
-    ]
-    return state, Mismatch(tuple(missing), tuple(unexpected), refused=tuple(refused))
-
-
-def _in_order(leaves: Mapping[Path, Any], rows: Mapping[Path, Row]) -> Iterable[tuple[Path, Row | None, Any]]:
-    """Yield the leaves in the order of the table, those without a row last."""
-    yield from ((path, row, leaves[path]) for path, row in rows.items() if path in leaves)
-    yield from ((path, None, leaf) for path, leaf in leaves.items() if path not in rows)
-
-
-def _torch_shape(row: Row | None, shape: Shape) -> Shape:
-    return tuple(reversed(shape)) if row is not None and row.layout == "transposed" else tuple(shape)
-
-
-def _place_like(array: jax.Array, leaf: Any, copy: bool) -> jax.Array:
-    """Return the array where the leaf was put on purpose: committed, or abstract with a sharding."""
-    chosen = leaf.committed if isinstance(leaf, jax.Array) else getattr(leaf, "sharding", None) is not None
-    if not chosen:
-        return array
-    if not copy and not array.sharding.is_equivalent_to(leaf.sharding, array.ndim):
-        raise Untransferable(f"the template is on {leaf.sharding}, the tensor on {array.device}; use copy=True")
-    return jax.device_put(array, leaf.sharding)
+def _hint(mapping: Table | None) -> str:
+    return (
+        "" if mapping else "Of other modules than the attention classes give mapping=compare.match(module, template)."
+    )

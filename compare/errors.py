@@ -45,7 +45,7 @@ class Mismatch:
         ]
         for entry in self.unexpected:
             close = get_close_matches(entry.name, wanted, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = f"; {entry.reason or f'did you mean {close[0]}?'}" if entry.reason or close else ""
             lines.append(f"+ unexpected {entry.name} {_shape(entry.found)}: the target has no place for it{hint}")
         for entry in self.misshaped:
             lines.append(
@@ -69,12 +69,12 @@ def _mend(entry: Entry) -> str:
 class ConversionError(ValueError):
     """The source and the target do not hold the same entries; `mismatch` has the lists."""
 
-    def __init__(self, mismatch: Mismatch) -> None:
+    def __init__(self, mismatch: Mismatch, hint: str = "") -> None:
         self.mismatch = mismatch
         super().__init__(
             f"the source does not fit the target; nothing was converted:\n{mismatch}\n"
             "Build both sides with the same arguments and class, "
-            "or pass strict=False to convert what fits."
+            f"or pass strict=False to convert what fits. {hint}".rstrip()
         )
 
 

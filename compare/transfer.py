@@ -63,8 +63,8 @@ def numpy_state(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return {key: tensor_to_numpy(tensor) for key, tensor in state.items()}
 
 
-def to_jax(tensor: Tensor, *, transpose: bool, copy: bool) -> jax.Array:
-    """Return the tensor as a JAX array of the same dtype, transposed if asked.
+def to_jax(tensor: Tensor, *, copy: bool) -> jax.Array:
+    """Return the tensor as a JAX array of the same dtype.
 
     A copy is made in host memory and lands on JAX's default device. With `copy=False` the array
     aliases the tensor through DLPack and stays on its device: an in-place edit of the tensor then
@@ -79,7 +79,6 @@ def to_jax(tensor: Tensor, *, transpose: bool, copy: bool) -> jax.Array:
     if not copy and (tensor.is_conj() or tensor.is_neg()):
         raise Untransferable("a conjugated or negated view has no memory of its own to share; use copy=True")
     tensor = _fit_x64(dense(tensor), copy=copy)
-    tensor = tensor.mT if transpose else tensor
     if copy:
         return jnp.asarray(np.array(tensor_to_numpy(tensor), order="C", copy=True))
     try:
@@ -88,8 +87,8 @@ def to_jax(tensor: Tensor, *, transpose: bool, copy: bool) -> jax.Array:
         raise Untransferable(f"memory cannot be shared ({error}); use copy=True") from error
 
 
-def to_torch(array: jax.Array | np.ndarray, *, transpose: bool, copy: bool) -> Tensor:
-    """Return the array as a tensor of the same dtype, transposed if asked.
+def to_torch(array: jax.Array | np.ndarray, *, copy: bool) -> Tensor:
+    """Return the array as a tensor of the same dtype.
 
     A copy is made on the CPU, gathered from every device of a sharded array. With `copy=False` the
     tensor aliases the array through DLPack and stays on its device: an in-place edit of the tensor
@@ -99,20 +98,32 @@ def to_torch(array: jax.Array | np.ndarray, *, transpose: bool, copy: bool) -> T
         Untransferable: torch has no such dtype; a donated array; with `copy=False` an array that
             cannot be shared.
     """
+    _require_values(array)
+    if not copy and not array.dtype.isnative:
+        raise Untransferable("torch has no foreign byte order, so the memory cannot be shared; use copy=True")
+    if copy:
+        return numpy_to_tensor(np.array(np.asarray(array), order="C", copy=True))
+    try:
+        return torch.from_dlpack(array) if isinstance(array, jax.Array) else numpy_to_tensor(array)
+    except Exception as error:  # XLA's own errors share no narrower class across versions
+        raise Untransferable(f"memory cannot be shared ({error}); use copy=True") from error
+
+
+def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    """Return the array's values as a NumPy array, gathered from every device.
+
+    Raises:
+        Untransferable: a donated array, or one without plain values, such as typed keys.
+    """
+    _require_values(array)
+    return np.asarray(array)
+
+
+def _require_values(array: jax.Array | np.ndarray) -> None:
     if isinstance(array, jax.Array) and array.is_deleted():
         raise Untransferable("the array was deleted, as a donated argument is; convert it before donating it")
     if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.extended):
         raise Untransferable(f"dtype {array.dtype} has no torch counterpart")
-    if not copy and not array.dtype.isnative:
-        raise Untransferable("torch has no foreign byte order, so the memory cannot be shared; use copy=True")
-    if copy:
-        host = np.asarray(array)
-        return numpy_to_tensor(np.array(host.swapaxes(-1, -2) if transpose else host, order="C", copy=True))
-    try:
-        shared = torch.from_dlpack(array) if isinstance(array, jax.Array) else numpy_to_tensor(array)
-    except Exception as error:  # XLA's own errors share no narrower class across versions
-        raise Untransferable(f"memory cannot be shared ({error}); use copy=True") from error
-    return shared.mT if transpose else shared
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -77,9 +77,10 @@ def test_any_bits_survive_the_transfer(array: np.ndarray, random: Any, transpose
     if array.dtype != np.bool_:  # other bytes than 0 and 1 are no bool
         array = np.frombuffer(bytearray(raw), dtype=array.dtype).reshape(array.shape)
     tensor = numpy_to_tensor(array)
-    there = to_jax(tensor, transpose=transpose, copy=True)
+    there = to_jax(tensor.mT if transpose else tensor, copy=True)
     assert there.shape == (array.shape[::-1] if transpose else array.shape)
-    assert same_bits(tensor_to_numpy(to_torch(there, transpose=transpose, copy=True)), array)
+    back = to_torch(there, copy=True)
+    assert same_bits(tensor_to_numpy(back.mT if transpose else back), array)
 
 
 def test_copies_are_independent() -> None:
@@ -121,13 +122,13 @@ def test_what_cannot_be_shared_is_refused() -> None:
 
 def test_what_would_have_to_be_copied_is_not_shared_without_a_word() -> None:
     conjugated = torch.tensor([[1 + 2j, 3 - 4j]]).conj()
-    assert np.array_equal(to_jax(conjugated, transpose=False, copy=True), [[1 - 2j, 3 + 4j]])
+    assert np.array_equal(to_jax(conjugated, copy=True), [[1 - 2j, 3 + 4j]])
     with pytest.raises(Untransferable, match="conjugated or negated view"):
-        to_jax(conjugated, transpose=False, copy=False)
+        to_jax(conjugated, copy=False)
     foreign = np.array([1.0, 2.0], dtype=">f4")
-    assert to_torch(foreign, transpose=False, copy=True).tolist() == [1.0, 2.0]
+    assert to_torch(foreign, copy=True).tolist() == [1.0, 2.0]
     with pytest.raises(Untransferable, match="foreign byte order"):
-        to_torch(foreign, transpose=False, copy=False)
+        to_torch(foreign, copy=False)
 
 
 def test_one_error_lists_everything() -> None:
@@ -137,9 +138,9 @@ def test_one_error_lists_everything() -> None:
     with pytest.raises(ConversionError) as caught:
         compare.torch_to_linen(source, linen_template(PRIME_BIAS, buffer=True))
     mismatch = caught.value.mismatch
-    assert [(entry.name, entry.expected) for entry in mismatch.missing] == [
+    assert {(entry.name, entry.expected) for entry in mismatch.missing} == {
         *(("mask", (7, 7)), ("W_query.bias", (11,)), ("W_key.bias", (11,)), ("W_value.bias", (11,)))
-    ]
+    }
     assert [(entry.name, entry.found) for entry in mismatch.unexpected] == [("W_qeury.bias", (11,))]
     assert [(e.name, e.found, e.expected) for e in mismatch.misshaped] == [("W_key.weight", (11, 12), (11, 13))]
     message = str(caught.value)
@@ -173,7 +174,7 @@ def test_strict_false_converts_what_fits() -> None:
     source = {**torch_module(PRIME, buffer=False).state_dict(), "extra": torch.zeros(2)}
     del source["W_key.weight"]
     abstract, mismatch = compare.torch_to_linen(source, linen_template(PRIME, buffer=True), strict=False)
-    assert [entry.name for entry in mismatch.missing] == ["mask", "W_key.weight"]
+    assert {entry.name for entry in mismatch.missing} == {"mask", "W_key.weight"}
     assert [entry.name for entry in mismatch.unexpected] == ["extra"]
     assert "buffers" not in abstract
     assert abstract["params"].keys() == {"W_query", "W_value"}
@@ -187,7 +188,7 @@ def test_strict_false_converts_what_fits() -> None:
     model.mask[...] = 3.0 * model.mask[...]
     same, again = compare.torch_to_nnx(source, model, strict=False)
     assert same is model
-    assert [entry.place for entry in again.missing] == ["mask", "W_key/kernel"]
+    assert {entry.place for entry in again.missing} == {"mask", "W_key/kernel"}
     assert again.unexpected == mismatch.unexpected
     assert float(model.mask.max()) == 3.0
     assert np.array_equal(model.W_query.kernel[...], source["W_query.weight"].numpy().T)
@@ -238,7 +239,7 @@ def test_flax_values_that_torch_cannot_hold_are_refused() -> None:
     variables["buffers"]["mask"].delete()
     with pytest.raises(ConversionError, match="mask: the array was deleted, as a donated argument is"):
         compare.linen_to_torch(variables)
-    with pytest.raises(ConversionError, match=r"W_key.weight: params/W_key/kernel is \(13,\); a kernel is \(in, out\)"):
+    with pytest.raises(ConversionError, match=r"W_key/kernel: .*transposed is of an array \(in, out\); .* \(13,\)"):
         compare.linen_to_torch({"params": {**linen_variables(PRIME)["params"], "W_key": {"kernel": jnp.zeros(13)}}})
     with pytest.raises(ConversionError, match=r"missing W_query.weight"):
         compare.linen_to_torch({})

@@ -12,7 +12,7 @@ from compare.scripts import mutants as script
 from compare.scripts.mutants import judge
 
 # Linen runs the same lines; `python -m compare mutants` plants them in NNX too.
-SHARED = ("flax_impl.attention", "compare.convert", "compare.mapping", "compare.transfer")
+SHARED = ("flax_impl.attention", "compare.matching", "compare.transfer", "compare.walk")
 PLANTED = [mutant for mutant in MUTANTS if mutant.implementation != "nnx" or mutant.module not in SHARED]
 
 # The quickest first.

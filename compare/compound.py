@@ -1,0 +1,89 @@
+"""The layers that one framework stores in one piece and the other in several: attention, LSTM and GRU."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .mapping import Left, Path, Row
+from .sides import FlaxSide
+
+_PROJECTIONS = ("query", "key", "value")
+_SEPARATE = {"query": "q_proj_weight", "key": "k_proj_weight", "value": "v_proj_weight"}
+# The gates in torch's order, as Flax names them. NNX calls `if`, a keyword, `if_`.
+_LSTM = ("i", "f", "g", "o")
+_GRU = ("r", "z", "n")
+
+
+def compound_rows(tensors: Mapping[str, Any], names: Mapping[str, str], flax: FlaxSide) -> tuple[list[Row], list[Left]]:
+    """Return the rows of every attention and cell found on both sides, and what of them Flax has no place for."""
+    rows: list[Row] = []
+    left: list[Left] = []
+    for key in tensors:
+        prefix, leaf = key[: key.rfind(".") + 1], key.rpartition(".")[2]
+        name = names[key][: -len(leaf)]
+        if leaf in ("in_proj_weight", "q_proj_weight"):
+            rows += _attention(prefix, name, leaf == "in_proj_weight", tensors, flax)
+        elif leaf == "weight_ih" and f"{prefix}weight_hh" in tensors:
+            found, zero = _cell(prefix, name, tensors, flax)
+            rows += found
+            left += zero
+    return rows, left
+
+
+def _attention(prefix: str, name: str, fused: bool, tensors: Mapping[str, Any], flax: FlaxSide) -> Iterator[Row]:
+    for index, projection in enumerate(_PROJECTIONS):
+        key = f"{prefix}in_proj_weight" if fused else prefix + _SEPARATE[projection]
+        part = (index, len(_PROJECTIONS))
+        for path in _only(flax, f"{name}{projection}.kernel", tensors, key):
+            shape = tuple(flax.leaves[path].shape)
+            yield Row(key, path, "heads_in", part=part if fused else None, shape=shape)
+        for path in _only(flax, f"{name}{projection}.bias", tensors, f"{prefix}in_proj_bias"):
+            shape = tuple(flax.leaves[path].shape)
+            yield Row(f"{prefix}in_proj_bias", path, "heads_bias", part=part, shape=shape)
+    for path in _only(flax, f"{name}out.kernel", tensors, f"{prefix}out_proj.weight"):
+        yield Row(f"{prefix}out_proj.weight", path, "heads_out", shape=tuple(flax.leaves[path].shape))
+    for path in _only(flax, f"{name}out.bias", tensors, f"{prefix}out_proj.bias"):
+        yield Row(f"{prefix}out_proj.bias", path)
+
+
+def _cell(prefix: str, name: str, tensors: Mapping[str, Any], flax: FlaxSide) -> tuple[list[Row], list[Left]]:
+    inner, outer, first, second = (f"{prefix}{leaf}" for leaf in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    shape: tuple[int, ...] = tuple(getattr(tensors[outer], "shape", ()))
+    count = shape[0] // shape[1] if len(shape) == 2 and shape[1] else 0
+    gates = {4: _LSTM, 3: _GRU}.get(count, ())
+    if f"{name}dense_i.kernel" in flax.by_name and gates:
+        return _dense_cell(name, (inner, outer, first, second), gates is _GRU, tensors, flax)
+    rows: list[Row] = []
+    for index, gate in enumerate(gates):
+        part = (index, count)
+        for side, key in (("i", inner), ("h", outer)):
+            for path in _only(flax, f"{name}{side}{gate}.kernel", tensors, key) or _only(
+                flax, f"{name}{side}{gate}_.kernel", tensors, key
+            ):
+                rows.append(Row(key, path, "transposed", part=part))
+        if gate == "n":
+            for side, key in (("i", first), ("h", second)):
+                rows += [Row(key, path, part=part) for path in _only(flax, f"{name}{side}n.bias", tensors, key)]
+            continue
+        # Flax adds one bias where torch adds two: an LSTM's with the state, a GRU's with the input.
+        side = "h" if gates is _LSTM else "i"
+        for path in _only(flax, f"{name}{side}{gate}.bias", tensors, first):
+            rows.append(Row(first, path, part=part, plus=second))
+    return rows, []
+
+
+def _dense_cell(
+    name: str, keys: tuple[str, str, str, str], gru: bool, tensors: Mapping[str, Any], flax: FlaxSide
+) -> tuple[list[Row], list[Left]]:
+    """NNX's cells with all gates in one kernel; its GRU has no bias inside the reset gate."""
+    inner, outer, first, second = keys
+    rows = [Row(inner, path, "transposed") for path in _only(flax, f"{name}dense_i.kernel", tensors, inner)]
+    rows += [Row(outer, path, "transposed") for path in _only(flax, f"{name}dense_h.kernel", tensors, outer)]
+    for path in _only(flax, f"{name}dense_{'i' if gru else 'h'}.bias", tensors, first):
+        rows.append(Row(first, path, plus=second))
+    return rows, [Left(second, "zero:2/3")] if gru and second in tensors else []
+
+
+def _only(flax: FlaxSide, name: str, tensors: Mapping[str, Any], key: str) -> list[Path]:
+    """Return the path of that dotted name, if there is just one and torch has the key."""
+    found = flax.by_name.get(name, [])
+    return found if len(found) == 1 and key in tensors else []

@@ -1,0 +1,144 @@
+"""What kind of state each entry of a module is, in either framework.
+
+| kind | PyTorch | Flax Linen | Flax NNX | saved | trained |
+| --- | --- | --- | --- | --- | --- |
+| parameter | `nn.Parameter` | collection `params` | `nnx.Param` | yes | yes |
+| buffer | `register_buffer` | collection `buffers`, or any other | any other `nnx.Variable` | yes | no |
+| statistics | the running statistics of a norm | collection `batch_stats` | `nnx.BatchStat` | yes | no |
+| not saved | `register_buffer(persistent=False)` | collection `cache` | `nnx.Cache`, `nnx.Intermediate` | no | no |
+| alias | a second name of one tensor | - | a second path to one Variable | once | - |
+| stream | - | - | `nnx.RngState` | no | no |
+| left behind | a plain tensor attribute | - | a plain array attribute | no | no |
+
+Source: the PyTorch documentation of `Module.register_buffer`; Flax's guides on variable collections and on NNX filters.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import torch
+from flax import nnx
+from flax.traverse_util import flatten_dict
+from torch import Tensor
+
+from .mapping import Path
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_LINEN = {"params": "parameter", "batch_stats": "statistics", "cache": "not saved", "intermediates": "not saved"}
+SAVED = ("parameter", "buffer", "statistics")
+
+
+class Held(NamedTuple):
+    """One entry that a module holds: its path, its kind, its value, and of an alias the path of the first."""
+
+    path: Path
+    kind: str
+    value: Any
+    first: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The path as one name: dotted in torch, with slashes in Flax."""
+        return "/".join(map(str, self.path))
+
+
+def entries(source: Any) -> list[Held]:
+    """Return everything that a torch module, an NNX model or Linen variables hold, in their own order.
+
+    Raises:
+        TypeError: something else.
+    """
+    if isinstance(source, torch.nn.Module):
+        return [Held((name,), kind, value, first) for name, kind, value, first in _torch(source)]
+    if isinstance(source, nnx.Module):
+        return list(_nnx(source))
+    if isinstance(source, Mapping) and not isinstance(source, nnx.State):
+        return linen_entries(source)
+    raise TypeError(f"got a {type(source).__name__}; expected a torch or NNX module, or Linen variables")
+
+
+def linen_entries(variables: Mapping[str, Any]) -> list[Held]:
+    """Return the entries of Linen variables: the collection says what they are."""
+    flat = flatten_dict(variables)
+    return [Held(path, linen_kind(path), leaf) for path, leaf in flat.items()]
+
+
+def linen_kind(path: Path) -> str:
+    """Return the kind of a leaf of Linen variables, which its collection says."""
+    return _LINEN.get(path[0], "buffer")
+
+
+def torch_kinds(module: torch.nn.Module) -> dict[str, str]:
+    """Return the kind of every name in the module, aliases as what they are an alias of."""
+    kinds = {name: kind for name, kind, _, first in _torch(module) if first is None}
+    return kinds | {name: kinds[first[0]] for name, _, _, first in _torch(module) if first is not None}
+
+
+def nnx_kind(variable: Any) -> str:
+    """Return the kind of a leaf of an NNX state."""
+    if not isinstance(variable, nnx.Variable):
+        return "left behind"
+    for kind, types in (
+        ("stream", nnx.RngState),
+        ("parameter", nnx.Param),
+        ("statistics", nnx.BatchStat),
+        ("not saved", (nnx.Cache, nnx.Intermediate)),
+    ):
+        if isinstance(variable, types):
+            return kind
+    return "buffer"
+
+
+def same_memory(tensor: Tensor) -> tuple[Any, ...] | None:
+    """Return what two names of one tensor have in common, or None where there is no memory to compare."""
+    if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
+        return None
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def _torch(module: torch.nn.Module) -> Iterator[tuple[str, str, Any, Path | None]]:
+    seen: dict[Any, str] = {}
+    for prefix, child in module.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        norm = isinstance(child, torch.nn.modules.batchnorm._NormBase)
+        own: list[tuple[str, str, Tensor]] = [
+            (name, "parameter", value) for name, value in child._parameters.items() if value is not None
+        ]
+        for name, value in child._buffers.items():
+            kind = "statistics" if norm and name in STATISTICS else "buffer"
+            if value is not None:
+                own.append((name, "not saved" if name in child._non_persistent_buffers_set else kind, value))
+        own += [(name, "left behind", value) for name, value in _plain(vars(child))]
+        for name, kind, value in own:
+            first = seen.setdefault((kind == "left behind", same_memory(value) or id(value)), dot + name)
+            yield (dot + name, "alias", value, (first,)) if first != dot + name else (dot + name, kind, value, None)
+
+
+def _plain(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors among plain attributes, and one level inside lists, tuples and dicts."""
+    for name, value in attributes.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif not name.startswith("_") and isinstance(value, list | tuple | dict):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            yield from ((f"{name}[{key!r}]", item) for key, item in items if isinstance(item, Tensor))
+
+
+def _nnx(model: nnx.Module) -> Iterator[Held]:
+    seen: dict[int, Path] = {}
+    for path, leaf in _nnx_leaves(model, (), frozenset()):
+        first = seen.setdefault(id(leaf), path)
+        value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        yield Held(path, "alias", value, first) if first != path else Held(path, nnx_kind(leaf), value)
+
+
+def _nnx_leaves(node: Any, path: Path, above: frozenset[int]) -> Iterator[tuple[Path, Any]]:
+    """Yield every Variable and array by every path that leads to it; `nnx.state` gives each but once."""
+    if isinstance(node, nnx.Variable | jax.Array | np.ndarray):
+        yield path, node
+    elif id(node) not in above and nnx.graphlib.is_node(node):
+        for name, child in nnx.graphlib.iter_children(node):
+            if not str(name).startswith("_pytree__"):
+                yield from _nnx_leaves(child, (*path, name), above | {id(node)})

@@ -1,0 +1,229 @@
+"""Every layer that the converter knows, forward and backward in float64, at drawn sizes, in Linen and NNX."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import linen as nn
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+import compare
+from compare.errors import ConversionError
+from compare.layouts import ALL, layout, to_flax, to_torch
+from compare.mapping import Left
+from compare.mapping import Mapping as Table
+from compare.walk import flax_from_torch
+
+from .layer_cases import LAYERS, Case
+
+# The threshold of LAPACK's own tests (TESTING/dtest.in): an error above 30 roundings is a bug.
+LAPACK_THRESHOLD = 30.0
+U32, U64 = np.finfo(np.float32).eps / 2, np.finfo(np.float64).eps / 2
+
+
+@pytest.fixture(autouse=True)
+def _x64() -> Any:
+    torch.set_default_dtype(torch.float64)
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("flavor", ["linen", "nnx"])
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("seed", range(2))
+def test_outputs_and_gradients_agree(name: str, flavor: str, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    case = _drawn(name, random)
+    if name == "gru" and flavor == "nnx":
+        with torch.no_grad():
+            case.torch.bias_hh[-case.torch.hidden_size :] = 0
+    if flavor == "nnx" and case.nnx is None:
+        return
+    expected, limit = _outputs(case), _limit(case)
+    cotangent = random.standard_normal(expected.shape)
+    mapping, outputs, gradients = (_linen if flavor == "linen" else _nnx)(case, cotangent)
+    assert np.abs(outputs - expected).max(initial=0) <= limit
+    found, wanted, bounds = gradients, *_torch_gradients(case, mapping, cotangent, gradients)
+    for path in wanted:
+        assert np.abs(np.asarray(found[path]) - wanted[path]).max(initial=0) <= bounds[path], path
+    _assert_the_way_back(case, mapping, flavor)
+
+
+def _drawn(name: str, random: np.random.Generator) -> Case:
+    case = LAYERS[name](random)
+    with torch.no_grad():
+        for parameter in case.torch.parameters():
+            parameter.copy_(torch.from_numpy(random.standard_normal(tuple(parameter.shape))))
+    return case
+
+
+def _tensors(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [torch.from_numpy(array).to(dtype) if array.dtype.kind == "f" else torch.from_numpy(array)
+            for array in case.inputs]  # fmt: skip
+
+
+def _outputs(case: Case, dtype: torch.dtype = torch.float64) -> np.ndarray:
+    module = case.torch.to(dtype)
+    with torch.no_grad():
+        outputs = case.call_torch(module, *_tensors(case, dtype)).double().numpy()
+    return outputs
+
+
+def _limit(case: Case) -> float:
+    """What float64 rounding may do: torch's own error in float32, scaled to float64, LAPACK's threshold times.
+
+    The error in float32 includes that of rounding the weights, so it sees the conditioning too. It is never
+    taken below one rounding of the largest output.
+    """
+    exact = _outputs(case)
+    saved = {key: tensor.clone() for key, tensor in case.torch.state_dict().items()}
+    rounding = np.abs(_outputs(case, torch.float32) - exact).max(initial=0) * (U64 / U32)
+    case.torch.to(torch.float64).load_state_dict(saved)
+    return LAPACK_THRESHOLD * float(max(rounding, U64 * np.abs(exact).max(initial=0)))
+
+
+def _linen(case: Case, cotangent: np.ndarray) -> tuple[Table, np.ndarray, dict]:
+    inputs = [jnp.asarray(array) for array in case.inputs]
+    method = case.call_linen
+    template = jax.eval_shape(lambda: _init(case, inputs))
+    mapping = compare.match(case.torch, template, layouts=case.layouts)
+    variables = compare.torch_to_linen(case.torch, template, mapping=mapping)
+    outputs = method(case.linen, variables, *inputs)
+
+    def loss(params: Any) -> Any:
+        return (method(case.linen, {**variables, "params": params}, *inputs) * cotangent).sum()
+
+    gradients = flatten_dict({"params": jax.grad(loss)(variables["params"])})
+    return mapping, np.asarray(outputs), gradients
+
+
+def _init(case: Case, inputs: list[Any]) -> Any:
+    """Initialize through the same call, so that cells get their arguments in order."""
+
+    class Recorder:
+        def apply(self, _: Any, *arguments: Any, **keywords: Any) -> Any:
+            self.variables = case.linen.init(jax.random.key(0), *arguments, **keywords)
+            return case.linen.apply(self.variables, *arguments, **keywords)
+
+    recorder = Recorder()
+    case.call_linen(recorder, None, *inputs)
+    return recorder.variables
+
+
+def _nnx(case: Case, cotangent: np.ndarray) -> tuple[Table, np.ndarray, dict]:
+    inputs = [jnp.asarray(array) for array in case.inputs]
+    layouts = {} if "conv_transpose" in str(type(case.nnx)).lower() else case.layouts
+    mapping = compare.match(case.torch, case.nnx, layouts=layouts)
+    model = compare.torch_to_nnx(case.torch, case.nnx, mapping=mapping)
+    outputs = case.call_nnx(model, *inputs)
+    gradients = nnx.grad(lambda model: (case.call_nnx(model, *inputs) * cotangent).sum())(model)
+    return mapping, np.asarray(outputs), {path: leaf.get_value() for path, leaf in nnx.to_flat_state(gradients)}
+
+
+def _torch_gradients(
+    case: Case, mapping: Table, cotangent: np.ndarray, gradients: Mapping
+) -> tuple[dict[Any, np.ndarray], dict[Any, float]]:
+    """Return torch's gradients laid out as Flax's, and what rounding may do to each, as `_limit` has it."""
+    exact = _flax_gradients(case, mapping, cotangent, gradients, torch.float64)
+    saved = {key: tensor.clone() for key, tensor in case.torch.state_dict().items()}
+    single = _flax_gradients(case, mapping, cotangent, gradients, torch.float32)
+    case.torch.to(torch.float64).load_state_dict(saved)
+    bounds = {}
+    for path, array in exact.items():
+        rounding = np.abs(single[path] - array).max(initial=0) * (U64 / U32)
+        bounds[path] = LAPACK_THRESHOLD * float(max(rounding, U64 * np.abs(array).max(initial=0)))
+    return exact, bounds
+
+
+def _flax_gradients(
+    case: Case, mapping: Table, cotangent: np.ndarray, gradients: Mapping, dtype: torch.dtype
+) -> dict[Any, np.ndarray]:
+    module = case.torch.to(dtype)
+    module.zero_grad()
+    (case.call_torch(module, *_tensors(case, dtype)) * torch.from_numpy(cotangent).to(dtype)).sum().backward()
+    tensors = {name: parameter.grad.double() for name, parameter in module.named_parameters(remove_duplicate=False)}
+    single = tuple(replace(row, plus=None) for row in mapping.rows)  # the gradient of a sum is that of each term
+    arrays, mismatch = flax_from_torch(tensors, gradients, Table(single, flax=mapping.flax), copy=True)
+    assert not (mismatch.missing or mismatch.misshaped or mismatch.refused), mismatch
+    return {path: np.asarray(array) for path, array in arrays.items()}
+
+
+def _assert_the_way_back(case: Case, mapping: Table, flavor: str) -> None:
+    """Back in a fresh torch module the outputs are the same: every bit but where two biases were added."""
+    if flavor == "linen":
+        template = jax.eval_shape(lambda: _init(case, [jnp.asarray(array) for array in case.inputs]))
+        state = compare.linen_to_torch(compare.torch_to_linen(case.torch, template, mapping=mapping), mapping=mapping)
+    else:
+        state = compare.nnx_to_torch(case.nnx, mapping=mapping)
+    added = {row.plus for row in mapping.rows} | {row.torch_key for row in mapping.rows if row.plus}
+    for key, tensor in case.torch.state_dict().items():
+        if key not in added and key not in mapping.left_keys():
+            assert torch.equal(state[key], tensor), key
+    case.torch.load_state_dict(state, strict=not mapping.left_keys())
+    assert Table.from_json(mapping.as_json()) == mapping
+
+
+def test_momentum_is_the_other_share_and_the_variance_is_another() -> None:
+    """torch's momentum 0.1 is Flax's 0.9; torch keeps the unbiased variance, Flax the biased."""
+    inputs = np.random.default_rng(0).standard_normal((7, 3))
+    norm = torch.nn.BatchNorm1d(3, momentum=0.1)
+    flax = nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=1e-5, param_dtype=jnp.float64)
+    variables = compare.torch_to_linen(norm, jax.eval_shape(flax.init, jax.random.key(0), inputs))
+    _, updated = flax.apply(variables, inputs, mutable=["batch_stats"])
+    norm(torch.from_numpy(inputs))
+    statistics = updated["batch_stats"]
+    assert np.allclose(statistics["mean"], norm.running_mean, rtol=0, atol=LAPACK_THRESHOLD * U64)
+    kept = 0.9 * 1.0
+    unbiased = (norm.running_var.numpy() - kept) / 0.1
+    biased = (np.asarray(statistics["var"]) - kept) / 0.1
+    assert np.allclose(unbiased * 6 / 7, biased, rtol=0, atol=10 * LAPACK_THRESHOLD * U64)
+    table = compare.match(norm, variables)
+    assert table.left == (Left("num_batches_tracked", "ignore"),)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (torch.nn.LSTM(2, 3), "0: LSTM has no counterpart in Flax: use nn.LSTMCell"),
+        (torch.nn.EmbeddingBag(2, 3), "0: EmbeddingBag has no counterpart in Flax"),
+        (torch.nn.RNNCell(2, 3), "0: RNNCell has no counterpart in Flax: replace it"),
+        (torch.nn.InstanceNorm2d(3, affine=True, track_running_stats=True), "track_running_stats=True"),
+        (torch.nn.ConvTranspose1d(4, 4, 3, groups=2), "groups=2 has no counterpart"),
+        (torch.nn.PReLU(3), "3 slopes has no counterpart"),
+        (torch.nn.Embedding(3, 4, max_norm=1.0), "max_norm changes its weight when called"),
+        (torch.nn.MultiheadAttention(4, 2, add_bias_kv=True), "add_bias_kv=True has no counterpart"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else "",
+)
+def test_layers_without_a_counterpart_are_refused_by_name(layer: torch.nn.Module, message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        compare.match(torch.nn.Sequential(layer), {"params": {}})
+
+
+def test_the_hidden_bias_that_nnx_lacks_is_refused_unless_zero() -> None:
+    cell, model = torch.nn.GRUCell(2, 3), nnx.GRUCell(2, 3, rngs=nnx.Rngs(0))
+    mapping = compare.match(cell, model)
+    with pytest.raises(ConversionError, match="bias_hh: part 2 of 3 is not zero, and Flax adds nothing there"):
+        compare.torch_to_nnx(cell, model, mapping=mapping)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_layout_moves_every_value_to_one_place(name: str) -> None:
+    shapes = {
+        **{"same": (2, 3), "transposed": (2, 3), "conv": (2, 3, 5, 7), "conv_transpose": (2, 3, 5, 7), "scalar": ()},
+        **{"heads_in": (5, 2, 3), "heads_out": (2, 3, 5), "heads_bias": (2, 3)},
+        **{"flatten:C,H,W": (2 * 3 * 5, 7), "permuted:2,0,1": (2, 3, 5)},
+    }
+    chosen = layout(name.replace("C,H,W", "2,3,5"), shapes[name])
+    there = np.arange(np.prod(chosen.torch_shape)).reshape(chosen.torch_shape)
+    back = to_torch(chosen, to_flax(chosen, there))
+    assert to_flax(chosen, there).shape == shapes[name]
+    assert np.array_equal(back, there)
+    assert torch.equal(to_torch(chosen, to_flax(chosen, torch.from_numpy(there))), torch.from_numpy(there))
