@@ -41,18 +41,21 @@ class Mismatch:
     def __str__(self) -> str:
         wanted = [entry.name for entry in self.missing]
         lines = [
-            f"- missing {entry.name}: {entry.place} {_shape(entry.expected)} finds nothing" for entry in self.missing
+            f"- missing {shown(entry.name)}: {shown(entry.place)} {_shape(entry.expected)} finds nothing"
+            for entry in self.missing
         ]
         for entry in self.unexpected:
             close = get_close_matches(entry.name, wanted, n=1)
             hint = f"; {entry.reason or f'did you mean {close[0]}?'}" if entry.reason or close else ""
-            lines.append(f"+ unexpected {entry.name} {_shape(entry.found)}: the target has no place for it{hint}")
+            lines.append(
+                f"+ unexpected {shown(entry.name)} {_shape(entry.found)}: the target has no place for it{hint}"
+            )
         for entry in self.misshaped:
             lines.append(
-                f"! {entry.name} has shape {_shape(entry.found)}; {entry.place} needs {_shape(entry.expected)}"
-                f"{_mend(entry)}"
+                f"! {shown(entry.name)} has shape {_shape(entry.found)}; "
+                f"{shown(entry.place)} needs {_shape(entry.expected)}{_mend(entry)}"
             )
-        lines += [f"! {entry.name}: {entry.reason}" for entry in self.refused]
+        lines += [f"! {shown(entry.name)}: {entry.reason}" for entry in self.refused]
         return "\n".join(lines)
 
 
@@ -61,7 +64,7 @@ def _shape(shape: Shape | None) -> str:
 
 
 def _mend(entry: Entry) -> str:
-    if entry.name == "mask" and entry.found and len(set(entry.found)) == 1:
+    if entry.name.rpartition(".")[2] == "mask" and entry.found and len(set(entry.found)) == 1:
         return f": build the target with context_length={entry.found[0]}"
     return ""
 
@@ -79,12 +82,43 @@ class ConversionError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint could not be written or read; `path` is the file or folder.
+    """A checkpoint could not be written or read.
 
-    `mismatch` has the lists where the file was read but does not fit the target.
+    Attributes:
+        path: the file or folder.
+        key: the entry, if one is to blame.
+        expected: what should be there, in words.
+        found: what is.
+        mend: the next step.
+        mismatch: the lists, where the file was read but does not fit the target.
     """
 
-    def __init__(self, path: str | PathLike[str], reason: str, mismatch: Mismatch | None = None) -> None:
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        reason: str,
+        mismatch: Mismatch | None = None,
+        *,
+        key: str = "",
+        expected: str = "",
+        found: str = "",
+        mend: str = "",
+    ) -> None:
         self.path = fspath(path)
+        self.reason = reason
         self.mismatch = mismatch if mismatch is not None else Mismatch()
-        super().__init__(f"{self.path}: {reason}")
+        self.key, self.expected, self.found, self.mend = key, expected, found, mend
+        parts = [f"expected {expected}" if expected else "", f"found {found}" if found else ""]
+        message = "; ".join([f"{shown(self.path)}: {reason}", *(part for part in parts if part)])
+        super().__init__(message + (f": {mend}" if mend else ""))
+
+
+class UnverifiedCheckpoint(UserWarning):
+    """A checkpoint without a manifest was read: whether its values are those that were saved is not known."""
+
+
+def shown(name: object) -> str:
+    """Return a name from a file as it may be printed: control characters escaped, and not endless."""
+    text = str(name)
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= 200 else f"{text[:100]}…{text[-50:]}"

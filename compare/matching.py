@@ -167,12 +167,13 @@ def _row(
     """
     kind = flax.kinds[path]
     mine = kinds.get(key, kind)
-    if (mine == "parameter") != (kind == "parameter"):
+    if "unknown" not in (mine, kind) and (mine == "parameter") != (kind == "parameter"):
         raise ValueError(f"is a {mine} in torch and a {kind} in Flax: one is trained, the other is not")
     shape = tuple(flax.leaves[path].shape)
     name = chosen.get(key) or hints.get(path) or _layout(key, path, tensor, shape, types.get(key.rpartition(".")[0]))
     layout(name, shape)
-    return Row(key, path, name, mine, shape=shape if name.startswith("heads") else None)  # type: ignore[arg-type]
+    known = {"buffer": "buffer", "statistics": "statistics"}.get(mine, "parameter")
+    return Row(key, path, name, known, shape=shape if name.startswith("heads") else None)  # type: ignore[arg-type]
 
 
 def _layout(key: str, path: Path, tensor: Any, shape: Sequence[int], layer: torch.nn.Module | None) -> str:
@@ -209,7 +210,8 @@ def _aliases(tensors: Mapping[str, Any], rows: Sequence[Row], done: set[Any]) ->
 
 
 def _memory(tensor: Any) -> Any:
-    return same_memory(tensor) if isinstance(tensor, Tensor) else None
+    """Return what the names of one tensor have in common; a tensor of a file says it itself."""
+    return same_memory(tensor) if isinstance(tensor, Tensor) else getattr(tensor, "memory", None)
 
 
 def _in_order(rows: Iterable[Row], tensors: Mapping[str, Any]) -> list[Row]:

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 from flax import nnx
 
 from .mapping import Path
-from .taxonomy import SAVED, Held, entries, linen_entries, nnx_kind
+from .taxonomy import SAVED, Held, entries, linen_entries, linen_kind, nnx_kind
 
 FlaxKind = Literal["linen", "nnx"]
 
@@ -38,6 +38,12 @@ def flax_side(template: Any) -> FlaxSide:
     if isinstance(template, Mapping):
         return _side("linen", [held for held in linen_entries(template) if held.kind in SAVED])
     raise TypeError(f"template is a {type(template).__name__}; expected Linen variables or an NNX model")
+
+
+def specs_side(kind: FlaxKind, specs: Mapping[Path, Any], kinds: Mapping[Path, str]) -> FlaxSide:
+    """Return the side of a file, of which shapes are known and perhaps kinds."""
+    linen = {path: linen_kind(path) for path in specs} if kind == "linen" else {}
+    return _side(kind, [Held(path, kinds.get(path, linen.get(path, "unknown")), spec) for path, spec in specs.items()])
 
 
 def _side(kind: FlaxKind, held: list[Held]) -> FlaxSide:

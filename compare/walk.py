@@ -41,7 +41,7 @@ def flax_from_torch(
             continue
         try:
             found = to_flax(layout(row.layout, leaf.shape), combined(row, [dense(tensors[key]) for key in keys], copy))
-            arrays[path] = _place_like(to_jax(found, copy=_shareable(row, copy)), leaf, copy)
+            arrays[path] = place_like(to_jax(found, copy=_shareable(row, copy)), leaf, copy)
         except Untransferable as error:
             refused.append(Entry(row.torch_key, place, tuple(tensors[row.torch_key].shape), reason=str(error)))
     for row in mapping.rows:
@@ -186,7 +186,7 @@ def _to_tensor(found: Layout, leaf: jax.Array | np.ndarray, copy: bool) -> Tenso
     return to_torch(laid_for_torch(found, to_host(leaf)), copy=True)
 
 
-def _place_like(array: jax.Array, leaf: Any, copy: bool) -> jax.Array:
+def place_like(array: jax.Array, leaf: Any, copy: bool) -> jax.Array:
     """Return the array where the leaf was put on purpose: committed, or abstract with a sharding."""
     chosen = leaf.committed if isinstance(leaf, jax.Array) else getattr(leaf, "sharding", None) is not None
     if not chosen:

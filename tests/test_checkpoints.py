@@ -25,6 +25,8 @@ from compare.transfer import tensor_to_numpy
 
 from .support import linen_variables, nnx_model, same_bits, state_of, torch_module
 
+pytestmark = pytest.mark.filterwarnings("ignore::compare.errors.UnverifiedCheckpoint")
+
 SUFFIXES = checkpoints.SUFFIXES
 FILES = (".pth", ".safetensors", ".msgpack")
 
@@ -358,7 +360,12 @@ def test_weights_without_a_mask_do_not_load_into_the_class_with_one(tmp_path: Pa
         ("state.pth", lambda: {"mask": 3}, CheckpointError, "mask is a int; expected a tensor"),
         ("state.pth", lambda: {"mask": torch.zeros(2, device="meta")}, CheckpointError, "mask: a meta tensor"),
         ("state.msgpack", lambda: {"head": torch.zeros(2)}, CheckpointError, r"unexpected head \(2,\)"),
-        ("state.orbax", lambda: {"mask": torch.zeros(0, 0)}, CheckpointError, "Orbax cannot store .* mask"),
+        (
+            "state.orbax",
+            lambda: {**state_of(PRIME, "float32"), "mask": torch.zeros(0, 0)},
+            CheckpointError,
+            "Orbax cannot store .* mask",
+        ),
     ],
 )
 def test_what_cannot_be_saved(name: str, source: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
@@ -393,7 +400,8 @@ def test_a_full_disk_leaves_the_old_file(suffix: str, tmp_path: Path) -> None:
     script = (
         "import resource, sys, torch, compare\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))\n"
-        "try: compare.save_checkpoint(sys.argv[1], {'mask': torch.ones(99, 99)})\n"
+        "names = ['mask', *(f'W_{name}.weight' for name in ('query', 'key', 'value'))]\n"
+        "try: compare.save_checkpoint(sys.argv[1], {name: torch.ones(99, 99) for name in names})\n"
         "except compare.CheckpointError as error: print(error)\n"
     )
     printed = run_script(script, str(path))

@@ -1,15 +1,20 @@
 """Write beside the target, flush to the disk, rename: there is the old or the new, whole.
 
 A file that is open stays readable as it was. A folder is read file by file, so a reader that began with the
-old one may find it gone; it then fails with an error, and reads the new one when it tries again.
+old one may find it gone: `compare.open_checkpoint` notices and begins again.
+
+Each temporary name is locked by the process that writes it. A process that was killed holds no lock, so the
+next save of the same path can tell what it left behind, and removes it.
 """
 
 import ctypes
+import fcntl
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,15 +29,17 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     The new file gets the old one's permissions. If the block raises, the temporary file is removed and
     `path` is as it was.
     """
+    sweep(path)
     temporary = _temporary(path)
     try:
-        with temporary.open("xb") as stream:
+        with temporary.open("x+b") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
             if path.exists():
                 temporary.chmod(path.stat().st_mode & 0o7777)
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(path)
+            temporary.replace(path)
         _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -45,25 +52,46 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     An old folder is exchanged for the new one in a single step where the system can (Linux,
     renameat2); elsewhere there is an instant between two renames when neither is there.
     """
+    sweep(path)
     temporary = _temporary(path)
     try:
         temporary.mkdir()
-        yield temporary
-        for folder, _, files in os.walk(temporary):
-            for name in files:
-                _fsync(Path(folder, name))
-            _fsync(Path(folder))
-        if path.exists():
-            _exchange(temporary, path)
-        else:
-            temporary.rename(path)
+        with _locked(temporary):
+            yield temporary
+            for folder, _, files in os.walk(temporary):
+                for name in files:
+                    _fsync(Path(folder, name))
+                _fsync(Path(folder))
+            _install(temporary, path)
         _fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def sweep(path: Path) -> None:
+    """Remove what killed processes left behind of earlier tries to write `path`."""
+    ours = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.tmp")
+    for left in [entry for entry in path.parent.iterdir() if ours.match(entry.name)]:
+        with suppress(OSError), _locked(left, fcntl.LOCK_NB):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+@contextmanager
+def _locked(path: Path, flag: int = 0) -> Iterator[None]:
+    """Hold the lock of a file or folder; with LOCK_NB raise OSError if another process holds it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | flag)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _fsync(path: Path) -> None:
@@ -74,12 +102,24 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _install(new: Path, path: Path) -> None:
+    """Put the folder at `path`; what was there is then at `new`. Another writer may come between."""
+    for _ in range(100):
+        if path.exists():
+            _exchange(new, path)
+            return
+        with suppress(OSError):  # another writer was first: exchange with its folder
+            new.rename(path)
+            return
+    raise OSError(f"{path} comes and goes; is another process removing it?")
+
+
 def _exchange(new: Path, path: Path) -> None:
     """Swap the two folders, so that `new` holds what was at `path`."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 and renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(path), _RENAME_EXCHANGE) == 0:
         return
-    old = _temporary(path)
+    old = new.with_name(f"{new.name}.old")
     path.rename(old)
     new.rename(path)
     old.rename(new)

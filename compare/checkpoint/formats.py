@@ -6,26 +6,32 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from ..convert import StateDict
 from ..errors import CheckpointError
-from . import msgpack_file, orbax_folder, safetensors_file, torch_file
+from . import msgpack_file, orbax_folder, safetensors_file, sharded_folder, torch_file
+from .stored import Stored, Tensors
 
 
 class Format(NamedTuple):
-    """How to write and read one format; `package` is what has to be installed for it."""
+    """How to write and read one format; `package` is what has to be installed for it.
+
+    `layouts` are those that it can hold: torch's names, or Flax's paths.
+    """
 
     suffixes: tuple[str, ...]
     package: str
     is_folder: bool
-    write: Callable[[Path, StateDict], None]
-    read: Callable[[Path], StateDict]
+    layouts: tuple[str, ...]
+    write: Callable[[Path, Tensors], None]
+    open: Callable[[Path], Stored]
 
 
 FORMATS = {
-    "torch": Format((".pth", ".pt"), "torch", False, torch_file.write, torch_file.read),
-    "safetensors": Format((".safetensors",), "safetensors", False, safetensors_file.write, safetensors_file.read),
-    "msgpack": Format((".msgpack",), "flax", False, msgpack_file.write, msgpack_file.read),
-    "orbax": Format((".orbax", ""), "orbax.checkpoint", True, orbax_folder.write, orbax_folder.read),
+    "torch": Format((".pth", ".pt", ".bin"), "torch", False, ("torch",), torch_file.write, torch_file.open_),
+    "safetensors": Format(
+        (".safetensors",), "numpy", False, ("torch", "linen", "nnx"), safetensors_file.write, safetensors_file.open_
+    ),
+    "msgpack": Format((".msgpack",), "flax", False, ("linen", "nnx"), msgpack_file.write, msgpack_file.open_),
+    "orbax": Format((".orbax", ""), "orbax.checkpoint", True, ("linen", "nnx"), orbax_folder.write, orbax_folder.open_),
 }
 
 KNOWN = [suffix for known in FORMATS.values() for suffix in known.suffixes if suffix]
@@ -56,3 +62,33 @@ def _require(path: str | PathLike[str], name: str, package: str) -> None:
         raise CheckpointError(
             path, f"the {name} format needs {package}, which is not installed: pip install 'attention-parity[all]'"
         )
+
+
+def open_checkpoint(path: str | PathLike[str]) -> Stored:
+    """Open a checkpoint of any format: what it holds is known, and read when asked for.
+
+    Use it in a `with` block. A folder without suffix is an Orbax checkpoint, or shards with an index.
+
+    Raises:
+        CheckpointError: no such file, or not a file of the format that its suffix names.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(path, "no such file or folder")
+    if sharded_folder.index_in(path) is not None:
+        return _opened(path, sharded_folder.open_)
+    chosen = format_of(path)
+    if chosen.is_folder and not path.is_dir():
+        raise CheckpointError(path, "is a file; an Orbax checkpoint is a folder")
+    if not chosen.is_folder and not path.is_file():
+        raise CheckpointError(path, "is no regular file; an Orbax folder is named without suffix or with .orbax")
+    if not chosen.is_folder and not path.stat().st_size:
+        raise CheckpointError(path, "is empty", mend="take another copy")
+    return _opened(path, chosen.open)
+
+
+def _opened(path: Path, open_: Callable[[Path], Stored]) -> Stored:
+    try:
+        return open_(path)
+    except OSError as error:
+        raise CheckpointError(path, f"could not be read ({error})") from error

@@ -1,112 +1,259 @@
 """Load a checkpoint into either implementation: validate everything, then assign."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
+import numpy as np
 import torch
 from flax import nnx
-from torch import Tensor
 
-from ..convert import StateDict, Variables, torch_to_linen, torch_to_nnx
-from ..errors import CheckpointError, ConversionError, Entry, Mismatch
-from ..transfer import Untransferable, dense
-from .formats import format_of
+from .. import mapping as tables
+from ..convert import StateDict, Variables
+from ..errors import CheckpointError, ConversionError, UnverifiedCheckpoint, shown
+from ..mapping import Mapping as Table
+from ..mapping import Path as Steps
+from ..mapping import Policy
+from ..matching import match
+from ..sides import FlaxSide, flax_side, specs_side
+from ..transfer import numpy_to_tensor
+from ..walk import flax_from_torch
+from .fill import fill_torch, require_fit
+from .flax_to_flax import flax_leaves, install
+from .formats import open_checkpoint
+from .manifest import is_mask
+from .relaid import relaid
+from .stored import Stored, Tensors
 
 Module = TypeVar("Module", bound=torch.nn.Module | nnx.Module)
+Result = TypeVar("Result")
+_TRIES = 20
 
 
 @overload
-def load_checkpoint(path: str | PathLike[str], target: Module) -> Module: ...
+def load_checkpoint(
+    path: str | PathLike[str],
+    target: Module,
+    *,
+    mapping: Table | None = None,
+    policy: Mapping[str, Policy] | None = None,
+    cast: bool = False,
+) -> Module: ...
 @overload
-def load_checkpoint(path: str | PathLike[str], target: Mapping[str, Any]) -> Variables: ...
-def load_checkpoint(path: str | PathLike[str], target: Any) -> Any:
+def load_checkpoint(
+    path: str | PathLike[str],
+    target: Mapping[str, Any],
+    *,
+    mapping: Table | None = None,
+    policy: Mapping[str, Policy] | None = None,
+    cast: bool = False,
+) -> Variables: ...
+def load_checkpoint(
+    path: str | PathLike[str],
+    target: Any,
+    *,
+    mapping: Table | None = None,
+    policy: Mapping[str, Policy] | None = None,
+    cast: bool = False,
+) -> Any:
     """Load parameters and buffers that `save_checkpoint`, or the format's own library, wrote.
 
     A torch or NNX module is filled in place, after everything was validated, and returned. For Linen
     give variables or their `jax.eval_shape`; new variables are returned. torch modules keep their
     device and dtype; Flax takes the dtypes of the file.
 
+    Args:
+        path: the file or folder.
+        target: what to load into.
+        mapping: how torch and Flax names pair; without, what the file says, or `compare.match` finds.
+        policy: pattern of names to what may happen if one side lacks the entry: `ignore` (the target keeps its
+            own, the file's is dropped), `verify` (only if it is the causal mask that anyone would recompute).
+        cast: whether floating numbers may be cast to the target's dtype.
+
     Raises:
-        CheckpointError: no such file, not a file of this format, or entries that do not fit the
-            target: missing, unexpected, of another shape, or (into torch) of another dtype. The
-            target is as it was.
+        CheckpointError: no such file, not a file of this format, other values than were saved, or entries
+            that do not fit the target: missing, unexpected, of another shape, or (into torch) of another
+            dtype. The target is as it was.
+
+    Warns:
+        UnverifiedCheckpoint: the file has no manifest, so nothing tells whether its values are those saved.
     """
     if not isinstance(target, torch.nn.Module | nnx.Module | Mapping) or isinstance(target, nnx.State):
         raise TypeError(f"target is a {type(target).__name__}; expected a torch or NNX module, or Linen variables")
-    state = read_checkpoint(path)
-    try:
-        if isinstance(target, torch.nn.Module):
-            return _fill(target, state)
-        if isinstance(target, nnx.Module):
-            return torch_to_nnx(state, target)
-        return torch_to_linen(state, target)
-    except ConversionError as error:
-        raise CheckpointError(
-            path, f"does not fit the target; nothing was loaded:\n{error.mismatch}", error.mismatch
-        ) from error
+
+    def prepare(stored: Stored) -> Callable[[], Any]:
+        try:
+            if isinstance(target, torch.nn.Module):
+                return _into_torch(stored, target, mapping, policy or {}, cast)
+            if stored.layout == "torch":
+                return _torch_into_flax(stored, target, mapping, policy or {}, cast)
+            return _flax_into_flax(stored, target, policy or {}, cast)
+        except ConversionError as error:
+            raise CheckpointError(
+                path, f"does not fit the target; nothing was loaded:\n{error.mismatch}", error.mismatch
+            ) from error
+
+    return steady(path, prepare)()
 
 
-def read_checkpoint(path: str | PathLike[str]) -> StateDict:
+def read_checkpoint(path: str | PathLike[str], *, mapping: Table | None = None) -> StateDict:
     """Return what a checkpoint holds as a torch state dict on the CPU.
+
+    Args:
+        path: the file or folder.
+        mapping: how torch and Flax names pair, for a file in Flax's layout that does not say it itself.
+            The attention classes need none.
 
     Raises:
         CheckpointError: no such file, or not a file of the format that its suffix names.
     """
-    path = Path(path)
-    chosen = format_of(path)
-    if not path.exists():
-        raise CheckpointError(path, "no such file or folder")
-    if chosen.is_folder and not path.is_dir():
-        raise CheckpointError(path, "is a file; an Orbax checkpoint is a folder")
-    if not chosen.is_folder and not path.is_file():
-        raise CheckpointError(path, "is no regular file; an Orbax folder is named without suffix or with .orbax")
-    if not chosen.is_folder and not path.stat().st_size:
-        raise CheckpointError(path, "is empty")
+
+    def read(stored: Stored) -> StateDict:
+        if stored.layout == "torch":
+            return _state(stored)
+        table = mapping or stored.mapping or (tables.LINEN if stored.layout == "linen" else tables.NNX)
+        try:
+            return _state(relaid(stored.path, stored, table))
+        except CheckpointError as error:
+            if not error.mismatch or mapping or stored.mapping:
+                raise
+            raise CheckpointError(
+                path, f"holds no variables of the attention classes:\n{error.mismatch}", error.mismatch,
+                mend="give mapping=compare.match(module, template)",
+            ) from error  # fmt: skip
+
+    return steady(path, read)
+
+
+def steady(path: str | PathLike[str], work: Callable[[Stored], Result]) -> Result:
+    """Open the checkpoint and do the work, again if it was replaced meanwhile: the old or the new, never both.
+
+    Raises:
+        CheckpointError: what opening or the work raise.
+    """
+    for _ in range(_TRIES):
+        before = _identity(Path(path))
+        try:
+            with open_checkpoint(path) as stored:
+                result = work(stored)
+                unverified = not stored.checked
+        except CheckpointError:
+            if before == _identity(Path(path)):
+                raise
+            continue
+        if before == _identity(Path(path)):
+            if unverified:
+                warnings.warn(
+                    f"{path} has no manifest: whether its values are those that were saved is not known",
+                    UnverifiedCheckpoint,
+                    stacklevel=3,
+                )
+            return result
+    raise CheckpointError(path, f"was replaced {_TRIES} times while it was read", mend="read it when it is at rest")
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
     try:
-        return chosen.read(path)
-    except OSError as error:
-        raise CheckpointError(path, f"could not be read ({error})") from error
+        found = (path.parent if path.name.endswith(".index.json") else path).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
-def _fill(module: torch.nn.Module, state: StateDict) -> torch.nn.Module:
-    """Load the state dict into the module, or raise ConversionError before touching it."""
-    held = module.state_dict()
-    wanted = {key: entry for key, entry in held.items() if isinstance(entry, Tensor)}
-    missing = tuple(Entry(key, "the module's", expected=tuple(wanted[key].shape)) for key in wanted if key not in state)
-    unexpected = tuple(Entry(key, "", tuple(state[key].shape)) for key in state if key not in wanted)
-    misshaped = []
-    refused = [
-        Entry(key, "the module", reason=f"is a {type(entry).__name__} in the module; only tensors are stored")
-        for key, entry in held.items()
-        if key not in wanted
-    ]
-    for key in [key for key in wanted if key in state]:
-        found, expected = state[key], wanted[key]
-        if found.shape != expected.shape:
-            misshaped.append(Entry(key, "the module", tuple(found.shape), tuple(expected.shape)))
-        elif reason := _refusal(key, found, expected):
-            refused.append(Entry(key, "the module", reason=reason))
-    mismatch = Mismatch(missing, unexpected, tuple(misshaped), tuple(refused))
+class _Named(NamedTuple):
+    """A tensor of a file that is not read yet; names of one tensor have the memory in common."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    memory: Any
+
+
+def named(stored: Stored) -> dict[str, _Named]:
+    """Return the torch names of the file, tied ones among them, with the shapes that it declares."""
+    found = {str(key[0]): _Named(spec.shape, spec.dtype, key) for key, spec in stored.specs.items()}
+    for key, first in stored.aliases.items():
+        found[str(key[0])] = _Named(stored.specs[first].shape, stored.specs[first].dtype, first)
+    return found
+
+
+def _into_torch(
+    stored: Stored, module: torch.nn.Module, mapping: Table | None, policy: Mapping[str, Policy], cast: bool
+) -> Callable[[], torch.nn.Module]:
+    tensors: Tensors = stored
+    if stored.layout != "torch":
+        own = stored.mapping if stored.mapping and stored.mapping.flax == stored.layout else None
+        tensors = relaid(stored.path, stored, mapping or own or match(module, _side(stored), policy=policy))
+    left = tensors.mapping.left_keys() if tensors.mapping else set()
+    specs = {str(key[0]): spec for key, spec in tensors.specs.items()}
+    specs |= {str(key[0]): tensors.specs[first] for key, first in tensors.aliases.items()}
+    dropped = require_fit(module, specs, policy, left, cast)
+    state = {key: tensor for key, tensor in _state(tensors).items() if key not in dropped}
+    _require_masks(stored.path, tensors, state)
+    return fill_torch(module, state, policy)
+
+
+def _torch_into_flax(
+    stored: Stored, target: Any, mapping: Table | None, policy: Mapping[str, Policy], cast: bool
+) -> Callable[[], Any]:
+    side = flax_side(target)
+    table = mapping or match(named(stored), side, policy=policy)
+    relaid(stored.path, stored, table)  # names and shapes first: nothing is read of a file that does not fit
+    state = _state(stored)
+    _require_masks(stored.path, stored, state)
+    if cast:
+        by_key = {key: rows[0] for key, rows in table.by_key.items()}
+        for key in [key for key in state if key in by_key and state[key].is_floating_point()]:
+            wanted = getattr(torch, np.dtype(side.leaves[by_key[key].path].dtype).name)
+            state[key] = state[key].to(wanted) if wanted.is_floating_point else state[key]
+    arrays, mismatch = flax_from_torch(state, side.leaves, table, copy=True)
     if mismatch:
         raise ConversionError(mismatch)
-    module.load_state_dict(state)
-    return module
+    return lambda: install(target, arrays)
 
 
-def _refusal(key: str, found: Tensor, expected: Tensor) -> str:
-    """Say why the tensor cannot be copied into the module's as it is, or nothing."""
-    try:
-        dense(found)
-    except Untransferable as error:
-        return str(error)
-    if expected.is_meta:
-        return "the module is on the meta device: `to_empty(device=...)` first"
-    if any(stride == 0 and size > 1 for stride, size in zip(expected.stride(), expected.shape, strict=True)):
-        return f"the module's is expanded, many entries in one place: `module.{key} = module.{key}.clone()` first"
-    if found.dtype == expected.dtype:
-        return ""
-    floating = found.dtype.is_floating_point and expected.dtype.is_floating_point
-    mend = f"module.to({found.dtype})" if floating else f"module.{key} = module.{key}.to({found.dtype})"
-    return f"is {found.dtype}; the module has {expected.dtype}: `{mend}` first"
+def _flax_into_flax(stored: Stored, target: Any, policy: Mapping[str, Policy], cast: bool) -> Callable[[], Any]:
+    leaves = flax_leaves(stored, flax_side(target), policy, cast)
+    for path, array in leaves.items():
+        _require_no_nan(stored.path, path, flax_side(target).kinds[path], np.asarray(array))
+    return lambda: install(target, leaves)
+
+
+def _side(stored: Stored) -> FlaxSide:
+    return specs_side("linen" if stored.layout == "linen" else "nnx", stored.specs, stored.kinds)
+
+
+def _state(tensors: Tensors) -> StateDict:
+    """Read everything, tied names as one tensor."""
+    read = tensors.read() if isinstance(tensors, Stored) else ((key, _one(tensors, key)) for key in tensors.specs)
+    state = {str(key[0]): numpy_to_tensor(_owned(array)) for key, array in read}
+    return state | {str(key[0]): state[str(first[0])] for key, first in tensors.aliases.items()}
+
+
+def _one(tensors: Tensors, key: Steps) -> np.ndarray:
+    pieces = list(tensors.pieces(key))
+    return np.ascontiguousarray(pieces[0]) if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def _owned(array: np.ndarray) -> np.ndarray:
+    return array if array.flags.writeable and array.flags.c_contiguous else np.array(array, order="C")
+
+
+def _require_masks(path: Path, tensors: Tensors, state: StateDict) -> None:
+    for key, tensor in state.items():
+        kind = tensors.kinds.get((key,), "unknown")
+        if tensor.is_floating_point() and is_mask((key,), kind) and bool(torch.isnan(tensor).any()):
+            raise _nan(path, key, int(torch.isnan(tensor).sum()))
+
+
+def _require_no_nan(path: Path, steps: Steps, kind: str, array: np.ndarray) -> None:
+    if is_mask(steps, kind) and array.dtype.kind not in "biu" and np.isnan(array.astype(np.complex128)).any():
+        raise _nan(path, "/".join(map(str, steps)), int(np.isnan(array.astype(np.complex128)).sum()))
+
+
+def _nan(path: Path, key: str, count: int) -> CheckpointError:
+    return CheckpointError(
+        path, f"{shown(key)} holds NaN, which blocks in one framework's arithmetic and spreads in another's", key=key,
+        expected="numbers", found=f"{count} NaN", mend="write 0 where a mask is open, 1 where it blocks",
+    )  # fmt: skip

@@ -1,29 +1,126 @@
-"""The Flax msgpack format: Linen variables as NumPy arrays."""
+"""The Flax msgpack format: nested dicts of NumPy arrays, and the manifest as one more entry at the top."""
 
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Any
 
+import msgpack
+import numpy as np
 from flax import serialization
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ..convert import StateDict
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
+from ..mapping import Path
 from .atomic import atomic_file
-from .tree import state_to_tree, tree_to_state
+from .blocks import in_batches
+from .content import linen_or_nnx, manifest_of
+from .manifest import KEY, Manifest, checksum
+from .safetensors_file import in_manifests_order
+from .spec import Spec, checked, spec_of
+from .stored import Stored, Tensors, fetch_each
+from .torch_file import whole
+
+_NDARRAY, _SCALAR = 1, 3  # the extension types of flax.serialization
+_CHUNKED = "__msgpack_chunked_array__"
 
 
-def write(path: Path, state: StateDict) -> None:
-    """Write the state as Linen variables."""
-    with atomic_file(path) as stream:
-        stream.write(serialization.msgpack_serialize(state_to_tree(state)))
-
-
-def read(path: Path) -> StateDict:
-    """Read Linen variables and return them as a state dict.
+def open_(path: FilePath) -> Stored:
+    """Read the file into memory.
 
     Raises:
-        CheckpointError: no msgpack file, or no Linen variables of arrays.
+        CheckpointError: no msgpack file, or anything in it but nested dicts of arrays.
     """
     try:
-        tree = serialization.msgpack_restore(path.read_bytes())
+        tree = msgpack.unpackb(
+            path.read_bytes(), ext_hook=_array, object_pairs_hook=_no_name_twice, strict_map_key=False, raw=False
+        )
+    except RecursionError:
+        raise _broken(path, "lists within lists") from None
     except Exception as error:  # msgpack and NumPy raise a dozen unrelated types on bad bytes
-        raise CheckpointError(path, f"not a whole Flax msgpack file ({error or type(error).__name__})") from error
-    return tree_to_state(path, tree)
+        raise _broken(path, shown(error) if str(error) else type(error).__name__) from error
+    if not isinstance(tree, dict):
+        raise CheckpointError(path, f"holds a {type(tree).__name__}; expected Linen variables")
+    try:
+        manifest = Manifest.loads(tree.pop(KEY)) if KEY in tree else None
+    except ValueError as error:
+        raise _broken(path, shown(error)) from error
+    arrays: dict[Path, np.ndarray] = flatten_dict(tree)
+    for key, value in arrays.items():
+        if not isinstance(value, np.ndarray):
+            name = shown("/".join(map(str, key)))
+            raise CheckpointError(path, f"{name}: is a {type(value).__name__}, not an array of values", key=name)
+    try:
+        specs: dict[Path, Spec] = {key: spec_of(array) for key, array in arrays.items()}
+    except ValueError as error:
+        raise _broken(path, shown(error)) from error
+    aliases: dict[Path, Path] = {}
+    if manifest is not None:
+        by_words = {tuple(map(str, key)): array for key, array in arrays.items()}
+        specs, aliases = in_manifests_order(path, specs, manifest), dict(manifest.aliases)
+        arrays = {key: by_words[tuple(map(str, key))] for key in specs}
+    layout = manifest.layout if manifest else linen_or_nnx(specs)
+    stored = Stored(path, "msgpack", layout, specs, manifest, lambda paths: iter(()), aliases)
+    stored.fetch = fetch_each(stored, lambda key: arrays[key])
+    return stored
+
+
+def write(path: FilePath, tensors: Tensors) -> None:
+    """Write the tree; its steps are words, and the manifest tells which of them were numbers.
+
+    Raises:
+        CheckpointError: names that would coincide.
+    """
+    arrays = {key: whole(tensors, key) for key in tensors.specs}
+    pairs = in_batches(arrays, lambda key: arrays[key].nbytes, lambda key: checksum([arrays[key]], tensors.specs[key]))
+    manifest = manifest_of(tensors).with_checksums(dict(pairs))
+    tree = {**tree_of(path, arrays), KEY: manifest.dumps()}
+    with atomic_file(path) as stream:
+        stream.write(serialization.msgpack_serialize(tree, in_place=True))
+
+
+def tree_of(path: FilePath, leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    """Return the leaves as nested dicts of words.
+
+    Raises:
+        CheckpointError: names that would coincide, as 0 and "0", or one that is the manifest's.
+    """
+    words = {tuple(map(str, key)): leaf for key, leaf in leaves.items()}
+    if len(words) != len(leaves) or any(key[0] == KEY for key in words):
+        raise CheckpointError(path, "two of its names are the same when they are written as words", mend="rename one")
+    if twice := [key for key in words if any(key[:end] in words for end in range(1, len(key)))]:
+        raise CheckpointError(path, f"{'/'.join(twice[0])} lies within another array", mend="rename one")
+    return unflatten_dict(words)
+
+
+def _array(kind: int, data: bytes) -> Any:
+    """Return the array of an extension entry, exactly as large as it says."""
+    if kind not in (_NDARRAY, _SCALAR):
+        raise ValueError(f"an entry of the extension type {kind}")
+    shape, name, values = msgpack.unpackb(data, raw=True)
+    spec = checked(list(shape), name.decode())
+    if len(values) != spec.nbytes:
+        raise ValueError(f"an array {spec.dtype} {spec.shape} in {len(values)} bytes")
+    return np.frombuffer(values, dtype=spec.numpy).reshape(spec.shape)
+
+
+def _no_name_twice(pairs: list[tuple[Any, Any]]) -> Any:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {shown(max(names, key=names.count))} twice")
+    return _joined(found) if _CHUNKED in found else found
+
+
+def _joined(parts: Mapping[Any, Any]) -> np.ndarray:
+    """Return the array that Flax wrote in chunks, since one entry holds less than 4 GiB."""
+    shape = [parts["shape"][str(axis)] for axis in range(len(parts["shape"]))]
+    chunks = [parts["chunks"][str(index)] for index in range(len(parts["chunks"]))]
+    spec = checked(shape, chunks[0].dtype.name)
+    flat = np.concatenate(chunks)
+    if flat.nbytes != spec.nbytes or parts.keys() != {_CHUNKED, "shape", "chunks"}:
+        raise ValueError(f"an array {spec.dtype} {spec.shape} in {flat.nbytes} bytes")
+    return flat.reshape(spec.shape)
+
+
+def _broken(path: FilePath, why: str) -> CheckpointError:
+    return CheckpointError(path, f"not a whole Flax msgpack file ({why})", mend="take another copy")

@@ -1,63 +1,198 @@
-"""The Orbax format: a folder of Linen variables, as `StandardCheckpointer` writes it."""
+"""The Orbax format: a folder of Flax variables, as `StandardCheckpointer` writes it; the manifest is its metadata."""
 
+import asyncio
+import json
 import re
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path as FilePath
+from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ..convert import StateDict
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
+from ..mapping import Path
 from .atomic import atomic_folder
-from .tree import state_to_tree, tree_to_state
+from .blocks import BATCH_BYTES, in_batches
+from .content import linen_or_nnx, manifest_of
+from .manifest import KEY, Manifest, checksum
+from .msgpack_file import tree_of
+from .safetensors_file import in_manifests_order
+from .spec import Spec, checked
+from .stored import Stored, Tensors
+from .torch_file import whole
 
+_METADATA = "_CHECKPOINT_METADATA"
 # What Orbax itself puts into the folder of a checkpoint.
 _OWN = re.compile(
     r"_METADATA|_CHECKPOINT_METADATA|_sharding|array_metadatas|d|manifest\.ocdbt|ocdbt\.process_\d+|commit_success\.txt"
 )
+_MOST_FILES = 1_000_000
 
 
-def write(path: Path, state: StateDict) -> None:
-    """Write the state as Linen variables, in place of an old Orbax folder if there is one.
+class Pending:
+    """A leaf that is read only when its turn comes to be written."""
+
+    def __init__(self, key: Path, tensors: Tensors) -> None:
+        self.key, self.tensors = key, tensors
+        self.shape, self.dtype = tensors.specs[key].shape, tensors.specs[key].numpy
+        self.size, self.nbytes, self.ndim = int(np.prod(self.shape)), tensors.specs[key].nbytes, len(self.shape)
+        self.sha256 = ""
+
+    def values(self) -> np.ndarray:
+        """Return the values, having taken their checksum."""
+        array = whole(self.tensors, self.key)
+        self.sha256 = checksum([array], self.tensors.specs[self.key])
+        return array
+
+
+def open_(path: FilePath) -> Stored:
+    """Open the folder; arrays are read into host memory as they are asked for, whatever device they were on.
 
     Raises:
-        CheckpointError: an array without elements, which Orbax cannot store; a folder of another kind.
+        CheckpointError: no finished Orbax folder, a link in it, or no tree of arrays.
+    """
+    if not is_orbax(path):
+        raise CheckpointError(path, "is not a finished Orbax checkpoint (it has no _METADATA)")
+    _require_plain(path)
+    manifest = _manifest(path)
+    with _reported(path), _checkpointer() as checkpointer:
+        saved = flatten_dict(checkpointer.metadata(path.absolute()).item_metadata.tree)
+        specs = {key: checked(tuple(leaf.shape), np.dtype(leaf.dtype).name) for key, leaf in saved.items()}
+    names = {tuple(map(str, key)): key for key in specs}
+    aliases: dict[Path, Path] = {}
+    if manifest is not None:
+        specs, aliases = in_manifests_order(path, specs, manifest), dict(manifest.aliases)
+    layout = manifest.layout if manifest else linen_or_nnx(specs)
+    stored = Stored(path, "orbax", layout, specs, manifest, lambda paths: iter(()), aliases)
+
+    def fetch(paths: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
+        for batch in _batches(paths, specs):
+            found = _restore(path, [names[tuple(map(str, key))] for key in batch])
+            pairs = list(zip(batch, found, strict=True))
+            del found
+            yield from (
+                (pair[0], array) for pair, array in in_batches(pairs, _nbytes, lambda pair: stored.check(*pair))
+            )
+
+    stored.fetch = fetch
+    return stored
+
+
+def write(path: FilePath, tensors: Tensors) -> None:
+    """Write the tree in place of an old Orbax folder if there is one, each array read as its turn comes.
+
+    Raises:
+        CheckpointError: an array that Orbax cannot store; a folder of another kind.
     """
     import orbax.checkpoint as ocp
 
-    empty = [key for key, tensor in state.items() if not tensor.numel()]
-    if empty:
+    if empty := [shown("/".join(map(str, key))) for key, spec in tensors.specs.items() if not spec.nbytes]:
         raise CheckpointError(path, f"Orbax cannot store arrays without elements: {', '.join(empty)}")
-    if path.exists() and not _is_orbax(path):
+    if path.exists() and not is_orbax(path):
         raise CheckpointError(path, "is a folder that Orbax did not write; it was left alone: choose another name")
     if path.exists() and (strange := sorted(entry.name for entry in path.iterdir() if not _OWN.fullmatch(entry.name))):
         raise CheckpointError(
             path, f"holds {', '.join(strange)} beside an Orbax checkpoint; it was left alone: choose another name"
         )
-    with atomic_folder(path) as folder, ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), state_to_tree(state), force=True)
-        checkpointer.wait_until_finished()
+    leaves = {key: Pending(key, tensors) for key in tensors.specs}
+    with atomic_folder(path) as folder:
+        with _checkpointer((Pending, _pending_handler())) as checkpointer:
+            tree = tree_of(path, leaves)
+            checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree), force=True, custom_metadata={KEY: ""})
+        manifest = manifest_of(tensors).with_checksums({key: leaf.sha256 for key, leaf in leaves.items()})
+        content = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
+        content["custom_metadata"] = {KEY: manifest.dumps()}
+        (folder / _METADATA).write_text(json.dumps(content), encoding="utf-8")
 
 
-def read(path: Path) -> StateDict:
-    """Read Linen variables into host memory, whatever devices they were saved from.
+def is_orbax(path: FilePath) -> bool:
+    """Tell whether it is the folder of a finished checkpoint."""
+    return (path / "_METADATA").is_file()
 
-    Raises:
-        CheckpointError: no Orbax folder, or no Linen variables of arrays.
-    """
+
+def _require_plain(path: FilePath) -> None:
+    """Raise CheckpointError if anything in the folder is a link, which could lead out of it."""
+    for count, entry in enumerate(path.rglob("*")):
+        if entry.is_symlink():
+            raise CheckpointError(
+                path, f"holds a link, {shown(entry.relative_to(path))}", key=shown(entry.name),
+                mend="copy the folder with what its links point to (cp -rL)",
+            )  # fmt: skip
+        if count > _MOST_FILES:
+            raise CheckpointError(path, f"holds more than {_MOST_FILES:,} files")
+
+
+def _manifest(path: FilePath) -> Manifest | None:
+    try:
+        content = json.loads((path / _METADATA).read_bytes()).get("custom_metadata") or {}
+        return Manifest.loads(content[KEY]) if KEY in content else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(path, f"not a whole Orbax checkpoint ({_METADATA}: {shown(error)})") from error
+
+
+def _nbytes(pair: tuple[Path, np.ndarray]) -> int:
+    return pair[1].nbytes
+
+
+def _batches(paths: Sequence[Path], specs: dict[Path, Spec]) -> Iterator[list[Path]]:
+    batch: list[Path] = []
+    for key in paths:
+        if batch and sum(specs[other].nbytes for other in batch) + specs[key].nbytes > BATCH_BYTES:
+            yield batch
+            batch = []
+        batch.append(key)
+    if batch:
+        yield batch
+
+
+def _restore(path: FilePath, keys: Sequence[Path]) -> list[np.ndarray]:
     import orbax.checkpoint as ocp
 
-    if not _is_orbax(path):
-        raise CheckpointError(path, "is not a finished Orbax checkpoint (it has no _METADATA)")
+    wanted = unflatten_dict({key: 0 for key in keys})
+    to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    with _reported(path), _checkpointer() as checkpointer:
+        args = ocp.args.PyTreeRestore(item=wanted, restore_args=to_numpy, partial_restore=True)
+        found = flatten_dict(checkpointer.restore(path.absolute(), args=args))
+    return [np.asarray(found[key]) for key in keys]
+
+
+@contextmanager
+def _reported(path: FilePath) -> Iterator[None]:
+    """Turn whatever Orbax and TensorStore raise into one error."""
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            saved = checkpointer.metadata(path.absolute()).item_metadata.tree
-            to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-            tree = checkpointer.restore(path.absolute(), args=ocp.args.PyTreeRestore(restore_args=to_numpy))
-    except Exception as error:  # Orbax and TensorStore share no error class
-        raise CheckpointError(path, f"not a whole Orbax checkpoint ({str(error).splitlines()[0]})") from error
-    return tree_to_state(path, tree)
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # they share no error class
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(path, f"not a whole Orbax checkpoint ({shown(why)})", mend="take another copy") from error
 
 
-def _is_orbax(path: Path) -> bool:
-    return (path / "_METADATA").is_file()
+@contextmanager
+def _checkpointer(*types: tuple[Any, Any]) -> Iterator[Any]:
+    import orbax.checkpoint as ocp
+
+    registry = {"type_handler_registry": ocp.type_handlers.create_type_handler_registry(*types)} if types else {}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**registry)) as checkpointer:
+        yield checkpointer
+
+
+def _pending_handler() -> Any:
+    import orbax.checkpoint as ocp
+
+    class PendingHandler(ocp.type_handlers.NumpyHandler):
+        """Writes leaves one after the other as NumPy arrays, so that one at a time is in memory."""
+
+        async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+            args = args or [ocp.SaveArgs()] * len(values)
+            for value, info, arg in zip(values, infos, args, strict=True):
+                for written in await super().serialize([value.values()], [info], [arg]):
+                    await asyncio.to_thread(written.result)
+            return []
+
+    return PendingHandler()

@@ -1,30 +1,297 @@
-"""The safetensors format, as the torch front end writes it."""
+"""The safetensors format: a header of its own reading, strict where the library is not, then the bytes.
 
-from pathlib import Path
+Read and written here and not by the library, which maps the file (and dies if that is cut meanwhile), lets a name
+stand twice, needs all tensors in memory to write, and writes a transposed NumPy view as another matrix (its issue 825).
+Source: the format's README, https://github.com/huggingface/safetensors.
+"""
 
-from ..convert import StateDict
-from ..errors import CheckpointError
+import json
+import os
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path as FilePath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import CheckpointError, shown
+from ..mapping import Path
 from .atomic import atomic_file
+from .blocks import blocks, in_batches
+from .content import manifest_of, torch_or_flax
+from .manifest import KEY, LayoutName, Manifest, start
+from .spec import Spec, checked
+from .stored import Stored, Tensors, fetch_each
+
+_DTYPES = {
+    **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL", "complex64": "C64"},
+    **{"float8_e4m3fn": "F8_E4M3", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2": "F8_E5M2"},
+    **{"float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0"},
+    **{f"{sign}int{bits}": f"{sign[:1].upper() or 'I'}{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
+_NUMPY = {name: dtype for dtype, name in _DTYPES.items()}
+_MAX_HEADER = 100_000_000  # the library's own
+_MAX_TENSORS = 100_000
+_METADATA_BYTES, _METADATA_BYTES_EACH = 1 << 20, 4096
+_READ_BYTES = 1 << 20
 
 
-def write(path: Path, state: StateDict) -> None:
-    """Write the state dict, with the metadata by which other tools know torch's layout."""
-    from safetensors.torch import save
+class Header(NamedTuple):
+    """What the header says: specs and where each begins, and the metadata."""
 
-    with atomic_file(path) as stream:
-        stream.write(save(state, metadata={"format": "pt"}))
+    specs: dict[str, Spec]
+    begins: dict[str, int]
+    metadata: dict[str, str]
 
 
-def read(path: Path) -> StateDict:
-    """Read the state dict into memory of its own, so that a file cut later cannot hurt.
+def open_(path: FilePath) -> Stored:
+    """Open the file; nothing but its header is read.
 
     Raises:
-        CheckpointError: no safetensors file.
+        CheckpointError: no safetensors file, or one that is not whole.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        return load(path.read_bytes())
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(path, f"not a whole safetensors file ({error})") from error
+        header = read_header(path, descriptor)
+        stored = stored_from(path, "safetensors", header)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    names = {path_: name for name, path_ in zip(header.specs, map(_steps(stored.layout), header.specs), strict=True)}
+    stored.close = lambda: os.close(descriptor)
+    stored.fetch = fetch_each(
+        stored, lambda key: read_tensor(path, descriptor, header.begins[names[key]], stored.specs[key])
+    )
+    return stored
+
+
+def stored_from(path: FilePath, kind: str, header: Header) -> Stored:
+    """Return the checkpoint of the header, in the order of its manifest; its tensors are still to be fetched."""
+    manifest = _manifest(path, header.metadata)
+    layout: LayoutName = manifest.layout if manifest else torch_or_flax(header.specs)
+    steps = _steps(layout)
+    specs: dict[Path, Spec] = {}
+    for name, spec in header.specs.items():
+        specs[steps(name)] = spec
+    aliases: dict[Path, Path] = dict(manifest.aliases) if manifest else _aliases(header)
+    if manifest is not None:
+        specs = in_manifests_order(path, specs, manifest)
+    return Stored(path, kind, layout, specs, manifest, lambda paths: iter(()), aliases)
+
+
+def in_manifests_order(path: FilePath, specs: Mapping[Path, Spec], manifest: Manifest) -> dict[Path, Spec]:
+    """Return the specs by the manifest's paths, whose steps may be numbers where the file has words.
+
+    Raises:
+        CheckpointError: the manifest speaks of other tensors than the file holds.
+    """
+    by_words = {tuple(map(str, key)): spec for key, spec in specs.items()}
+    found = {key: by_words.pop(tuple(map(str, key)), None) for key in manifest.records}
+    absent = [key for key, spec in found.items() if spec is None]
+    for key in [*absent, *by_words]:
+        name = "/".join(map(str, key))
+        side = "the manifest declares" if key in absent else "the manifest does not know"
+        raise CheckpointError(path, f"{side} {shown(name)}", key=name, mend="the file was changed: take another copy")
+    for key, record in manifest.records.items():
+        if found[key] != record.spec:
+            raise CheckpointError(
+                path, f"{shown('/'.join(map(str, key)))} is not as its manifest declares", key="/".join(map(str, key)),
+                expected=f"{record.spec.dtype} {record.spec.shape}", found=str(found[key]),
+                mend="the file was changed: take another copy",
+            )  # fmt: skip
+    return {key: spec for key, spec in found.items() if spec is not None}
+
+
+def write(path: FilePath, tensors: Tensors) -> None:
+    """Write tensors one by one, in torch's layout under their names, in Flax's with slashes.
+
+    Raises:
+        CheckpointError: a dtype that the format lacks, or names that would coincide.
+    """
+    names = {key: _joined(path, key, tensors.layout) for key in tensors.specs}
+    for key, spec in tensors.specs.items():
+        if spec.dtype not in _DTYPES:
+            raise CheckpointError(
+                path, f"{shown(names[key])} is {spec.dtype}, which safetensors lacks", key=names[key],
+                expected=f"one of {', '.join(_DTYPES)}", found=spec.dtype, mend="save it as .pth, .msgpack or .orbax",
+            )  # fmt: skip
+    # The order of the library's own files: wide dtypes first, so that each tensor is aligned.
+    order = sorted(tensors.specs, key=lambda key: (-tensors.specs[key].numpy.itemsize, names[key]))
+    manifest = manifest_of(tensors)
+    begins, end = {}, 0
+    for key in order:
+        begins[key] = end
+        end += tensors.specs[key].nbytes
+
+    def header(manifest: Manifest) -> bytes:
+        metadata = {KEY: manifest.dumps(), **({"format": "pt"} if tensors.layout == "torch" else {})}
+        if tensors.layout == "torch":
+            metadata |= {key[0]: first[0] for key, first in tensors.aliases.items()}
+        entries = {
+            names[key]: {
+                "dtype": _DTYPES[tensors.specs[key].dtype],
+                "shape": list(tensors.specs[key].shape),
+                "data_offsets": [begins[key], begins[key] + tensors.specs[key].nbytes],
+            }
+            for key in order
+        }
+        text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    with atomic_file(path) as stream:
+        descriptor, data = stream.fileno(), len(header(manifest))
+
+        def put(key: Path) -> str:
+            digest, offset = start(tensors.specs[key]), data + begins[key]
+            for piece in tensors.pieces(key):
+                for block in blocks(piece):
+                    _pwrite(descriptor, block, offset)
+                    digest.update(block)
+                    offset += block.nbytes
+            return digest.hexdigest()
+
+        sums = dict(in_batches(order, lambda key: tensors.specs[key].nbytes, put))
+        _pwrite(descriptor, memoryview(header(manifest.with_checksums(sums))), 0)
+
+
+def read_header(path: FilePath, descriptor: int) -> Header:
+    """Read and check the header of an open file.
+
+    Raises:
+        CheckpointError: anything that the format forbids, and a name that stands twice.
+    """
+    size = os.fstat(descriptor).st_size
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little") if size >= 8 else -1
+    if not 2 <= length <= min(size - 8, _MAX_HEADER):
+        raise _broken(path, "its header's length", f"2 to {max(0, min(size - 8, _MAX_HEADER)):,} bytes", f"{length:,}")
+    raw = os.pread(descriptor, length, 8)
+    if len(raw) != length or not raw.startswith(b"{"):
+        raise _broken(path, "the start of its header", "a JSON object", repr(raw[:8]))
+    if (count := raw.count(b'"data_offsets"')) > _MAX_TENSORS:
+        raise _broken(path, "the number of its tensors", f"at most {_MAX_TENSORS:,}", f"{count:,}")
+    try:
+        content = json.loads(raw, object_pairs_hook=_no_name_twice, parse_constant=_no_constant)
+        metadata = content.pop("__metadata__", {})
+        found = {name: _entry(name, entry) for name, entry in content.items()}
+        _require_metadata(metadata, len(found))
+    except RecursionError:
+        raise _broken(path, "its header", "tensors", "lists within lists") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _broken(
+            path, "its header", "names, shapes and offsets", shown(str(error) or type(error).__name__)
+        ) from error
+    _require_whole(path, found, size - 8 - length)
+    return Header(
+        {name: spec for name, (spec, _, _) in found.items()},
+        {name: 8 + length + begin for name, (_, begin, _) in found.items()},
+        metadata,
+    )
+
+
+def read_tensor(path: FilePath, descriptor: int, begin: int, spec: Spec) -> np.ndarray:
+    """Read one tensor into memory of its own.
+
+    Raises:
+        CheckpointError: the file has become shorter.
+    """
+    array = np.empty(spec.shape, spec.numpy)
+    flat = array.reshape(-1).view(np.uint8)
+    for at in range(0, flat.nbytes, _READ_BYTES):
+        part = flat[at : at + _READ_BYTES]
+        if os.preadv(descriptor, [part.data], begin + at) != part.nbytes:
+            raise _broken(path, "its length", f"{begin + spec.nbytes:,} bytes", "fewer, since it was opened")
+    return array
+
+
+def _manifest(path: FilePath, metadata: Mapping[str, str]) -> Manifest | None:
+    try:
+        return Manifest.loads(metadata[KEY]) if KEY in metadata else None
+    except ValueError as error:
+        raise CheckpointError(path, shown(error), mend="the file was changed: take another copy") from error
+
+
+def _steps(layout: LayoutName) -> Any:
+    return (lambda name: (name,)) if layout == "torch" else (lambda name: tuple(name.split("/")))
+
+
+def _joined(path: FilePath, key: Path, layout: LayoutName) -> str:
+    if layout != "torch" and (strange := [step for step in key if "/" in str(step) or not str(step)]):
+        raise CheckpointError(
+            path, f"the name {strange[0]!r} in {key} cannot be told from a path", key="/".join(map(str, key)),
+            mend="save it as .msgpack or .orbax, or rename it",
+        )  # fmt: skip
+    name = key[0] if layout == "torch" else "/".join(map(str, key))
+    if name == "__metadata__":
+        raise CheckpointError(path, "the name __metadata__ is the format's own", key=name, mend="rename it")
+    return str(name)
+
+
+def _aliases(header: Header) -> dict[Path, Path]:
+    """Return the tied names that the library's `save_model` leaves in the metadata."""
+    specs, metadata = header.specs, header.metadata
+    return {(name,): (first,) for name, first in metadata.items() if name not in specs and first in specs}
+
+
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {shown(twice)} twice")
+    return found
+
+
+def _no_constant(word: str) -> Any:
+    raise ValueError(f"the number {word}")
+
+
+def _entry(name: str, entry: Mapping[str, Any]) -> tuple[Spec, int, int]:
+    if entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{shown(name)} has the fields {', '.join(map(shown, entry))}")
+    if entry["dtype"] not in _NUMPY:
+        raise ValueError(f"{shown(name)} has the dtype {shown(entry['dtype'])}")
+    try:
+        spec = checked(entry["shape"], _NUMPY[entry["dtype"]])
+    except ValueError as error:
+        raise ValueError(f"{shown(name)}: {error}") from error
+    begin, end = entry["data_offsets"]
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
+        raise ValueError(f"{shown(name)} has the offsets {begin} and {end}")
+    if end - begin != spec.nbytes:
+        raise ValueError(f"{shown(name)} of {spec.nbytes} bytes has the offsets {begin} and {end}")
+    return spec, begin, end
+
+
+def _require_metadata(metadata: Any, count: int) -> None:
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("metadata that is no string")
+    ours = len(metadata.get(KEY, ""))
+    others = sum(len(name) + len(value) for name, value in metadata.items()) - ours
+    if others > _METADATA_BYTES or ours > _METADATA_BYTES + count * _METADATA_BYTES_EACH:
+        raise ValueError(f"{others + ours:,} characters of metadata")
+
+
+def _require_whole(path: FilePath, found: Mapping[str, tuple[Spec, int, int]], size: int) -> None:
+    """Every byte belongs to just one tensor."""
+    ranges: Iterator[tuple[int, int]] = iter(sorted((begin, end) for _, begin, end in found.values() if begin < end))
+    edges = [(0, 0), *ranges, (size, size)]
+    for (_, end), (begin, _) in pairwise(edges):
+        if end != begin:
+            kind = "overlap" if begin < end else "leave a hole"
+            kind = kind if begin != size or end > size else "end before the file does"
+            raise _broken(path, "its data", "tensors end to end", f"they {kind} between bytes {end:,} and {begin:,}")
+    if any(end > size for _, _, end in found.values()):
+        raise _broken(path, "its length", "data for every tensor", f"{size:,} bytes")
+
+
+def _pwrite(descriptor: int, block: memoryview, offset: int) -> None:
+    while block.nbytes:
+        done = os.pwrite(descriptor, block, offset)
+        block, offset = block[done:], offset + done
+
+
+def _broken(path: FilePath, what: str, expected: str, found: str) -> CheckpointError:
+    return CheckpointError(
+        path, f"not a whole safetensors file: {what}", expected=expected, found=found, mend="take another copy"
+    )

@@ -5,25 +5,39 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import torch
 from flax import nnx
 from torch import Tensor
 
+from .. import mapping as tables
 from ..convert import StateDict, linen_to_torch, nnx_to_torch
-from ..errors import CheckpointError, ConversionError
-from ..transfer import Untransferable, dense
-from .formats import format_of
+from ..errors import CheckpointError, ConversionError, shown
+from ..mapping import Mapping as Table
+from ..sides import flax_side
+from ..taxonomy import entries, same_memory, torch_kinds
+from ..transfer import Untransferable, dense, tensor_to_numpy, to_host
+from .formats import Format, format_of
+from .relaid import relaid
+from .spec import spec_of
+from .stored import Held, Tensors
+
+Source = torch.nn.Module | nnx.Module | Mapping[str, Any]
+_MEND = "of other modules than the attention classes give mapping=compare.match(module, template)"
 
 
-def save_checkpoint(path: str | PathLike[str], source: torch.nn.Module | nnx.Module | Mapping[str, Any]) -> Path:
-    """Save parameters and buffers in the format that the suffix names, atomically.
+def save_checkpoint(path: str | PathLike[str], source: Source, *, mapping: Table | None = None) -> Path:
+    """Save parameters and buffers in the format that the suffix names, atomically, with a checksum of each.
 
-    The file does not depend on the framework or the device that the state came from. If anything
-    fails, what was at `path` before is still there.
+    If anything fails, what was at `path` before is still there. Of the attention classes the file does not
+    depend on the framework or the device that the state came from.
 
     Args:
         path: the file, or the folder for Orbax. Its parent must exist.
         source: a torch module or state dict, Linen variables, or an NNX model.
+        mapping: how torch and Flax names pair, as `compare.match` found it: needed where the format is the
+            other framework's. It is kept in the file. The attention classes need none.
 
     Returns:
         The path.
@@ -33,33 +47,76 @@ def save_checkpoint(path: str | PathLike[str], source: torch.nn.Module | nnx.Mod
     """
     path = Path(path)
     chosen = format_of(path)
-    target = path.resolve()  # a link stays a link, and what it points to is replaced
+    target = writable(path, chosen)
+    try:
+        write(path, target, chosen, _tensors(path, source, mapping, chosen))
+    except ConversionError as error:
+        raise CheckpointError(
+            path, f"the state cannot be stored in this format:\n{error.mismatch}", error.mismatch, mend=_MEND
+        ) from error
+    return path
+
+
+def writable(path: Path, chosen: Format) -> Path:
+    """Return what is to be written: a link stays a link, and what it points to is replaced.
+
+    Raises:
+        CheckpointError: no folder to write into, or something else is there.
+    """
+    target = path.resolve()
     if not target.parent.is_dir():
         raise CheckpointError(path, f"the folder {target.parent} does not exist; make it first")
     if target.exists() and not (target.is_dir() if chosen.is_folder else target.is_file()):
         wanted = "a folder" if chosen.is_folder else "a regular file"
         raise CheckpointError(path, f"is something else than {wanted}, which this format writes: choose another name")
+    return target
+
+
+def write(path: Path, target: Path, chosen: Format, tensors: Tensors) -> None:
+    """Write the tensors at `target`, which the user calls `path`.
+
+    Raises:
+        CheckpointError: they could not be written.
+    """
     try:
-        chosen.write(target, _state(path, source))
-    except CheckpointError:
-        raise
-    except ConversionError as error:
-        raise CheckpointError(
-            path, f"the state cannot be stored in this format:\n{error.mismatch}", error.mismatch
-        ) from error
+        chosen.write(target, tensors)
+    except CheckpointError as error:
+        raise error if error.path != str(target) else _renamed(error, path, target) from error
     except Exception as error:  # each library raises its own types on a full disk or a read-only folder
-        raise CheckpointError(path, f"could not be written ({error}); what was there before is unchanged") from error
-    return path
+        size = sum(spec.nbytes for spec in tensors.specs.values())
+        raise CheckpointError(
+            path, f"could not be written ({shown(error)}); what was there before is unchanged",
+            mend=f"make room for {size:,} bytes and some more, or choose another place",
+        ) from error  # fmt: skip
 
 
-def _state(path: Path, source: torch.nn.Module | nnx.Module | Mapping[str, Any]) -> StateDict:
-    """Return the source's state as contiguous CPU tensors under torch's names."""
-    if isinstance(source, nnx.Module):
-        return nnx_to_torch(source)
+def _renamed(error: CheckpointError, path: Path, target: Path) -> CheckpointError:
+    """Return the error with the user's name for the path."""
+    if str(path) == str(target):
+        return error
+    return CheckpointError(
+        path, error.reason, error.mismatch, key=error.key, expected=error.expected, found=error.found, mend=error.mend
+    )
+
+
+def _tensors(path: Path, source: Source, mapping: Table | None, chosen: Format) -> Tensors:
+    """Return the source's state, laid out as the format has it."""
     if isinstance(source, nnx.State):
         raise CheckpointError(path, "an nnx.State does not say which module it is of; give the NNX model")
-    if isinstance(source, Mapping) and any(isinstance(value, Mapping) for value in source.values()):
-        return linen_to_torch(source)
+    nested = isinstance(source, Mapping) and any(isinstance(value, Mapping) for value in source.values())
+    if isinstance(source, nnx.Module) or nested:
+        held = _from_flax(path, source, mapping, chosen)
+    else:
+        held = _from_torch(path, source, mapping)
+    if held.layout in chosen.layouts:
+        return held
+    try:
+        return relaid(path, held, held.mapping or tables.LINEN)
+    except CheckpointError as error:
+        raise error if mapping else CheckpointError(path, error.reason, error.mismatch, mend=_MEND) from error
+
+
+def _from_torch(path: Path, source: Any, mapping: Table | None) -> Held:
     tensors = source.state_dict() if isinstance(source, torch.nn.Module) else source
     if not isinstance(tensors, Mapping) or not tensors:
         raise CheckpointError(
@@ -67,16 +124,66 @@ def _state(path: Path, source: torch.nn.Module | nnx.Module | Mapping[str, Any])
             f"there is no state in a {type(source).__name__}; give a torch or NNX module, "
             "a state dict or Linen variables",
         )
-    return {key: _plain(path, key, value) for key, value in tensors.items()}
+    kinds = torch_kinds(source) if isinstance(source, torch.nn.Module) else {}
+    return _torch_held(path, tensors, kinds, mapping)
 
 
-def _plain(path: Path, key: Any, value: Any) -> Tensor:
+def _torch_held(path: Path, tensors: Mapping[Any, Any], kinds: Mapping[str, str], mapping: Table | None) -> Held:
+    attention = mapping is None and tensors.keys() <= tables.LINEN.by_key.keys()
+    if attention:
+        kinds = {key: rows[0].kind for key, rows in tables.LINEN.by_key.items()}
+    arrays, aliases = {}, {}
+    seen: dict[Any, str] = {}
+    for key, value in tensors.items():
+        array = _plain(path, key, value)
+        memory = same_memory(value)
+        first = key if memory is None else seen.setdefault(memory, key)
+        if first != key:
+            aliases[(key,)] = (first,)
+        else:
+            arrays[(key,)] = array
+    specs = {key: spec_of(array) for key, array in arrays.items()}
+    table = tables.LINEN if attention else mapping
+    return Held("torch", arrays, specs, {(key,): kind for key, kind in kinds.items()}, aliases, table)
+
+
+def _plain(path: Path, key: Any, value: Any) -> np.ndarray:
     if not isinstance(key, str):
         raise CheckpointError(path, f"the key {key!r} is a {type(key).__name__}; a state dict has names")
     if not isinstance(value, Tensor):
-        raise CheckpointError(path, f"{key} is a {type(value).__name__}; expected a tensor")
+        raise CheckpointError(path, f"{key} is a {type(value).__name__}; expected a tensor", key=key)
     try:
-        # A clone, for a view would take its whole storage along.
-        return dense(value).cpu().clone(memory_format=torch.contiguous_format)
-    except Untransferable as error:
-        raise CheckpointError(path, f"{key}: {error}") from error
+        array = tensor_to_numpy(dense(value))
+        spec_of(array)
+    except ValueError as error:  # Untransferable among them
+        raise CheckpointError(path, f"{key}: {error}", key=key) from error
+    return array
+
+
+def _from_flax(path: Path, source: Any, mapping: Table | None, chosen: Format) -> Held:
+    side = flax_side(source)
+    table = tables.NNX if side.kind == "nnx" else tables.LINEN
+    required = {row.path for row in table.rows if row.required}
+    attention = mapping is None and required <= side.leaves.keys() <= table.by_path.keys()
+    to_torch = attention or mapping is not None or "linen" not in chosen.layouts
+    if to_torch and (attention or "torch" in chosen.layouts):
+        convert: Any = nnx_to_torch if side.kind == "nnx" else linen_to_torch
+        state: StateDict = convert(source, mapping=mapping)
+        return _torch_held(path, state, {}, mapping)
+    arrays = {key: _host(path, key, leaf) for key, leaf in side.leaves.items()}
+    specs = {key: spec_of(array) for key, array in arrays.items()}
+    tied = {held.path: held.first for held in entries(source) if held.first is not None}
+    aliases = {key: first for key, first in tied.items() if first in arrays}
+    return Held(side.kind, arrays, specs, side.kinds, aliases, mapping)
+
+
+def _host(path: Path, key: tuple[Any, ...], leaf: Any) -> np.ndarray:
+    name = "/".join(map(str, key))
+    if not isinstance(leaf, jax.Array | np.ndarray):
+        raise CheckpointError(path, f"{shown(name)}: is a {type(leaf).__name__}, not an array of values", key=name)
+    try:
+        array = to_host(leaf)
+        spec_of(array)
+    except (Untransferable, ValueError) as error:
+        raise CheckpointError(path, f"{shown(name)}: {error}", key=name) from error
+    return array

@@ -1,45 +1,174 @@
-"""The torch zip format: a state dict of CPU tensors, read without running any pickled code."""
+"""The torch zip format: a state dict of CPU tensors, read without running any pickled code.
 
+Small files are read into memory; large ones are mapped by torch, so they must not be cut while they are open.
+"""
+
+import io
 import pickle
 import re
-from pathlib import Path
+import zipfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path as FilePath
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..convert import StateDict
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
+from ..mapping import Path
+from ..taxonomy import same_memory
+from ..transfer import Untransferable, dense, numpy_to_tensor, tensor_to_numpy
 from .atomic import atomic_file
+from .blocks import WORKERS
+from .content import manifest_of
+from .manifest import KEY, Manifest, checksum
+from .safetensors_file import in_manifests_order
+from .spec import Spec, checked
+from .stored import Stored, Tensors, fetch_each
+
+_SMALL_BYTES = 64 << 20
+# A view may show each stored entry more than once, but not without end.
+_MOST_VIEWED = 16
 
 
-def write(path: Path, state: StateDict) -> None:
-    """Write the state dict; to a stream, so that the bytes do not depend on the file's name."""
-    with atomic_file(path) as stream:
-        torch.save(state, stream)
-
-
-def read(path: Path) -> StateDict:
-    """Read the state dict onto the CPU, wherever it was saved.
+def open_(path: FilePath) -> Stored:
+    """Open the file; values are read as they are asked for, if it is large.
 
     Raises:
         CheckpointError: no torch file, or anything in it but a dict of tensors.
     """
+    with path.open("rb") as stream:
+        begin = stream.read(4)
+    zipped = begin == b"PK\x03\x04"
+    if not zipped and not re.match(rb"\x80[\x02-\x05]", begin):
+        raise _broken(path, f"it begins with {begin!r}")
+    manifest = _manifest(path) if zipped else None
+    small = path.stat().st_size <= _SMALL_BYTES or not zipped
+    state = _load(path, io.BytesIO(path.read_bytes()) if small else path, mapped=not small)
+    specs, aliases = _specs(path, state)
+    if manifest is not None:
+        specs, aliases = _as_declared(
+            path, state, specs | {key: specs[first] for key, first in aliases.items()}, manifest
+        )
+    stored = Stored(path, "torch", "torch", specs, manifest, lambda paths: iter(()), aliases)
+
+    def one(key: Path) -> np.ndarray:
+        array = tensor_to_numpy(state[key[0]])
+        return array if small and array.flags.c_contiguous else np.array(array, order="C")
+
+    stored.fetch = fetch_each(stored, one)
+    return stored
+
+
+def write(path: FilePath, tensors: Tensors) -> None:
+    """Write the state dict, then the manifest as one more record of the zip."""
+    arrays = {key: whole(tensors, key) for key in tensors.specs}
+    state = {str(key[0]): numpy_to_tensor(array) for key, array in arrays.items()}
+    state |= {str(key[0]): state[str(first[0])] for key, first in tensors.aliases.items()}
+    with atomic_file(path) as stream, ThreadPoolExecutor(WORKERS) as pool:
+        sums = {key: pool.submit(checksum, [array], tensors.specs[key]) for key, array in arrays.items()}
+        torch.save(state, stream)  # to a stream, so that the bytes do not depend on the file's name
+        manifest = manifest_of(tensors).with_checksums({key: found.result() for key, found in sums.items()})
+        with zipfile.ZipFile(stream, "a") as archive:
+            root = archive.namelist()[0].split("/")[0]
+            archive.writestr(zipfile.ZipInfo(f"{root}/{KEY}.json"), manifest.dumps())
+
+
+def whole(tensors: Tensors, key: Path) -> np.ndarray:
+    """Return the tensor in one contiguous, native array."""
+    pieces = list(tensors.pieces(key))
+    array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    return np.require(array, dtype=array.dtype.newbyteorder("="), requirements=["C", "W"])
+
+
+def _manifest(path: FilePath) -> Manifest | None:
+    """Read the manifest, after looking at what the zip declares.
+
+    Raises:
+        CheckpointError: no zip of stored records that fit into the file, or a broken manifest.
+    """
+    size = path.stat().st_size
     try:
-        with path.open("rb") as stream:
-            start = stream.read(2)
-            if not (start == b"PK" or re.fullmatch(rb"\x80[\x02-\x05]", start)):  # a zip, or a pickle of old
-                raise ValueError(f"it begins with {start!r}")
-            stream.seek(0)
-            state = torch.load(stream, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            names = [record.filename for record in records]
+            if len(set(names)) != len(names):
+                raise ValueError(f"the record {shown(max(names, key=names.count))} twice")
+            if packed := [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]:
+                raise ValueError(f"{shown(packed[0])} is compressed, which torch never does")
+            if sum(record.file_size for record in records) > size:
+                raise ValueError(f"its records declare more than the file's {size:,} bytes")
+            ours = [record for record in records if record.filename.partition("/")[2] == f"{KEY}.json"]
+            return Manifest.loads(archive.read(ours[0])) if ours else None
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError, IndexError) as error:
+        raise _broken(path, shown(error)) from error
+
+
+def _load(path: FilePath, source: Any, *, mapped: bool) -> dict[str, Tensor]:
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+    except (pickle.UnpicklingError, RecursionError) as error:
         raise CheckpointError(
-            path, "holds more than a state dict of tensors, and was not run; save `module.state_dict()` instead"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(path, f"not a whole torch file ({error or type(error).__name__})") from error
+            path, "holds more than a state dict of tensors, and was not run",
+            expected="a state dict", mend="save `module.state_dict()`, where the file's maker is trusted",
+        ) from error  # fmt: skip
+    except Exception as error:  # torch's readers raise a dozen unrelated types on bad bytes
+        raise _broken(path, shown(str(error).partition("\n")[0] or type(error).__name__)) from error
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(path, f"holds a {type(state).__name__}; expected a state dict, names to tensors")
     for key, value in state.items():
         if not isinstance(value, Tensor):
-            raise CheckpointError(path, f"{key} is a {type(value).__name__}; expected a tensor")
+            raise CheckpointError(path, f"{shown(key)} is a {type(value).__name__}; expected a tensor", key=key)
     return dict(state)
+
+
+def _specs(path: FilePath, state: Mapping[str, Tensor]) -> tuple[dict[Path, Spec], dict[Path, Path]]:
+    """Return what each tensor is, tied names apart."""
+    specs: dict[Path, Spec] = {}
+    aliases: dict[Path, Path] = {}
+    seen: dict[Any, Path] = {}
+    for key, tensor in state.items():
+        try:
+            dense(tensor)
+            spec = checked(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        except (Untransferable, ValueError) as error:
+            raise CheckpointError(path, f"{shown(key)}: {error}", key=key) from error
+        if spec.nbytes > _MOST_VIEWED * max(tensor.untyped_storage().nbytes(), 4096):
+            raise CheckpointError(
+                path, f"{shown(key)} shows its stored bytes again and again", key=key,
+                expected=f"about {tensor.untyped_storage().nbytes():,} bytes", found=f"{spec.nbytes:,} bytes",
+                mend="save `tensor.contiguous()`, or take another copy",
+            )  # fmt: skip
+        memory = same_memory(tensor)
+        first = (key,) if memory is None else seen.setdefault(memory, (key,))
+        if first == (key,):
+            specs[(key,)] = spec
+        else:
+            aliases[(key,)] = first
+    return specs, aliases
+
+
+def _as_declared(
+    path: FilePath, state: Mapping[str, Tensor], specs: Mapping[Path, Spec], manifest: Manifest
+) -> tuple[dict[Path, Spec], dict[Path, Path]]:
+    """Return specs and tied names as the manifest has them.
+
+    Raises:
+        CheckpointError: they are not those of the file.
+    """
+    for key, first in manifest.aliases.items():
+        if key not in specs or specs[key] != specs.get(first) or same_memory(state[str(key[0])]) != same_memory(
+            state[str(first[0])]
+        ):  # fmt: skip
+            raise CheckpointError(
+                path, f"{shown(key[0])} is not tied to {shown(first[0])}, as its manifest declares", key=str(key[0]),
+                mend="the file was changed: take another copy",
+            )  # fmt: skip
+    own = {key: spec for key, spec in specs.items() if key not in manifest.aliases}
+    return in_manifests_order(path, own, manifest), dict(manifest.aliases)
+
+
+def _broken(path: FilePath, why: str) -> CheckpointError:
+    return CheckpointError(path, f"not a whole torch file ({why})", mend="take another copy")

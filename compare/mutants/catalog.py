@@ -200,11 +200,11 @@ _STATE = [
            (r'(    prefix, _, leaf = name\.rpartition\("\."\)\n)',
             r'\1    prefix = {"W_query": "W_key", "W_key": "W_query"}.get(prefix, prefix)\n')),
     *_flax("mask rebuilt on the way", "compare.walk",
-           (r"arrays\[path\] = (_place_like\(.*\))",
+           (r"arrays\[path\] = (place_like\(.*\))",
             r'arrays[path] = \1\n            '
             r'arrays[path] = jax.numpy.triu(jax.numpy.ones_like(\1), 1) if path[-1] == "mask" else \1')),
     *_flax("weights narrowed to bfloat16", "compare.walk",
-           (r"arrays\[path\] = (_place_like\(.*\))",
+           (r"arrays\[path\] = (place_like\(.*\))",
             r"arrays[path] = \1.astype(jax.numpy.bfloat16).astype(jax.dtypes.canonicalize_dtype(\1.dtype))")),
     *_flax("int64 narrowed", "compare.transfer",
            (r"tensor = _fit_x64\(dense\(tensor\), copy=copy\)",

@@ -1,0 +1,98 @@
+"""From a file in Flax's layout into Linen variables or an NNX model: by name, whichever of the two wrote it."""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ..errors import ConversionError, Entry, Mismatch
+from ..left import host_values, objection
+from ..mapping import Path, Policy
+from ..sides import FlaxSide, specs_side
+from ..transfer import Untransferable, numpy_to_tensor, to_jax
+from ..walk import place_like
+from .stored import Stored
+
+
+def flax_leaves(stored: Stored, side: FlaxSide, policy: Mapping[str, Policy], cast: bool) -> dict[Path, jax.Array]:
+    """Return the target's leaves with the values of the file.
+
+    Raises:
+        ConversionError: everything that does not fit.
+    """
+    names = {path: ".".join(name) for path, name in side.names.items()}
+    held = specs_side("linen" if stored.layout == "linen" else "nnx", stored.specs, stored.kinds)
+    by_name = dict(held.by_name)
+    for path, first in stored.aliases.items():
+        by_name.setdefault(".".join(map(str, path[1:] if stored.layout == "linen" else path)), [first])
+    missing, misshaped, refused = [], [], []
+    pairs: dict[Path, Path] = {}
+    for path, leaf in side.leaves.items():
+        place, found = "/".join(map(str, path)), by_name.get(names[path], [])
+        if not found:
+            missing += [] if _may_lack(place, leaf, policy) else [Entry(names[path], place, expected=tuple(leaf.shape))]
+        elif len(found) > 1:
+            refused.append(
+                Entry(names[path], place, reason=f"could be {' or '.join('/'.join(map(str, p)) for p in found)}")
+            )
+        elif stored.specs[found[0]].shape != tuple(leaf.shape):
+            misshaped.append(Entry(names[path], place, stored.specs[found[0]].shape, tuple(leaf.shape)))
+        elif reason := _other_kind(held.kinds[found[0]], side.kinds[path]):
+            refused.append(Entry(names[path], place, reason=reason))
+        else:
+            pairs[path] = found[0]
+    taken = {name for name in names.values()}
+    extra = [path for path in held.leaves if ".".join(held.names[path]) not in taken]
+    known = {path for path in extra if _decided("/".join(map(str, path)), policy) in ("ignore", "verify")}
+    unexpected = tuple(Entry("/".join(map(str, p)), "", stored.specs[p].shape) for p in extra if p not in known)
+    if missing or unexpected or misshaped or refused:
+        raise ConversionError(Mismatch(tuple(missing), unexpected, tuple(misshaped), tuple(refused)))
+    verified = {path for path in known if _decided("/".join(map(str, path)), policy) == "verify"}
+    arrays = dict(stored.read(dict.fromkeys([*pairs.values(), *sorted(verified, key=str)])))
+    for path in verified:
+        if reason := objection("verify", arrays[path]):
+            refused.append(Entry("/".join(map(str, path)), "", arrays[path].shape, reason=reason))
+    leaves = {}
+    for path, source in pairs.items():
+        try:
+            leaves[path] = _leaf(arrays[source], side.leaves[path], cast)
+        except Untransferable as error:
+            refused.append(Entry(names[path], "", arrays[source].shape, reason=str(error)))
+    if refused:
+        raise ConversionError(Mismatch(refused=tuple(refused)))
+    return leaves
+
+
+def install(target: Any, leaves: Mapping[Path, jax.Array]) -> Any:
+    """Put the leaves into the NNX model and return it, or return new Linen variables."""
+    if isinstance(target, nnx.Module):
+        nnx.update(target, unflatten_dict(dict(leaves)))
+        return target
+    kept = {path: leaf for path, leaf in flatten_dict(target).items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
+    return unflatten_dict({**kept, **leaves})
+
+
+def _leaf(array: np.ndarray, leaf: Any, cast: bool) -> jax.Array:
+    tensor = numpy_to_tensor(array if array.flags.writeable else array.copy())
+    if cast and tensor.is_floating_point() and jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
+        tensor = numpy_to_tensor(array.astype(leaf.dtype))
+    return place_like(to_jax(tensor, copy=True), leaf, copy=True)
+
+
+def _other_kind(mine: str, its: str) -> str:
+    if "unknown" in (mine, its) or (mine == "parameter") == (its == "parameter"):
+        return ""
+    return f"is a {mine} in the file and a {its} in the target: one is trained, the other is not"
+
+
+def _may_lack(place: str, leaf: Any, policy: Mapping[str, Policy]) -> bool:
+    decided = _decided(place, policy)
+    return decided == "ignore" or (decided == "verify" and not objection("verify", host_values(leaf)))
+
+
+def _decided(place: str, policy: Mapping[str, Policy]) -> Policy | None:
+    return next((decided for pattern, decided in policy.items() if fnmatchcase(place, pattern)), None)

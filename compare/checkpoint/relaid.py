@@ -1,0 +1,156 @@
+"""Tensors in the other framework's layout, made from those of a file one by one."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+import numpy as np
+
+from ..errors import CheckpointError, ConversionError, Entry, Mismatch
+from ..layouts import flax_shape, layout, to_flax, to_torch
+from ..left import objection
+from ..mapping import Left, Path, Row
+from ..mapping import Mapping as Table
+from ..walk import combined, torch_shape, unfit
+from .manifest import LayoutName
+from .spec import Spec
+from .stored import Tensors
+
+
+@dataclass(frozen=True)
+class Relaid:
+    """Tensors under other names and in another layout; what they are made of is read when they are asked for."""
+
+    source: Tensors
+    layout: LayoutName
+    specs: Mapping[Path, Spec]
+    kinds: Mapping[Path, str]
+    aliases: Mapping[Path, Path]
+    mapping: Table | None
+
+    def pieces(self, path: Path) -> Iterable[np.ndarray]:
+        """Return the tensor in pieces: views of what is read, so that nothing is copied whole."""
+        assert self.mapping is not None
+        if self.layout != "torch":
+            row = self.mapping.by_path[path]
+            parts = [_whole(self.source, (key,)) for key in filter(None, (row.torch_key, row.plus))]
+            chosen = layout(row.layout, self.specs[path].shape)
+            return [to_flax(chosen, combined(row, parts, copy=True))]
+        return self._torch_pieces(str(path[0]))
+
+    def _torch_pieces(self, key: str) -> Iterator[np.ndarray]:
+        assert self.mapping is not None
+        for row in self.mapping.by_key[key]:
+            array = _whole(self.source, row.path)
+            found = to_torch(layout(row.layout, array.shape), array)
+            yield found if key == row.torch_key else np.zeros_like(found)
+
+
+def relaid(path: FilePath, source: Tensors, mapping: Table) -> Relaid:
+    """Return the tensors of a torch-layout source as Flax keeps them, or the other way round.
+
+    Raises:
+        CheckpointError: source and mapping do not hold the same entries.
+    """
+    try:
+        return _to_flax(source, mapping) if source.layout == "torch" else _to_torch(source, mapping)
+    except ConversionError as error:
+        raise CheckpointError(
+            path, f"does not fit the mapping; nothing was converted:\n{error.mismatch}", error.mismatch
+        ) from error
+
+
+def _to_flax(source: Tensors, mapping: Table) -> Relaid:
+    held = {str(key[0]): spec for key, spec in source.specs.items()}
+    held |= {str(key[0]): source.specs[first] for key, first in source.aliases.items()}
+    missing, misshaped, refused = [], [], []
+    specs: dict[Path, Spec] = {}
+    for path, row in mapping.by_path.items():
+        keys = [key for key in (row.torch_key, row.plus) if key is not None]
+        if absent := [key for key in keys if key not in held]:
+            missing += [Entry(key, row.place) for key in absent if row.required]
+            continue
+        try:
+            shape = row.shape or flax_shape(row.layout, _part_shape(row, held[keys[0]].shape))
+        except ValueError as error:
+            refused.append(Entry(row.torch_key, row.place, held[keys[0]].shape, reason=str(error)))
+            continue
+        wrong = [entry for key in keys if (entry := unfit(row, key, held[key], shape))]
+        misshaped += [entry for entry in wrong if not entry.reason]
+        refused += [entry for entry in wrong if entry.reason]
+        specs[path] = Spec(shape, held[keys[0]].dtype)
+    refused += _objections(source, mapping, lambda item: (item.torch_key,) if item.path is None else None)
+    known = mapping.by_key.keys() | mapping.left_keys()
+    unexpected = [Entry(key, "", spec.shape) for key, spec in held.items() if key not in known]
+    for row in mapping.rows:
+        home = mapping.by_path[row.path].torch_key
+        tied = source.aliases.get((row.torch_key,)) == (home,) or source.aliases.get((home,)) == (row.torch_key,)
+        if row.kind == "alias" and row.torch_key in held and home in held and not tied:
+            refused += _differing(source, row, home)
+    _raise(missing, unexpected, misshaped, refused)
+    kinds = {path: mapping.by_path[path].kind for path in specs}
+    return Relaid(source, mapping.flax, specs, kinds, {}, mapping)
+
+
+def _to_torch(source: Tensors, mapping: Table) -> Relaid:
+    missing, refused = [], []
+    specs: dict[Path, Spec] = {}
+    for key, rows in mapping.by_key.items():
+        own = [row for row in rows if row.kind != "alias"]
+        if not own:
+            continue
+        if absent := [row for row in own if row.path not in source.specs]:
+            missing += [Entry(key, row.place) for row in absent if row.required]
+            continue
+        spec = source.specs[own[0].path]
+        try:
+            shapes = {torch_shape(row, source.specs[row.path].shape) for row in own}
+            if len(shapes) > 1:
+                raise ValueError(f"its parts would make it {' and '.join(map(str, sorted(shapes)))}")
+            specs[(key,)] = Spec(shapes.pop(), spec.dtype)
+        except ValueError as error:
+            refused.append(Entry(key, own[0].place, spec.shape, reason=f"{own[0].place}: {error}"))
+    refused += _objections(source, mapping, lambda item: item.path)
+    known = mapping.by_path.keys() | {item.path for item in mapping.left}
+    unexpected = [
+        Entry("/".join(map(str, path)), "", spec.shape) for path, spec in source.specs.items() if path not in known
+    ]
+    _raise(missing, unexpected, [], refused)
+    homes: dict[Path, Path] = {
+        (row.torch_key,): (mapping.by_path[row.path].torch_key,) for row in mapping.rows if row.kind == "alias"
+    }
+    aliases = {key: first for key, first in homes.items() if first in specs}
+    kinds = {(key,): rows[0].kind for key, rows in mapping.by_key.items()}
+    return Relaid(source, "torch", specs, kinds, aliases, mapping)
+
+
+def _objections(source: Tensors, mapping: Table, place: Callable[[Left], Path | None]) -> list[Entry]:
+    found = []
+    for item in mapping.left:
+        path = place(item)
+        if path is not None and path in source.specs and item.policy != "ignore":
+            reason = objection(item.policy, _whole(source, path))
+            found += [Entry(item.torch_key, "", source.specs[path].shape, reason=reason)] if reason else []
+    return found
+
+
+def _differing(source: Tensors, row: Row, home: str) -> list[Entry]:
+    mine, its = (_whole(source, source.aliases.get((key,), (key,))) for key in (row.torch_key, home))
+    if mine.dtype == its.dtype and mine.shape == its.shape and mine.tobytes() == its.tobytes():
+        return []
+    return [Entry(row.torch_key, row.place, reason=f"is tied to {home} in Flax, and has other values here")]
+
+
+def _part_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape if row.part is None or not shape else (shape[0] // row.part[1], *shape[1:])
+
+
+def _whole(source: Tensors, path: Path) -> np.ndarray:
+    pieces = list(source.pieces(source.aliases.get(path, path)))
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def _raise(missing: list[Entry], unexpected: list[Entry], misshaped: list[Entry], refused: list[Entry]) -> None:
+    mismatch = Mismatch(tuple(missing), tuple(unexpected), tuple(misshaped), tuple(refused))
+    if mismatch:
+        raise ConversionError(mismatch)

@@ -1,0 +1,169 @@
+"""Safetensors in several files with an index, as Hugging Face lays them out, read shard by shard.
+
+Source: https://huggingface.co/docs/huggingface_hub/package_reference/serialization.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path as FilePath
+from typing import Any
+
+from ..errors import CheckpointError, shown
+from ..mapping import Path
+from . import safetensors_file
+from .atomic import atomic_file, atomic_folder
+from .content import manifest_of
+from .manifest import KEY, Manifest
+from .safetensors_file import Header, read_header, read_tensor, stored_from
+from .spec import Spec
+from .stored import Held, Stored, Tensors, fetch_each
+
+INDEX = ".safetensors.index.json"
+_MAX_INDEX_BYTES = 256 << 20
+
+
+def index_in(path: FilePath) -> FilePath | None:
+    """Return the index that the path is, or that the folder holds; None if there is none."""
+    if path.name.endswith(INDEX):
+        return path
+    found = sorted(path.glob(f"*{INDEX}")) if path.is_dir() else []
+    return found[0] if len(found) == 1 else None
+
+
+def open_(path: FilePath) -> Stored:
+    """Open index and shards; nothing but their headers is read.
+
+    Raises:
+        CheckpointError: a shard that is missing, broken or outside the folder; a tensor in no shard or in two.
+    """
+    index = index_in(path)
+    if index is None:
+        raise CheckpointError(path, f"holds no index of shards (one file *{INDEX})")
+    weight_map, manifest = _index(path, index)
+    specs: dict[str, Spec] = {}
+    places: dict[str, tuple[int, int]] = {}
+    metadata: dict[str, str] = {}
+    with ExitStack() as opened:
+        for name in dict.fromkeys(weight_map.values()):
+            shard = _shard(path, index.parent, name)
+            descriptor = os.open(shard, os.O_RDONLY)
+            opened.callback(os.close, descriptor)
+            header = read_header(shard, descriptor)
+            for key, spec in header.specs.items():
+                if weight_map.get(key) != name:
+                    raise CheckpointError(
+                        path, f"{shown(key)} is in {shown(name)}", key=key, found=f"{shown(name)}",
+                        expected=f"where the index has it, {shown(weight_map.get(key, 'in no file'))}",
+                        mend="take the index and all shards from one place",
+                    )  # fmt: skip
+                specs[key], places[key] = spec, (descriptor, header.begins[key])
+            metadata |= {key: value for key, value in header.metadata.items() if key not in (KEY, "format")}
+        if absent := [key for key in weight_map if key not in specs]:
+            raise CheckpointError(
+                path, f"{shown(absent[0])} is not in {shown(weight_map[absent[0]])}, where the index has it",
+                key=absent[0], mend="take the index and all shards from one place",
+            )  # fmt: skip
+        if manifest is not None:
+            metadata[KEY] = manifest
+        stored = stored_from(path, "sharded", Header({key: specs[key] for key in weight_map}, {}, metadata))
+        stored.close = opened.pop_all().close
+    join = (lambda key: key[0]) if stored.layout == "torch" else (lambda key: "/".join(map(str, key)))
+    stored.fetch = fetch_each(stored, lambda key: read_tensor(path, *places[join(key)], stored.specs[key]))
+    return stored
+
+
+def write(path: FilePath, tensors: Tensors, shard_bytes: int) -> None:
+    """Write shards of at most `shard_bytes`, a larger tensor alone, and their index.
+
+    Raises:
+        CheckpointError: the folder is there and holds something else.
+    """
+    if path.exists() and (strange := [entry.name for entry in path.iterdir() if ".safetensors" not in entry.name]):
+        raise CheckpointError(path, f"holds {shown(strange[0])}; it was left alone: choose another name")
+    shards = _split(tensors, shard_bytes)
+    sums: dict[Path, str] = {}
+    weight_map: dict[str, str] = {}
+    with atomic_folder(path) as folder:
+        for number, keys in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            part = _Part(tensors, keys)
+            safetensors_file.write(folder / name, part)
+            with safetensors_file.open_(folder / name) as written:
+                assert written.manifest is not None
+                sums |= {key: record.sha256 for key, record in written.manifest.records.items()}
+            weight_map |= {"/".join(map(str, key)): name for key in keys}
+        total = sum(spec.nbytes for spec in tensors.specs.values())
+        manifest = manifest_of(tensors).with_checksums(sums)
+        content = {"metadata": {"total_size": total, KEY: manifest.dumps()}, "weight_map": weight_map}
+        with atomic_file(folder / f"model{INDEX}") as stream:
+            stream.write(json.dumps(content, indent=1).encode())
+
+
+class _Part(Held):
+    """Some of the tensors, as one shard."""
+
+    def __init__(self, tensors: Tensors, keys: list[Path]) -> None:
+        specs = {key: tensors.specs[key] for key in keys}
+        aliases = {key: first for key, first in tensors.aliases.items() if first in specs}
+        super().__init__(tensors.layout, {}, specs, tensors.kinds, aliases)
+        object.__setattr__(self, "pieces", tensors.pieces)
+
+
+def _split(tensors: Tensors, shard_bytes: int) -> list[list[Path]]:
+    shards: list[list[Path]] = [[]]
+    size = 0
+    for key, spec in tensors.specs.items():
+        if shards[-1] and size + spec.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(key)
+        size += spec.nbytes
+    return shards
+
+
+def _index(path: FilePath, index: FilePath) -> tuple[dict[str, str], str | None]:
+    """Read the index: which tensor is in which file, and the manifest's text."""
+    if index.stat().st_size > _MAX_INDEX_BYTES:
+        raise _broken(path, f"more than {_MAX_INDEX_BYTES:,} bytes")
+    try:
+        content = json.loads(index.read_bytes(), object_pairs_hook=_no_name_twice)
+        weight_map, metadata = content["weight_map"], content.get("metadata") or {}
+        manifest = metadata.get(KEY)
+        if not all(isinstance(name, str) for name in (*weight_map, *weight_map.values())):
+            raise ValueError("a file that is no name")
+        if manifest is not None:
+            Manifest.loads(manifest)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise _broken(path, shown(error) if str(error) else type(error).__name__) from error
+    return dict(weight_map), manifest
+
+
+def _shard(path: FilePath, folder: FilePath, name: str) -> FilePath:
+    """Return the shard's path, which must be a regular file in the folder of the index.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    shard = folder / name
+    if FilePath(name).name != name or "\\" in name or shard.is_symlink():
+        raise CheckpointError(
+            path, f"its index leads to {shown(name)}", found=shown(name), expected="a file beside the index",
+            mend="copy the shards, not links to them, beside the index",
+        )  # fmt: skip
+    if not shard.is_file():
+        raise CheckpointError(path, f"the shard {shown(name)} is missing", mend="take the index and all shards")
+    return shard
+
+
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {shown(max(names, key=names.count))} twice")
+    return found
+
+
+def _broken(path: FilePath, why: str) -> CheckpointError:
+    return CheckpointError(path, f"not a whole index of shards ({why})", mend="take another copy")

@@ -1,0 +1,175 @@
+"""An opened checkpoint: what it holds is known, and read when asked for, each tensor checked."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..errors import CheckpointError, shown
+from ..mapping import Mapping as Table
+from ..mapping import Path
+from .blocks import in_batches
+from .manifest import LayoutName, Manifest, checksum
+from .spec import Spec
+
+
+class Tensors(Protocol):
+    """Named tensors that can be written: in memory, in a file, or in another layout than their file's.
+
+    Attributes:
+        layout: whose names and shapes these are.
+        specs: shape and dtype by path. A torch name is a path of one step.
+        kinds: what each is, as far as it is known.
+        aliases: further names of tensors, to the first.
+        mapping: how torch and Flax names pair, if that is known.
+    """
+
+    @property
+    def layout(self) -> LayoutName: ...  # noqa: D102
+    @property
+    def specs(self) -> Mapping[Path, Spec]: ...  # noqa: D102
+    @property
+    def kinds(self) -> Mapping[Path, str]: ...  # noqa: D102
+    @property
+    def aliases(self) -> Mapping[Path, Path]: ...  # noqa: D102
+    @property
+    def mapping(self) -> Table | None: ...  # noqa: D102
+
+    def pieces(self, path: Path) -> Iterable[np.ndarray]:
+        """Return the tensor in pieces, one behind the other along the first axis; each may be any view."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Tensors in memory."""
+
+    layout: LayoutName
+    arrays: Mapping[Path, np.ndarray]
+    specs: Mapping[Path, Spec]
+    kinds: Mapping[Path, str] = field(default_factory=dict)
+    aliases: Mapping[Path, Path] = field(default_factory=dict)
+    mapping: Table | None = None
+
+    def pieces(self, path: Path) -> Iterable[np.ndarray]:
+        """Return the array, whole."""
+        return [self.arrays[path]]
+
+
+@dataclass
+class Stored:
+    """An opened file or folder.
+
+    Attributes:
+        path: where it is, as the user named it.
+        format: its name.
+        layout: by the manifest, or as the names look.
+        specs: by path, in the order of the manifest, or of the file.
+        manifest: None if the file has none: then nothing can be checked.
+        fetch: reads tensors, several at once.
+        close: gives back what is open.
+    """
+
+    path: FilePath
+    format: str
+    layout: LayoutName
+    specs: Mapping[Path, Spec]
+    manifest: Manifest | None
+    fetch: Callable[[list[Path]], Iterator[tuple[Path, np.ndarray]]]
+    aliases: Mapping[Path, Path] = field(default_factory=dict)
+    close: Callable[[], None] = lambda: None
+
+    @property
+    def kinds(self) -> Mapping[Path, str]:
+        """The kinds that the manifest declares, or Linen's collections."""
+        if self.manifest is not None:
+            return {path: record.kind for path, record in self.manifest.records.items()}
+        return {}
+
+    @property
+    def mapping(self) -> Table | None:
+        """How torch and Flax names pair, if the manifest says it."""
+        return self.manifest.mapping if self.manifest is not None else None
+
+    @property
+    def checked(self) -> bool:
+        """Whether every tensor is checked when it is read."""
+        return self.manifest is not None
+
+    def pieces(self, path: Path) -> Iterable[np.ndarray]:
+        """Return the tensor, whole."""
+        return [array for _, array in self.read([path])]
+
+    def read(self, paths: Iterable[Path] | None = None) -> Iterator[tuple[Path, np.ndarray]]:
+        """Yield tensors in turn, each checked against its checksum.
+
+        Raises:
+            CheckpointError: more than fits into memory, or other values than were saved.
+        """
+        wanted = list(self.specs if paths is None else paths)
+        for path in wanted:
+            self._require_room(path)
+        for path, array in self.fetch(wanted):
+            yield path, array
+
+    def check(self, path: Path, array: np.ndarray) -> np.ndarray:
+        """Return the array, its values those that were saved.
+
+        Raises:
+            CheckpointError: they are not.
+        """
+        name = "/".join(map(str, path))
+        if array.dtype == np.bool_ and array.size and array.view(np.uint8).max() > 1:
+            raise CheckpointError(
+                self.path, f"{shown(name)} is bool and holds other bytes than 0 and 1", key=name,
+                expected="0 and 1", found=str(int(array.view(np.uint8).max())), mend="it is damaged: take another copy",
+            )  # fmt: skip
+        if self.manifest is None:
+            return array
+        expected = self.manifest.records[path].sha256
+        found = checksum([array], self.specs[path])
+        if found != expected:
+            raise CheckpointError(
+                self.path, f"the values of {shown(name)} are not those that were saved", key=name,
+                expected=f"SHA-256 {expected[:12]}…", found=f"{found[:12]}…", mend="it is damaged: take another copy",
+            )  # fmt: skip
+        return array
+
+    def _require_room(self, path: Path) -> None:
+        size, room = self.specs[path].nbytes, available_bytes()
+        if size > room:
+            name = "/".join(map(str, path))
+            raise CheckpointError(
+                self.path, f"{shown(name)} declares more than fits into memory", key=name,
+                expected=f"at most {room:,} bytes", found=f"{size:,} bytes of shape {self.specs[path].shape}",
+                mend="the file is hostile, or this machine too small",
+            )  # fmt: skip
+
+    def __enter__(self) -> "Stored":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def fetch_each(
+    stored: Stored, one: Callable[[Path], np.ndarray]
+) -> Callable[[list[Path]], Iterator[tuple[Path, np.ndarray]]]:
+    """Return a `fetch` that reads and checks the tensors one by one, several at a time."""
+
+    def work(path: Path) -> np.ndarray:
+        return stored.check(path, one(path))
+
+    return lambda paths: in_batches(paths, lambda path: stored.specs[path].nbytes, work)
+
+
+def available_bytes() -> int:
+    """Return how much memory a new array may take."""
+    try:
+        for line in FilePath("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 2**62
