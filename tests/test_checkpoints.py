@@ -364,7 +364,7 @@ def test_weights_without_a_mask_do_not_load_into_the_class_with_one(tmp_path: Pa
             "state.orbax",
             lambda: {**state_of(PRIME, "float32"), "mask": torch.zeros(0, 0)},
             CheckpointError,
-            "Orbax cannot store .* mask",
+            "Orbax cannot store .*mask",
         ),
     ],
 )

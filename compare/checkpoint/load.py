@@ -184,7 +184,7 @@ def _into_torch(
     tensors: Tensors = stored
     if stored.layout != "torch":
         own = stored.mapping if stored.mapping and stored.mapping.flax == stored.layout else None
-        tensors = relaid(stored.path, stored, mapping or own or match(module, _side(stored), policy=policy))
+        tensors = relaid(stored.path, stored, mapping or own or match(module, side_of(stored), policy=policy))
     left = tensors.mapping.left_keys() if tensors.mapping else set()
     specs = {str(key[0]): spec for key, spec in tensors.specs.items()}
     specs |= {str(key[0]): tensors.specs[first] for key, first in tensors.aliases.items()}
@@ -220,7 +220,8 @@ def _flax_into_flax(stored: Stored, target: Any, policy: Mapping[str, Policy], c
     return lambda: install(target, leaves)
 
 
-def _side(stored: Stored) -> FlaxSide:
+def side_of(stored: Stored) -> FlaxSide:
+    """Return the Flax side that a file in Flax's layout is, for `compare.match`."""
     return specs_side("linen" if stored.layout == "linen" else "nnx", stored.specs, stored.kinds)
 
 

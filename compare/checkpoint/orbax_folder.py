@@ -30,6 +30,8 @@ _OWN = re.compile(
     r"_METADATA|_CHECKPOINT_METADATA|_sharding|array_metadatas|d|manifest\.ocdbt|ocdbt\.process_\d+|commit_success\.txt"
 )
 _MOST_FILES = 1_000_000
+# TensorStore holds a chunk several times while it packs it.
+_CHUNK_BYTES = 16 << 20
 
 
 class Pending:
@@ -99,9 +101,13 @@ def write(path: FilePath, tensors: Tensors) -> None:
         )
     leaves = {key: Pending(key, tensors) for key in tensors.specs}
     with atomic_folder(path) as folder:
-        with _checkpointer((Pending, _pending_handler())) as checkpointer:
+        with _checkpointer(
+            (jax.Array, ocp.type_handlers.ArrayHandler()), (Pending, _pending_handler())
+        ) as checkpointer:
             tree = tree_of(path, leaves)
-            checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree), force=True, custom_metadata={KEY: ""})
+            chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+            args = ocp.args.PyTreeSave(tree, save_args=chunked)
+            checkpointer.save(folder.absolute(), args=args, force=True, custom_metadata={KEY: ""})
         manifest = manifest_of(tensors).with_checksums({key: leaf.sha256 for key, leaf in leaves.items()})
         content = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
         content["custom_metadata"] = {KEY: manifest.dumps()}
@@ -184,9 +190,13 @@ def _checkpointer(*types: tuple[Any, Any]) -> Iterator[Any]:
 
 def _pending_handler() -> Any:
     import orbax.checkpoint as ocp
+    import tensorstore as ts
 
     class PendingHandler(ocp.type_handlers.NumpyHandler):
         """Writes leaves one after the other as NumPy arrays, so that one at a time is in memory."""
+
+        def __init__(self) -> None:
+            super().__init__(deepcopy_host_arrays=False)
 
         async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
             args = args or [ocp.SaveArgs()] * len(values)
@@ -194,5 +204,17 @@ def _pending_handler() -> Any:
                 for written in await super().serialize([value.values()], [info], [arg]):
                     await asyncio.to_thread(written.result)
             return []
+
+        async def _open_and_write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: Any) -> None:
+            """Write slice by slice: of a whole array TensorStore would hold every packed chunk at once."""
+            array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            if not value.ndim:
+                await array.write(value)
+                return
+            chunk = array.chunk_layout.write_chunk.shape[0]
+            rows = max(1, BATCH_BYTES * len(value) // value.nbytes // chunk) * chunk
+            for begin in range(0, len(value), rows):
+                end = min(begin + rows, len(value))  # TensorStore does not clip
+                await array[begin:end].write(value[begin:end])
 
     return PendingHandler()

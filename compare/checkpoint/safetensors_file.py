@@ -8,6 +8,7 @@ Source: the format's README, https://github.com/huggingface/safetensors.
 import json
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
@@ -144,11 +145,12 @@ def write(path: FilePath, tensors: Tensors) -> None:
 
         def put(key: Path) -> str:
             digest, offset = start(tensors.specs[key]), data + begins[key]
-            for piece in tensors.pieces(key):
-                for block in blocks(piece):
-                    _pwrite(descriptor, block, offset)
-                    digest.update(block)
+            with ThreadPoolExecutor(1) as hashing:  # one block is hashed while it is written
+                for block in (block for piece in tensors.pieces(key) for block in blocks(piece)):
+                    hashed = hashing.submit(digest.update, block)
+                    _pwrite(descriptor, block.data, offset)
                     offset += block.nbytes
+                    hashed.result()
             return digest.hexdigest()
 
         sums = dict(in_batches(order, lambda key: tensors.specs[key].nbytes, put))

@@ -21,7 +21,7 @@ from ..mapping import Path
 from ..taxonomy import same_memory
 from ..transfer import Untransferable, dense, numpy_to_tensor, tensor_to_numpy
 from .atomic import atomic_file
-from .blocks import WORKERS
+from .blocks import WORKERS, contiguous
 from .content import manifest_of
 from .manifest import KEY, Manifest, checksum
 from .safetensors_file import in_manifests_order
@@ -65,7 +65,7 @@ def open_(path: FilePath) -> Stored:
 def write(path: FilePath, tensors: Tensors) -> None:
     """Write the state dict, then the manifest as one more record of the zip."""
     arrays = {key: whole(tensors, key) for key in tensors.specs}
-    state = {str(key[0]): numpy_to_tensor(array) for key, array in arrays.items()}
+    state = {str(key[0]): numpy_to_tensor(np.require(array, requirements="W")) for key, array in arrays.items()}
     state |= {str(key[0]): state[str(first[0])] for key, first in tensors.aliases.items()}
     with atomic_file(path) as stream, ThreadPoolExecutor(WORKERS) as pool:
         sums = {key: pool.submit(checksum, [array], tensors.specs[key]) for key, array in arrays.items()}
@@ -80,7 +80,7 @@ def whole(tensors: Tensors, key: Path) -> np.ndarray:
     """Return the tensor in one contiguous, native array."""
     pieces = list(tensors.pieces(key))
     array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-    return np.require(array, dtype=array.dtype.newbyteorder("="), requirements=["C", "W"])
+    return contiguous(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def _manifest(path: FilePath) -> Manifest | None:
