@@ -13,13 +13,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from .errors import CheckpointError
+from .errors import CheckpointError, MappingError
 from .findings import Report
 from .report.terminal import print_section, print_summary
 
 PARTS = ("notebook", "outputs", "checks", "devices", "checkpoints", "recorded")
 ON_A_DEVICE = ("outputs", "checks")
+STATE = ("inspect", "convert", "verify")
 CHECKS = ("state", "stages", "outputs", "causality", "determinism", "gradients", "dropout", "training")
 PACKAGES = ("torch", "jax", "flax", "optax", "orbax-checkpoint", "safetensors", "numpy")
 
@@ -120,9 +123,82 @@ def mutants(
     _run(command, ["mutants"], json_file, html_file, configurations=configurations, first=first)
 
 
-def _run(command: str, parts: Sequence[str], json_file: Path | None, html_file: Path | None, **options: Any) -> None:
-    """Run the parts, printing each section as it is found; exit with the verdict."""
-    _require("torch", "jax", "flax", "scipy", "optax")
+Source = Annotated[Path, typer.Argument(help="A checkpoint: a file, an Orbax folder, or shards with their index.")]
+Map = Annotated[
+    Path | None, typer.Option("--map", metavar="FILE", help="How torch and Flax names pair: JSON of `compare.match`.")
+]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="Cast floating tensors but masks: float64, float32, float16, bfloat16.")
+]
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="A file, a folder, or package.module:name of a module.")],
+    other: Annotated[str | None, typer.Argument(help="With a second one: what differs.")] = None,
+    json_file: Json = None,
+    html_file: Html = None,
+) -> None:
+    """What a module, a file or a folder holds: names, kinds, shapes, statistics, masks; of two, what differs."""
+    command = " ".join(filter(None, ["compare inspect", source, other]))
+    _run(command, ["inspect"], json_file, html_file, look=other is None, source=source, other=other)
+
+
+@app.command()
+def convert(
+    source: Source,
+    target: Annotated[Path, typer.Argument(help="What to write: the suffix names the format.")],
+    mapping: Map = None,
+    like: Annotated[
+        Path | None, typer.Option("--like", metavar="CHECKPOINT", help="Pair with the names of this one instead.")
+    ] = None,
+    layout: Annotated[
+        Literal["torch", "flax"] | None,
+        typer.Option("--layout", help="Of a .safetensors target; without, the source's."),
+    ] = None,
+    dtype: Dtype = None,
+    shard_megabytes: Annotated[
+        int | None, typer.Option("--shard-size", min=1, help="Write a folder of shards of at most so many MB.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the table.")] = False,
+    verify: Annotated[bool, typer.Option(help="Read both again afterwards and compare every element.")] = True,
+    json_file: Json = None,
+    html_file: Html = None,
+) -> None:
+    """Carry a checkpoint into another format, layout or dtype: torch, safetensors, msgpack, Orbax, each to each."""
+    _run(
+        f"compare convert {source} {target}", ["convert"], json_file, html_file, look=dry_run, source=source,
+        target=target, mapping=mapping, like=like, layout=layout, dtype=dtype, dry_run=dry_run, verify=verify,
+        shard_bytes=shard_megabytes * 1_000_000 if shard_megabytes else None,
+    )  # fmt: skip
+
+
+@app.command()
+def verify(
+    source: Source,
+    target: Source,
+    mapping: Map = None,
+    dtype: Dtype = None,
+    json_file: Json = None,
+    html_file: Html = None,
+) -> None:
+    """Compare two checkpoints of the same state, in whatever formats and layouts, bit for bit."""
+    _run(
+        f"compare verify {source} {target}", ["verify"], json_file, html_file, source=source, target=target,
+        mapping=mapping, dtype=dtype,
+    )  # fmt: skip
+
+
+def _run(
+    command: str,
+    parts: Sequence[str],
+    json_file: Path | None,
+    html_file: Path | None,
+    look: bool = False,
+    **options: Any,
+) -> None:
+    """Run the parts, printing each section as it is found; exit with the verdict, or with 0 if it is but to look."""
+    _require("torch", "jax", "flax", *(() if parts[0] in STATE else ("scipy", "optax")))
     device = options.get("device")
     if device is not None:
         command += f" --device {device}"
@@ -131,34 +207,42 @@ def _run(command: str, parts: Sequence[str], json_file: Path | None, html_file: 
         if not file.absolute().parent.is_dir():
             raise typer.BadParameter(f"{file}: the folder {file.absolute().parent} does not exist; make it first")
     console = Console(highlight=False)
-    progress = console if console.is_terminal else Console(stderr=True)
+    live = Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"),
+        console=console if console.is_terminal else Console(stderr=True), transient=True,
+    )  # fmt: skip
     report = Report(command, datetime.now().astimezone().isoformat(timespec="seconds"), versions())
     console.print(", ".join(f"{name} {number}" for name, number in report.versions.items()))
     if html_file is not None:
         _require("jinja2", "matplotlib")
-    with progress.status("starting") as status:
+    with live:
+        task = live.add_task("starting", total=None, amount="")
+        options["progress"] = lambda done, total: live.update(
+            task, completed=done, total=total, amount=f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+        )
         for part in parts:
-            status.update(f"{part}: running")
+            live.update(task, description=f"{part}: running")
             try:
                 sections = import_module(f"compare.scripts.{part}").sections
                 for found in sections(
                     **{name: options[name] for name in signature(sections).parameters if name in options}
                 ):
                     if isinstance(found, str):
-                        status.update(f"{part}: {found}")
+                        live.update(task, description=f"{part}: {escape(found)}", total=None, amount="")
                         continue
                     report.sections.append(found)
                     print_section(console, found)
-            except CheckpointError as error:  # a missing package, a full disk: nothing was found out
+            except (CheckpointError, MappingError) as error:  # a missing package, a full disk: nothing was found out
                 raise typer.BadParameter(str(error)) from error
-    print_summary(console, report)
+    if not look:
+        print_summary(console, report)
     if json_file is not None:
         _write(console, json_file, json.dumps(report.as_json(), indent=1, allow_nan=False))
     if html_file is not None:
         from .report.html import html
 
         _write(console, html_file, html(report))
-    raise typer.Exit(0 if report.held else 1)
+    raise typer.Exit(0 if look or report.held else 1)
 
 
 def _require(*packages: str) -> None:

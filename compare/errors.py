@@ -81,6 +81,10 @@ class ConversionError(ValueError):
         )
 
 
+class MappingError(ValueError):
+    """A file or some JSON is no table of `compare.match`."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint could not be written or read.
 

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path as FilePath
 from typing import Any, Literal, NamedTuple, get_args
 
+from .errors import MappingError
 from .layouts import known_layout
 
 Path = tuple[Any, ...]  # names, or integers within an NNX list
@@ -155,13 +156,12 @@ class Mapping:
         """Read the table from a JSON file.
 
         Raises:
-            OSError: no such file.
-            ValueError: something else in it.
+            MappingError: no such file, or something else in it.
         """
         try:
             return cls.from_json(json.loads(FilePath(path).read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise MappingError(f"{path}: {error}") from error
 
 
 def _row(entry: Any) -> Row:

@@ -20,6 +20,7 @@ from ..matching import match
 from ..sides import FlaxSide, flax_side, specs_side
 from ..transfer import numpy_to_tensor
 from ..walk import flax_from_torch
+from .blocks import contiguous
 from .fill import fill_torch, require_fit
 from .flax_to_flax import flax_leaves, install
 from .formats import open_checkpoint
@@ -234,7 +235,7 @@ def _state(tensors: Tensors) -> StateDict:
 
 def _one(tensors: Tensors, key: Steps) -> np.ndarray:
     pieces = list(tensors.pieces(key))
-    return np.ascontiguousarray(pieces[0]) if len(pieces) == 1 else np.concatenate(pieces)
+    return contiguous(pieces[0]) if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def _owned(array: np.ndarray) -> np.ndarray:

@@ -211,7 +211,7 @@ def _pending_handler() -> Any:
             if not value.ndim:
                 await array.write(value)
                 return
-            chunk = array.chunk_layout.write_chunk.shape[0]
+            chunk = int((array.chunk_layout.write_chunk.shape or [1])[0] or 1)
             rows = max(1, BATCH_BYTES * len(value) // value.nbytes // chunk) * chunk
             for begin in range(0, len(value), rows):
                 end = min(begin + rows, len(value))  # TensorStore does not clip

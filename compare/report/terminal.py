@@ -81,7 +81,7 @@ def _print_table(console: Console, table: Table, title: str | None = None) -> No
     rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, title=title and escape(title), title_justify="left")
     for index, column in enumerate(table.columns):
         numeric = any(isinstance(row[index], int | float) for row in table.rows)
-        rich.add_column(escape(column), justify="right" if numeric else "left")
+        rich.add_column(escape(column), justify="right" if numeric else "left", overflow="fold")
     for row in table.rows:
         rich.add_row(*(_cell(cell) for cell in row))
     console.print(rich)

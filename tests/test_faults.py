@@ -1,0 +1,78 @@
+"""Every hostile file is refused by one family of errors, and leaves what it was to be loaded into as it was."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import compare
+from compare.cases import PRIME
+from compare.checkpoint.convert_file import convert_checkpoint
+from compare.errors import CheckpointError, UnverifiedCheckpoint
+from compare.run import build_nnx
+
+from .faults import FAULTS
+from .support import linen_variables, torch_module
+
+# What would tell a reader to take the guard away.
+FORBIDDEN = ("weights_only=False", "partial_restore", "Traceback")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_fault_is_named_and_nothing_is_touched(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the library that makes the file
+        path = FAULTS[name].make(tmp_path)
+    before = _content(tmp_path)
+    for target in (torch_module(PRIME, seed=5), linen_variables(PRIME), build_nnx(PRIME, buffer=True)):
+        held = _values(target)
+        with warnings.catch_warnings(), pytest.raises(CheckpointError) as caught:
+            warnings.simplefilter("ignore", UnverifiedCheckpoint)
+            compare.load_checkpoint(path, target)
+        message = str(caught.value)
+        assert re.search(FAULTS[name].says, message.replace("\n", " ")), message
+        assert message.startswith(str(path))
+        assert not any(word in message for word in FORBIDDEN)
+        after = _values(target)
+        assert all(np.array_equal(held[key], after[key], equal_nan=True) for key in held)
+    assert _content(tmp_path) == before, "something was left behind, or code was run"
+
+
+def _values(target: Any) -> dict[str, np.ndarray]:
+    if isinstance(target, torch.nn.Module):
+        return {key: tensor.numpy().copy() for key, tensor in target.state_dict().items()}
+    leaves = (
+        jax.tree.leaves(nnx.state(target, nnx.Param)) if isinstance(target, nnx.Module) else jax.tree.leaves(target)
+    )
+    return {str(index): np.array(leaf) for index, leaf in enumerate(leaves)}
+
+
+def _content(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+# Whole files, of another state than the module's.
+WHOLE = ("state", "msgpack: extra collection", "msgpack: a dict for the mask")
+
+
+@pytest.mark.parametrize("name", [name for name in FAULTS if not name.startswith(WHOLE)])
+def test_a_conversion_refuses_it_too(name: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = FAULTS[name].make(tmp_path)
+        (tmp_path / "out").mkdir()
+        with pytest.raises(CheckpointError):
+            convert_checkpoint(path, tmp_path / "out" / "new.msgpack")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_there_are_enough() -> None:
+    assert len(FAULTS) >= 60
