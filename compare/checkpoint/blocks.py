@@ -20,7 +20,8 @@ Result = TypeVar("Result")
 
 
 def blocks(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the array's bytes in C order, however it lies in memory, without copying it whole."""
+    """Yield the array's bytes, native and in C order, however it lies in memory, without copying it whole."""
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.nbytes <= BLOCK_BYTES or array.flags.c_contiguous:
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         yield from (flat[begin : begin + BLOCK_BYTES] for begin in range(0, flat.nbytes, BLOCK_BYTES))

@@ -58,10 +58,10 @@ def open_(path: FilePath) -> Stored:
     except BaseException:
         os.close(descriptor)
         raise
-    names = {path_: name for name, path_ in zip(header.specs, map(_steps(stored.layout), header.specs), strict=True)}
+    begins = {tuple(map(str, _steps(stored.layout)(name))): begin for name, begin in header.begins.items()}
     stored.close = lambda: os.close(descriptor)
     stored.fetch = fetch_each(
-        stored, lambda key: read_tensor(path, descriptor, header.begins[names[key]], stored.specs[key])
+        stored, lambda key: read_tensor(path, descriptor, begins[tuple(map(str, key))], stored.specs[key])
     )
     return stored
 

@@ -1,0 +1,330 @@
+"""What is loaded is what was saved, bit for bit: awkward values, names, views and ties, in every format."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import compare
+from compare.checkpoint import safetensors_file
+from compare.checkpoint.convert_file import convert_checkpoint
+from compare.checkpoint.formats import format_of, open_checkpoint
+from compare.checkpoint.spec import DTYPES, spec_of
+from compare.checkpoint.stored import Held
+from compare.checkpoint.verify_file import verify_checkpoint
+from compare.errors import CheckpointError, UnverifiedCheckpoint
+from compare.mapping import Mapping, Row
+from compare.transfer import numpy_dtype
+
+from .support import same_bits
+
+SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")
+BITS = np.random.default_rng(0).integers(0, 256, 16 * 7 * 3, dtype=np.uint8)
+
+
+def held(arrays: dict[tuple[Any, ...], np.ndarray], layout: Any) -> Held:
+    return Held(layout, arrays, {path: spec_of(array) for path, array in arrays.items()})
+
+
+def through(path: Path, arrays: dict[tuple[Any, ...], np.ndarray]) -> dict[tuple[Any, ...], np.ndarray]:
+    """Write the arrays and read them back: under torch names where the format has but those, else under paths."""
+    chosen = format_of(path)
+    torch_names = chosen.layouts == ("torch",)
+    named = {("/".join(map(str, key)),): array for key, array in arrays.items()} if torch_names else arrays
+    chosen.write(path, held(named, "torch" if torch_names else "nnx"))
+    with open_checkpoint(path) as stored:
+        assert stored.checked
+        found = dict(stored.read())
+    return {key: found[name] for key, name in zip(arrays, named, strict=True)}
+
+
+def of_dtype(dtype: str) -> np.ndarray:
+    """Seven by three of any bits: NaN payloads, -0.0 and subnormal numbers among them."""
+    kind = numpy_dtype(dtype)
+    if dtype == "bool":
+        return (BITS[:21] % 2).astype(bool).reshape(7, 3)
+    return BITS[: 21 * kind.itemsize].copy().view(kind).reshape(7, 3)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_keeps_every_bit(dtype: str, suffix: str, tmp_path: Path) -> None:
+    if (suffix, dtype) == (".safetensors", "complex128"):
+        with pytest.raises(CheckpointError, match=r"which safetensors lacks.*save it as .pth, .msgpack or .orbax"):
+            through(tmp_path / "state.safetensors", {("x",): of_dtype(dtype)})
+        return
+    if (suffix == ".orbax" and dtype in ("float8_e8m0fnu", "uint64", "complex128")) or suffix == ".orbax":
+        found = _or_refused(tmp_path / f"state{suffix}", {("x",): of_dtype(dtype)})
+        if found is None:
+            return
+    else:
+        found = through(tmp_path / f"state{suffix}", {("x",): of_dtype(dtype)})
+    assert same_bits(found[("x",)], of_dtype(dtype))
+
+
+def _or_refused(path: Path, arrays: Any) -> Any:
+    """Return what came back, or None if the format refused to write it and left nothing behind."""
+    try:
+        return through(path, arrays)
+    except CheckpointError as error:
+        assert "could not be written" in str(error)
+        assert not list(path.parent.iterdir())
+        return None
+
+
+VIEWS = {
+    "transposed": np.arange(12, dtype=np.float32).reshape(3, 4).T,
+    "strided": np.arange(12, dtype=np.float32)[::2],
+    "negative stride": np.arange(12, dtype=np.float32)[::-1],
+    "big-endian": np.arange(12, dtype=">f4"),
+    "expanded": np.broadcast_to(np.float32(3), (4, 5)),
+    "read-only": np.frombuffer(np.arange(6, dtype=np.float32).tobytes(), np.float32),
+    "0-d": np.float32(2.5).reshape(()),
+    "one": np.zeros((1, 1, 1), np.float32),
+    "large transposed": np.arange(3_000_000, dtype=np.float32).reshape(1500, 2000).T,
+    "large reversed": np.arange(3_000_000, dtype=np.uint16).reshape(1000, 3000)[::-1],
+}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("name", VIEWS)
+def test_any_view_is_saved_as_it_looks(name: str, suffix: str, tmp_path: Path) -> None:
+    """`safetensors.numpy.save_file` 0.8.0 writes a transposed view in memory order, msgpack a big-endian one."""
+    found = through(tmp_path / f"state{suffix}", {("x",): VIEWS[name], ("y",): np.ones(2, np.int8)})
+    native = VIEWS[name].astype(VIEWS[name].dtype.newbyteorder("="))
+    assert same_bits(found[("x",)], np.array(native, order="C"))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_empty_tensors(suffix: str, tmp_path: Path) -> None:
+    arrays = {("x",): np.zeros((0, 3), np.float32), ("y",): np.ones(2, np.float32)}
+    if suffix == ".orbax":
+        with pytest.raises(CheckpointError, match=r"Orbax cannot store arrays without elements: x"):
+            through(tmp_path / "state.orbax", arrays)
+    else:
+        assert through(tmp_path / f"state{suffix}", arrays)[("x",)].shape == (0, 3)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_any_name(suffix: str, tmp_path: Path) -> None:
+    names = [("höher", "層"), ("a b", "c.d"), ("x", 0), ("x", 10), ("x", 2), ("__metadata", "é\u202e")]
+    arrays = {name: np.full(3, index, np.float32) for index, name in enumerate(names)}
+    found = through(tmp_path / f"state{suffix}", arrays)
+    assert list(found) == names, "numbers in paths come back as numbers, in the order in which they were saved"
+    assert all(same_bits(found[name], arrays[name]) for name in names)
+
+
+def test_names_that_would_coincide_are_refused(tmp_path: Path) -> None:
+    one, two = np.zeros(2, np.float32), np.ones(2, np.float32)
+    for suffix in (".msgpack", ".orbax"):
+        with pytest.raises(CheckpointError, match="the same when they are written as words"):
+            through(tmp_path / f"state{suffix}", {("x", 0): one, ("x", "0"): two})
+        with pytest.raises(CheckpointError, match="lies within another array"):
+            through(tmp_path / f"state{suffix}", {("x",): one, ("x", "y"): two})
+    with pytest.raises(CheckpointError, match="cannot be told from a path"):
+        through(tmp_path / "state.safetensors", {("b/c",): one, ("b", "c"): two})
+    with pytest.raises(CheckpointError, match="is the format's own"):
+        through(tmp_path / "state.safetensors", {("__metadata__",): one})
+    assert not list(tmp_path.iterdir())
+
+
+@given(
+    hnp.arrays(
+        st.sampled_from([np.dtype(name) for name in ("f8", "f4", "f2", "i8", "u1", "?", "c8", ml_dtypes.bfloat16)]),
+        hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5),
+        elements=st.integers(0, 1),
+        fill=st.nothing(),
+    ),
+    st.permutations(range(4)),
+)
+def test_any_array_through_safetensors(tmp_path_factory: Any, array: np.ndarray, order: list[int]) -> None:
+    view = array.transpose([axis for axis in order if axis < array.ndim])
+    path = tmp_path_factory.mktemp("drawn") / "state.safetensors"
+    found = through(path, {("x",): view, ("y",): array})
+    assert same_bits(found[("x",)], np.array(view, order="C"))
+    assert same_bits(found[("y",)], array)
+
+
+class Tied(torch.nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed, self.head = torch.nn.Embedding(4, 3), torch.nn.Linear(3, 4, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.tensor(2.0))
+
+
+class NnxTied(nnx.Module):
+    def __init__(self, seed: int) -> None:
+        self.embed = nnx.Embed(4, 3, rngs=nnx.Rngs(seed))
+        self.scale = nnx.BatchStat(jnp.ones(()))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_tied_weight_is_stored_once_and_tied_again(suffix: str, tmp_path: Path) -> None:
+    source, target, model = Tied(1), Tied(2), NnxTied(3)
+    mapping = compare.match(source, model)
+    path = compare.save_checkpoint(tmp_path / f"state{suffix}", source, mapping=mapping)
+    with open_checkpoint(path) as stored:
+        assert len(stored.specs) == 2
+    compare.load_checkpoint(path, target)
+    assert torch.equal(target.head.weight, source.embed.weight)
+    assert target.head.weight is target.embed.weight
+    compare.load_checkpoint(path, model)
+    assert np.array_equal(model.embed.embedding[...], source.embed.weight.detach().numpy())
+    state = compare.read_checkpoint(path)
+    assert state["head.weight"].data_ptr() == state["embed.weight"].data_ptr()
+    back = compare.save_checkpoint(tmp_path / f"model{suffix}", model, mapping=mapping)
+    compare.load_checkpoint(back, Tied(4))
+
+
+@pytest.mark.filterwarnings("ignore::compare.errors.UnverifiedCheckpoint")
+def test_names_that_a_module_ties_must_agree(tmp_path: Path) -> None:
+    apart = {**Tied(1).state_dict(), "head.weight": torch.zeros(4, 3)}
+    target, before = Tied(2), Tied(2).embed.weight
+    with pytest.raises(CheckpointError, match=r"head.weight: is tied to embed.weight in the module, and has other"):
+        compare.load_checkpoint(compare.save_checkpoint(tmp_path / "state.safetensors", apart), target)
+    assert torch.equal(target.embed.weight, before)
+    lone = {key: tensor for key, tensor in Tied(1).state_dict().items() if key != "head.weight"}
+    compare.load_checkpoint(compare.save_checkpoint(tmp_path / "lone.safetensors", lone), target)
+    assert torch.equal(target.head.weight, Tied(1).embed.weight)
+    from safetensors.torch import save_model
+
+    save_model(Tied(5), str(tmp_path / "model.safetensors"))
+    compare.load_checkpoint(tmp_path / "model.safetensors", target)
+    assert torch.equal(target.head.weight, Tied(5).embed.weight)
+    assert "head.weight" in compare.read_checkpoint(tmp_path / "model.safetensors")
+
+
+def test_a_file_without_a_manifest_says_so(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(2)}, tmp_path / "state.pth")
+    with pytest.warns(UnverifiedCheckpoint, match="has no manifest"):
+        compare.read_checkpoint(tmp_path / "state.pth")
+
+
+def test_our_safetensors_are_the_librarys(tmp_path: Path) -> None:
+    """The library reads every tensor, and lays the data out as we do."""
+    from safetensors.torch import load_file, save
+
+    state = {"b": torch.ones(3, dtype=torch.int8), "a": torch.arange(4.0), "c": torch.ones(2, dtype=torch.bfloat16)}
+    path = compare.save_checkpoint(tmp_path / "state.safetensors", state)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in load_file(path).items())
+    ours, theirs = path.read_bytes(), save(state)
+    length = int.from_bytes(theirs[:8], "little")
+    assert ours.endswith(theirs[8 + length :])
+    assert len(ours) % 8 == len(theirs) % 8
+    assert safetensors_file._DTYPES.keys() == set(DTYPES) - {"complex128"}
+
+
+def test_a_reader_keeps_what_it_opened(tmp_path: Path) -> None:
+    """The file is replaced, or cut, while it is open: the old values, or an error, and the process lives."""
+    path = compare.save_checkpoint(tmp_path / "state.safetensors", {"x": torch.zeros(1000)})
+    with open_checkpoint(path) as stored:
+        compare.save_checkpoint(path, {"x": torch.ones(1000)})
+        ((_, array),) = stored.read()
+        assert not array.any()
+    with open_checkpoint(path) as stored:
+        with path.open("r+b") as stream:
+            stream.truncate(path.stat().st_size - 2000)
+        with pytest.raises(CheckpointError, match="fewer, since it was opened"):
+            list(stored.read())
+
+
+def test_saving_onto_what_was_just_loaded(tmp_path: Path) -> None:
+    for suffix in (".pth", ".safetensors"):
+        path = compare.save_checkpoint(tmp_path / f"state{suffix}", {"x": torch.arange(9.0)})
+        compare.save_checkpoint(path, compare.read_checkpoint(path))
+        assert torch.equal(compare.read_checkpoint(path)["x"], torch.arange(9.0))
+
+
+def test_casting_is_only_by_name(tmp_path: Path) -> None:
+    module = torch.nn.Linear(3, 2)
+    module.register_buffer("mask", torch.tensor([[0.0, 1e-30], [2.0, 0.0]]))
+    path = compare.save_checkpoint(tmp_path / "wide.safetensors", module)
+    convert_checkpoint(path, tmp_path / "half.safetensors", dtype="float16")
+    assert verify_checkpoint(path, tmp_path / "half.safetensors", dtype="float16") == []
+    assert {entry.name for entry in verify_checkpoint(path, tmp_path / "half.safetensors")} == {"weight", "bias"}
+    half = compare.read_checkpoint(tmp_path / "half.safetensors")
+    assert half["weight"].dtype == torch.float16
+    assert torch.equal(half["mask"], module.mask), "a mask is never cast: 1e-30 blocks"
+    with pytest.raises(CheckpointError, match=r"weight: is torch.float16; the module has torch.float32"):
+        compare.load_checkpoint(tmp_path / "half.safetensors", module)
+    compare.load_checkpoint(tmp_path / "half.safetensors", module, cast=True)
+    assert torch.equal(module.weight, half["weight"].float())
+    with pytest.raises(CheckpointError, match=r"x has numbers beyond float16; .*up to 1e\+06: choose bfloat16"):
+        convert_checkpoint(compare.save_checkpoint(tmp_path / "big.pth", {"x": torch.tensor([1e6])}),
+                           tmp_path / "no.pth", dtype="float16")  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"cannot be cast to int8; expected one of float64"):
+        convert_checkpoint(path, tmp_path / "no.pth", dtype="int8")
+    assert not (tmp_path / "no.pth").exists()
+
+
+def test_a_policy_says_what_may_be_missing_or_left_over(tmp_path: Path) -> None:
+    module = torch.nn.Linear(2, 2)
+    module.register_buffer("mask", torch.triu(torch.ones(2, 2), 1))
+    path = compare.save_checkpoint(
+        tmp_path / "state.safetensors",
+        {
+            "weight": torch.ones(2, 2),
+            "bias": torch.ones(2),
+            "extra": torch.zeros(3),
+            "attn.bias": torch.ones(2, 2).tril(),
+        },
+    )
+    allowed = {"extra": "ignore", "attn.bias": "verify", "mask": "verify"}
+    for left_out in allowed:
+        with pytest.raises(CheckpointError, match=left_out):
+            compare.load_checkpoint(path, module, policy={key: allowed[key] for key in allowed if key != left_out})
+    compare.load_checkpoint(path, module, policy=allowed)
+    assert float(module.weight.detach().sum()) == 4.0
+    module.mask[1, 0] = 1.0
+    with pytest.raises(CheckpointError, match="missing mask"):
+        compare.load_checkpoint(path, module, policy=allowed)
+
+
+def test_linen_and_nnx_read_each_others_files(tmp_path: Path) -> None:
+    from flax import linen as nn
+
+    linen, model = nn.Dense(3), nnx.Linear(2, 3, rngs=nnx.Rngs(1))
+    variables = linen.init(jax.random.key(0), jnp.ones((1, 2)))
+    for suffix in (".safetensors", ".msgpack", ".orbax"):
+        compare.load_checkpoint(compare.save_checkpoint(tmp_path / f"linen{suffix}", variables), model)
+        assert np.array_equal(model.kernel[...], variables["params"]["kernel"])
+        model.kernel[...] += 1.0
+        loaded = compare.load_checkpoint(compare.save_checkpoint(tmp_path / f"nnx{suffix}", model), variables)
+        assert np.array_equal(loaded["params"]["kernel"], model.kernel[...])
+        wrong = {"params": variables["params"], "buffers": {"mask": jnp.ones(2)}}
+        with pytest.raises(CheckpointError, match=r"missing mask: buffers/mask \(2,\) finds nothing"):
+            compare.load_checkpoint(tmp_path / f"nnx{suffix}", wrong)
+        trained = {"buffers": variables["params"]}
+        with pytest.raises(CheckpointError, match="is a parameter in the file and a buffer in the target"):
+            compare.load_checkpoint(tmp_path / f"linen{suffix}", trained)
+
+
+def test_what_says_nothing_of_the_other_framework_is_refused(tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "state.safetensors", torch.nn.Linear(2, 3))
+    with pytest.raises(CheckpointError, match=r"does not say how its names .* pair: give --map FILE, or --like"):
+        convert_checkpoint(path, tmp_path / "state.msgpack")
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    like = compare.save_checkpoint(tmp_path / "like.orbax", model)
+    done = convert_checkpoint(path, tmp_path / "state.msgpack", like=like)
+    assert {(line.source, line.target) for line in done.lines} == {("weight", "kernel"), ("bias", "bias")}
+    with pytest.raises(CheckpointError, match="does not pair with"):
+        convert_checkpoint(
+            compare.save_checkpoint(tmp_path / "x.pth", {"x": torch.ones(1)}), tmp_path / "y.msgpack", like=like
+        )
+    with pytest.raises(CheckpointError, match="is in the layout of torch, as the source is"):
+        convert_checkpoint(path, tmp_path / "y.msgpack", like=path)
+    wrong = Mapping((Row("weight", ("params", "kernel")), Row("gone", ("params", "bias"))))
+    with pytest.raises(CheckpointError, match=r"(?s)does not fit the mapping.*missing gone.*unexpected bias"):
+        convert_checkpoint(path, tmp_path / "y.msgpack", mapping=wrong)
+    assert not (tmp_path / "y.msgpack").exists()
