@@ -1,0 +1,38 @@
+"""Run in a process of its own: load each checkpoint into a fresh module, and print the bits of its mask.
+
+`python -m tests.mask_reader IMPLEMENTATION PATH...`; the name of each path begins with the dtype of its mask.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from compare.cases import PRIME
+from compare.checkpoint import load_checkpoint
+from compare.run import build_nnx, build_torch, linen_template
+from compare.transfer import tensor_to_numpy
+
+
+def mask_of(implementation: str, path: Path) -> np.ndarray:
+    """Return the mask that the module then works with."""
+    if implementation == "torch":
+        module = build_torch(PRIME, buffer=True)
+        module.mask = module.mask.to(getattr(torch, path.name.split("-")[0]))
+        return tensor_to_numpy(load_checkpoint(path, module).mask)
+    target: Any = linen_template(PRIME, buffer=True) if implementation == "linen" else build_nnx(PRIME, buffer=True)
+    loaded = load_checkpoint(path, target)
+    return np.asarray(loaded["buffers"]["mask"] if implementation == "linen" else loaded.mask[...])
+
+
+def digest(mask: np.ndarray) -> str:
+    """Return dtype, shape and a checksum of the bits."""
+    return f"{mask.dtype} {mask.shape} {hashlib.sha256(np.ascontiguousarray(mask).tobytes()).hexdigest()[:16]}"
+
+
+if __name__ == "__main__":
+    print(json.dumps({path: digest(mask_of(sys.argv[1], Path(path))) for path in sys.argv[2:]}))
