@@ -22,7 +22,7 @@ from .report.terminal import print_section, print_summary
 
 PARTS = ("notebook", "outputs", "checks", "devices", "checkpoints", "recorded")
 ON_A_DEVICE = ("outputs", "checks")
-STATE = ("inspect", "convert", "verify")
+STATE = ("inspect", "convert", "verify", "kill", "fuzz", "bench")
 CHECKS = ("state", "stages", "outputs", "causality", "determinism", "gradients", "dropout", "training")
 PACKAGES = ("torch", "jax", "flax", "optax", "orbax-checkpoint", "safetensors", "numpy")
 
@@ -121,6 +121,32 @@ def mutants(
     """Plant bugs in every implementation, one at a time: which check sees each, and with what margin?"""
     command = f"compare mutants --configurations {configurations}{' --first' if first else ''}"
     _run(command, ["mutants"], json_file, html_file, configurations=configurations, first=first)
+
+
+@app.command()
+def kill(
+    tries: Annotated[int, typer.Option(min=1, help="How often to kill a process that saves, in each format.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Of the moments.")] = 0,
+    json_file: Json = None,
+    html_file: Html = None,
+) -> None:
+    """Kill a process at random moments of saving while another reads: is a whole checkpoint always there?"""
+    _run(f"compare kill --tries {tries} --seed {seed}", ["kill"], json_file, html_file, tries=tries, seed=seed)
+
+
+@app.command()
+def fuzz(
+    seconds: Annotated[int, typer.Option(min=10, help="How long to read mutated checkpoints.")] = 60,
+    seed: Annotated[int, typer.Option(min=0, help="Of the mutations: the same seed makes the same inputs.")] = 0,
+    keep: Annotated[
+        Path | None, typer.Option("--keep", metavar="FOLDER", help="For inputs that did what none may: ./fuzz-cases.")
+    ] = None,
+    json_file: Json = None,
+    html_file: Html = None,
+) -> None:
+    """Mutate valid checkpoints of every format: does anything but CheckpointError come out?"""
+    command = f"compare fuzz --seconds {seconds} --seed {seed}"
+    _run(command, ["fuzz"], json_file, html_file, seconds=seconds, seed=seed, keep=keep)
 
 
 Source = Annotated[Path, typer.Argument(help="A checkpoint: a file, an Orbax folder, or shards with their index.")]

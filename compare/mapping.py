@@ -127,7 +127,7 @@ class Mapping:
             rows = tuple(_row(entry) for entry in content["rows"])
             left = tuple(_left(*item) for item in content["left"])
             flax = content["flax"]
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise ValueError(f"this is no mapping ({type(error).__name__}: {error})") from error
         if flax not in ("linen", "nnx"):
             raise ValueError(f"this is no mapping (flax: {flax!r})")

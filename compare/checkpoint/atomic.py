@@ -54,15 +54,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     sweep(path)
     temporary = _temporary(path)
+    # Within the locked folder, for Orbax puts another one, without the lock, in the place of what it is given.
+    folder = temporary / "new"
     try:
         temporary.mkdir()
         with _locked(temporary):
-            yield temporary
-            for folder, _, files in os.walk(temporary):
+            folder.mkdir()
+            yield folder
+            for inner, _, files in os.walk(folder):
                 for name in files:
-                    _fsync(Path(folder, name))
-                _fsync(Path(folder))
-            _install(temporary, path)
+                    _fsync(Path(inner, name))
+                _fsync(Path(inner))
+            _install(folder, path)
         _fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -71,7 +74,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def sweep(path: Path) -> None:
     """Remove what killed processes left behind of earlier tries to write `path`."""
     ours = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.tmp")
-    for left in [entry for entry in path.parent.iterdir() if ours.match(entry.name)]:
+    for left in [entry for entry in path.parent.iterdir() if ours.fullmatch(entry.name)]:
         with suppress(OSError), _locked(left, fcntl.LOCK_NB):
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,169 @@
+"""Short runs of the campaigns whose long ones are in the records, and what the long ones once found."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import compare
+from compare.checkpoint import atomic
+from compare.checkpoint.formats import open_checkpoint
+from compare.errors import CheckpointError, UnverifiedCheckpoint
+from compare.mutate import FORMATS
+from compare.scripts import fuzz, kill
+from compare.scripts.fuzz_worker import Input, outcome
+
+from .support import torch_module
+
+RECORDS = Path(compare.__file__).parent / "records"
+CASES = Path(__file__).parent / "fuzz_cases"
+SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")
+
+
+@pytest.mark.parametrize("path", sorted(CASES.iterdir()), ids=lambda path: path.name)
+def test_what_the_fuzzer_found_stays_mended(path: Path) -> None:
+    assert outcome(path) == "refused"
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs"), [("safetensors", 1500), ("msgpack", 1500), ("torch", 600), ("sharded", 300)]
+)
+def test_some_mutated_checkpoints(kind: str, inputs: int, tmp_path: Path) -> None:
+    made = Input(kind, "suite", tmp_path)
+    found = {outcome(made.make(number)) for number in range(inputs)}
+    assert "refused" in found
+    assert found <= {"refused", "the same", "unverified"}
+
+
+def test_the_fuzzer_sees_what_it_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that lets another exception out, and one that lets other values through."""
+    made = Input("safetensors", "suite", tmp_path)
+    monkeypatch.setattr("compare.checkpoint.stored.Stored.check", lambda self, path, array: array)
+    with pytest.raises(AssertionError, match="its checksum vouches for them"):
+        for number in range(500):
+            outcome(made.make(number))
+    monkeypatch.setattr("compare.checkpoint.stored.Stored.check", lambda self, path, array: array[None][1])
+    with pytest.raises(IndexError):
+        for number in range(500):
+            outcome(made.make(number))
+
+
+def test_a_short_fuzz_in_processes_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "SHARES", {**dict.fromkeys(FORMATS, 0.0), "msgpack": 1.0})
+    monkeypatch.setattr(fuzz, "FORMATS", ("msgpack",))
+    (section,) = [found for found in fuzz.sections(8, keep=tmp_path / "cases") if not isinstance(found, str)]
+    assert [check.held for check in section.checks] == [True], section.checks
+    assert not (tmp_path / "cases").exists()
+
+
+def test_a_short_kill_campaign(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kill, "SUFFIXES", (".orbax",))
+    (section,) = [found for found in kill.sections(5) if not isinstance(found, str)]
+    assert [check.held for check in section.checks] == [True], section.checks
+
+
+def test_the_kill_campaign_sees_a_writer_that_overwrites(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file that is cut short is what a plain `torch.save` leaves when it is killed."""
+    path = compare.save_checkpoint(tmp_path / "state.pth", kill.state(3))
+    tally = kill.Tally()
+    assert kill._read(path, tally, 3) == 3
+    assert kill._read(path, tally, 4) == -1
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert kill._read(path, tally, 0) == -1
+    assert len(tally.complaints) == 2
+
+
+def test_the_records_are_long_ones_without_a_loss() -> None:
+    killed = json.loads((RECORDS / "kill-cpu.json").read_text(encoding="utf-8"))
+    rows = next(block for block in killed["sections"][0]["blocks"] if isinstance(block, dict))["rows"]
+    assert killed["held"] is True
+    assert [(row[0], row[1] >= 200, row[-1]) for row in rows] == [(suffix, True, 0) for suffix in SUFFIXES]
+    fuzzed = json.loads((RECORDS / "fuzz-cpu.json").read_text(encoding="utf-8"))
+    rows = next(block for block in fuzzed["sections"][0]["blocks"] if isinstance(block, dict))["rows"]
+    assert fuzzed["held"] is True
+    assert sum(int(row[1].replace(",", "")) for row in rows) >= 1_000_000
+    assert {row[-1] for row in rows} == {0}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_a_killed_writer_left_is_swept_by_the_next(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"state{suffix}"
+    left, others = tmp_path / f".{path.name}.0123456789ab.tmp", tmp_path / ".other.pth.0123456789ab.tmp"
+    for name in (left, others):
+        if suffix == ".orbax":
+            name.mkdir()
+            (name / "d").write_bytes(b"x")
+        else:
+            name.write_bytes(b"half")
+    compare.save_checkpoint(path, torch_module())
+    assert {entry.name for entry in tmp_path.iterdir()} == {path.name, others.name}
+
+
+def test_a_writer_at_work_is_not_swept(tmp_path: Path) -> None:
+    path = tmp_path / "state.pth"
+    with atomic.atomic_file(path) as stream:
+        stream.write(b"mine")
+        atomic.sweep(path)
+        assert len(list(tmp_path.iterdir())) == 1
+    assert path.read_bytes() == b"mine"
+    with atomic.atomic_folder(tmp_path / "folder") as folder:
+        (folder / "x").write_bytes(b"mine")
+        atomic.sweep(tmp_path / "folder")
+    assert (tmp_path / "folder" / "x").read_bytes() == b"mine"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_two_writers_and_a_reader(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"state{suffix}"
+    compare.save_checkpoint(path, kill.state(0))
+    failed: list[BaseException] = []
+
+    def save(value: int) -> None:
+        try:
+            for _ in range(4):
+                compare.save_checkpoint(path, kill.state(value))
+        except BaseException as error:
+            failed.append(error)
+
+    writers = [threading.Thread(target=save, args=(value,)) for value in (1, 2)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        found = compare.read_checkpoint(path)
+        assert len({float(value) for tensor in found.values() for value in (tensor.min(), tensor.max())}) == 1
+    for writer in writers:
+        writer.join()
+    assert not failed
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_target_that_may_not_be_written(suffix: str, tmp_path: Path) -> None:
+    """The folder is a file system without room for another name: what stands for a read-only one, also for root."""
+    with pytest.raises(CheckpointError, match=r"/proc/state.*(could not be written|No such)"):
+        compare.save_checkpoint(f"/proc/state{suffix}", torch_module())
+
+
+@pytest.mark.filterwarnings("ignore::compare.errors.UnverifiedCheckpoint")
+def test_a_folder_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader that began with the old one begins again, and never mixes the two."""
+    path = compare.save_checkpoint(tmp_path / "state.orbax", kill.state(1))
+    opened = []
+
+    def replaced(where: str) -> object:
+        found = open_checkpoint(where)
+        if len(opened) < 3:
+            compare.save_checkpoint(path, kill.state(2 + len(opened)))
+        opened.append(where)
+        return found
+
+    monkeypatch.setattr("compare.checkpoint.load.open_checkpoint", replaced)
+    found = compare.read_checkpoint(path)
+    assert {float(tensor.max()) for tensor in found.values()} == {4.0}
+    assert len(opened) == 4
+    torch.save({"x": torch.ones(1)}, tmp_path / "plain.pth")
+    with pytest.warns(UnverifiedCheckpoint):
+        compare.read_checkpoint(tmp_path / "plain.pth")
