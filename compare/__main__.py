@@ -149,6 +149,21 @@ def fuzz(
     _run(command, ["fuzz"], json_file, html_file, seconds=seconds, seed=seed, keep=keep)
 
 
+@app.command()
+def bench(
+    state: Annotated[bool, typer.Option("--state", help="Saving, loading and converting checkpoints.")] = False,
+    megabytes: Annotated[int, typer.Option(min=1, help="Of state.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=1, help="After one that warms up.")] = 5,
+    json_file: Json = None,
+    html_file: Html = None,
+) -> None:
+    """Speed beside the plain library calls, interleaved in one run, as ratios."""
+    if not state:
+        raise typer.BadParameter("say what: compare bench --state")
+    command = f"compare bench --state --megabytes {megabytes} --rounds {rounds}"
+    _run(command, ["bench"], json_file, html_file, look=True, megabytes=megabytes, rounds=rounds)
+
+
 Source = Annotated[Path, typer.Argument(help="A checkpoint: a file, an Orbax folder, or shards with their index.")]
 Map = Annotated[
     Path | None, typer.Option("--map", metavar="FILE", help="How torch and Flax names pair: JSON of `compare.match`.")
