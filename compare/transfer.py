@@ -63,14 +63,15 @@ def numpy_state(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return {key: tensor_to_numpy(tensor) for key, tensor in state.items()}
 
 
-def to_jax(tensor: Tensor, *, copy: bool) -> jax.Array:
+def to_jax(tensor: Tensor, *, copy: bool, owned: bool = False) -> jax.Array:
     """Return the tensor as a JAX array of the same dtype.
 
     A copy is made in host memory and lands on JAX's default device. With `copy=False` the array
     aliases the tensor through DLPack and stays on its device: an in-place edit of the tensor then
     changes the array, which JAX believes to be immutable.
 
-    int64 becomes int32 where x64 is off, but only if every value fits.
+    int64 becomes int32 where x64 is off, but only if every value fits. `owned` says that nobody else has the
+    tensor, so that a copy may keep its memory.
 
     Raises:
         Untransferable: as `tensor_to_numpy`; a 64-bit value that JAX would narrow with loss; with
@@ -80,7 +81,7 @@ def to_jax(tensor: Tensor, *, copy: bool) -> jax.Array:
         raise Untransferable("a conjugated or negated view has no memory of its own to share; use copy=True")
     tensor = _fit_x64(dense(tensor), copy=copy)
     if copy:
-        return jnp.asarray(np.array(tensor_to_numpy(tensor), order="C", copy=True))
+        return jnp.asarray(np.array(tensor_to_numpy(tensor), order="C", copy=None if owned else True))
     try:
         return jax.dlpack.from_dlpack(tensor, copy=False)
     except Exception as error:  # XLA's own errors share no narrower class across versions

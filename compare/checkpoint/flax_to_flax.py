@@ -80,7 +80,7 @@ def _leaf(array: np.ndarray, leaf: Any, cast: bool) -> jax.Array:
     tensor = numpy_to_tensor(array if array.flags.writeable else array.copy())
     if cast and tensor.is_floating_point() and jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
         tensor = numpy_to_tensor(array.astype(leaf.dtype))
-    return place_like(to_jax(tensor, copy=True), leaf, copy=True)
+    return place_like(to_jax(tensor, copy=True, owned=True), leaf, copy=True)
 
 
 def _other_kind(mine: str, its: str) -> str:

@@ -183,6 +183,7 @@ def _into_torch(
     stored: Stored, module: torch.nn.Module, mapping: Table | None, policy: Mapping[str, Policy], cast: bool
 ) -> Callable[[], torch.nn.Module]:
     tensors: Tensors = stored
+    stored.mapped = True  # the values are copied into the module
     if stored.layout != "torch":
         own = stored.mapping if stored.mapping and stored.mapping.flax == stored.layout else None
         tensors = relaid(stored.path, stored, mapping or own or match(module, side_of(stored), policy=policy))

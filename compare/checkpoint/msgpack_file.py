@@ -1,8 +1,10 @@
 """The Flax msgpack format: nested dicts of NumPy arrays, and the manifest as one more entry at the top."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgpack
 import numpy as np
@@ -12,13 +14,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ..errors import CheckpointError, shown
 from ..mapping import Path
 from .atomic import atomic_file
-from .blocks import in_batches
+from .blocks import blocks
 from .content import linen_or_nnx, manifest_of
-from .manifest import KEY, Manifest, checksum
+from .manifest import KEY, Manifest, start
 from .safetensors_file import in_manifests_order
 from .spec import Spec, checked, spec_of
 from .stored import Stored, Tensors, fetch_each
-from .torch_file import whole
 
 _NDARRAY, _SCALAR = 1, 3  # the extension types of flax.serialization
 _CHUNKED = "__msgpack_chunked_array__"
@@ -60,22 +61,75 @@ def open_(path: FilePath) -> Stored:
         arrays = {key: by_words[tuple(map(str, key))] for key in specs}
     layout = manifest.layout if manifest else linen_or_nnx(specs)
     stored = Stored(path, "msgpack", layout, specs, manifest, lambda paths: iter(()), aliases)
-    stored.fetch = fetch_each(stored, lambda key: arrays[key])
+    stored.fetch = fetch_each(stored, lambda key: (arrays[key], None))
     return stored
 
 
 def write(path: FilePath, tensors: Tensors) -> None:
-    """Write the tree; its steps are words, and the manifest tells which of them were numbers.
+    """Write the tree, tensor by tensor; its steps are words, and the manifest tells which of them were numbers.
+
+    `flax.serialization.msgpack_serialize` would hold all of it in memory, twice.
 
     Raises:
         CheckpointError: names that would coincide.
     """
-    arrays = {key: whole(tensors, key) for key in tensors.specs}
-    pairs = in_batches(arrays, lambda key: arrays[key].nbytes, lambda key: checksum([arrays[key]], tensors.specs[key]))
-    manifest = manifest_of(tensors).with_checksums(dict(pairs))
-    tree = {**tree_of(path, arrays), KEY: manifest.dumps()}
-    with atomic_file(path) as stream:
-        stream.write(serialization.msgpack_serialize(tree, in_place=True))
+    tree = tree_of(path, {key: key for key in tensors.specs})
+    sums: dict[Path, str] = {}
+    packer = msgpack.Packer()
+    with atomic_file(path) as stream, ThreadPoolExecutor(1) as hashing:
+
+        def put(node: Any, more: int = 0) -> None:
+            if isinstance(node, dict):
+                stream.write(packer.pack_map_header(len(node) + more))
+                for name, inner in node.items():
+                    stream.write(packer.pack(name))
+                    put(inner)
+                return
+            spec, digest = tensors.specs[node], start(tensors.specs[node])
+            sizes = iter(_chunks(stream, packer, spec))
+            room = 0
+            for block in (block for piece in tensors.pieces(node) for block in blocks(piece)):
+                hashed = hashing.submit(digest.update, block)
+                while block.nbytes:
+                    room = room or next(sizes)
+                    part, block = block[:room], block[room:]
+                    stream.write(part.data)
+                    room -= part.nbytes
+                hashed.result()
+            for _ in sizes:  # an array without elements has an entry all the same
+                pass
+            sums[node] = digest.hexdigest()
+
+        put(tree, more=1)
+        stream.write(packer.pack(KEY) + packer.pack(manifest_of(tensors).with_checksums(sums).dumps()))
+
+
+def _chunks(stream: BinaryIO, packer: msgpack.Packer, spec: Spec) -> Iterator[int]:
+    """Write the head of each entry of an array, yielding how many bytes have to follow it.
+
+    Source: `flax.serialization`: an extension entry of shape, dtype and bytes; above `MAX_CHUNK_SIZE` a dict of them.
+    """
+    most = serialization.MAX_CHUNK_SIZE
+    if spec.nbytes <= most:
+        yield from _head(stream, packer, spec.shape, spec)
+        return
+    each, size = max(1, most // spec.numpy.itemsize), prod(spec.shape)
+    counts = [min(each, size - begin) for begin in range(0, size, each)]
+    stream.write(packer.pack_map_header(3) + packer.pack(_CHUNKED) + packer.pack(True))
+    stream.write(packer.pack("shape") + packer.pack({str(axis): length for axis, length in enumerate(spec.shape)}))
+    stream.write(packer.pack("chunks") + packer.pack_map_header(len(counts)))
+    for index, count in enumerate(counts):
+        stream.write(packer.pack(str(index)))
+        yield from _head(stream, packer, (count,), spec)
+
+
+def _head(stream: BinaryIO, packer: msgpack.Packer, shape: tuple[int, ...], spec: Spec) -> Iterator[int]:
+    nbytes = prod(shape) * spec.numpy.itemsize
+    inner = (
+        packer.pack_array_header(3) + packer.pack(shape) + packer.pack(spec.dtype) + b"\xc6" + nbytes.to_bytes(4, "big")
+    )
+    stream.write(b"\xc9" + (len(inner) + nbytes).to_bytes(4, "big") + bytes([_NDARRAY]) + inner)
+    yield nbytes
 
 
 def tree_of(path: FilePath, leaves: Mapping[Path, Any]) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from .content import linen_or_nnx, manifest_of
 from .manifest import KEY, Manifest, checksum
 from .msgpack_file import tree_of
 from .safetensors_file import in_manifests_order
-from .spec import Spec, checked
-from .stored import Stored, Tensors
+from .spec import checked
+from .stored import Held, Stored, Tensors
 from .torch_file import whole
 
 _METADATA = "_CHECKPOINT_METADATA"
@@ -38,16 +38,14 @@ class Pending:
     """A leaf that is read only when its turn comes to be written."""
 
     def __init__(self, key: Path, tensors: Tensors) -> None:
-        self.key, self.tensors = key, tensors
-        self.shape, self.dtype = tensors.specs[key].shape, tensors.specs[key].numpy
-        self.size, self.nbytes, self.ndim = int(np.prod(self.shape)), tensors.specs[key].nbytes, len(self.shape)
+        self.key, self.tensors, self.spec = key, tensors, tensors.specs[key]
+        self.shape, self.dtype, self.nbytes = self.spec.shape, self.spec.numpy, self.spec.nbytes
+        self.size, self.ndim = int(np.prod(self.shape)), len(self.shape)
         self.sha256 = ""
 
-    def values(self) -> np.ndarray:
-        """Return the values, having taken their checksum."""
-        array = whole(self.tensors, self.key)
-        self.sha256 = checksum([array], self.tensors.specs[self.key])
-        return array
+    def take_checksum(self, array: np.ndarray) -> None:
+        """Remember the checksum of the values."""
+        self.sha256 = checksum([array], self.spec)
 
 
 def open_(path: FilePath) -> Stored:
@@ -71,13 +69,8 @@ def open_(path: FilePath) -> Stored:
     stored = Stored(path, "orbax", layout, specs, manifest, lambda paths: iter(()), aliases)
 
     def fetch(paths: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
-        for batch in _batches(paths, specs):
-            found = _restore(path, [names[tuple(map(str, key))] for key in batch])
-            pairs = list(zip(batch, found, strict=True))
-            del found
-            yield from (
-                (pair[0], array) for pair, array in in_batches(pairs, _nbytes, lambda pair: stored.check(*pair))
-            )
+        pairs = list(zip(paths, _restore(path, [names[tuple(map(str, key))] for key in paths]), strict=True))
+        yield from ((pair[0], array) for pair, array in in_batches(pairs, _nbytes, lambda pair: stored.check(*pair)))
 
     stored.fetch = fetch
     return stored
@@ -105,8 +98,9 @@ def write(path: FilePath, tensors: Tensors) -> None:
             (jax.Array, ocp.type_handlers.ArrayHandler()), (Pending, _pending_handler())
         ) as checkpointer:
             tree = tree_of(path, leaves)
-            chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
-            args = ocp.args.PyTreeSave(tree, save_args=chunked)
+            chunk_bytes = None if isinstance(tensors, Held) else _CHUNK_BYTES
+            save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), tree)
+            args = ocp.args.PyTreeSave(tree, save_args=save_args)
             checkpointer.save(folder.absolute(), args=args, force=True, custom_metadata={KEY: ""})
         manifest = manifest_of(tensors).with_checksums({key: leaf.sha256 for key, leaf in leaves.items()})
         content = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
@@ -141,21 +135,6 @@ def _manifest(path: FilePath) -> Manifest | None:
         raise CheckpointError(path, f"not a whole Orbax checkpoint ({_METADATA}: {shown(error)})") from error
 
 
-def _nbytes(pair: tuple[Path, np.ndarray]) -> int:
-    return pair[1].nbytes
-
-
-def _batches(paths: Sequence[Path], specs: dict[Path, Spec]) -> Iterator[list[Path]]:
-    batch: list[Path] = []
-    for key in paths:
-        if batch and sum(specs[other].nbytes for other in batch) + specs[key].nbytes > BATCH_BYTES:
-            yield batch
-            batch = []
-        batch.append(key)
-    if batch:
-        yield batch
-
-
 def _restore(path: FilePath, keys: Sequence[Path]) -> list[np.ndarray]:
     import orbax.checkpoint as ocp
 
@@ -183,9 +162,29 @@ def _reported(path: FilePath) -> Iterator[None]:
 def _checkpointer(*types: tuple[Any, Any]) -> Iterator[Any]:
     import orbax.checkpoint as ocp
 
-    registry = {"type_handler_registry": ocp.type_handlers.create_type_handler_registry(*types)} if types else {}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**registry)) as checkpointer:
+    # Weights hardly become smaller by packing, and packing takes longer than writing.
+    options: dict[str, Any] = {"use_compression": False} if types else {}
+    if types:
+        options["type_handler_registry"] = ocp.type_handlers.create_type_handler_registry(*types)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)) as checkpointer:
         yield checkpointer
+
+
+def _batches(leaves: Sequence[tuple[Pending, Any, Any]]) -> Iterator[list[tuple[Pending, Any, Any]]]:
+    """Yield the leaves in as many turns as memory asks for: at once, if all of them are in memory."""
+    batch: list[tuple[Pending, Any, Any]] = []
+    for leaf in leaves:
+        held = isinstance(leaf[0].tensors, Held)
+        if batch and not held and sum(other[0].nbytes for other in batch) + leaf[0].nbytes > BATCH_BYTES:
+            yield batch
+            batch = []
+        batch.append(leaf)
+    if batch:
+        yield batch
+
+
+def _nbytes(pair: tuple[Path, np.ndarray]) -> int:
+    return pair[1].nbytes
 
 
 def _pending_handler() -> Any:
@@ -193,16 +192,21 @@ def _pending_handler() -> Any:
     import tensorstore as ts
 
     class PendingHandler(ocp.type_handlers.NumpyHandler):
-        """Writes leaves one after the other as NumPy arrays, so that one at a time is in memory."""
+        """Writes leaves as NumPy arrays: few at a time, if they are read from a file, so that few are in memory."""
 
         def __init__(self) -> None:
             super().__init__(deepcopy_host_arrays=False)
 
         async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
             args = args or [ocp.SaveArgs()] * len(values)
-            for value, info, arg in zip(values, infos, args, strict=True):
-                for written in await super().serialize([value.values()], [info], [arg]):
-                    await asyncio.to_thread(written.result)
+            for batch in _batches(list(zip(values, infos, args, strict=True))):
+                leaves, own_infos, own_args = zip(*batch, strict=True)
+                arrays = await asyncio.gather(*(asyncio.to_thread(whole, leaf.tensors, leaf.key) for leaf in leaves))
+                written = await super().serialize(arrays, own_infos, own_args)
+                waits = [asyncio.to_thread(future.result) for future in written]
+                pairs = zip(leaves, arrays, strict=True)
+                await asyncio.gather(*waits, *(asyncio.to_thread(leaf.take_checksum, array) for leaf, array in pairs))
+                del arrays, written, waits
             return []
 
         async def _open_and_write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: Any) -> None:

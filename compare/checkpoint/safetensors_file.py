@@ -22,7 +22,7 @@ from .blocks import blocks, in_batches
 from .content import manifest_of, torch_or_flax
 from .manifest import KEY, LayoutName, Manifest, start
 from .spec import Spec, checked
-from .stored import Stored, Tensors, fetch_each
+from .stored import Stored, Tensors, fetch_each, read_in_parts
 
 _DTYPES = {
     **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL", "complex64": "C64"},
@@ -34,7 +34,6 @@ _NUMPY = {name: dtype for dtype, name in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the library's own
 _MAX_TENSORS = 100_000
 _METADATA_BYTES, _METADATA_BYTES_EACH = 1 << 20, 4096
-_READ_BYTES = 1 << 20
 
 
 class Header(NamedTuple):
@@ -61,7 +60,7 @@ def open_(path: FilePath) -> Stored:
     begins = {tuple(map(str, _steps(stored.layout)(name))): begin for name, begin in header.begins.items()}
     stored.close = lambda: os.close(descriptor)
     stored.fetch = fetch_each(
-        stored, lambda key: read_tensor(path, descriptor, begins[tuple(map(str, key))], stored.specs[key])
+        stored, lambda key: read_tensor(stored, descriptor, begins[tuple(map(str, key))], stored.specs[key])
     )
     return stored
 
@@ -191,19 +190,18 @@ def read_header(path: FilePath, descriptor: int) -> Header:
     )
 
 
-def read_tensor(path: FilePath, descriptor: int, begin: int, spec: Spec) -> np.ndarray:
+def read_tensor(stored: Stored, descriptor: int, begin: int, spec: Spec) -> tuple[np.ndarray, str | None]:
     """Read one tensor into memory of its own.
 
     Raises:
         CheckpointError: the file has become shorter.
     """
-    array = np.empty(spec.shape, spec.numpy)
-    flat = array.reshape(-1).view(np.uint8)
-    for at in range(0, flat.nbytes, _READ_BYTES):
-        part = flat[at : at + _READ_BYTES]
+
+    def fill(at: int, part: np.ndarray) -> None:
         if os.preadv(descriptor, [part.data], begin + at) != part.nbytes:
-            raise _broken(path, "its length", f"{begin + spec.nbytes:,} bytes", "fewer, since it was opened")
-    return array
+            raise _broken(stored.path, "its length", f"{begin + spec.nbytes:,} bytes", "fewer, since it was opened")
+
+    return read_in_parts(spec, fill, stored.checked)
 
 
 def _manifest(path: FilePath, metadata: Mapping[str, str]) -> Manifest | None:

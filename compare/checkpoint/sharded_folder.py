@@ -70,7 +70,7 @@ def open_(path: FilePath) -> Stored:
         stored = stored_from(path, "sharded", Header({key: specs[key] for key in weight_map}, {}, metadata))
         stored.close = opened.pop_all().close
     join = (lambda key: key[0]) if stored.layout == "torch" else (lambda key: "/".join(map(str, key)))
-    stored.fetch = fetch_each(stored, lambda key: read_tensor(path, *places[join(key)], stored.specs[key]))
+    stored.fetch = fetch_each(stored, lambda key: read_tensor(stored, *places[join(key)], stored.specs[key]))
     return stored
 
 

@@ -11,8 +11,10 @@ from ..errors import CheckpointError, shown
 from ..mapping import Mapping as Table
 from ..mapping import Path
 from .blocks import in_batches
-from .manifest import LayoutName, Manifest, checksum
+from .manifest import LayoutName, Manifest, checksum, start
 from .spec import Spec
+
+PART_BYTES = 1 << 20  # less than a processor's cache
 
 
 class Tensors(Protocol):
@@ -69,6 +71,7 @@ class Stored:
         manifest: None if the file has none: then nothing can be checked.
         fetch: reads tensors, several at once.
         close: gives back what is open.
+        mapped: whether a large torch file may be read in place, by who copies the values while it is open.
     """
 
     path: FilePath
@@ -79,6 +82,7 @@ class Stored:
     fetch: Callable[[list[Path]], Iterator[tuple[Path, np.ndarray]]]
     aliases: Mapping[Path, Path] = field(default_factory=dict)
     close: Callable[[], None] = lambda: None
+    mapped: bool = False
 
     @property
     def kinds(self) -> Mapping[Path, str]:
@@ -113,8 +117,8 @@ class Stored:
         for path, array in self.fetch(wanted):
             yield path, array
 
-    def check(self, path: Path, array: np.ndarray) -> np.ndarray:
-        """Return the array, its values those that were saved.
+    def check(self, path: Path, array: np.ndarray, found: str | None = None) -> np.ndarray:
+        """Return the array, its values those that were saved; `found` is its checksum, if it was taken on the way.
 
         Raises:
             CheckpointError: they are not.
@@ -128,7 +132,7 @@ class Stored:
         if self.manifest is None:
             return array
         expected = self.manifest.records[path].sha256
-        found = checksum([array], self.specs[path])
+        found = found or checksum([array], self.specs[path])
         if found != expected:
             raise CheckpointError(
                 self.path, f"the values of {shown(name)} are not those that were saved", key=name,
@@ -154,14 +158,38 @@ class Stored:
 
 
 def fetch_each(
-    stored: Stored, one: Callable[[Path], np.ndarray]
+    stored: Stored, one: Callable[[Path], tuple[np.ndarray, str | None]]
 ) -> Callable[[list[Path]], Iterator[tuple[Path, np.ndarray]]]:
-    """Return a `fetch` that reads and checks the tensors one by one, several at a time."""
+    """Return a `fetch` that reads and checks the tensors one by one, several at a time.
+
+    `one` returns the array, and its checksum if it was taken on the way.
+    """
 
     def work(path: Path) -> np.ndarray:
-        return stored.check(path, one(path))
+        return stored.check(path, *one(path))
 
     return lambda paths: in_batches(paths, lambda path: stored.specs[path].nbytes, work)
+
+
+def read_in_parts(
+    spec: Spec, fill: Callable[[int, np.ndarray], None], take_checksum: bool
+) -> tuple[np.ndarray, str | None]:
+    """Return a new array, and its checksum, taken of each part while the processor has it at hand.
+
+    Args:
+        spec: of the array.
+        fill: puts the file's bytes from an offset on into a part of the array.
+        take_checksum: whether to.
+    """
+    array = np.empty(spec.shape, spec.numpy)
+    flat = array.reshape(-1).view(np.uint8)
+    digest = start(spec)
+    for begin in range(0, flat.nbytes, PART_BYTES):
+        part = flat[begin : begin + PART_BYTES]
+        fill(begin, part)
+        if take_checksum:
+            digest.update(part)
+    return array, digest.hexdigest() if take_checksum else None
 
 
 def available_bytes() -> int:

@@ -26,7 +26,7 @@ from .content import manifest_of
 from .manifest import KEY, Manifest, checksum
 from .safetensors_file import in_manifests_order
 from .spec import Spec, checked
-from .stored import Stored, Tensors, fetch_each
+from .stored import Stored, Tensors, fetch_each, read_in_parts
 
 _SMALL_BYTES = 64 << 20
 # A view may show each stored entry more than once, but not without end.
@@ -54,9 +54,16 @@ def open_(path: FilePath) -> Stored:
         )
     stored = Stored(path, "torch", "torch", specs, manifest, lambda paths: iter(()), aliases)
 
-    def one(key: Path) -> np.ndarray:
+    def one(key: Path) -> tuple[np.ndarray, str | None]:
         array = tensor_to_numpy(state[key[0]])
-        return array if small and array.flags.c_contiguous else np.array(array, order="C")
+        if small or stored.mapped or not array.flags.c_contiguous:
+            return contiguous(array), None
+        flat = array.reshape(-1).view(np.uint8)
+
+        def fill(at: int, part: np.ndarray) -> None:
+            part[:] = flat[at : at + part.nbytes]
+
+        return read_in_parts(stored.specs[key], fill, stored.checked)
 
     stored.fetch = fetch_each(stored, one)
     return stored
