@@ -130,13 +130,16 @@ def _nnx(model: nnx.Module) -> Iterator[Held]:
     seen: dict[int, Path] = {}
     for path, leaf in _nnx_leaves(model, (), frozenset()):
         first = seen.setdefault(id(leaf), path)
-        value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        value = leaf.get_value()
         yield Held(path, "alias", value, first) if first != path else Held(path, nnx_kind(leaf), value)
+    for path, leaf in nnx.iter_graph(model):
+        if isinstance(leaf, jax.Array | np.ndarray):
+            yield Held(path, "left behind", leaf)
 
 
 def _nnx_leaves(node: Any, path: Path, above: frozenset[int]) -> Iterator[tuple[Path, Any]]:
-    """Yield every Variable and array by every path that leads to it; `nnx.state` gives each but once."""
-    if isinstance(node, nnx.Variable | jax.Array | np.ndarray):
+    """Yield every Variable by every path that leads to it; `nnx.state` gives each but once."""
+    if isinstance(node, nnx.Variable):
         yield path, node
     elif id(node) not in above and nnx.graphlib.is_node(node):
         for name, child in nnx.graphlib.iter_children(node):

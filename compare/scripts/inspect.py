@@ -85,7 +85,7 @@ def _of_module(source: str) -> list[Shown]:
     for entry in held_:
         kind = f"alias of {'/'.join(map(str, entry.first))}" if entry.first is not None else entry.kind
         array = host_values(entry.value) if entry.kind != "stream" else None
-        shown_.append(Shown(entry.name, f"{kind}: will be left behind" if kind == "left behind" else kind,
+        shown_.append(Shown(entry.name, "plain: will be left behind" if kind == "left behind" else kind,
                             spec_of(array) if array is not None else None, array))  # fmt: skip
     return shown_
 
