@@ -22,7 +22,7 @@ from .report.terminal import print_section, print_summary
 
 PARTS = ("notebook", "outputs", "checks", "devices", "checkpoints", "recorded")
 ON_A_DEVICE = ("outputs", "checks")
-STATE = ("inspect", "convert", "verify", "kill", "fuzz", "bench")
+STATE = ("inspect", "convert", "verify", "kill", "fuzz", "bench", "stream")
 CHECKS = ("state", "stages", "outputs", "causality", "determinism", "gradients", "dropout", "training")
 PACKAGES = ("torch", "jax", "flax", "optax", "orbax-checkpoint", "safetensors", "numpy")
 
@@ -151,17 +151,24 @@ def fuzz(
 
 @app.command()
 def bench(
-    state: Annotated[bool, typer.Option("--state", help="Saving, loading and converting checkpoints.")] = False,
-    megabytes: Annotated[int, typer.Option(min=1, help="Of state.")] = 1000,
-    rounds: Annotated[int, typer.Option(min=1, help="After one that warms up.")] = 5,
+    state: Annotated[bool, typer.Option("--state", help="Saving, loading, converting: time.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Converting what is larger than memory: memory.")] = False,
+    megabytes: Annotated[
+        int | None, typer.Option(min=1, help="Of state: 1000, or 4000 with --stream.", show_default=False)
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Of --state, after one that warms up.")] = 5,
     json_file: Json = None,
     html_file: Html = None,
 ) -> None:
-    """Speed beside the plain library calls, interleaved in one run, as ratios."""
-    if not state:
-        raise typer.BadParameter("say what: compare bench --state")
-    command = f"compare bench --state --megabytes {megabytes} --rounds {rounds}"
-    _run(command, ["bench"], json_file, html_file, look=True, megabytes=megabytes, rounds=rounds)
+    """Time beside the plain library calls, interleaved in one run, as ratios; and memory."""
+    if state == stream:
+        raise typer.BadParameter("say what: compare bench --state, or compare bench --stream")
+    size = megabytes or (4000 if stream else 1000)
+    command = f"compare bench --stream --megabytes {size}" if stream else (
+        f"compare bench --state --megabytes {size} --rounds {rounds}"
+    )  # fmt: skip
+    parts = ["stream"] if stream else ["bench"]
+    _run(command, parts, json_file, html_file, look=state, megabytes=size, rounds=rounds)
 
 
 Source = Annotated[Path, typer.Argument(help="A checkpoint: a file, an Orbax folder, or shards with their index.")]

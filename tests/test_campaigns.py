@@ -40,11 +40,11 @@ def test_some_mutated_checkpoints(kind: str, inputs: int, tmp_path: Path) -> Non
 def test_the_fuzzer_sees_what_it_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that lets another exception out, and one that lets other values through."""
     made = Input("safetensors", "suite", tmp_path)
-    monkeypatch.setattr("compare.checkpoint.stored.Stored.check", lambda self, path, array: array)
+    monkeypatch.setattr("compare.checkpoint.stored.Stored.check", lambda self, path, array, *_: array)
     with pytest.raises(AssertionError, match="its checksum vouches for them"):
         for number in range(500):
             outcome(made.make(number))
-    monkeypatch.setattr("compare.checkpoint.stored.Stored.check", lambda self, path, array: array[None][1])
+    monkeypatch.setattr("compare.checkpoint.stored.Stored.check", lambda self, path, array, *_: array[None][1])
     with pytest.raises(IndexError):
         for number in range(500):
             outcome(made.make(number))

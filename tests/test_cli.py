@@ -147,11 +147,11 @@ def test_the_commands_and_the_checks_have_the_same_names() -> None:
 
 
 def test_a_missing_optional_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     done = CliRunner().invoke(app, ["checkpoints"])
     assert done.exit_code == 2
     message = " ".join(done.output.replace("│", " ").split())
-    assert "the safetensors format needs safetensors, which is not installed" in message
+    assert "the orbax format needs orbax.checkpoint, which is not installed" in message
 
 
 def test_what_does_not_hold_ends_with_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Every hostile file is refused by one family of errors, and leaves what it was to be loaded into as it was."""
 
+import json
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from compare.checkpoint.convert_file import convert_checkpoint
 from compare.errors import CheckpointError, UnverifiedCheckpoint
 from compare.run import build_nnx
 
-from .faults import FAULTS
+from .faults import DATA_FAULTS, FAULTS
 from .support import linen_variables, torch_module
 
 # What would tell a reader to take the guard away.
@@ -74,5 +77,37 @@ def test_a_conversion_refuses_it_too(name: str, tmp_path: Path) -> None:
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_there_are_enough() -> None:
-    assert len(FAULTS) >= 60
+SCRIPT = """
+import json, sys, warnings
+from pathlib import Path
+from compare.cases import PRIME
+from compare.checkpoint import load_checkpoint
+from compare.errors import CheckpointError
+from tests.faults import DATA_FAULTS
+from tests.support import torch_module
+warnings.simplefilter("ignore")
+said = {}
+for number, (name, fault) in enumerate(DATA_FAULTS.items()):
+    folder = Path(sys.argv[1], str(number))
+    folder.mkdir()
+    path = fault.make(folder)
+    try:
+        load_checkpoint(path, torch_module(PRIME))
+    except CheckpointError as error:
+        said[name] = str(error)
+print(json.dumps(said))
+"""
+
+
+def test_orbax_folders_with_broken_data(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    for name, fault in DATA_FAULTS.items():
+        assert re.search(fault.says, said.get(name, "nothing was refused")), (name, said.get(name))
+
+
+def test_the_readme_counts_them() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"is a table of {len(FAULTS) + len(DATA_FAULTS)} hostile and broken files" in readme

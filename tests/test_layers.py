@@ -36,8 +36,7 @@ def _x64() -> Any:
 
 
 @pytest.mark.parametrize("flavor", ["linen", "nnx"])
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("name", "seed"), [*((name, 0) for name in LAYERS), ("linear", 1), ("conv2d", 1), ("gru", 1)])
 def test_outputs_and_gradients_agree(name: str, flavor: str, seed: int) -> None:
     random = np.random.default_rng(seed)
     case = _drawn(name, random)

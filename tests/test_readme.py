@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["torch", "linen", "nnx", "carry"])
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["torch", "linen", "nnx", "carry", "match"])
 def test_snippets_run(snippet: str, tmp_path: Path) -> None:
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{snippet}"
     command = [sys.executable, "-W", "error", "-c", script]
@@ -84,3 +85,33 @@ def test_the_table_of_planted_bugs_is_the_records() -> None:
     assert [check["held"] for check in honest["checks"]] == [True]
     current = {f"{mutant.name} ({mutant.implementation})" for mutant in MUTANTS}
     assert set(grid["rows"]) == current, "the record is of other planted bugs; run `python -m compare mutants --json`"
+
+
+def state_rows() -> list[str]:
+    """The rows that the records of the campaigns and benchmarks on state make in the README."""
+
+    def record(name: str) -> tuple[dict[str, Any], list[list[Any]]]:
+        content = json.loads((ROOT / f"compare/records/{name}-cpu.json").read_text(encoding="utf-8"))
+        (section,) = content["sections"]
+        return content, next(block for block in section["blocks"] if isinstance(block, dict))["rows"]
+
+    killed, rows = record("kill")
+    tries, reads, lost = (sum(row[column] for row in rows) for column in (1, 4, 5))
+    what = f"`kill -9` while saving, another process reading {reads:,} times"
+    lines = [f"| {what} | {tries:,} | {lost} | `{killed['command']}` |"]
+    fuzzed, rows = record("fuzz")
+    inputs = sum(int(row[1].replace(",", "")) for row in rows)
+    lines.append(f"| mutated files read | {inputs:,} | {sum(row[-1] for row in rows)} | `{fuzzed['command']}` |")
+    streamed, rows = record("stream")
+    allowed = streamed["sections"][0]["checks"][0]["expected"].split()[2]
+    lines += [f"| `{source}` | `{target}` | {peak} | {allowed} |" for source, target, peak, *_ in rows]
+    _, rows = record("state")
+    for job, suffix, plain, ours, ratio in rows:
+        formats = " to ".join(f"`{word}`" for word in suffix.split(" to "))
+        lines.append(f"| {job} | {formats} | {plain} | {ours} | {ratio} |")
+    return lines
+
+
+def test_the_tables_of_state_are_the_records() -> None:
+    for row in state_rows():
+        assert row in README

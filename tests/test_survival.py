@@ -205,6 +205,25 @@ def test_names_that_a_module_ties_must_agree(tmp_path: Path) -> None:
     assert "head.weight" in compare.read_checkpoint(tmp_path / "model.safetensors")
 
 
+@pytest.mark.parametrize("bytes_each", [30, 40, 10**6])
+def test_our_msgpack_is_flaxs(bytes_each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where an array is stored in chunks, which Flax does above 1 GiB."""
+    from flax import serialization
+
+    monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", bytes_each)
+    arrays = {("a", "b"): VIEWS["transposed"], ("a", "c"): np.zeros((0, 2), np.float32), ("d",): of_dtype("bfloat16")}
+    found = through(tmp_path / "state.msgpack", arrays)
+    theirs = serialization.msgpack_restore((tmp_path / "state.msgpack").read_bytes())
+    tree = {"a": {"b": arrays[("a", "b")], "c": arrays[("a", "c")]}, "d": arrays[("d",)]}
+    (tmp_path / "theirs.msgpack").write_bytes(serialization.msgpack_serialize(tree))
+    with open_checkpoint(tmp_path / "theirs.msgpack") as stored:
+        back = dict(stored.read())
+    for path, array in arrays.items():
+        plain = theirs[path[0]] if len(path) == 1 else theirs[path[0]][path[1]]
+        for other in (found[path], back[path], plain):
+            assert same_bits(np.asarray(other), np.array(array, order="C"))
+
+
 def test_a_file_without_a_manifest_says_so(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(2)}, tmp_path / "state.pth")
     with pytest.warns(UnverifiedCheckpoint, match="has no manifest"):
@@ -237,6 +256,41 @@ def test_a_reader_keeps_what_it_opened(tmp_path: Path) -> None:
             stream.truncate(path.stat().st_size - 2000)
         with pytest.raises(CheckpointError, match="fewer, since it was opened"):
             list(stored.read())
+
+
+@pytest.mark.parametrize("suffix", (".pth", ".safetensors"))
+def test_views_of_torch_tensors(suffix: str, tmp_path: Path) -> None:
+    """Transposed, slices of one storage, a conjugate, expanded: as each looks, none with its whole storage."""
+    whole = torch.arange(1_000_000.0).view(1000, 1000)
+    state = {
+        **{"transposed": whole[:3, :4].T, "upper": whole[:2, :2], "lower": whole[1:3, :2]},
+        **{"conjugate": torch.tensor([1 + 2j]).conj(), "expanded": torch.ones(1, 3).expand(5, 3)},
+    }
+    path = compare.save_checkpoint(tmp_path / f"state{suffix}", state)
+    assert path.stat().st_size < 10_000
+    found = compare.read_checkpoint(path)
+    assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
+
+
+def test_a_folder_may_itself_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link.orbax").symlink_to(through_orbax(tmp_path / "real.orbax"))
+    with open_checkpoint(tmp_path / "link.orbax") as stored:
+        assert dict(stored.read())[("x",)].tolist() == [1.0, 1.0]
+
+
+def through_orbax(path: Path) -> Path:
+    through(path, {("x",): np.ones(2, np.float32)})
+    return path
+
+
+def test_abstract_leaves_are_not_saved(tmp_path: Path) -> None:
+    template = {"params": {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)}}
+    for suffix in (".safetensors", ".msgpack", ".orbax"):
+        with pytest.raises(CheckpointError, match="params/kernel: is a ShapeDtypeStruct, not an array of values"):
+            compare.save_checkpoint(tmp_path / f"state{suffix}", template)
+    with pytest.raises(CheckpointError, match="weight: a meta tensor has no values"):
+        compare.save_checkpoint(tmp_path / "state.pth", torch.nn.Linear(2, 3, device="meta"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_saving_onto_what_was_just_loaded(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -30,19 +30,14 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     `path` is as it was.
     """
     sweep(path)
-    temporary = _temporary(path)
-    try:
-        with temporary.open("x+b") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            if path.exists():
-                temporary.chmod(path.stat().st_mode & 0o7777)
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-            temporary.replace(path)
+    with _own(path, lambda temporary: temporary.touch(exist_ok=False)) as temporary, temporary.open("r+b") as stream:
+        if path.exists():
+            temporary.chmod(path.stat().st_mode & 0o7777)
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+        temporary.replace(path)
         _fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -53,45 +48,63 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     renameat2); elsewhere there is an instant between two renames when neither is there.
     """
     sweep(path)
-    temporary = _temporary(path)
-    # Within the locked folder, for Orbax puts another one, without the lock, in the place of what it is given.
-    folder = temporary / "new"
-    try:
-        temporary.mkdir()
-        with _locked(temporary):
-            folder.mkdir()
-            yield folder
-            for inner, _, files in os.walk(folder):
-                for name in files:
-                    _fsync(Path(inner, name))
-                _fsync(Path(inner))
-            _install(folder, path)
+    with _own(path, Path.mkdir) as temporary:
+        # Within the locked folder, for Orbax puts another one, without the lock, in the place of what it is given.
+        folder = temporary / "new"
+        folder.mkdir()
+        yield folder
+        for inner, _, files in os.walk(folder):
+            for name in files:
+                _fsync(Path(inner, name))
+            _fsync(Path(inner))
+        _install(folder, path)
         _fsync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _own(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """Make a temporary file or folder beside `path` and hold its lock; what is left of it at the end is removed."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        make(temporary)
+        with suppress(_SweptError), _locked(temporary):
+            try:
+                yield temporary
+                return
+            finally:
+                _remove(temporary)
 
 
 def sweep(path: Path) -> None:
     """Remove what killed processes left behind of earlier tries to write `path`."""
     ours = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.tmp")
     for left in [entry for entry in path.parent.iterdir() if ours.fullmatch(entry.name)]:
-        with suppress(OSError), _locked(left, fcntl.LOCK_NB):
-            if left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+        with suppress(OSError, _SweptError), _locked(left, fcntl.LOCK_NB):
+            _remove(left)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+class _SweptError(Exception):
+    """Another writer has removed the file before it was locked."""
 
 
 @contextmanager
 def _locked(path: Path, flag: int = 0) -> Iterator[None]:
     """Hold the lock of a file or folder; with LOCK_NB raise OSError if another process holds it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError as error:
+        raise _SweptError from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | flag)
+        if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
+            raise _SweptError
         yield
     finally:
         os.close(descriptor)

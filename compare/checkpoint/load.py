@@ -185,8 +185,8 @@ def _into_torch(
     tensors: Tensors = stored
     stored.mapped = True  # the values are copied into the module
     if stored.layout != "torch":
-        own = stored.mapping if stored.mapping and stored.mapping.flax == stored.layout else None
-        tensors = relaid(stored.path, stored, mapping or own or match(module, side_of(stored), policy=policy))
+        table = mapping or _own(stored, stored.layout, policy)
+        tensors = relaid(stored.path, stored, table or match(module, side_of(stored), policy=policy))
     left = tensors.mapping.left_keys() if tensors.mapping else set()
     specs = {str(key[0]): spec for key, spec in tensors.specs.items()}
     specs |= {str(key[0]): tensors.specs[first] for key, first in tensors.aliases.items()}
@@ -200,7 +200,7 @@ def _torch_into_flax(
     stored: Stored, target: Any, mapping: Table | None, policy: Mapping[str, Policy], cast: bool
 ) -> Callable[[], Any]:
     side = flax_side(target)
-    table = mapping or match(named(stored), side, policy=policy)
+    table = mapping or _own(stored, side.kind, policy) or match(named(stored), side, policy=policy)
     relaid(stored.path, stored, table)  # names and shapes first: nothing is read of a file that does not fit
     state = _state(stored)
     _require_masks(stored.path, stored, state)
@@ -220,6 +220,11 @@ def _flax_into_flax(stored: Stored, target: Any, policy: Mapping[str, Policy], c
     for path, array in leaves.items():
         _require_no_nan(stored.path, path, flax_side(target).kinds[path], np.asarray(array))
     return lambda: install(target, leaves)
+
+
+def _own(stored: Stored, kind: str, policy: Mapping[str, Policy]) -> Table | None:
+    """Return the mapping that the file has for that kind of Flax model; with a policy names are paired anew."""
+    return stored.mapping if stored.mapping and stored.mapping.flax == kind and not policy else None
 
 
 def side_of(stored: Stored) -> FlaxSide:

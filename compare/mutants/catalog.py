@@ -19,7 +19,7 @@ FILLED = r"scores = (?:scores\.masked_fill|jnp\.where).*\n"
 OPEN_MASK = "mask[None, :num_tokens, :num_tokens]"
 CONTEXT = r"return dropout\(weights\) @ values"
 RETURNED = "return dropout(weights) @ values"
-WRITTEN = r"chosen\.write\(target, _state\(path, source\)\)"
+WRITTEN = r"return \[self\.arrays\[path\]\]"
 
 
 class Mutant(NamedTuple):
@@ -209,12 +209,13 @@ _STATE = [
     *_flax("int64 narrowed", "compare.transfer",
            (r"tensor = _fit_x64\(dense\(tensor\), copy=copy\)",
             "tensor = dense(tensor)\n    tensor = tensor.int() if tensor.dtype == torch.int64 else tensor")),
-    *[Mutant("checkpoint in half precision", place, "compare.checkpoint.save",
-             ((WRITTEN, "chosen.write(target, {k: v.half().to(v) for k, v in _state(path, source).items()})"),))
+    *[Mutant("checkpoint in half precision", place, "compare.checkpoint.stored",
+             ((WRITTEN, "return [self.arrays[path].astype('float16').astype(self.arrays[path].dtype)]"),))
       for place in IMPLEMENTATIONS],
-    *[Mutant("checkpoint stores a bool mask", place, "compare.checkpoint.save",
-             ((WRITTEN, "state = _state(path, source); state['mask'] = (state['mask'] != 0).to(state['mask']); "
-                        "chosen.write(target, state)"),)) for place in IMPLEMENTATIONS],
+    *[Mutant("checkpoint stores a bool mask", place, "compare.checkpoint.stored",
+             ((WRITTEN, "mask, array = str(path[-1]) == 'mask', self.arrays[path]; "
+                        "return [(array != 0).astype(array.dtype) if mask else array]"),))
+      for place in IMPLEMENTATIONS],
 ]  # fmt: skip
 
 _OPTIMIZING = [
