@@ -45,6 +45,8 @@ def refusal(layer: nn.Module) -> str:
         return f"{name} with max_norm changes its weight when called, which Flax's Embed does not"
     if isinstance(layer, nn.MultiheadAttention) and layer.bias_k is not None:
         return f"{name} with add_bias_kv=True has no counterpart in Flax"
+    if isinstance(layer, nn.MultiheadAttention) and layer.add_zero_attn:
+        return f"{name} with add_zero_attn=True has no counterpart in Flax"
     return ""
 
 
@@ -56,4 +58,6 @@ def nnx_layouts(model: nnx.Module) -> Mapping[Path, str]:
             found[(*path, "kernel")] = "conv" if layer.transpose_kernel else "conv_transpose"
         elif isinstance(layer, nnx.Einsum):
             found[(*path, "kernel")] = "same"
+        elif isinstance(layer, nnx.LinearGeneral):
+            found[(*path, "kernel")] = "general"
     return found

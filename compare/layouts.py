@@ -91,7 +91,10 @@ def known_layout(name: str) -> tuple[str, Shape]:
             raise ValueError(f"there is no layout {name!r}; there are {', '.join(ALL)}")
         return kind, ()
     try:
-        return kind, tuple(int(number) for number in numbers.split(","))
+        found = tuple(int(number) for number in numbers.split(","))
+        if min(found) < (kind == "flatten"):
+            raise ValueError
+        return kind, found
     except ValueError:
         raise ValueError(f"{kind}: needs numbers, as in {' and '.join(ALL[-2:])}; got {numbers!r}") from None
 
@@ -136,7 +139,11 @@ def _permute(values: Any, axes: Shape) -> Any:
 def _flip(values: Any, axes: Shape) -> Any:
     if not axes:
         return values
-    return torch.flip(values, axes) if isinstance(values, Tensor) else np.flip(values, axes)
+    if not isinstance(values, Tensor):
+        return np.flip(values, axes)
+    if values.element_size() > 1:
+        return torch.flip(values, axes)
+    return torch.flip(values.view(torch.uint8), axes).view(values.dtype)  # torch cannot flip float8
 
 
 def _need(name: str, shape: Shape, fits: bool, wanted: str) -> None:

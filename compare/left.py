@@ -19,6 +19,8 @@ def objection(policy: str, array: np.ndarray | None) -> str:
         return ""
     if policy.startswith("zero:"):
         index, count = map(int, policy.removeprefix("zero:").split("/"))
+        if not array.ndim or len(array) % count:
+            return f"has shape {array.shape}, which has no {count} parts"
         size = array.shape[0] // count
         return "" if not array[index * size : (index + 1) * size].astype(np.float64).any() else (
             f"part {index} of {count} is not zero, and Flax adds nothing there"

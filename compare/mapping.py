@@ -90,6 +90,11 @@ class Mapping:
         widths = [max(len(line[column]) for line in cells) for column in range(4)]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
+    def __post_init__(self) -> None:
+        """Raise ValueError if two torch tensors would become one Flax array."""
+        if twice := _twice(row.path for row in self.rows if row.kind != "alias"):
+            raise ValueError(f"this mapping has {'/'.join(map(str, twice))} twice")
+
     @cached_property
     def by_path(self) -> dict[Path, Row]:
         """The rows by where Flax keeps them, aliases left out."""
@@ -131,8 +136,6 @@ class Mapping:
             raise ValueError(f"this is no mapping ({type(error).__name__}: {error})") from error
         if flax not in ("linen", "nnx"):
             raise ValueError(f"this is no mapping (flax: {flax!r})")
-        if twice := _twice(row.path for row in rows if row.kind != "alias"):
-            raise ValueError(f"this mapping has {'/'.join(map(str, twice))} twice")
         homes = {row.path for row in rows if row.kind != "alias"}
         for row in rows:
             if row.kind == "alias" and row.path not in homes:
@@ -183,7 +186,7 @@ def _row(entry: Any) -> Row:
 
 
 def _left(name: Any, policy: Any, path: Any) -> Left:
-    if not isinstance(name, str) or not (policy in ("ignore", "verify") or re.fullmatch(r"zero:\d/\d", str(policy))):
+    if not isinstance(name, str) or not (policy in ("ignore", "verify") or re.fullmatch(r"zero:\d/[1-9]", str(policy))):
         raise ValueError(f"{name!r} is left with the policy {policy!r}")
     return Left(name, policy, None if path is None else _path(path))
 

@@ -42,7 +42,8 @@ def match(
 
     Args:
         source: a module, whose layers then say their layout themselves, or a state dict. Of a state dict a
-            weight of three to five axes is taken for a convolution's, never a transposed one's.
+            weight of two axes that becomes a kernel is taken for a Linear's, one of three to five for a
+            convolution's that is not transposed.
         template: Linen variables or their `jax.eval_shape`, or an NNX model.
         rename: torch name to Flax name, dotted, each the whole name of an entry or of a module above it; `*`
             stands for one step: `{"h.*.attn": "blocks.*.attention"}`. The longest rule that fits is taken.
@@ -75,7 +76,8 @@ def pair(
     flax = flax_side(template)
     tensors = source.state_dict(keep_vars=True) if isinstance(source, torch.nn.Module) else dict(source)
     types = layer_types(source)
-    kinds = torch_kinds(source) if isinstance(source, torch.nn.Module) else {}
+    kinds = {key: tensor.kind for key, tensor in tensors.items() if hasattr(tensor, "kind")}
+    kinds |= torch_kinds(source) if isinstance(source, torch.nn.Module) else {}
     names, refused = _renamed(tensors, rename or {})
     refused += [Entry(prefix, "", reason=reason) for prefix, layer in types.items() if (reason := refusal(layer))]
     chosen, unused = _chosen_layouts(tensors, layouts or {})
@@ -95,6 +97,8 @@ def pair(
             except ValueError as error:
                 refused.append(Entry(key, "/".join(map(str, found[0])), reason=str(error)))
             done.add(key)
+    rows, twice = _each_once(rows)
+    refused += [*twice, *_other_heads(rows, types)]
     rows += _aliases(tensors, rows, done)
     done |= {row.torch_key for row in rows}
     mapping = Table(tuple(_in_order(rows, tensors)), tuple(left), flax=flax.kind)
@@ -114,6 +118,11 @@ def _renamed(tensors: Iterable[str], rename: Mapping[str, str]) -> tuple[dict[st
                 names[key] = _filled(new, found.groups()) + key[found.end() :]
                 break
     unused = [
+        Entry(old, "", reason=f"renames to {new}, with another number of *")
+        for old, new in rename.items()
+        if old.count("*") != new.count("*")
+    ]
+    unused += [
         Entry(old, "", reason=_near("this rename rule fits no key", old, tensors)) for old in rename.keys() - used
     ]
     return names, unused
@@ -170,28 +179,89 @@ def _row(
     if "unknown" not in (mine, kind) and (mine == "parameter") != (kind == "parameter"):
         raise ValueError(f"is a {mine} in torch and a {kind} in Flax: one is trained, the other is not")
     shape = tuple(flax.leaves[path].shape)
-    name = chosen.get(key) or hints.get(path) or _layout(key, path, tensor, shape, types.get(key.rpartition(".")[0]))
+    layer = types.get(key.rpartition(".")[0])
+    name = chosen.get(key) or _layout(key, path, tensor, shape, layer, hints.get(path))
     layout(name, shape)
     known = {"buffer": "buffer", "statistics": "statistics"}.get(mine, "parameter")
     return Row(key, path, name, known, shape=shape if name.startswith("heads") else None)  # type: ignore[arg-type]
 
 
-def _layout(key: str, path: Path, tensor: Any, shape: Sequence[int], layer: torch.nn.Module | None) -> str:
+def _layout(
+    key: str, path: Path, tensor: Any, shape: Sequence[int], layer: torch.nn.Module | None, hint: str | None
+) -> str:
+    """Return the layout that the leaf's name and the layers on both sides say; `hint` is the NNX layer's.
+
+    Raises:
+        ValueError: they do not say it.
+    """
     leaf, rank, torch_rank = path[-1], len(shape), len(getattr(tensor, "shape", ()))
     if leaf == "negative_slope":
         return "scalar"
     if leaf != "kernel" or key.rpartition(".")[2] != "weight" or isinstance(layer, torch.nn.Bilinear):
         return "same"
-    if isinstance(layer, torch.nn.modules.conv._ConvTransposeNd):
+    transposed = isinstance(layer, torch.nn.modules.conv._ConvTransposeNd)
+    if hint in ("conv", "conv_transpose") and (transposed or layer is None):
+        return hint
+    if hint == "same" and layer is None:
+        return hint
+    if transposed and hint is None:
         raise ValueError(
             f"the layer is a {type(layer).__name__}, and Flax variables do not say whether theirs was built with "
             f'transpose_kernel: layouts={{"{key}": "conv"}} if True, "conv_transpose" if False, Flax\'s default'
         )
-    if rank == 3 and torch_rank == 2:
+    if rank == 3 and torch_rank == 2 and isinstance(layer, torch.nn.Linear | None):
         if path[-2] in ("query", "key", "value", "out"):
             return "heads_out" if path[-2] == "out" else "heads_in"
-        raise ValueError(f'one side has heads: layouts={{"{key}": "heads_in"}}, or "heads_out" behind the attention')
-    return "conv" if rank >= 3 else "transposed"
+        raise ValueError(
+            f'one side has two axes, the other three: if these are heads, layouts={{"{key}": "heads_in"}}, or '
+            '"heads_out" behind the attention'
+        )
+    if rank == 2 and isinstance(layer, torch.nn.Linear | None) and hint in (None, "general"):
+        return "transposed"
+    if rank >= 3 and isinstance(layer, torch.nn.modules.conv._ConvNd | None) and hint is None and not transposed:
+        return "conv"
+    kind = "torch" if layer is None else f"the {type(layer).__name__} in torch"
+    raise ValueError(f'{kind} does not say how this kernel lies: layouts={{"{key}": "transposed"}}, or another')
+
+
+def _each_once(rows: Sequence[Row]) -> tuple[list[Row], list[Entry]]:
+    """Return the rows, each Flax path once, and a complaint for each that would be taken twice."""
+    taken: dict[Path, Row] = {}
+    refused = []
+    for row in rows:
+        if row.path in taken:
+            reason = f"would become {row.place}, as {taken[row.path].torch_key} does: say which by rename"
+            refused.append(Entry(row.torch_key, row.place, reason=reason))
+        else:
+            taken[row.path] = row
+    return list(taken.values()), refused
+
+
+def _other_heads(rows: Sequence[Row], types: Mapping[str, torch.nn.Module]) -> list[Entry]:
+    """Complain of attention whose number of heads, which no shape in torch shows, is another in Flax."""
+    refused = []
+    for row in rows:
+        layer = types.get(row.torch_key.rpartition(".")[0])
+        heads = layer.num_heads if isinstance(layer, torch.nn.MultiheadAttention) else None
+        if row.layout == "heads_in" and row.shape and heads not in (None, row.shape[1]):
+            reason = f"has {heads} heads in torch and {row.shape[1]} in Flax"
+            refused.append(Entry(row.torch_key, row.place, reason=reason))
+    return refused
+
+
+def allowing(mapping: Table, tensors: Iterable[str], leaves: Mapping[Path, Any], policy: Mapping[str, Policy]) -> Table:
+    """Return the table with what it does not know, and the policy allows to be left, among what is left."""
+    known = mapping.by_key.keys() | {item.torch_key for item in mapping.left}
+    used: set[str] = set()
+    left = []
+    for key in [key for key in tensors if key not in known]:
+        if (decided := _decide(key, policy, used)) in ("ignore", "verify"):
+            left.append(Left(key, str(decided)))
+    for path in [path for path in leaves if path not in mapping.by_path]:
+        place = "/".join(map(str, path))
+        if place not in known and (decided := _decide(place, policy, used)) in ("ignore", "verify"):
+            left.append(Left(place, str(decided), path))
+    return Table(mapping.rows, (*mapping.left, *left), mapping.flax)
 
 
 def _aliases(tensors: Mapping[str, Any], rows: Sequence[Row], done: set[Any]) -> list[Row]:

@@ -22,6 +22,7 @@ import torch
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .mapping import Path
 
@@ -61,8 +62,13 @@ def entries(source: Any) -> list[Held]:
 
 def linen_entries(variables: Mapping[str, Any]) -> list[Held]:
     """Return the entries of Linen variables: the collection says what they are."""
-    flat = flatten_dict(variables)
+    flat = flatten_dict(_dicts(variables))
     return [Held(path, linen_kind(path), leaf) for path, leaf in flat.items()]
+
+
+def _dicts(tree: Any) -> Any:
+    """Return nested mappings of any kind as dicts."""
+    return {name: _dicts(inner) for name, inner in tree.items()} if isinstance(tree, Mapping) else tree
 
 
 def linen_kind(path: Path) -> str:
@@ -93,9 +99,12 @@ def nnx_kind(variable: Any) -> str:
 
 def same_memory(tensor: Tensor) -> tuple[Any, ...] | None:
     """Return what two names of one tensor have in common, or None where there is no memory to compare."""
-    if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
+    if is_lazy(tensor) or tensor.is_nested or tensor.layout != torch.strided:
         return None
-    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    if tensor.is_meta or not tensor.numel():
+        return None
+    views = tensor.is_conj(), tensor.is_neg()
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, *views)
 
 
 def _torch(module: torch.nn.Module) -> Iterator[tuple[str, str, Any, Path | None]]:

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 # The dtypes that NumPy lacks travel as unsigned integers of the same width.
 _EXTENDED = ("bfloat16", "float8_")
@@ -133,6 +134,10 @@ def dense(tensor: Tensor) -> Tensor:
     Raises:
         Untransferable: a meta, sparse or quantized tensor: there are no plain values to carry.
     """
+    if is_lazy(tensor):
+        raise Untransferable("a lazy layer has no values yet; call the module once first")
+    if tensor.is_nested:
+        raise Untransferable("a nested tensor; store its parts one by one")
     if tensor.device.type == "meta":
         raise Untransferable("a meta tensor has no values; materialize the module first (`to_empty`, then load)")
     if tensor.layout != torch.strided or tensor.is_quantized:

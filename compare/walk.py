@@ -71,6 +71,8 @@ def torch_from_flax(leaves: Mapping[Path, Any], mapping: Table, copy: bool) -> t
             refused.append(Entry(row.torch_key, place, reason=f"is a {type(leaf).__name__}, not an array of values"))
         else:
             try:
+                if row.shape is not None and row.shape != leaf.shape:
+                    raise ValueError(f"the mapping is for {row.shape}; this is {leaf.shape}")
                 tensor = _to_tensor(layout(row.layout, leaf.shape), leaf, copy)
             except ValueError as error:
                 refused.append(Entry(row.torch_key, place, leaf.shape, reason=f"{place}: {error}"))
@@ -95,6 +97,8 @@ def unfit(row: Row, key: str, tensor: Any, flax_shape: Sequence[int]) -> Entry |
     """Say what is wrong with a torch tensor that is to become the row's Flax array of that shape."""
     if not hasattr(tensor, "shape"):
         return Entry(key, row.place, reason=f"is a {type(tensor).__name__}, not a tensor")
+    if row.shape is not None and row.shape != tuple(flax_shape):
+        return Entry(key, row.place, reason=f"the mapping is for {row.shape} in Flax; this is {tuple(flax_shape)}")
     try:
         expected = torch_shape(row, flax_shape)
     except ValueError as error:

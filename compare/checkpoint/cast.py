@@ -15,6 +15,23 @@ from .spec import FLOATS, Spec
 from .stored import Tensors
 
 
+def cast_array(path: FilePath, name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return the array in another floating dtype.
+
+    Raises:
+        CheckpointError: a finite number that the dtype holds only as an infinite one.
+    """
+    with np.errstate(over="ignore"):
+        found = array.astype(dtype)
+    if bool((np.isfinite(array) & ~np.isfinite(found)).any()):
+        raise CheckpointError(
+            path, f"{shown(name)} has numbers beyond {dtype}", key=name, expected=f"numbers of {dtype}",
+            found=f"up to {float(np.nanmax(np.abs(array.astype(np.float64)))):.3g}",
+            mend="choose bfloat16 or float32",
+        )  # fmt: skip
+    return found
+
+
 @dataclass(frozen=True)
 class Cast:
     """Tensors whose floating numbers, but those of masks, are cast when they are asked for."""
@@ -67,16 +84,7 @@ class Cast:
             if not self._cast(path):
                 yield piece
                 continue
-            with np.errstate(over="ignore"):
-                found = piece.astype(numpy_dtype(self.dtype))
-            if bool((np.isfinite(piece) & ~np.isfinite(found)).any()):
-                name = shown("/".join(map(str, path)))
-                raise CheckpointError(
-                    self.path, f"{name} has numbers beyond {self.dtype}", key=name, expected=f"numbers of {self.dtype}",
-                    found=f"up to {float(np.nanmax(np.abs(piece.astype(np.float64)))):.3g}",
-                    mend="choose bfloat16 or float32",
-                )  # fmt: skip
-            yield found
+            yield cast_array(self.path, "/".join(map(str, path)), piece, numpy_dtype(self.dtype))
 
     def _cast(self, path: Path) -> bool:
         kind = self.source.kinds.get(path, "unknown")

@@ -31,4 +31,5 @@ def torch_or_flax(names: Iterable[str]) -> LayoutName:
 def linen_or_nnx(paths: Iterable[Path]) -> LayoutName:
     """Tell the layout of a Flax tree without a manifest: Linen's begins with collections."""
     found = list(paths)
-    return "linen" if found and all(path[0] in COLLECTIONS for path in found) else "nnx"
+    first = {path[0] for path in found}
+    return "linen" if found and ("params" in first or first <= set(COLLECTIONS)) else "nnx"

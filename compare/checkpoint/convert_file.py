@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from .. import mapping as tables
 from ..errors import CheckpointError, ConversionError
+from ..mapping import Left, Path
 from ..mapping import Mapping as Table
-from ..mapping import Path
 from ..matching import match
 from . import sharded_folder
 from .cast import Cast
-from .formats import format_of, open_checkpoint
+from .formats import exists, format_of, open_checkpoint
 from .load import named, side_of, steady
 from .progress import Progress, Watched, silent
 from .relaid import relaid
@@ -41,10 +41,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did, or would do. `checked` tells whether the source's values could be."""
+    """What a conversion did, or would do.
+
+    Attributes:
+        lines: one for each tensor.
+        checked: whether the source's values could be.
+        left: what has no place on the other side.
+    """
 
     lines: list[Line]
     checked: bool
+    left: tuple[Left, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -88,6 +95,9 @@ def convert_checkpoint(
     chosen = format_of(path) if shard_bytes is None else None
     allowed = chosen.layouts if chosen else ("torch", "linen", "nnx")
     resolved = writable(path, chosen) if chosen else _folder(path)
+    read = FilePath(source)
+    if exists(read) and (resolved == read.resolve() or resolved in read.resolve().parents):
+        raise CheckpointError(path, "is what is to be read, or holds it: write beside it, then rename")
 
     def work(stored: Stored) -> Conversion:
         tensors, lines = planned(stored, allowed, mapping=mapping, like=like, layout=layout, dtype=dtype)
@@ -99,7 +109,8 @@ def convert_checkpoint(
                 assert shard_bytes is not None
                 put = partial(sharded_folder.write, shard_bytes=shard_bytes)
                 write(path, resolved, format_of("x.safetensors")._replace(write=put), watched)
-        return Conversion(lines, stored.checked)
+        left = tensors.mapping.left if tensors.layout != stored.layout and tensors.mapping else ()
+        return Conversion(lines, stored.checked, left)
 
     return steady(source, work)
 
@@ -178,7 +189,7 @@ def _keys(row: Any) -> str:
 
 
 def _folder(path: FilePath) -> FilePath:
-    if path.exists() and not path.is_dir():
+    if exists(path) and not path.is_dir():
         raise CheckpointError(path, "is no folder, which shards need: choose another name")
     target = path.resolve()
     if not target.parent.is_dir():

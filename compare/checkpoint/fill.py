@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..convert import StateDict
 from ..errors import ConversionError, Entry, Mismatch
 from ..left import host_values, objection
 from ..mapping import Policy
-from ..taxonomy import same_memory
+from ..taxonomy import same_memory, torch_kinds
 from ..walk import same_bits
 from .spec import Spec
 
@@ -19,6 +20,7 @@ from .spec import Spec
 def require_fit(
     module: torch.nn.Module,
     specs: Mapping[str, Spec],
+    kinds: Mapping[str, str],
     policy: Mapping[str, Policy],
     left: set[str],
     cast: bool,
@@ -29,8 +31,8 @@ def require_fit(
         ConversionError: everything that does not fit.
     """
     held = module.state_dict()
-    wanted = {key: entry for key, entry in held.items() if isinstance(entry, Tensor)}
-    tied = _tied(wanted)
+    wanted = {key: entry for key, entry in held.items() if isinstance(entry, Tensor) and not is_lazy(entry)}
+    tied, own_kinds = _tied(wanted), torch_kinds(module)
     missing = [
         Entry(key, "the module's", expected=tuple(tensor.shape))
         for key, tensor in wanted.items()
@@ -45,6 +47,12 @@ def require_fit(
         for key, entry in held.items()
         if key not in wanted
     ]
+    refused += [
+        Entry(key, "the module", reason=f"is a {kinds[key]} in the file and a {own_kinds[key]} in the module")
+        for key in wanted
+        if "unknown" not in (kinds.get(key, "unknown"), own_kinds.get(key, "unknown"))
+        and (kinds[key] == "parameter") != (own_kinds[key] == "parameter")
+    ]
     for key in [key for key in wanted if key in specs]:
         if specs[key].shape != tuple(wanted[key].shape):
             misshaped.append(Entry(key, "the module", specs[key].shape, tuple(wanted[key].shape)))
@@ -56,14 +64,12 @@ def require_fit(
     return {key for key in dropped if _decided(key, policy) == "ignore"}
 
 
-def fill_torch(
-    module: torch.nn.Module, state: StateDict, policy: Mapping[str, Policy]
-) -> Callable[[], torch.nn.Module]:
+def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.nn.Module]:
     """Look at the values, and return what puts them into the module and returns it.
 
     Raises:
-        ConversionError: names that the module ties have different values, or one that may be dropped only while it
-            is the causal mask was edited.
+        ConversionError: names that the module ties, or keeps in overlapping memory, have different values; or an
+            entry without a place that is not the causal mask that anyone would recompute.
     """
     wanted = {key: entry for key, entry in module.state_dict().items() if isinstance(entry, Tensor)}
     refused = []
@@ -71,6 +77,7 @@ def fill_torch(
         first = next((other for other in wanted if other in others and other in state), key)
         if key in state and first != key and not same_bits(state[key], state[first]):
             refused.append(Entry(key, "the module", reason=f"is tied to {first} in the module, and has other values"))
+    refused += _overwritten(wanted, state) if not refused else []
     for key in [key for key in state if key not in wanted]:
         if reason := objection("verify", host_values(state[key])):
             refused.append(Entry(key, "", tuple(state[key].shape), reason=reason))
@@ -79,10 +86,44 @@ def fill_torch(
     fitting = {key: tensor for key, tensor in state.items() if key in wanted}
 
     def assign() -> torch.nn.Module:
-        module.load_state_dict(fitting, strict=False)  # all keys were looked at one by one
+        hooked = any(child._load_state_dict_pre_hooks for child in module.modules())
+        before = {key: tensor.clone() for key, tensor in wanted.items()} if hooked else {}
+        try:
+            module.load_state_dict(fitting, strict=False)  # all keys were looked at one by one
+        except Exception as error:  # of a hook that the module has
+            with torch.no_grad():
+                for key, tensor in before.items():
+                    wanted[key].copy_(tensor)
+            reason = f"load_state_dict refuses: {type(error).__name__}: {error}"
+            raise ConversionError(Mismatch(refused=(Entry("state", "the module", reason=reason),))) from error
         return module
 
     return assign
+
+
+def _overwritten(wanted: Mapping[str, Tensor], state: StateDict) -> list[Entry]:
+    """List the entries that another one, which lies in the same memory in part, would overwrite with other values."""
+    storages: dict[int, list[str]] = {}
+    for key, tensor in wanted.items():
+        if key in state and same_memory(tensor) is not None:
+            storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(key)
+    refused = []
+    for keys in [keys for keys in storages.values() if len({same_memory(wanted[key]) for key in keys}) > 1]:
+        scratch = wanted[keys[0]].untyped_storage().clone()
+        views = {key: _view(wanted[key], scratch) for key in keys}
+        for key, view in views.items():
+            view.copy_(state[key])
+        for key, view in views.items():
+            if not same_bits(view, state[key].to(view.dtype)):
+                reason = "lies in the same memory as another entry of the module, which has other values here"
+                refused.append(Entry(key, "the module", reason=reason))
+    return refused
+
+
+def _view(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
+    """Return what the tensor would be in another storage."""
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
 
 
 def _tied(wanted: Mapping[str, Tensor]) -> dict[str, set[str]]:
@@ -109,6 +150,8 @@ def _refusal(key: str, dtype: str, expected: Tensor, cast: bool) -> str:
     found: torch.dtype = getattr(torch, dtype)
     if expected.is_meta:
         return "the module is on the meta device: `to_empty(device=...)` first"
+    if expected.is_inference() and not torch.is_inference_mode_enabled():
+        return f"the module's is an inference tensor: `module.{key} = module.{key}.clone()` first"
     if any(stride == 0 and size > 1 for stride, size in zip(expected.stride(), expected.shape, strict=True)):
         return f"the module's is expanded, many entries in one place: `module.{key} = module.{key}.clone()` first"
     floating = found.is_floating_point and expected.dtype.is_floating_point

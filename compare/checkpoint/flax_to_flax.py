@@ -15,6 +15,8 @@ from ..mapping import Path, Policy
 from ..sides import FlaxSide, specs_side
 from ..transfer import Untransferable, numpy_to_tensor, to_jax
 from ..walk import place_like
+from .cast import cast_array
+from .spec import FLOATS
 from .stored import Stored
 
 
@@ -59,7 +61,10 @@ def flax_leaves(stored: Stored, side: FlaxSide, policy: Mapping[str, Policy], ca
     leaves = {}
     for path, source in pairs.items():
         try:
-            leaves[path] = _leaf(arrays[source], side.leaves[path], cast)
+            array, leaf = arrays[source], side.leaves[path]
+            if cast and array.dtype.name in FLOATS and np.dtype(leaf.dtype).name in FLOATS:
+                array = cast_array(stored.path, names[path], array, np.dtype(leaf.dtype))
+            leaves[path] = _leaf(array, leaf)
         except Untransferable as error:
             refused.append(Entry(names[path], "", arrays[source].shape, reason=str(error)))
     if refused:
@@ -76,10 +81,8 @@ def install(target: Any, leaves: Mapping[Path, jax.Array]) -> Any:
     return unflatten_dict({**kept, **leaves})
 
 
-def _leaf(array: np.ndarray, leaf: Any, cast: bool) -> jax.Array:
+def _leaf(array: np.ndarray, leaf: Any) -> jax.Array:
     tensor = numpy_to_tensor(array if array.flags.writeable else array.copy())
-    if cast and tensor.is_floating_point() and jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
-        tensor = numpy_to_tensor(array.astype(leaf.dtype))
     return place_like(to_jax(tensor, copy=True, owned=True), leaf, copy=True)
 
 

@@ -73,7 +73,7 @@ def open_checkpoint(path: str | PathLike[str]) -> Stored:
         CheckpointError: no such file, or not a file of the format that its suffix names.
     """
     path = Path(path)
-    if not path.exists():
+    if not exists(path):
         raise CheckpointError(path, "no such file or folder")
     if sharded_folder.index_in(path) is not None:
         return _opened(path, sharded_folder.open_)
@@ -85,6 +85,21 @@ def open_checkpoint(path: str | PathLike[str]) -> Stored:
     if not chosen.is_folder and not path.stat().st_size:
         raise CheckpointError(path, "is empty", mend="take another copy")
     return _opened(path, chosen.open)
+
+
+def exists(path: Path) -> bool:
+    """Tell whether something is there.
+
+    Raises:
+        CheckpointError: nothing can be there: the name is too long, or links lead round in a circle.
+    """
+    try:
+        path.resolve(strict=True)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(path, f"cannot be a path ({error})", mend="choose another name") from error
+    return True
 
 
 def _opened(path: Path, open_: Callable[[Path], Stored]) -> Stored:

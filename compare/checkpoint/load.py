@@ -4,7 +4,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, overload
+from stat import S_ISDIR
+from typing import Any, NamedTuple, TypeVar, get_args, overload
 
 import numpy as np
 import torch
@@ -16,16 +17,18 @@ from ..errors import CheckpointError, ConversionError, UnverifiedCheckpoint, sho
 from ..mapping import Mapping as Table
 from ..mapping import Path as Steps
 from ..mapping import Policy
-from ..matching import match
+from ..matching import allowing, match
 from ..sides import FlaxSide, flax_side, specs_side
-from ..transfer import numpy_to_tensor
+from ..transfer import numpy_dtype, numpy_to_tensor, tensor_to_numpy
 from ..walk import flax_from_torch
 from .blocks import contiguous
+from .cast import cast_array
 from .fill import fill_torch, require_fit
 from .flax_to_flax import flax_leaves, install
 from .formats import open_checkpoint
 from .manifest import is_mask
 from .relaid import relaid
+from .sharded_folder import index_in
 from .stored import Stored, Tensors
 
 Module = TypeVar("Module", bound=torch.nn.Module | nnx.Module)
@@ -83,6 +86,11 @@ def load_checkpoint(
     """
     if not isinstance(target, torch.nn.Module | nnx.Module | Mapping) or isinstance(target, nnx.State):
         raise TypeError(f"target is a {type(target).__name__}; expected a torch or NNX module, or Linen variables")
+    if isinstance(target, Mapping) and target and not any(isinstance(inner, Mapping) for inner in target.values()):
+        raise TypeError("target is a flat dict; expected Linen variables, or a torch module instead of its state dict")
+    for pattern, decided in (policy or {}).items():
+        if decided not in get_args(Policy):
+            raise ValueError(f"policy {pattern}: there is no {decided!r}; there are {', '.join(get_args(Policy))}")
 
     def prepare(stored: Stored) -> Callable[[], Any]:
         try:
@@ -96,7 +104,11 @@ def load_checkpoint(
                 path, f"does not fit the target; nothing was loaded:\n{error.mismatch}", error.mismatch
             ) from error
 
-    return steady(path, prepare)()
+    assign = steady(path, prepare)
+    try:
+        return assign()
+    except ConversionError as error:
+        raise CheckpointError(path, f"was not loaded:\n{error.mismatch}", error.mismatch) from error
 
 
 def read_checkpoint(path: str | PathLike[str], *, mapping: Table | None = None) -> StateDict:
@@ -155,12 +167,15 @@ def steady(path: str | PathLike[str], work: Callable[[Stored], Result]) -> Resul
     raise CheckpointError(path, f"was replaced {_TRIES} times while it was read", mend="read it when it is at rest")
 
 
-def _identity(path: Path) -> tuple[int, ...] | None:
+def _identity(path: Path) -> list[tuple[int, ...]]:
+    """Return what tells a checkpoint from another at the same path; a folder by what it was written with last."""
     try:
-        found = (path.parent if path.name.endswith(".index.json") else path).stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns
+        index = index_in(path)
+        parts = [path, path / "_METADATA", index or path] if path.is_dir() else [path]
+        found = [part.stat() for part in parts if part.exists()]
+    except (OSError, ValueError, RuntimeError):
+        return []
+    return [(stat.st_dev, stat.st_ino, 0 if S_ISDIR(stat.st_mode) else stat.st_mtime_ns) for stat in found]
 
 
 class _Named(NamedTuple):
@@ -169,14 +184,16 @@ class _Named(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     memory: Any
+    kind: str
 
 
 def named(stored: Stored) -> dict[str, _Named]:
     """Return the torch names of the file, tied ones among them, with the shapes that it declares."""
-    found = {str(key[0]): _Named(spec.shape, spec.dtype, key) for key, spec in stored.specs.items()}
-    for key, first in stored.aliases.items():
-        found[str(key[0])] = _Named(stored.specs[first].shape, stored.specs[first].dtype, first)
-    return found
+    homes = {key: key for key in stored.specs} | dict(stored.aliases)
+    return {
+        str(key[0]): _Named(*stored.specs[first], first, stored.kinds.get(first, "unknown"))
+        for key, first in homes.items()
+    }
 
 
 def _into_torch(
@@ -185,30 +202,35 @@ def _into_torch(
     tensors: Tensors = stored
     stored.mapped = True  # the values are copied into the module
     if stored.layout != "torch":
-        table = mapping or _own(stored, stored.layout, policy)
+        table = mapping or _own(stored, stored.layout)
+        if table:
+            table = allowing(table, (), stored.specs, policy)
         tensors = relaid(stored.path, stored, table or match(module, side_of(stored), policy=policy))
     left = tensors.mapping.left_keys() if tensors.mapping else set()
-    specs = {str(key[0]): spec for key, spec in tensors.specs.items()}
-    specs |= {str(key[0]): tensors.specs[first] for key, first in tensors.aliases.items()}
-    dropped = require_fit(module, specs, policy, left, cast)
+    homes = {key: key for key in tensors.specs} | dict(tensors.aliases)
+    specs = {str(key[0]): tensors.specs[first] for key, first in homes.items()}
+    kinds = {str(key[0]): tensors.kinds.get(first, "unknown") for key, first in homes.items()}
+    dropped = require_fit(module, specs, kinds, policy, left, cast)
     state = {key: tensor for key, tensor in _state(tensors).items() if key not in dropped}
+    if cast:
+        own = module.state_dict()
+        for key in [key for key in state if key in own]:
+            state[key] = _cast(stored.path, key, state[key], own[key].dtype)
     _require_masks(stored.path, tensors, state)
-    return fill_torch(module, state, policy)
+    return fill_torch(module, state)
 
 
 def _torch_into_flax(
     stored: Stored, target: Any, mapping: Table | None, policy: Mapping[str, Policy], cast: bool
 ) -> Callable[[], Any]:
-    side = flax_side(target)
-    table = mapping or _own(stored, side.kind, policy) or match(named(stored), side, policy=policy)
+    side, names = flax_side(target), named(stored)
+    table = mapping or _own(stored, side.kind)
+    table = allowing(table, names, side.leaves, policy) if table else match(names, side, policy=policy)
     relaid(stored.path, stored, table)  # names and shapes first: nothing is read of a file that does not fit
     state = _state(stored)
     _require_masks(stored.path, stored, state)
-    if cast:
-        by_key = {key: rows[0] for key, rows in table.by_key.items()}
-        for key in [key for key in state if key in by_key and state[key].is_floating_point()]:
-            wanted = getattr(torch, np.dtype(side.leaves[by_key[key].path].dtype).name)
-            state[key] = state[key].to(wanted) if wanted.is_floating_point else state[key]
+    for key, row in {key: rows[0] for key, rows in table.by_key.items() if cast and key in state}.items():
+        state[key] = _cast(stored.path, key, state[key], getattr(torch, np.dtype(side.leaves[row.path].dtype).name))
     arrays, mismatch = flax_from_torch(state, side.leaves, table, copy=True)
     if mismatch:
         raise ConversionError(mismatch)
@@ -222,9 +244,21 @@ def _flax_into_flax(stored: Stored, target: Any, policy: Mapping[str, Policy], c
     return lambda: install(target, leaves)
 
 
-def _own(stored: Stored, kind: str, policy: Mapping[str, Policy]) -> Table | None:
-    """Return the mapping that the file has for that kind of Flax model; with a policy names are paired anew."""
-    return stored.mapping if stored.mapping and stored.mapping.flax == kind and not policy else None
+def _cast(path: Path, key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a floating tensor in another floating dtype.
+
+    Raises:
+        CheckpointError: a finite number that the dtype holds only as an infinite one.
+    """
+    if not tensor.is_floating_point() or not dtype.is_floating_point:
+        return tensor
+    array = tensor_to_numpy(tensor)
+    return numpy_to_tensor(cast_array(path, key, array, numpy_dtype(str(dtype).removeprefix("torch."))))
+
+
+def _own(stored: Stored, kind: str) -> Table | None:
+    """Return the mapping that the file has for that kind of Flax model."""
+    return stored.mapping if stored.mapping and stored.mapping.flax == kind else None
 
 
 def side_of(stored: Stored) -> FlaxSide:

@@ -86,6 +86,8 @@ class Manifest:
             if len(records) != len(content["tensors"]):
                 raise ValueError("a tensor twice")
             aliases = {_path(path): _path(first) for path, first in content["aliases"]}
+            if content["layout"] == "torch" and any(len(p) > 1 or type(p[0]) is int for p in (*records, *aliases)):
+                raise ValueError("a torch name that is none")
             if any(first not in records or path in records for path, first in aliases.items()):
                 raise ValueError("an alias of nothing")
             mapping = None if content["mapping"] is None else Table.from_json(content["mapping"])

@@ -45,7 +45,10 @@ def open_(path: FilePath) -> Stored:
         manifest = Manifest.loads(tree.pop(KEY)) if KEY in tree else None
     except ValueError as error:
         raise _broken(path, shown(error)) from error
-    arrays: dict[Path, np.ndarray] = flatten_dict(tree)
+    try:
+        arrays: dict[Path, np.ndarray] = flatten_dict(tree)
+    except RecursionError:
+        raise _broken(path, "dicts within dicts") from None
     for key, value in arrays.items():
         if not isinstance(value, np.ndarray):
             name = shown("/".join(map(str, key)))
@@ -139,7 +142,7 @@ def tree_of(path: FilePath, leaves: Mapping[Path, Any]) -> dict[str, Any]:
         CheckpointError: names that would coincide, as 0 and "0", or one that is the manifest's.
     """
     words = {tuple(map(str, key)): leaf for key, leaf in leaves.items()}
-    if len(words) != len(leaves) or any(key[0] == KEY for key in words):
+    if len(words) != len(leaves) or any(key[0] == KEY or _CHUNKED in key for key in words):
         raise CheckpointError(path, "two of its names are the same when they are written as words", mend="rename one")
     if twice := [key for key in words if any(key[:end] in words for end in range(1, len(key)))]:
         raise CheckpointError(path, f"{'/'.join(twice[0])} lies within another array", mend="rename one")

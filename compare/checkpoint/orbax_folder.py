@@ -61,7 +61,11 @@ def open_(path: FilePath) -> Stored:
     with _reported(path), _checkpointer() as checkpointer:
         saved = flatten_dict(checkpointer.metadata(path.absolute()).item_metadata.tree)
         specs = {key: checked(tuple(leaf.shape), np.dtype(leaf.dtype).name) for key, leaf in saved.items()}
-    names = {tuple(map(str, key)): key for key in specs}
+    if manifest is None and specs and all(key[-1] == "value" for key in specs):  # an nnx.State, as Orbax has it
+        names = {tuple(map(str, key[:-1])): key for key in specs}
+        specs = {key[:-1]: spec for key, spec in specs.items()}
+    else:
+        names = {tuple(map(str, key)): key for key in specs}
     aliases: dict[Path, Path] = {}
     if manifest is not None:
         specs, aliases = in_manifests_order(path, specs, manifest), dict(manifest.aliases)
@@ -92,6 +96,10 @@ def write(path: FilePath, tensors: Tensors) -> None:
         raise CheckpointError(
             path, f"holds {', '.join(strange)} beside an Orbax checkpoint; it was left alone: choose another name"
         )
+    if len({".".join(map(str, key)) for key in tensors.specs}) != len(tensors.specs):
+        raise CheckpointError(
+            path, "Orbax joins names by dots, and two of these would be one", mend="rename one, or save as .msgpack"
+        )
     leaves = {key: Pending(key, tensors) for key in tensors.specs}
     with atomic_folder(path) as folder:
         with _checkpointer(
@@ -121,6 +129,8 @@ def _require_plain(path: FilePath) -> None:
                 path, f"holds a link, {shown(entry.relative_to(path))}", key=shown(entry.name),
                 mend="copy the folder with what its links point to (cp -rL)",
             )  # fmt: skip
+        if not entry.is_file() and not entry.is_dir():
+            raise CheckpointError(path, f"holds {shown(entry.name)}, which is neither file nor folder")
         if count > _MOST_FILES:
             raise CheckpointError(path, f"holds more than {_MOST_FILES:,} files")
 

@@ -124,9 +124,9 @@ def write(path: FilePath, tensors: Tensors) -> None:
         end += tensors.specs[key].nbytes
 
     def header(manifest: Manifest) -> bytes:
-        metadata = {KEY: manifest.dumps(), **({"format": "pt"} if tensors.layout == "torch" else {})}
-        if tensors.layout == "torch":
-            metadata |= {key[0]: first[0] for key, first in tensors.aliases.items()}
+        tied = {str(key[0]): str(first[0]) for key, first in tensors.aliases.items()}
+        own = {KEY: manifest.dumps(), **({"format": "pt"} if tensors.layout == "torch" else {})}
+        metadata = {**(tied if tensors.layout == "torch" else {}), **own}
         entries = {
             names[key]: {
                 "dtype": _DTYPES[tensors.specs[key].dtype],
@@ -230,7 +230,7 @@ def _joined(path: FilePath, key: Path, layout: LayoutName) -> str:
 def _aliases(header: Header) -> dict[Path, Path]:
     """Return the tied names that the library's `save_model` leaves in the metadata."""
     specs, metadata = header.specs, header.metadata
-    return {(name,): (first,) for name, first in metadata.items() if name not in specs and first in specs}
+    return {(name,): (first,) for name, first in metadata.items() if name not in {*specs, "format"} and first in specs}
 
 
 def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..mapping import Mapping as Table
 from ..sides import flax_side
 from ..taxonomy import entries, same_memory, torch_kinds
 from ..transfer import Untransferable, dense, tensor_to_numpy, to_host
-from .formats import Format, format_of
+from .formats import Format, exists, format_of
 from .relaid import relaid
 from .spec import spec_of
 from .stored import Held, Tensors
@@ -50,6 +50,10 @@ def save_checkpoint(path: str | PathLike[str], source: Source, *, mapping: Table
     target = writable(path, chosen)
     try:
         write(path, target, chosen, _tensors(path, source, mapping, chosen))
+    except (TypeError, RecursionError) as error:  # of leaves that are no arrays, and of dicts without end
+        raise CheckpointError(
+            path, shown(error), mend="give a torch or NNX module, a state dict or variables"
+        ) from error
     except ConversionError as error:
         raise CheckpointError(
             path, f"the state cannot be stored in this format:\n{error.mismatch}", error.mismatch, mend=_MEND
@@ -63,6 +67,7 @@ def writable(path: Path, chosen: Format) -> Path:
     Raises:
         CheckpointError: no folder to write into, or something else is there.
     """
+    exists(path)
     target = path.resolve()
     if not target.parent.is_dir():
         raise CheckpointError(path, f"the folder {target.parent} does not exist; make it first")
@@ -131,7 +136,7 @@ def _from_torch(path: Path, source: Any, mapping: Table | None) -> Held:
 def _torch_held(path: Path, tensors: Mapping[Any, Any], kinds: Mapping[str, str], mapping: Table | None) -> Held:
     attention = mapping is None and tensors.keys() <= tables.LINEN.by_key.keys()
     if attention:
-        kinds = {key: rows[0].kind for key, rows in tables.LINEN.by_key.items()}
+        kinds = {**{key: rows[0].kind for key, rows in tables.LINEN.by_key.items()}, **kinds}
     arrays, aliases = {}, {}
     seen: dict[Any, str] = {}
     for key, value in tensors.items():

@@ -80,7 +80,9 @@ def write(path: FilePath, tensors: Tensors, shard_bytes: int) -> None:
     Raises:
         CheckpointError: the folder is there and holds something else.
     """
-    if path.exists() and (strange := [entry.name for entry in path.iterdir() if ".safetensors" not in entry.name]):
+    index = index_in(path) if path.exists() else None
+    own = {index.name, *_index(path, index)[0].values()} if index else set()
+    if path.exists() and (strange := [entry.name for entry in path.iterdir() if entry.name not in own]):
         raise CheckpointError(path, f"holds {shown(strange[0])}; it was left alone: choose another name")
     shards = _split(tensors, shard_bytes)
     sums: dict[Path, str] = {}
@@ -125,6 +127,8 @@ def _split(tensors: Tensors, shard_bytes: int) -> list[list[Path]]:
 
 def _index(path: FilePath, index: FilePath) -> tuple[dict[str, str], str | None]:
     """Read the index: which tensor is in which file, and the manifest's text."""
+    if not index.is_file() or (index.is_symlink() and path.is_dir()):
+        raise _broken(path, f"{shown(index.name)} is no regular file")
     if index.stat().st_size > _MAX_INDEX_BYTES:
         raise _broken(path, f"more than {_MAX_INDEX_BYTES:,} bytes")
     try:

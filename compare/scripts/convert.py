@@ -41,9 +41,10 @@ def _section(source: Path, target: Path, done: Conversion, dry_run: bool) -> Sec
     rows: list[list[Cell]] = [_row(line) for line in done.lines]
     verb = "would become" if dry_run else "became"
     words = f"{source} {verb} {target}: {len(done.lines)} tensors, {done.nbytes:,} bytes."
+    left = [f"{item.torch_key} has no place on the other side and is left ({item.policy})." for item in done.left]
     unverified = "The source has no manifest: whether its values are those that were saved is not known."
     blocks: list[Block] = [Table(["from", "to", "kind", "shape", "dtype", "layout"], rows), words]
-    section = Section("Conversion", [*blocks, *([] if done.checked else [unverified])])
+    section = Section("Conversion", [*blocks, *left, *([] if done.checked else [unverified])])
     if not dry_run:
         section.checks.append(Check("written", "all", True, f"{len(done.lines)} tensors", "every tensor of the source"))
     return section

@@ -54,13 +54,15 @@ def held(source: str, progress: Progress) -> tuple[list[Shown], list[str]]:
         return _of_module(source), []
     with open_checkpoint(source) as stored:
         found, total, done = [], sum(spec.nbytes for spec in stored.specs.values()), 0
+        arrays = {}
         for path, array in stored.read():
             name = "/".join(map(str, path))
             found.append(Shown(name, stored.kinds.get(path, "unknown"), stored.specs[path], array))
+            arrays[path] = array
             done += array.nbytes
             progress(done, total)
         found += [
-            Shown("/".join(map(str, path)), f"alias of {'/'.join(map(str, first))}", stored.specs[first], None)
+            Shown("/".join(map(str, path)), f"alias of {'/'.join(map(str, first))}", stored.specs[first], arrays[first])
             for path, first in stored.aliases.items()
         ]
         checked = "every checksum is right" if stored.checked else "no manifest, so nothing could be checked"
@@ -75,7 +77,7 @@ def _of_module(source: str) -> list[Shown]:
         if callable(found) and not isinstance(found, torch.nn.Module | nnx.Module):
             found = found()
         held_ = entries(found)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported or called
         raise CheckpointError(
             source, f"is no module to look at ({type(error).__name__}: {shown(error)})",
             expected="a file, a folder, or package.module:name of a torch or NNX module, Linen variables, or a "
@@ -84,10 +86,19 @@ def _of_module(source: str) -> list[Shown]:
     shown_ = []
     for entry in held_:
         kind = f"alias of {'/'.join(map(str, entry.first))}" if entry.first is not None else entry.kind
-        array = host_values(entry.value) if entry.kind != "stream" else None
+        array = _values(entry.value) if entry.kind != "stream" else None
         shown_.append(Shown(entry.name, "plain: will be left behind" if kind == "left behind" else kind,
                             spec_of(array) if array is not None else None, array))  # fmt: skip
     return shown_
+
+
+def _values(value: Any) -> np.ndarray | None:
+    """Return the values, or None where there are no plain ones."""
+    try:
+        array = host_values(value)
+        return array if array is None or spec_of(array) else None
+    except (ValueError, TypeError, RuntimeError):
+        return None
 
 
 def _section(source: str, found: list[Shown], words: list[str]) -> Section:
