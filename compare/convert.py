@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, overload
 import jax
 import torch
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from torch import Tensor
 
 from . import mapping as tables
@@ -21,7 +21,7 @@ from .mapping import Mapping as Table
 from .mapping import Path
 from .matching import pair
 from .sides import FlaxSide, flax_side
-from .taxonomy import SAVED, linen_kind
+from .taxonomy import SAVED, linen_entries, linen_kind
 from .walk import flax_from_torch, torch_from_flax
 
 StateDict = dict[str, Tensor]
@@ -200,7 +200,7 @@ def _state_dict(source: Source) -> Mapping[str, Any]:
 def _linen_leaves(variables: Mapping[str, Any]) -> dict[Path, Any]:
     if not isinstance(variables, Mapping) or isinstance(variables, nnx.State):
         raise TypeError(f"got a {type(variables).__name__}; expected Linen variables, as `model.init` returns them")
-    return flatten_dict(variables)
+    return {held.path: held.value for held in linen_entries(variables)}
 
 
 def _to_flax(

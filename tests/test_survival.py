@@ -126,7 +126,7 @@ def test_any_name(suffix: str, tmp_path: Path) -> None:
 def test_names_that_would_coincide_are_refused(tmp_path: Path) -> None:
     one, two = np.zeros(2, np.float32), np.ones(2, np.float32)
     for suffix in (".msgpack", ".orbax"):
-        with pytest.raises(CheckpointError, match="the same when they are written as words|two of these would be one"):
+        with pytest.raises(CheckpointError, match=r"the same when they are written as words|two of these would be one"):
             through(tmp_path / f"state{suffix}", {("x", 0): one, ("x", "0"): two})
         with pytest.raises(CheckpointError, match="lies within another array"):
             through(tmp_path / f"state{suffix}", {("x",): one, ("x", "y"): two})

@@ -123,7 +123,7 @@ def _overwritten(wanted: Mapping[str, Tensor], state: StateDict) -> list[Entry]:
 def _view(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
     """Return what the tensor would be in another storage."""
     empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
+    return empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _tied(wanted: Mapping[str, Tensor]) -> dict[str, set[str]]:

@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from ..errors import ConversionError, Entry, Mismatch
 from ..left import host_values, objection
 from ..mapping import Path, Policy
 from ..sides import FlaxSide, specs_side
+from ..taxonomy import linen_entries
 from ..transfer import Untransferable, numpy_to_tensor, to_jax
 from ..walk import place_like
 from .cast import cast_array
@@ -77,7 +78,8 @@ def install(target: Any, leaves: Mapping[Path, jax.Array]) -> Any:
     if isinstance(target, nnx.Module):
         nnx.update(target, unflatten_dict(dict(leaves)))
         return target
-    kept = {path: leaf for path, leaf in flatten_dict(target).items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
+    held = {entry.path: entry.value for entry in linen_entries(target)}
+    kept = {path: leaf for path, leaf in held.items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
     return unflatten_dict({**kept, **leaves})
 
 

@@ -51,9 +51,8 @@ def save_checkpoint(path: str | PathLike[str], source: Source, *, mapping: Table
     try:
         write(path, target, chosen, _tensors(path, source, mapping, chosen))
     except (TypeError, RecursionError) as error:  # of leaves that are no arrays, and of dicts without end
-        raise CheckpointError(
-            path, shown(error), mend="give a torch or NNX module, a state dict or variables"
-        ) from error
+        mend = "give a torch or NNX module, a state dict or Linen variables"
+        raise CheckpointError(path, shown(error).removeprefix("template "), mend=mend) from error
     except ConversionError as error:
         raise CheckpointError(
             path, f"the state cannot be stored in this format:\n{error.mismatch}", error.mismatch, mend=_MEND

@@ -1,0 +1,291 @@
+"""What once slipped through: views, ties, heads, names, folders and files of others, hooks, hostile manifests."""
+
+import json
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from flax.core import freeze
+
+import compare
+from compare.checkpoint.convert_file import convert_checkpoint
+from compare.checkpoint.formats import open_checkpoint
+from compare.checkpoint.manifest import KEY, Manifest
+from compare.errors import CheckpointError, ConversionError
+from compare.left import objection
+from compare.mapping import Mapping, Row
+
+pytestmark = pytest.mark.filterwarnings("ignore::compare.errors.UnverifiedCheckpoint")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_conjugate_is_not_a_tied_tensor(suffix: str, tmp_path: Path) -> None:
+    z = torch.randn(3, dtype=torch.complex64)
+    state = {"a": z, "b": z.conj()}
+    found = compare.read_checkpoint(compare.save_checkpoint(tmp_path / f"state{suffix}", state))
+    assert torch.equal(found["b"], z.conj())
+    torch.save(state, tmp_path / "plain.pth")
+    assert torch.equal(compare.read_checkpoint(tmp_path / "plain.pth")["b"], z.conj())
+
+
+def test_shards_never_replace_what_is_not_theirs(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    source = compare.save_checkpoint(folder / "orig.safetensors", {"x": torch.ones(99)})
+    with pytest.raises(CheckpointError, match="is what is to be read, or holds it"):
+        convert_checkpoint(source, folder, shard_bytes=100)
+    away = compare.save_checkpoint(tmp_path / "away.safetensors", {"x": torch.ones(99)})
+    with pytest.raises(CheckpointError, match=r"holds orig.safetensors; it was left alone"):
+        convert_checkpoint(away, folder, shard_bytes=100)
+    assert source.exists()
+    convert_checkpoint(away, tmp_path / "shards", shard_bytes=100)
+    convert_checkpoint(away, tmp_path / "shards", shard_bytes=100)
+    (tmp_path / "shards" / "lora.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"holds lora.safetensors; it was left alone"):
+        convert_checkpoint(away, tmp_path / "shards", shard_bytes=100)
+    convert_checkpoint(tmp_path / "shards", tmp_path / "shards" / "merged.safetensors")
+    assert torch.equal(compare.read_checkpoint(tmp_path / "shards" / "merged.safetensors")["x"], torch.ones(99))
+
+
+def test_a_file_is_not_converted_into_itself(tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "state.safetensors", {"x": torch.ones(9)})
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="is what is to be read"):
+        convert_checkpoint(path, path, dtype="bfloat16")
+    assert path.read_bytes() == before
+
+
+class One(nnx.Module):
+    def __init__(self) -> None:
+        self.x = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+
+
+def test_two_entries_do_not_become_one() -> None:
+    source = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3), "b": torch.nn.Linear(3, 3)})
+    with pytest.raises(ConversionError, match=r"b.weight: would become x/kernel, as a.weight does"):
+        compare.match(source, One(), rename={"a": "x", "b": "x"})
+    with pytest.raises(ConversionError, match=r"\*: renames to x, with another number of \*"):
+        compare.match(source, One(), rename={"*": "x"})
+    with pytest.raises(ConversionError, match="would become x/kernel"):
+        compare.match({"x.weight": torch.ones(3, 3), "x.kernel": torch.ones(3, 3), "x.bias": torch.ones(3)}, One())
+    with pytest.raises(ValueError, match="this mapping has params/x twice"):
+        Mapping((Row("a", ("params", "x")), Row("b", ("params", "x"))))
+
+
+def test_names_that_a_format_would_lose(tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "state.orbax", {"params": {"x": jnp.ones(2)}})
+    with pytest.raises(CheckpointError, match="Orbax joins names by dots"):
+        compare.save_checkpoint(path, {"params": {"a.b": jnp.ones(2), "a": {"b": jnp.zeros(2)}}})
+    with open_checkpoint(path) as stored:
+        assert list(stored.specs) == [("params", "x")]
+    with pytest.raises(CheckpointError, match="rename one"):
+        compare.save_checkpoint(tmp_path / "s.msgpack", {"params": {"__msgpack_chunked_array__": {"k": jnp.ones(2)}}})
+    w = torch.ones(2)
+    tied = compare.save_checkpoint(tmp_path / "tied.safetensors", {"w": w, KEY: w, "format": w})
+    assert compare.read_checkpoint(tied).keys() == {"w", KEY, "format"}
+    from safetensors.torch import save_file
+
+    save_file({"pt": w}, str(tmp_path / "plain.safetensors"), metadata={"format": "pt"})
+    assert compare.read_checkpoint(tmp_path / "plain.safetensors").keys() == {"pt"}
+
+
+def test_the_number_of_heads_is_part_of_the_shape(tmp_path: Path) -> None:
+    source = torch.nn.MultiheadAttention(6, 2)
+    two, three = (nnx.MultiHeadAttention(n, 6, decode=False, rngs=nnx.Rngs(0)) for n in (2, 3))
+    with pytest.raises(ConversionError, match="in_proj_weight: has 2 heads in torch and 3 in Flax"):
+        compare.match(source, three)
+    path = compare.save_checkpoint(tmp_path / "s.pth", source, mapping=compare.match(source, two))
+    with pytest.raises(CheckpointError, match=r"the mapping is for \(6, 2, 3\) in Flax; this is \(6, 3, 2\)"):
+        compare.load_checkpoint(path, three)
+    with pytest.raises(ConversionError, match="add_zero_attn=True has no counterpart"):
+        compare.match(torch.nn.MultiheadAttention(6, 2, add_zero_attn=True), two)
+
+
+class Conv1D(torch.nn.Module):
+    """As GPT-2 has it: the weight is (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = torch.nn.Parameter(torch.randn(3, 3)), torch.nn.Parameter(torch.zeros(3))
+
+
+@pytest.mark.parametrize("layer", [Conv1D(), torch.nn.Embedding(3, 3)], ids=["own", "embedding"])
+def test_a_layer_that_does_not_say_how_its_square_lies(layer: torch.nn.Module) -> None:
+    source = torch.nn.ModuleDict({"x": layer})
+    with pytest.raises(ConversionError, match=rf'the {type(layer).__name__} in torch does not say .*"x.weight"'):
+        compare.match(source, One())
+    if isinstance(layer, Conv1D):
+        table = compare.match(source, One(), layouts={"x.weight": "same"})
+        model = compare.torch_to_nnx(source, One(), mapping=table)
+        assert np.array_equal(model.x.kernel[...], layer.weight.detach().numpy())
+
+
+def test_kernels_of_another_layer_in_nnx() -> None:
+    conv = torch.nn.Conv1d(3, 3, 3)
+    for model in (
+        nnx.LinearGeneral((3,), (3, 3), rngs=nnx.Rngs(0)),
+        nnx.ConvTranspose(3, 3, (3,), rngs=nnx.Rngs(0)),
+    ):
+        with pytest.raises(ConversionError, match=r"does not say how this kernel lies|has shape"):
+            compare.match(conv, model)
+
+
+class Overlapping(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.dec = torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False)
+        self.dec.weight = torch.nn.Parameter(self.enc.weight.t())
+
+
+def test_entries_in_overlapping_memory_must_agree(tmp_path: Path) -> None:
+    module, w = Overlapping(), torch.randn(3, 3)
+    before = module.enc.weight.detach().clone()
+    path = compare.save_checkpoint(tmp_path / "s.pth", {"enc.weight": w, "dec.weight": w.clone()})
+    with pytest.raises(CheckpointError, match="lies in the same memory as another entry"):
+        compare.load_checkpoint(path, module)
+    assert torch.equal(module.enc.weight, before)
+    fitting = compare.save_checkpoint(tmp_path / "t.pth", {"enc.weight": w, "dec.weight": w.t().clone()})
+    assert torch.equal(compare.load_checkpoint(fitting, module).dec.weight, w.t())
+
+
+class More(nnx.Module):
+    def __init__(self) -> None:
+        self.f, self.extra = nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Param(jnp.ones(2))
+
+
+class Renamed(nnx.Module):
+    def __init__(self) -> None:
+        self.f = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+
+
+def test_a_policy_beside_the_mapping_of_the_file(tmp_path: Path) -> None:
+    source = torch.nn.ModuleDict({"l": torch.nn.Linear(2, 2)})
+    path = compare.save_checkpoint(
+        tmp_path / "s.pth", source, mapping=compare.match(source, Renamed(), rename={"l": "f"})
+    )
+    with pytest.raises(CheckpointError, match="missing extra"):
+        compare.load_checkpoint(path, More())
+    model = compare.load_checkpoint(path, More(), policy={"extra": "ignore"})
+    assert np.array_equal(model.f.bias[...], source["l"].bias.detach().numpy())
+    with pytest.raises(ValueError, match="there is no 'igmore'"):
+        compare.load_checkpoint(path, source, policy={"x": "igmore"})  # type: ignore[dict-item]
+
+
+def test_trained_in_the_file_and_not_in_the_module(tmp_path: Path) -> None:
+    module = torch.nn.Module()
+    module.register_buffer("w", torch.ones(2))
+    path = compare.save_checkpoint(tmp_path / "s.pth", module)
+    other = torch.nn.Module()
+    other.w = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(CheckpointError, match="w: is a buffer in the file and a parameter in the module"):
+        compare.load_checkpoint(path, other)
+
+    class Trained(nnx.Module):
+        def __init__(self) -> None:
+            self.w = nnx.Param(jnp.zeros(2))
+
+    with pytest.raises(CheckpointError, match="w: is a buffer in torch and a parameter in Flax"):
+        compare.load_checkpoint(path, Trained())
+
+
+@pytest.mark.parametrize("target", ["torch", "nnx"])
+def test_a_cast_never_makes_infinity(target: str, tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "s.safetensors", {"weight": torch.full((2, 2), 1e10)})
+    module: Any = torch.nn.Linear(2, 2, bias=False).half()
+    if target == "nnx":
+        module = nnx.Linear(2, 2, use_bias=False, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
+    with pytest.raises(CheckpointError, match=r"weight has numbers beyond float16; .*up to 1e\+10"):
+        compare.load_checkpoint(path, module, cast=True)
+
+
+def test_a_module_that_will_not_be_filled_is_left_as_it_was(tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "s.pth", torch.nn.Linear(3, 3))
+    module = torch.nn.Linear(3, 3)
+    with torch.inference_mode():
+        module.bias = torch.nn.Linear(3, 3).bias
+    with pytest.raises(CheckpointError, match="the module's is an inference tensor"):
+        compare.load_checkpoint(path, module)
+    deep = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+
+    def refuse(*_: Any) -> None:
+        raise KeyError("not today")
+
+    saved = compare.save_checkpoint(tmp_path / "deep.pth", deep)
+    other = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    other[1].register_load_state_dict_pre_hook(refuse)
+    before = {key: tensor.clone() for key, tensor in other.state_dict().items()}
+    with pytest.raises(CheckpointError, match="load_state_dict refuses: KeyError: 'not today'"):
+        compare.load_checkpoint(saved, other)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in other.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["x\0.pth", "x" * 300 + ".pth", "loop.pth"])
+def test_paths_that_cannot_be(name: str, tmp_path: Path) -> None:
+    (tmp_path / "loop.pth").symlink_to(tmp_path / "loop.pth")
+    for attempt in (
+        lambda path: compare.save_checkpoint(path, {"x": torch.ones(1)}),
+        compare.read_checkpoint,
+        lambda path: convert_checkpoint(path, tmp_path / "y.pth"),
+    ):
+        with pytest.raises(CheckpointError, match=r"cannot be a path|could not be"):
+            attempt(f"{tmp_path}/{name}")
+
+
+def test_lazy_layers_and_dicts_that_are_no_variables(tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "s.pth", torch.nn.Linear(3, 3))
+    with pytest.raises(CheckpointError, match="a lazy layer has no values yet"):
+        compare.save_checkpoint(tmp_path / "lazy.pth", torch.nn.LazyLinear(3))
+    with pytest.raises(CheckpointError, match="weight: is a UninitializedParameter in the module"):
+        compare.load_checkpoint(path, torch.nn.LazyLinear(3))
+    with pytest.raises(TypeError, match="or a torch module instead of its state dict"):
+        compare.load_checkpoint(path, torch.nn.Linear(3, 3).state_dict())
+    template = {"params": {"kernel": jnp.zeros((3, 3)), "bias": jnp.zeros(3)}}
+    for variables in (MappingProxyType(template), freeze(template)):
+        loaded = compare.load_checkpoint(path, variables)
+        assert loaded["params"]["kernel"].shape == (3, 3)
+    deep: Any = jnp.ones(1)
+    for _ in range(5000):
+        deep = {"a": deep}
+    with pytest.raises(CheckpointError, match="recursion"):
+        compare.save_checkpoint(tmp_path / "deep.msgpack", deep)
+    for source in ({"params": {"a": 1.0}}, {"model": {"x": torch.ones(1)}, "epoch": 3}):
+        with pytest.raises(CheckpointError, match=r"expected an array|not an array"):
+            compare.save_checkpoint(tmp_path / "no.msgpack", source)
+
+
+def test_an_nnx_state_as_orbax_has_it(tmp_path: Path) -> None:
+    import orbax.checkpoint as ocp
+
+    model = One()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", nnx.state(model))
+    fresh = One()
+    fresh.x.bias[...] = jnp.ones(3)
+    compare.load_checkpoint(tmp_path / "state", fresh)
+    assert np.array_equal(fresh.x.bias[...], model.x.bias[...])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: found["tensors"][0].update(path=[0]), "a torch name that is none"),
+        (lambda found: found["tensors"][0].update(path=["a", "b"]), "a torch name that is none"),
+        (lambda found: found["mapping"].update(left=[["x", "zero:0/0", None]]), "is left with the policy"),
+        (lambda found: found["mapping"]["rows"][0].update(layout="flatten:-1,-3"), "needs numbers"),
+        (lambda found: found["mapping"]["rows"][1].update(part=[1]), "this is no mapping"),
+    ],
+)
+def test_manifests_that_lie(change: Any, message: str, tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "s.safetensors", {"W_key.weight": torch.ones(2, 2)})
+    with open_checkpoint(path) as stored:
+        assert stored.manifest is not None
+        content = json.loads(stored.manifest.dumps())
+    change(content)
+    with pytest.raises(ValueError, match=message):
+        Manifest.loads(json.dumps(content))
+    assert objection("zero:2/3", np.ones(())) == "has shape (), which has no 3 parts"
