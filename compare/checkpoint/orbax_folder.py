@@ -31,7 +31,8 @@ _OWN = re.compile(
 )
 _MOST_FILES = 1_000_000
 # TensorStore holds a chunk several times while it packs it.
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 8 << 20
+_SLICE_BYTES = 16 << 20
 
 
 class Pending:
@@ -210,14 +211,15 @@ def _pending_handler() -> Any:
         async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
             args = args or [ocp.SaveArgs()] * len(values)
             for batch in _batches(list(zip(values, infos, args, strict=True))):
-                leaves, own_infos, own_args = zip(*batch, strict=True)
-                arrays = await asyncio.gather(*(asyncio.to_thread(whole, leaf.tensors, leaf.key) for leaf in leaves))
-                written = await super().serialize(arrays, own_infos, own_args)
-                waits = [asyncio.to_thread(future.result) for future in written]
-                pairs = zip(leaves, arrays, strict=True)
-                await asyncio.gather(*waits, *(asyncio.to_thread(leaf.take_checksum, array) for leaf, array in pairs))
-                del arrays, written, waits
+                await self._write(*zip(*batch, strict=True))
             return []
+
+        async def _write(self, leaves: Sequence[Pending], infos: Sequence[Any], args: Sequence[Any]) -> None:
+            """Read, write and take the checksums; the arrays are gone before the next ones are read."""
+            arrays = await asyncio.gather(*(asyncio.to_thread(whole, leaf.tensors, leaf.key) for leaf in leaves))
+            written = await super().serialize(arrays, infos, args)
+            sums = (asyncio.to_thread(leaf.take_checksum, array) for leaf, array in zip(leaves, arrays, strict=True))
+            await asyncio.gather(*(asyncio.to_thread(future.result) for future in written), *sums)
 
         async def _open_and_write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: Any) -> None:
             """Write slice by slice: of a whole array TensorStore would hold every packed chunk at once."""
@@ -226,7 +228,7 @@ def _pending_handler() -> Any:
                 await array.write(value)
                 return
             chunk = int((array.chunk_layout.write_chunk.shape or [1])[0] or 1)
-            rows = max(1, BATCH_BYTES * len(value) // value.nbytes // chunk) * chunk
+            rows = max(1, _SLICE_BYTES * len(value) // value.nbytes // chunk) * chunk
             for begin in range(0, len(value), rows):
                 end = min(begin + rows, len(value))  # TensorStore does not clip
                 await array[begin:end].write(value[begin:end])
