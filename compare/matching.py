@@ -102,7 +102,7 @@ def pair(
     rows += _aliases(tensors, rows, done)
     done |= {row.torch_key for row in rows}
     mapping = Table(tuple(_in_order(rows, tensors)), tuple(left), flax=flax.kind)
-    return _settled(mapping, tensors, flax, done, names, refused, kinds, policy or {})
+    return _settled(mapping, tensors, flax, done, names, refused, policy or {})
 
 
 def _renamed(tensors: Iterable[str], rename: Mapping[str, str]) -> tuple[dict[str, str], list[Entry]]:
@@ -296,7 +296,6 @@ def _settled(
     done: set[Any],
     names: Mapping[str, str],
     refused: list[Entry],
-    kinds: Mapping[str, str],
     policy: Mapping[str, Policy],
 ) -> tuple[Table, Mismatch]:
     """Settle what has no counterpart by the policy, and list what remains."""

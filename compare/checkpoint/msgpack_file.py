@@ -63,7 +63,7 @@ def open_(path: FilePath) -> Stored:
         specs, aliases = in_manifests_order(path, specs, manifest), dict(manifest.aliases)
         arrays = {key: by_words[tuple(map(str, key))] for key in specs}
     layout = manifest.layout if manifest else linen_or_nnx(specs)
-    stored = Stored(path, "msgpack", layout, specs, manifest, lambda paths: iter(()), aliases)
+    stored = Stored(path, "msgpack", layout, specs, manifest, aliases=aliases)
     stored.fetch = fetch_each(stored, lambda key: (arrays[key], None))
     return stored
 

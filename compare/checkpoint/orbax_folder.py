@@ -71,7 +71,7 @@ def open_(path: FilePath) -> Stored:
     if manifest is not None:
         specs, aliases = in_manifests_order(path, specs, manifest), dict(manifest.aliases)
     layout = manifest.layout if manifest else linen_or_nnx(specs)
-    stored = Stored(path, "orbax", layout, specs, manifest, lambda paths: iter(()), aliases)
+    stored = Stored(path, "orbax", layout, specs, manifest, aliases=aliases)
 
     def fetch(paths: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
         pairs = list(zip(paths, _restore(path, [names[tuple(map(str, key))] for key in paths]), strict=True))

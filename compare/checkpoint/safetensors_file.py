@@ -76,7 +76,7 @@ def stored_from(path: FilePath, kind: str, header: Header) -> Stored:
     aliases: dict[Path, Path] = dict(manifest.aliases) if manifest else _aliases(header)
     if manifest is not None:
         specs = in_manifests_order(path, specs, manifest)
-    return Stored(path, kind, layout, specs, manifest, lambda paths: iter(()), aliases)
+    return Stored(path, kind, layout, specs, manifest, aliases=aliases)
 
 
 def in_manifests_order(path: FilePath, specs: Mapping[Path, Spec], manifest: Manifest) -> dict[Path, Spec]:

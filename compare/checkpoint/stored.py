@@ -79,7 +79,7 @@ class Stored:
     layout: LayoutName
     specs: Mapping[Path, Spec]
     manifest: Manifest | None
-    fetch: Callable[[list[Path]], Iterator[tuple[Path, np.ndarray]]]
+    fetch: Callable[[list[Path]], Iterator[tuple[Path, np.ndarray]]] = lambda _: iter(())
     aliases: Mapping[Path, Path] = field(default_factory=dict)
     close: Callable[[], None] = lambda: None
     mapped: bool = False

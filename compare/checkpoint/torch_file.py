@@ -52,7 +52,7 @@ def open_(path: FilePath) -> Stored:
         specs, aliases = _as_declared(
             path, state, specs | {key: specs[first] for key, first in aliases.items()}, manifest
         )
-    stored = Stored(path, "torch", "torch", specs, manifest, lambda paths: iter(()), aliases)
+    stored = Stored(path, "torch", "torch", specs, manifest, aliases=aliases)
 
     def one(key: Path) -> tuple[np.ndarray, str | None]:
         array = tensor_to_numpy(state[key[0]])
