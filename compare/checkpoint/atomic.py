@@ -12,32 +12,60 @@ import fcntl
 import os
 import re
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_FLUSH_SECONDS = 0.05
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, flush_early: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file in the folder of `path` that becomes `path` when the block succeeds.
 
-    The new file gets the old one's permissions. If the block raises, the temporary file is removed and
-    `path` is as it was.
+    `flush_early` is for several threads that write in different places: one that appends would wait for the
+    page it is in the middle of. The new file gets the old one's permissions. If the block raises, the temporary
+    file is removed and `path` is as it was.
     """
     sweep(path)
     with _own(path, lambda temporary: temporary.touch(exist_ok=False)) as temporary, temporary.open("r+b") as stream:
         if path.exists():
             temporary.chmod(path.stat().st_mode & 0o7777)
-        yield stream
+        with _flushing(stream.fileno()) if flush_early else nullcontext():
+            yield stream
         stream.flush()
         os.fsync(stream.fileno())
         temporary.replace(path)
         _fsync(path.parent)
+
+
+@contextmanager
+def _flushing(descriptor: int) -> Iterator[None]:
+    """Send to the disk what is written while more is being written, so that little is left for the end."""
+    done = threading.Event()
+    failed: list[OSError] = []
+
+    def flush() -> None:
+        while not done.wait(_FLUSH_SECONDS) and not failed:
+            try:
+                os.fdatasync(descriptor)
+            except OSError as error:
+                failed.append(error)
+
+    thread = threading.Thread(target=flush)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    if failed:  # the system tells but once
+        raise failed[0]
 
 
 @contextmanager

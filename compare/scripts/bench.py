@@ -133,6 +133,7 @@ def sections(megabytes: int, rounds: int) -> Iterator[Section | str]:
                 yield f"round {number} of {rounds}: {job.name} {job.suffix}"
                 for whose, call in (("plain", job.plain), ("ours", job.ours)):
                     job.before(whose)
+                    os.sync()  # else one would wait for what the other has left to be written
                     begin = time.perf_counter()
                     found = call()
                     jax.block_until_ready(found if isinstance(found, dict) else None)
