@@ -19,19 +19,24 @@ class ChildError(RuntimeError):
     """The process failed; the message has the end of what it wrote to stderr."""
 
 
+def child_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return this process's environment, and more, in which a child imports this package from where it is."""
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, **(more or {}), "PYTHONPATH": paths}
+
+
 def run_module(module: str, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Any:
     """Run `python -m module` and return its standard output, parsed as JSON.
 
     Raises:
         ChildError: the process exited with another code than 0, or took too long.
     """
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", module, *arguments]
     try:
         done = subprocess.run(
             command,
-            env={**os.environ, **(environment or {}), "PYTHONPATH": paths},
+            env=child_environment(environment),
             capture_output=True,
             text=True,
             timeout=TIMEOUT_SECONDS,

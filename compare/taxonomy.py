@@ -78,8 +78,9 @@ def linen_kind(path: Path) -> str:
 
 def torch_kinds(module: torch.nn.Module) -> dict[str, str]:
     """Return the kind of every name in the module, aliases as what they are an alias of."""
-    kinds = {name: kind for name, kind, _, first in _torch(module) if first is None}
-    return kinds | {name: kinds[first[0]] for name, _, _, first in _torch(module) if first is not None}
+    found = list(_torch(module))
+    kinds = {name: kind for name, kind, _, first in found if first is None}
+    return kinds | {name: kinds[first[0]] for name, _, _, first in found if first is not None}
 
 
 def nnx_kind(variable: Any) -> str:

@@ -48,7 +48,7 @@ def flax_leaves(stored: Stored, side: FlaxSide, policy: Mapping[str, Policy], ca
             refused.append(Entry(names[path], place, reason=reason))
         else:
             pairs[path] = found[0]
-    taken = {name for name in names.values()}
+    taken = set(names.values())
     extra = [path for path in held.leaves if ".".join(held.names[path]) not in taken]
     known = {path for path in extra if _decided("/".join(map(str, path)), policy) in ("ignore", "verify")}
     unexpected = tuple(Entry("/".join(map(str, p)), "", stored.specs[p].shape) for p in extra if p not in known)

@@ -1,7 +1,8 @@
 """What a checkpoint says of itself: the layout, a checksum of every tensor, how torch and Flax names pair.
 
 SHA-256, over dtype, shape and bytes in C order: Python itself has it, so whoever can read the file can check it, and
-today's processors hash faster than disks read. It guards against accidents; who can rewrite the data can rewrite this.
+today's processors hash about as fast as disks read. It guards against accidents; who can rewrite the data can rewrite
+this too.
 """
 
 import hashlib

@@ -112,10 +112,10 @@ class Stored:
             CheckpointError: more than fits into memory, or other values than were saved.
         """
         wanted = list(self.specs if paths is None else paths)
+        room = available_bytes()
         for path in wanted:
-            self._require_room(path)
-        for path, array in self.fetch(wanted):
-            yield path, array
+            self._require_room(path, room)
+        yield from self.fetch(wanted)
 
     def check(self, path: Path, array: np.ndarray, found: str | None = None) -> np.ndarray:
         """Return the array, its values those that were saved; `found` is its checksum, if it was taken on the way.
@@ -140,8 +140,8 @@ class Stored:
             )  # fmt: skip
         return array
 
-    def _require_room(self, path: Path) -> None:
-        size, room = self.specs[path].nbytes, available_bytes()
+    def _require_room(self, path: Path, room: int) -> None:
+        size = self.specs[path].nbytes
         if size > room:
             name = "/".join(map(str, path))
             raise CheckpointError(

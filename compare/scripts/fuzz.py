@@ -4,7 +4,6 @@ Two processes read, each with a limit of memory; one that crashes or hangs is na
 """
 
 import json
-import os
 import selectors
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..child import ON_CPU
+from ..child import ON_CPU, child_environment
 from ..errors import shown
 from ..findings import Cell, Check, Section, Table
 from ..mutate import FORMATS
@@ -71,14 +70,12 @@ class _Reader:
     """A process that reads inputs."""
 
     def __init__(self, kind: str, seed: str, first: int, folder: Path) -> None:
-        root = str(Path(__file__).resolve().parent.parent.parent)
-        paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         command = [sys.executable, "-m", "compare.scripts.fuzz_worker", kind, seed, str(first), str(folder)]
-        environment = {**os.environ, **ON_CPU, "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        quiet = child_environment({**ON_CPU, "TF_CPP_MIN_LOG_LEVEL": "3"})
         folder.mkdir(parents=True, exist_ok=True)
         self.errors = folder / "stderr"
         with self.errors.open("wb") as stream:
-            self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stream)
+            self.process = subprocess.Popen(command, env=quiet, stdout=subprocess.PIPE, stderr=stream)
         self.seed, self.next, self.folder = seed, first, folder
         self.heard = time.monotonic()
 
@@ -153,7 +150,7 @@ def _culprit(kind: str, seed: str, first: int, folder: Path) -> int:
         )
         try:
             done = subprocess.run([sys.executable, "-c", code, kind, seed, str(number), str(folder)],
-                                  capture_output=True, timeout=HANG_SECONDS, env={**os.environ, **ON_CPU})  # fmt: skip
+                                  capture_output=True, timeout=HANG_SECONDS, env=child_environment(ON_CPU))  # fmt: skip
         except subprocess.TimeoutExpired:
             return number
         if done.returncode:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoint import read_checkpoint, save_checkpoint
-from ..child import ON_CPU
+from ..child import ON_CPU, child_environment
 from ..errors import CheckpointError
 from ..findings import Cell, Check, Section, Table
 from .kill_writer import NAMES, state
@@ -71,11 +71,9 @@ def _campaign(suffix: str, tally: Tally, tries: int, draw: random.Random) -> Ite
     with tempfile.TemporaryDirectory() as folder:
         path = save_checkpoint(Path(folder) / f"state{suffix}", state(1))
         command = [sys.executable, "-m", "compare.scripts.kill_writer", str(path)]
-        root = str(Path(__file__).resolve().parent.parent.parent)
-        paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-            env={**os.environ, **ON_CPU, "PYTHONPATH": paths},
+            env=child_environment(ON_CPU),
         ) as writer:  # fmt: skip
             assert writer.stdin is not None and writer.stdout is not None
             writer.stdout.readline()

@@ -15,7 +15,7 @@ from ..child import ON_CPU, run_module
 from ..findings import Cell, Check, Section, Table
 from ..mapping import Mapping, Path, Row
 
-# What the issue of memory allows beyond the largest tensor: blocks, batches of small tensors, the libraries' buffers.
+# Allowed beyond the largest tensor: for blocks, batches of small tensors, the libraries' buffers.
 ROOM_BYTES = 300_000_000
 _HIDDEN, _INNER = 4096, 11008
 
