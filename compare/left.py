@@ -1,11 +1,28 @@
 """What may be asked of an entry that the other side has no place for, before it is dropped or kept."""
 
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
+from torch import Tensor
+
+from .mapping import Policy
+from .transfer import tensor_to_numpy
 
 # What a legacy `masked_bias` held: the number that blocked scores were set to.
 _FILLS = (-1e4, -1e9, -1e10, float(np.finfo(np.float32).min), float(np.finfo(np.float16).min), -np.inf)
+
+
+def decided(name: str, policy: Mapping[str, Policy]) -> Policy | None:
+    """Return what the first pattern that fits the name decides, or None."""
+    return next((found for pattern, found in policy.items() if fnmatchcase(name, pattern)), None)
+
+
+def may_lack(name: str, own: Any, policy: Mapping[str, Policy]) -> bool:
+    """Tell whether the other side may lack the entry, whose own value is then kept."""
+    found = decided(name, policy)
+    return found == "ignore" or (found == "verify" and not objection("verify", host_values(own)))
 
 
 def objection(policy: str, array: np.ndarray | None) -> str:
@@ -46,10 +63,6 @@ def _not_recomputed(array: np.ndarray) -> str:
 
 def host_values(value: Any) -> np.ndarray | None:
     """Return the values of a leaf or tensor, or None where it is abstract."""
-    from torch import Tensor
-
-    from .transfer import tensor_to_numpy
-
     if isinstance(value, Tensor):
         return None if value.is_meta else tensor_to_numpy(value)
     return np.asarray(value) if hasattr(value, "__array__") else None

@@ -17,7 +17,7 @@ from .layouts import layout
 from .mapping import Left, Path, Policy, Row
 from .mapping import Mapping as Table
 from .sides import FlaxSide, flax_side
-from .taxonomy import same_memory, torch_kinds
+from .taxonomy import one_trained, same_memory, torch_kinds
 from .walk import unfit
 
 # What a torch leaf may be called in Flax.
@@ -176,7 +176,7 @@ def _row(
     """
     kind = flax.kinds[path]
     mine = kinds.get(key, kind)
-    if "unknown" not in (mine, kind) and (mine == "parameter") != (kind == "parameter"):
+    if one_trained(mine, kind):
         raise ValueError(f"is a {mine} in torch and a {kind} in Flax: one is trained, the other is not")
     shape = tuple(flax.leaves[path].shape)
     layer = types.get(key.rpartition(".")[0])

@@ -83,6 +83,11 @@ def torch_kinds(module: torch.nn.Module) -> dict[str, str]:
     return kinds | {name: kinds[first[0]] for name, _, _, first in found if first is not None}
 
 
+def one_trained(mine: str, its: str) -> bool:
+    """Tell whether an entry is trained on one side and not on the other, as far as both kinds are known."""
+    return "unknown" not in (mine, its) and (mine == "parameter") != (its == "parameter")
+
+
 def nnx_kind(variable: Any) -> str:
     """Return the kind of a leaf of an NNX state."""
     if not isinstance(variable, nnx.Variable):

@@ -1,10 +1,15 @@
 """What the formats share: the manifest of tensors about to be written, and telling layouts apart by names."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path as FilePath
+from typing import Any
 
+from ..errors import CheckpointError, shown
 from ..mapping import Path
 from ..taxonomy import linen_kind
 from .manifest import PENDING, LayoutName, Manifest, Record
+from .spec import Spec
 from .stored import Tensors
 
 COLLECTIONS = ("params", "buffers", "batch_stats")
@@ -33,3 +38,39 @@ def linen_or_nnx(paths: Iterable[Path]) -> LayoutName:
     found = list(paths)
     first = {path[0] for path in found}
     return "linen" if found and ("params" in first or first <= set(COLLECTIONS)) else "nnx"
+
+
+def in_manifests_order(path: FilePath, specs: Mapping[Path, Spec], manifest: Manifest) -> dict[Path, Spec]:
+    """Return the specs by the manifest's paths, whose steps may be numbers where the file has words.
+
+    Raises:
+        CheckpointError: the manifest speaks of other tensors than the file holds.
+    """
+    by_words = {tuple(map(str, key)): spec for key, spec in specs.items()}
+    found = {key: by_words.pop(tuple(map(str, key)), None) for key in manifest.records}
+    absent = [key for key, spec in found.items() if spec is None]
+    for key in [*absent, *by_words]:
+        name = "/".join(map(str, key))
+        side = "the manifest declares" if key in absent else "the manifest does not know"
+        raise CheckpointError(path, f"{side} {shown(name)}", key=name, mend="the file was changed: take another copy")
+    for key, record in manifest.records.items():
+        if found[key] != record.spec:
+            raise CheckpointError(
+                path, f"{shown('/'.join(map(str, key)))} is not as its manifest declares", key="/".join(map(str, key)),
+                expected=f"{record.spec.dtype} {record.spec.shape}", found=str(found[key]),
+                mend="the file was changed: take another copy",
+            )  # fmt: skip
+    return {key: spec for key, spec in found.items() if spec is not None}
+
+
+def no_name_twice(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Return the pairs of a JSON or msgpack object as a dict.
+
+    Raises:
+        ValueError: a name stands twice, of which the libraries take the last.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the name {shown(name)} twice")
+    return found

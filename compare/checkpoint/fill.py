@@ -1,7 +1,6 @@
 """Put a state dict into a torch module: everything is looked at before anything is touched."""
 
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -10,9 +9,9 @@ from torch.nn.parameter import is_lazy
 
 from ..convert import StateDict
 from ..errors import ConversionError, Entry, Mismatch
-from ..left import host_values, objection
+from ..left import decided, host_values, may_lack, objection
 from ..mapping import Policy
-from ..taxonomy import same_memory, torch_kinds
+from ..taxonomy import one_trained, same_memory, torch_kinds
 from ..walk import same_bits
 from .spec import Spec
 
@@ -36,10 +35,13 @@ def require_fit(
     missing = [
         Entry(key, "the module's", expected=tuple(tensor.shape))
         for key, tensor in wanted.items()
-        if key not in specs and not tied.get(key, set()) & specs.keys() and not _may_lack(key, tensor, policy, left)
+        if key not in specs
+        and not tied.get(key, set()) & specs.keys()
+        and key not in left
+        and not may_lack(key, tensor, policy)
     ]
     extra = [key for key in specs if key not in wanted]
-    dropped = {key for key in extra if _decided(key, policy) in ("ignore", "verify")}
+    dropped = {key for key in extra if decided(key, policy) in ("ignore", "verify")}
     unexpected = tuple(Entry(key, "", specs[key].shape) for key in extra if key not in dropped)
     misshaped = []
     refused = [
@@ -50,8 +52,7 @@ def require_fit(
     refused += [
         Entry(key, "the module", reason=f"is a {kinds[key]} in the file and a {own_kinds[key]} in the module")
         for key in wanted
-        if "unknown" not in (kinds.get(key, "unknown"), own_kinds.get(key, "unknown"))
-        and (kinds[key] == "parameter") != (own_kinds[key] == "parameter")
+        if one_trained(kinds.get(key, "unknown"), own_kinds.get(key, "unknown"))
     ]
     for key in [key for key in wanted if key in specs]:
         if specs[key].shape != tuple(wanted[key].shape):
@@ -61,7 +62,7 @@ def require_fit(
     mismatch = Mismatch(tuple(missing), unexpected, tuple(misshaped), tuple(refused))
     if mismatch:
         raise ConversionError(mismatch)
-    return {key for key in dropped if _decided(key, policy) == "ignore"}
+    return {key for key in dropped if decided(key, policy) == "ignore"}
 
 
 def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.nn.Module]:
@@ -134,15 +135,6 @@ def _tied(wanted: Mapping[str, Tensor]) -> dict[str, set[str]]:
         if memory is not None:
             names.setdefault(memory, set()).add(key)
     return {key: found for found in names.values() if len(found) > 1 for key in found}
-
-
-def _may_lack(key: str, own: Tensor, policy: Mapping[str, Policy], left: set[str]) -> bool:
-    decided = _decided(key, policy)
-    return key in left or decided == "ignore" or (decided == "verify" and not objection("verify", host_values(own)))
-
-
-def _decided(key: str, policy: Mapping[str, Policy]) -> Policy | None:
-    return next((decided for pattern, decided in policy.items() if fnmatchcase(key, pattern)), None)
 
 
 def _refusal(key: str, dtype: str, expected: Tensor, cast: bool) -> str:

@@ -1,7 +1,6 @@
 """From a file in Flax's layout into Linen variables or an NNX model: by name, whichever of the two wrote it."""
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
@@ -10,10 +9,10 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from ..errors import ConversionError, Entry, Mismatch
-from ..left import host_values, objection
+from ..left import decided, may_lack, objection
 from ..mapping import Path, Policy
 from ..sides import FlaxSide, specs_side
-from ..taxonomy import linen_entries
+from ..taxonomy import linen_entries, one_trained
 from ..transfer import Untransferable, numpy_to_tensor, to_jax
 from ..walk import place_like
 from .cast import cast_array
@@ -37,24 +36,25 @@ def flax_leaves(stored: Stored, side: FlaxSide, policy: Mapping[str, Policy], ca
     for path, leaf in side.leaves.items():
         place, found = "/".join(map(str, path)), by_name.get(names[path], [])
         if not found:
-            missing += [] if _may_lack(place, leaf, policy) else [Entry(names[path], place, expected=tuple(leaf.shape))]
+            missing += [] if may_lack(place, leaf, policy) else [Entry(names[path], place, expected=tuple(leaf.shape))]
         elif len(found) > 1:
             refused.append(
                 Entry(names[path], place, reason=f"could be {' or '.join('/'.join(map(str, p)) for p in found)}")
             )
         elif stored.specs[found[0]].shape != tuple(leaf.shape):
             misshaped.append(Entry(names[path], place, stored.specs[found[0]].shape, tuple(leaf.shape)))
-        elif reason := _other_kind(held.kinds[found[0]], side.kinds[path]):
+        elif one_trained(mine := held.kinds[found[0]], its := side.kinds[path]):
+            reason = f"is a {mine} in the file and a {its} in the target: one is trained, the other is not"
             refused.append(Entry(names[path], place, reason=reason))
         else:
             pairs[path] = found[0]
     taken = set(names.values())
     extra = [path for path in held.leaves if ".".join(held.names[path]) not in taken]
-    known = {path for path in extra if _decided("/".join(map(str, path)), policy) in ("ignore", "verify")}
+    known = {path for path in extra if decided("/".join(map(str, path)), policy) in ("ignore", "verify")}
     unexpected = tuple(Entry("/".join(map(str, p)), "", stored.specs[p].shape) for p in extra if p not in known)
     if missing or unexpected or misshaped or refused:
         raise ConversionError(Mismatch(tuple(missing), unexpected, tuple(misshaped), tuple(refused)))
-    verified = {path for path in known if _decided("/".join(map(str, path)), policy) == "verify"}
+    verified = {path for path in known if decided("/".join(map(str, path)), policy) == "verify"}
     arrays = dict(stored.read(dict.fromkeys([*pairs.values(), *sorted(verified, key=str)])))
     for path in verified:
         if reason := objection("verify", arrays[path]):
@@ -86,18 +86,3 @@ def install(target: Any, leaves: Mapping[Path, jax.Array]) -> Any:
 def _leaf(array: np.ndarray, leaf: Any) -> jax.Array:
     tensor = numpy_to_tensor(array if array.flags.writeable else array.copy())
     return place_like(to_jax(tensor, copy=True, owned=True), leaf, copy=True)
-
-
-def _other_kind(mine: str, its: str) -> str:
-    if "unknown" in (mine, its) or (mine == "parameter") == (its == "parameter"):
-        return ""
-    return f"is a {mine} in the file and a {its} in the target: one is trained, the other is not"
-
-
-def _may_lack(place: str, leaf: Any, policy: Mapping[str, Policy]) -> bool:
-    decided = _decided(place, policy)
-    return decided == "ignore" or (decided == "verify" and not objection("verify", host_values(leaf)))
-
-
-def _decided(place: str, policy: Mapping[str, Policy]) -> Policy | None:
-    return next((decided for pattern, decided in policy.items() if fnmatchcase(place, pattern)), None)

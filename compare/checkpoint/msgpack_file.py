@@ -15,9 +15,8 @@ from ..errors import CheckpointError, shown
 from ..mapping import Path
 from .atomic import atomic_file
 from .blocks import blocks
-from .content import linen_or_nnx, manifest_of
+from .content import in_manifests_order, linen_or_nnx, manifest_of, no_name_twice
 from .manifest import KEY, Manifest, start
-from .safetensors_file import in_manifests_order
 from .spec import Spec, checked, spec_of
 from .stored import Stored, Tensors, fetch_each
 
@@ -33,7 +32,7 @@ def open_(path: FilePath) -> Stored:
     """
     try:
         tree = msgpack.unpackb(
-            path.read_bytes(), ext_hook=_array, object_pairs_hook=_no_name_twice, strict_map_key=False, raw=False
+            path.read_bytes(), ext_hook=_array, object_pairs_hook=_object, strict_map_key=False, raw=False
         )
     except RecursionError:
         raise _broken(path, "lists within lists") from None
@@ -160,11 +159,8 @@ def _array(kind: int, data: bytes) -> Any:
     return np.frombuffer(values, dtype=spec.numpy).reshape(spec.shape)
 
 
-def _no_name_twice(pairs: list[tuple[Any, Any]]) -> Any:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {shown(max(names, key=names.count))} twice")
+def _object(pairs: list[tuple[Any, Any]]) -> Any:
+    found = no_name_twice(pairs)
     return _joined(found) if _CHUNKED in found else found
 
 

@@ -16,10 +16,9 @@ from ..errors import CheckpointError, shown
 from ..mapping import Path
 from .atomic import atomic_folder
 from .blocks import BATCH_BYTES, in_batches
-from .content import linen_or_nnx, manifest_of
+from .content import in_manifests_order, linen_or_nnx, manifest_of
 from .manifest import KEY, Manifest, checksum
 from .msgpack_file import tree_of
-from .safetensors_file import in_manifests_order
 from .spec import checked
 from .stored import Held, Stored, Tensors
 from .torch_file import whole

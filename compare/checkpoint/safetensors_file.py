@@ -19,7 +19,7 @@ from ..errors import CheckpointError, shown
 from ..mapping import Path
 from .atomic import atomic_file
 from .blocks import blocks, in_batches
-from .content import manifest_of, torch_or_flax
+from .content import in_manifests_order, manifest_of, no_name_twice, torch_or_flax
 from .manifest import KEY, LayoutName, Manifest, start
 from .spec import Spec, checked
 from .stored import Stored, Tensors, fetch_each, read_in_parts
@@ -77,29 +77,6 @@ def stored_from(path: FilePath, kind: str, header: Header) -> Stored:
     if manifest is not None:
         specs = in_manifests_order(path, specs, manifest)
     return Stored(path, kind, layout, specs, manifest, aliases=aliases)
-
-
-def in_manifests_order(path: FilePath, specs: Mapping[Path, Spec], manifest: Manifest) -> dict[Path, Spec]:
-    """Return the specs by the manifest's paths, whose steps may be numbers where the file has words.
-
-    Raises:
-        CheckpointError: the manifest speaks of other tensors than the file holds.
-    """
-    by_words = {tuple(map(str, key)): spec for key, spec in specs.items()}
-    found = {key: by_words.pop(tuple(map(str, key)), None) for key in manifest.records}
-    absent = [key for key, spec in found.items() if spec is None]
-    for key in [*absent, *by_words]:
-        name = "/".join(map(str, key))
-        side = "the manifest declares" if key in absent else "the manifest does not know"
-        raise CheckpointError(path, f"{side} {shown(name)}", key=name, mend="the file was changed: take another copy")
-    for key, record in manifest.records.items():
-        if found[key] != record.spec:
-            raise CheckpointError(
-                path, f"{shown('/'.join(map(str, key)))} is not as its manifest declares", key="/".join(map(str, key)),
-                expected=f"{record.spec.dtype} {record.spec.shape}", found=str(found[key]),
-                mend="the file was changed: take another copy",
-            )  # fmt: skip
-    return {key: spec for key, spec in found.items() if spec is not None}
 
 
 def write(path: FilePath, tensors: Tensors) -> None:
@@ -172,7 +149,7 @@ def read_header(path: FilePath, descriptor: int) -> Header:
     if (count := raw.count(b'"data_offsets"')) > _MAX_TENSORS:
         raise _broken(path, "the number of its tensors", f"at most {_MAX_TENSORS:,}", f"{count:,}")
     try:
-        content = json.loads(raw, object_pairs_hook=_no_name_twice, parse_constant=_no_constant)
+        content = json.loads(raw, object_pairs_hook=no_name_twice, parse_constant=_no_constant)
         metadata = content.pop("__metadata__", {})
         found = {name: _entry(name, entry) for name, entry in content.items()}
         _require_metadata(metadata, len(found))
@@ -231,15 +208,6 @@ def _aliases(header: Header) -> dict[Path, Path]:
     """Return the tied names that the library's `save_model` leaves in the metadata."""
     specs, metadata = header.specs, header.metadata
     return {(name,): (first,) for name, first in metadata.items() if name not in {*specs, "format"} and first in specs}
-
-
-def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {shown(twice)} twice")
-    return found
 
 
 def _no_constant(word: str) -> Any:

@@ -5,16 +5,14 @@ Source: https://huggingface.co/docs/huggingface_hub/package_reference/serializat
 
 import json
 import os
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path as FilePath
-from typing import Any
 
 from ..errors import CheckpointError, shown
 from ..mapping import Path
 from . import safetensors_file
 from .atomic import atomic_file, atomic_folder
-from .content import manifest_of
+from .content import manifest_of, no_name_twice
 from .manifest import KEY, Manifest
 from .safetensors_file import Header, read_header, read_tensor, stored_from
 from .spec import Spec
@@ -132,7 +130,7 @@ def _index(path: FilePath, index: FilePath) -> tuple[dict[str, str], str | None]
     if index.stat().st_size > _MAX_INDEX_BYTES:
         raise _broken(path, f"more than {_MAX_INDEX_BYTES:,} bytes")
     try:
-        content = json.loads(index.read_bytes(), object_pairs_hook=_no_name_twice)
+        content = json.loads(index.read_bytes(), object_pairs_hook=no_name_twice)
         weight_map, metadata = content["weight_map"], content.get("metadata") or {}
         manifest = metadata.get(KEY)
         if not all(isinstance(name, str) for name in (*weight_map, *weight_map.values())):
@@ -159,14 +157,6 @@ def _shard(path: FilePath, folder: FilePath, name: str) -> FilePath:
     if not shard.is_file():
         raise CheckpointError(path, f"the shard {shown(name)} is missing", mend="take the index and all shards")
     return shard
-
-
-def _no_name_twice(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {shown(max(names, key=names.count))} twice")
-    return found
 
 
 def _broken(path: FilePath, why: str) -> CheckpointError:

@@ -7,6 +7,7 @@ import io
 import pickle
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path as FilePath
@@ -22,9 +23,8 @@ from ..taxonomy import same_memory
 from ..transfer import Untransferable, dense, numpy_to_tensor, tensor_to_numpy
 from .atomic import atomic_file
 from .blocks import WORKERS, contiguous
-from .content import manifest_of
+from .content import in_manifests_order, manifest_of
 from .manifest import KEY, Manifest, checksum
-from .safetensors_file import in_manifests_order
 from .spec import Spec, checked
 from .stored import Stored, Tensors, fetch_each, read_in_parts
 
@@ -102,7 +102,7 @@ def _manifest(path: FilePath) -> Manifest | None:
             records = archive.infolist()
             names = [record.filename for record in records]
             if len(set(names)) != len(names):
-                raise ValueError(f"the record {shown(max(names, key=names.count))} twice")
+                raise ValueError(f"the record {shown(Counter(names).most_common(1)[0][0])} twice")
             if packed := [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]:
                 raise ValueError(f"{shown(packed[0])} is compressed, which torch never does")
             if sum(record.file_size for record in records) > size:
