@@ -21,7 +21,6 @@ from ..matching import allowing, match
 from ..sides import FlaxSide, flax_side, specs_side
 from ..transfer import numpy_dtype, numpy_to_tensor, tensor_to_numpy
 from ..walk import flax_from_torch
-from .blocks import contiguous
 from .cast import cast_array
 from .fill import fill_torch, require_fit
 from .flax_to_flax import flax_leaves, install
@@ -29,7 +28,7 @@ from .formats import open_checkpoint
 from .manifest import is_mask
 from .relaid import relaid
 from .sharded_folder import index_in
-from .stored import Stored, Tensors
+from .stored import Stored, Tensors, whole
 
 Module = TypeVar("Module", bound=torch.nn.Module | nnx.Module)
 Result = TypeVar("Result")
@@ -268,14 +267,9 @@ def side_of(stored: Stored) -> FlaxSide:
 
 def _state(tensors: Tensors) -> StateDict:
     """Read everything, tied names as one tensor."""
-    read = tensors.read() if isinstance(tensors, Stored) else ((key, _one(tensors, key)) for key in tensors.specs)
+    read = tensors.read() if isinstance(tensors, Stored) else ((key, whole(tensors, key)) for key in tensors.specs)
     state = {str(key[0]): numpy_to_tensor(_owned(array)) for key, array in read}
     return state | {str(key[0]): state[str(first[0])] for key, first in tensors.aliases.items()}
-
-
-def _one(tensors: Tensors, key: Steps) -> np.ndarray:
-    pieces = list(tensors.pieces(key))
-    return contiguous(pieces[0]) if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def _owned(array: np.ndarray) -> np.ndarray:

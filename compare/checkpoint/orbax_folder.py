@@ -20,8 +20,7 @@ from .content import in_manifests_order, linen_or_nnx, manifest_of
 from .manifest import KEY, Manifest, checksum
 from .msgpack_file import tree_of
 from .spec import checked
-from .stored import Held, Stored, Tensors
-from .torch_file import whole
+from .stored import Held, Stored, Tensors, whole
 
 _METADATA = "_CHECKPOINT_METADATA"
 # What Orbax itself puts into the folder of a checkpoint.

@@ -14,7 +14,7 @@ from ..mapping import Mapping as Table
 from ..walk import combined, torch_shape, unfit
 from .manifest import LayoutName
 from .spec import Spec
-from .stored import Tensors
+from .stored import Tensors, whole
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,7 @@ def _part_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _whole(source: Tensors, path: Path) -> np.ndarray:
-    pieces = list(source.pieces(source.aliases.get(path, path)))
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    return whole(source, source.aliases.get(path, path))
 
 
 def _raise(missing: list[Entry], unexpected: list[Entry], misshaped: list[Entry], refused: list[Entry]) -> None:

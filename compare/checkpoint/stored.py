@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import CheckpointError, shown
 from ..mapping import Mapping as Table
 from ..mapping import Path
-from .blocks import in_batches
+from .blocks import contiguous, in_batches
 from .manifest import LayoutName, Manifest, checksum, start
 from .spec import Spec
 
@@ -190,6 +190,13 @@ def read_in_parts(
         if take_checksum:
             digest.update(part)
     return array, digest.hexdigest() if take_checksum else None
+
+
+def whole(tensors: Tensors, key: Path) -> np.ndarray:
+    """Return the tensor in one contiguous, native array."""
+    pieces = list(tensors.pieces(key))
+    array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    return contiguous(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def available_bytes() -> int:

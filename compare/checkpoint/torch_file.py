@@ -26,7 +26,7 @@ from .blocks import WORKERS, contiguous
 from .content import in_manifests_order, manifest_of
 from .manifest import KEY, Manifest, checksum
 from .spec import Spec, checked
-from .stored import Stored, Tensors, fetch_each, read_in_parts
+from .stored import Stored, Tensors, fetch_each, read_in_parts, whole
 
 _SMALL_BYTES = 64 << 20
 # A view may show each stored entry more than once, but not without end.
@@ -81,13 +81,6 @@ def write(path: FilePath, tensors: Tensors) -> None:
         with zipfile.ZipFile(stream, "a") as archive:
             root = archive.namelist()[0].split("/")[0]
             archive.writestr(zipfile.ZipInfo(f"{root}/{KEY}.json"), manifest.dumps())
-
-
-def whole(tensors: Tensors, key: Path) -> np.ndarray:
-    """Return the tensor in one contiguous, native array."""
-    pieces = list(tensors.pieces(key))
-    array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-    return contiguous(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def _manifest(path: FilePath) -> Manifest | None:
