@@ -73,6 +73,8 @@ def test_inspect_a_file_and_two(tmp_path: Path) -> None:
     assert code == 0
     assert "every checksum is right" in printed
     assert json.loads((tmp_path / "report.json").read_text())["sections"][0]["blocks"][0]["rows"][0][0] == "mask"
+    flax = compare.save_checkpoint(tmp_path / "flax.msgpack", module)
+    assert "buffers/mask: nonzero blocks" in run("inspect", str(flax))[1]
     code, printed = run("inspect", str(one), str(two))
     assert code == 1
     assert "mask 21 of 49 values, by up to 1" in printed

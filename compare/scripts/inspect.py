@@ -146,7 +146,12 @@ def _pictures(sides: Mapping[str, list[Shown]]) -> list[Block]:
 
 def _pictured(entry: Shown) -> bool:
     kind = entry.kind.partition(" of ")[0]
-    return entry.array is not None and entry.array.ndim == 2 and entry.array.size > 0 and is_mask((entry.name,), kind)
+    return (
+        entry.array is not None
+        and entry.array.ndim == 2
+        and entry.array.size > 0
+        and is_mask(tuple(entry.name.split("/")), kind)
+    )
 
 
 def _coarse(array: Any) -> list[list[float]]:
