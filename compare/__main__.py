@@ -259,7 +259,7 @@ def _run(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"),
         console=console if console.is_terminal else Console(stderr=True), transient=True,
     )  # fmt: skip
-    report = Report(command, datetime.now().astimezone().isoformat(timespec="seconds"), versions())
+    report = Report(command, datetime.now().astimezone().isoformat(timespec="seconds"), versions(), look=look)
     console.print(", ".join(f"{name} {number}" for name, number in report.versions.items()))
     if html_file is not None:
         _require("jinja2", "matplotlib")

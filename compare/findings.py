@@ -93,12 +93,13 @@ class Section:
 
 @dataclass
 class Report:
-    """Everything one command found."""
+    """Everything one command found. `look`: it was to show something, and claims nothing unless it checks."""
 
     command: str
     date: str
     versions: dict[str, str]
     sections: list[Section] = field(default_factory=list)
+    look: bool = False
 
     @property
     def checks(self) -> list[Check]:
@@ -129,9 +130,14 @@ class Report:
         results = [check.held for check in self.checks]
         return True in results and False not in results
 
+    @property
+    def claims(self) -> bool:
+        """Whether there is a verdict to give."""
+        return bool(self.checks) or not self.look
+
     def as_json(self) -> dict[str, Any]:
         """The report as JSON values, with the verdict first; NaN and infinities, which JSON lacks, as words."""
-        return _json({"held": self.held, **asdict(self)})
+        return _json({"held": self.held if self.claims else None, **asdict(self)})
 
 
 def _json(value: Any) -> Any:

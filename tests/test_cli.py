@@ -170,7 +170,10 @@ def test_a_report_in_which_nothing_ran_does_not_hold() -> None:
     skipped = Check("a", "torch", None, "no device", "a device")
     held, failed = Check("b", "torch", True, "1", "1"), Check("c", "torch", False, "1", "2")
     for checks, verdict in (([], False), ([skipped], False), ([held, skipped], True), ([held, failed], False)):
-        assert Report("compare", "", {}, [Section("", checks=checks)]).held is verdict
+        report = Report("compare", "", {}, [Section("", checks=checks)])
+        assert report.held is verdict
+        assert report.as_json()["held"] is verdict
+        assert "verything held" in html(report), "a page that was to claim something says whether it held"
 
 
 def test_a_child_that_fails_says_why() -> None:

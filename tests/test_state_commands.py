@@ -69,8 +69,11 @@ def test_inspect_a_file_and_two(tmp_path: Path) -> None:
     one = compare.save_checkpoint(tmp_path / "one.safetensors", module)
     module.mask[module.mask == 1] = 2
     two = compare.save_checkpoint(tmp_path / "two.pth", module)
-    code, printed = run("inspect", str(one), "--json", str(tmp_path / "report.json"))
+    page = tmp_path / "page.html"
+    code, printed = run("inspect", str(one), "--json", str(tmp_path / "report.json"), "--html", str(page))
     assert code == 0
+    assert "held" not in page.read_text().split("</style>")[1], "a look claims nothing"
+    assert json.loads((tmp_path / "report.json").read_text())["held"] is None
     assert "every checksum is right" in printed
     assert json.loads((tmp_path / "report.json").read_text())["sections"][0]["blocks"][0]["rows"][0][0] == "mask"
     flax = compare.save_checkpoint(tmp_path / "flax.msgpack", module)
