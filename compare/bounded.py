@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .reference import merge_heads, split_heads
 from .rounding import EXP_ULPS, PRECISIONS, gamma
 
 _U, _, _SMALLEST, _ = PRECISIONS["float64"]
@@ -112,6 +113,14 @@ class Bounded:
         """Undo `rows`."""
         shape = (*self.shape[:-2], batch, self.shape[-2] // batch, self.shape[-1])
         return Bounded(self.value.reshape(shape), self.error.reshape(shape))
+
+    def split(self, heads: int) -> Bounded:
+        """Return (..., tokens, width) as (..., heads, tokens, head_dim)."""
+        return Bounded(split_heads(self.value, heads), split_heads(self.error, heads))
+
+    def merged(self) -> Bounded:
+        """Undo `split`."""
+        return Bounded(merge_heads(self.value), merge_heads(self.error))
 
     def spread(self, axes: int = 1, *, before: int = 0) -> Bounded:
         """Insert axes of length 1 before the last `before` axes."""

@@ -1,25 +1,27 @@
 """The configurations and inputs that the commands and the suite run."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 
 @dataclass(frozen=True)
 class Config:
-    """The constructor arguments that the three implementations share."""
+    """The constructor arguments that the three implementations share; with `num_heads`, of the class that has heads."""
 
     input_embedding_dim: int
     output_embedding_dim: int
     context_length: int
     dropout: float
     qkv_bias: bool = False
+    num_heads: int | None = None
+    implementation: Literal["reference", "fused", "auto"] = "auto"
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of the constructors."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ The scalar is the sum of outputs times a fixed cotangent; it depends on the para
 given, not differentiated.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +54,20 @@ def derivatives(implementation: Implementation, problem: Problem, device: str = 
         return _flax(implementation, problem)
 
 
+def gradient(implementation: Implementation, problem: Problem, device: str = "cpu") -> dict[str, np.ndarray]:
+    """Return the first derivatives alone; torch's by plain autograd, not by its function transforms."""
+    if implementation == "torch":
+        module = ready_torch(problem.config, problem.state, device, problem.keep)
+        inputs = torch.from_numpy(problem.inputs).to(device).requires_grad_()
+        given = {**dict(module.named_parameters()), "inputs": inputs}
+        cotangent = torch.from_numpy(problem.cotangent).to(device)
+        found = torch.autograd.grad(module(inputs), list(given.values()), cotangent)
+        return numpy_state(dict(zip(given, found, strict=True)))
+    with jax_on(device, np.float64):
+        scalar, at = _flax_scalar(implementation, problem)
+        return _by_torch_name(*jax.jit(jax.grad(scalar, argnums=(0, 1)))(*at))
+
+
 def _torch(problem: Problem, device: str) -> Derivatives:
     module = ready_torch(problem.config, problem.state, device, problem.keep)
     parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
@@ -77,23 +93,26 @@ def _torch(problem: Problem, device: str) -> Derivatives:
 
 
 def _flax(implementation: Implementation, problem: Problem) -> Derivatives:
+    scalar, at = _flax_scalar(implementation, problem)
+    direction = {key: torch.from_numpy(array) for key, array in problem.direction.items() if key != "inputs"}
+    along = torch_to_linen({**direction, "mask": problem.state["mask"]}, linen_template(problem.config, buffer=True))
+    tangents = along["params"], jnp.asarray(problem.direction["inputs"])
+    found: Any = jax.jit(partial(jax.jvp, jax.grad(scalar, argnums=(0, 1))))(at, tangents)
+    first, second = found
+    return Derivatives(_by_torch_name(*first), _by_torch_name(*second))
+
+
+def _flax_scalar(implementation: Implementation, problem: Problem) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
+    """Return the scalar as a function of Linen's params and the inputs, and where it is differentiated."""
     apply, variables = ready_linen(problem.config, problem.state, problem.keep)
     if implementation == "nnx":
         apply = _nnx_apply(problem)
     buffers = {name: collection for name, collection in variables.items() if name != "params"}
-    along = torch_to_linen(
-        {key: torch.from_numpy(array) for key, array in problem.direction.items() if key != "inputs"},
-        linen_template(problem.config, buffer=False),
-    )
 
     def scalar(parameters: Any, inputs: jax.Array) -> jax.Array:
         return (apply({"params": parameters, **buffers}, inputs) * problem.cotangent).sum()
 
-    gradient = jax.grad(scalar, argnums=(0, 1))
-    at = (variables["params"], jnp.asarray(problem.inputs))
-    found: Any = jax.jvp(gradient, at, (along["params"], jnp.asarray(problem.direction["inputs"])))
-    first, second = found
-    return Derivatives(_by_torch_name(*first), _by_torch_name(*second))
+    return scalar, (variables["params"], jnp.asarray(problem.inputs))
 
 
 def _by_torch_name(parameters: Any, inputs: jax.Array) -> dict[str, np.ndarray]:

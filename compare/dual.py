@@ -71,6 +71,14 @@ class Dual:
         """Undo `rows`."""
         return Dual(self.value.batched(batch), self.tangent.batched(batch))
 
+    def split(self, heads: int) -> Dual:
+        """Return (..., tokens, width) as (..., heads, tokens, head_dim)."""
+        return Dual(self.value.split(heads), self.tangent.split(heads))
+
+    def merged(self) -> Dual:
+        """Undo `split`."""
+        return Dual(self.value.merged(), self.tangent.merged())
+
     def spread(self, axes: int = 1, *, before: int = 0) -> Dual:
         """Insert axes of length 1 before the last `before` axes."""
         return Dual(self.value.spread(axes, before=before), self.tangent.spread(axes, before=before))

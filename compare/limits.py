@@ -10,6 +10,7 @@ OUTPUT = "the rounding bound of this dtype, entry by entry, plus that of the flo
 BITS = "none: the bits are the same"
 NAMES = "none: the names are the same"
 GRADIENT = "the running error bound of the written-out gradient, for both sides (compare/bounded.py)"
+FUSED_GRADIENT = "the same, and twice for weights that come from the logarithm of their sum (compare/bounded.py)"
 HESSIAN = "the running error bound, for both sides, and twice for terms grouped otherwise (compare/bounded.py)"
 TWICE = "twice the rounding bound: each side lies within it of the exact value"
 BINOMIAL = "exact binomial limits, two-sided; an honest dropout passes but for one time in 10^10"

@@ -221,10 +221,10 @@ class AttentionRow(NamedTuple):
     required: bool
 
 
-def _projection(name: str) -> tuple[AttentionRow, AttentionRow]:
+def _projection(name: str, required: bool = True) -> tuple[AttentionRow, AttentionRow]:
     kernel, bias = (name, "kernel"), (name, "bias")
     return (
-        AttentionRow(f"{name}.weight", ("params", *kernel), kernel, "transposed", "parameter", True),
+        AttentionRow(f"{name}.weight", ("params", *kernel), kernel, "transposed", "parameter", required),
         AttentionRow(f"{name}.bias", ("params", *bias), bias, "same", "parameter", False),
     )
 
@@ -235,6 +235,7 @@ ROWS: tuple[AttentionRow, ...] = (
     *_projection("W_query"),
     *_projection("W_key"),
     *_projection("W_value"),
+    *_projection("out_proj", required=False),
 )
 LINEN = Mapping(tuple(Row(row.torch_key, row.linen_path, row.layout, row.kind, row.required) for row in ROWS))
 NNX = Mapping(tuple(Row(row.torch_key, row.nnx_path, row.layout, row.kind, row.required) for row in ROWS), flax="nnx")

@@ -32,15 +32,20 @@ def exact_and_limit(
     inputs: np.ndarray,
     keep: np.ndarray | None = None,
     precision: Precision | None = None,
+    tiles: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the reference's outputs, and how far from them rounding may carry an implementation.
 
-    Arguments are those of `against_reference`; another precision than that of the inputs' dtype may be given.
+    Arguments are those of `against_reference`; another precision than that of the inputs' dtype may be given, and
+    of how many tiles the implementation's softmax may be put together.
     """
     arrays = numpy_state(state)
     mask = arrays.get("mask", causal_mask(config.context_length))
-    exact = attention_stages(inputs, arrays, mask, keep, config.dropout).context
+    exact = attention_stages(inputs, arrays, mask, keep, config.dropout, config.num_heads).context
     # The reference rounds too, in float64.
     precisions = precision or PRECISIONS[inputs.dtype.name], PRECISIONS["float64"]
-    bounds = [stage_bounds(inputs, arrays, mask, precision, keep, config.dropout) for precision in precisions]
+    bounds = [
+        stage_bounds(inputs, arrays, mask, precision, keep, config.dropout, config.num_heads, tiles)
+        for precision in precisions
+    ]
     return exact, bounds[0].context + bounds[1].context

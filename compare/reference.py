@@ -7,14 +7,14 @@ import numpy as np
 
 
 class Stages(NamedTuple):
-    """Every intermediate of the formula, in order."""
+    """Every intermediate of the formula, in order; with heads, scores and weights have these after the batch."""
 
-    queries: np.ndarray  # (..., tokens, head_dim), as keys, values and context
+    queries: np.ndarray  # (..., tokens, width of all heads), as keys, values and context
     keys: np.ndarray
     values: np.ndarray
     scores: np.ndarray  # (..., tokens, tokens), scaled, -inf where blocked
     weights: np.ndarray  # (..., tokens, tokens), after dropout
-    context: np.ndarray
+    context: np.ndarray  # with heads, after `out_proj`
 
 
 def attention_stages(
@@ -23,6 +23,7 @@ def attention_stages(
     mask: np.ndarray,
     keep: np.ndarray | None = None,
     dropout: float = 0.0,
+    num_heads: int | None = None,
 ) -> Stages:
     """Return the stages of masked attention in float64.
 
@@ -32,9 +33,27 @@ def attention_stages(
         mask: (context_length, context_length); nonzero blocks.
         keep: (batch, tokens, tokens), True where dropout keeps the weight; None for no dropout.
         dropout: the probability that `keep` was drawn with: kept weights are divided by 1 - dropout.
+        num_heads: as of `CausalMultiHeadAttention`, with `out_proj` in the state and `keep` of every head;
+            None for the classes with one head.
     """
     queries, keys, values = (_project(inputs, state, name) for name in ("W_query", "W_key", "W_value"))
-    return masked_attention(queries, keys, values, mask, keep, dropout)
+    split = [split_heads(array, num_heads) for array in (queries, keys, values)]
+    stages = masked_attention(split[0], split[1], split[2], mask, keep, dropout)
+    context = stages.context if num_heads is None else _project(merge_heads(stages.context), state, "out_proj")
+    return Stages(queries, keys, values, stages.scores, stages.weights, context)
+
+
+def split_heads(array: np.ndarray, num_heads: int | None) -> np.ndarray:
+    """Return (..., tokens, width) as (..., heads, tokens, head_dim); as it is if there are no heads."""
+    if num_heads is None:
+        return array
+    return array.reshape(*array.shape[:-1], num_heads, array.shape[-1] // num_heads).swapaxes(-2, -3)
+
+
+def merge_heads(array: np.ndarray) -> np.ndarray:
+    """Undo `split_heads`."""
+    swapped = array.swapaxes(-2, -3)
+    return swapped.reshape(*swapped.shape[:-2], swapped.shape[-2] * swapped.shape[-1])
 
 
 def causal_mask(context_length: int) -> np.ndarray:

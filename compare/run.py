@@ -20,26 +20,42 @@ from .transfer import numpy_to_tensor, tensor_to_numpy
 
 Implementation = Literal["torch", "linen", "nnx"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("torch", "linen", "nnx")
-TorchAttention = torch_impl.CausalAttentionWithBuffer | torch_impl.CausalAttentionWithoutBuffers
-LinenAttention = flax_impl.CausalAttentionWithBuffer | flax_impl.CausalAttentionWithoutBuffers
-NnxAttention = flax_impl.nnx.CausalAttentionWithBuffer | flax_impl.nnx.CausalAttentionWithoutBuffers
+TorchAttention = (
+    torch_impl.CausalAttentionWithBuffer
+    | torch_impl.CausalAttentionWithoutBuffers
+    | torch_impl.CausalMultiHeadAttention
+)
+LinenAttention = (
+    flax_impl.CausalAttentionWithBuffer | flax_impl.CausalAttentionWithoutBuffers | flax_impl.CausalMultiHeadAttention
+)
+NnxAttention = (
+    flax_impl.nnx.CausalAttentionWithBuffer
+    | flax_impl.nnx.CausalAttentionWithoutBuffers
+    | flax_impl.nnx.CausalMultiHeadAttention
+)
 TITLES: dict[str, str] = {"torch": "PyTorch", "linen": "Flax Linen", "nnx": "Flax NNX"}
 
 
 def build_torch(config: Config, *, buffer: bool) -> TorchAttention:
-    """Return a fresh torch module, with or without the buffer."""
+    """Return a fresh torch module, with or without the buffer; with heads, always with it."""
+    if config.num_heads is not None:
+        return torch_impl.CausalMultiHeadAttention(**config.arguments)
     kind = torch_impl.CausalAttentionWithBuffer if buffer else torch_impl.CausalAttentionWithoutBuffers
     return kind(**config.arguments)
 
 
 def build_linen(config: Config, *, buffer: bool) -> LinenAttention:
     """Return the Linen module, with or without the buffer."""
+    if config.num_heads is not None:
+        return flax_impl.CausalMultiHeadAttention(**config.arguments)
     kind = flax_impl.CausalAttentionWithBuffer if buffer else flax_impl.CausalAttentionWithoutBuffers
     return kind(**config.arguments)
 
 
 def build_nnx(config: Config, *, buffer: bool) -> NnxAttention:
     """Return a fresh NNX model, with or without the buffer."""
+    if config.num_heads is not None:
+        return flax_impl.nnx.CausalMultiHeadAttention(**config.arguments, rngs=nnx.Rngs(0))
     kind = flax_impl.nnx.CausalAttentionWithBuffer if buffer else flax_impl.nnx.CausalAttentionWithoutBuffers
     return kind(**config.arguments, rngs=nnx.Rngs(0))
 
@@ -110,10 +126,12 @@ def run(
         return runner(config, state, inputs, jax.devices(device)[0], keep)
 
 
-def compiled(implementation: Implementation, config: Config) -> Callable[[StateDict, np.ndarray], np.ndarray]:
-    """Return a function like `run` that keeps the module, with the buffer, and its `jit` between calls, on the CPU."""
+def compiled(
+    implementation: Implementation, config: Config, device: str = "cpu"
+) -> Callable[[StateDict, np.ndarray], np.ndarray]:
+    """Return a function like `run`, with the buffer, that keeps the compiled program between calls."""
     if implementation == "torch":
-        return partial(_run_torch, config, device="cpu", keep=None)
+        return partial(_run_torch, config, device=device, keep=None)
     filled: Callable[[StateDict], Any]
     forward: Callable[..., Any]
     if implementation == "linen":
@@ -126,7 +144,7 @@ def compiled(implementation: Implementation, config: Config) -> Callable[[StateD
         forward = nnx.jit(lambda model, inputs: model(inputs))
 
     def call(state: StateDict, inputs: np.ndarray) -> np.ndarray:
-        with jax.enable_x64(inputs.dtype == np.float64), jax.default_device(jax.devices("cpu")[0]):
+        with jax_on(device, inputs.dtype):
             return np.asarray(forward(filled(state), inputs))
 
     return call
@@ -176,7 +194,7 @@ def linen_apply(config: Config, keep: Any, *, buffer: bool) -> Callable[[Mapping
 
     def apply(variables: Mapping[str, Any], inputs: jax.Array) -> Any:
         with linen.intercept_methods(intercept):
-            return model.apply(variables, inputs)
+            return model.apply(variables, inputs, deterministic=keep is None)
 
     return apply
 

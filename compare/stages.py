@@ -1,6 +1,7 @@
 """Every intermediate of one implementation, as it runs: recorded from outside, the modules know nothing of it."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -47,6 +48,8 @@ def record_stages(implementation: Implementation, trial: Trial, device: str = "c
 def _torch(trial: Trial, device: str, recorded: dict[str, list[Any]]) -> None:
     module = ready_torch(trial.config, trial.state, device, trial.keep)
     for name, child in module.named_children():
+        if name not in PRODUCERS:
+            continue
         child.register_forward_hook(
             lambda _module, _inputs, output, name=name: recorded[PRODUCERS[name]].append(output)
         )
@@ -70,7 +73,15 @@ def _linen(trial: Trial, recorded: dict[str, list[Any]]) -> None:
             recorded[PRODUCERS[context.module.name]].append(output)
         return output
 
-    with linen.intercept_methods(intercept), _recorded_scores(recorded):
+    softmax = jax.nn.softmax
+
+    def record_weights(*args: Any, **kwargs: Any) -> jax.Array:
+        recorded["weights"].append(softmax(*args, **kwargs))
+        return recorded["weights"][-1]
+
+    # Without dropout nothing but the softmax makes the weights.
+    undropped = patch.object(jax.nn, "softmax", record_weights) if trial.keep is None else nullcontext()
+    with linen.intercept_methods(intercept), undropped, _recorded_scores(recorded):
         recorded["context"].append(apply(variables, jax.numpy.asarray(trial.inputs)))
 
 

@@ -20,7 +20,8 @@ class Trial(NamedTuple):
     config: the constructor arguments.
     state: a torch state dict, with a mask.
     inputs: (batch, tokens, input_embedding_dim).
-    keep: (batch, tokens, tokens), True where dropout keeps the weight; None for no dropout.
+    keep: (batch, tokens, tokens), or with heads (batch, heads, tokens, tokens), True where dropout keeps the weight;
+        None for no dropout.
     """
 
     name: str
@@ -55,10 +56,11 @@ class Trial(NamedTuple):
 def draw_parameters(config: Config, random: np.random.Generator, scale: float = 1.0) -> dict[str, np.ndarray]:
     """Draw weights and biases in float64 by torch's names: normal, weights over sqrt(input_embedding_dim)."""
     parameters = {}
-    for name in ("W_query", "W_key", "W_value"):
-        shape = config.output_embedding_dim, config.input_embedding_dim
-        parameters[f"{name}.weight"] = scale * random.standard_normal(shape) / np.sqrt(config.input_embedding_dim)
-        if config.qkv_bias:
+    for name in ("W_query", "W_key", "W_value", *["out_proj"] * (config.num_heads is not None)):
+        width = config.output_embedding_dim if name == "out_proj" else config.input_embedding_dim
+        shape = config.output_embedding_dim, width
+        parameters[f"{name}.weight"] = scale * random.standard_normal(shape) / np.sqrt(width)
+        if config.qkv_bias or name == "out_proj":
             parameters[f"{name}.bias"] = scale * random.standard_normal(config.output_embedding_dim)
     return parameters
 
@@ -68,7 +70,8 @@ def draw(config: Config, tokens: int, random: np.random.Generator, *, batch: int
     state = {key: torch.from_numpy(array) for key, array in draw_parameters(config, random).items()}
     state["mask"] = torch.from_numpy(causal_mask(config.context_length).astype(np.float32))
     inputs = random.standard_normal((batch, tokens, config.input_embedding_dim))
-    kept = random.random((batch, tokens, tokens)) >= config.dropout if keep else None
+    heads = () if config.num_heads is None else (config.num_heads,)
+    kept = random.random((batch, *heads, tokens, tokens)) >= config.dropout if keep else None
     return Trial("causal", config, state, inputs, kept)
 
 
@@ -78,6 +81,7 @@ def fixed() -> list[Trial]:
     prime = draw(Config(13, 11, 7, 0.4, qkv_bias=True), 5, random, keep=True)
     plain = prime._replace(keep=None)
     square = draw(Config(6, 6, 6, 0.25), 6, random)
+    heads = draw(Config(11, 15, 7, 0.4, qkv_bias=True, num_heads=3), 5, random, keep=True)
     rows = np.arange(7)
     rectangle = ((rows[:, None] < 3) == (rows >= 4)).astype(np.float32)
     edited = prime.mask * np.where(rows % 2, 2.0, -0.5).astype(np.float32)
@@ -88,5 +92,6 @@ def fixed() -> list[Trial]:
         plain.masked("rectangular mask", rectangle),
         prime.masked("dropout, edited mask", edited),
         plain.masked("a row closed", closed),
+        heads._replace(name="three heads, dropout"),
         square._replace(name="square weights"),
     ]

@@ -21,13 +21,13 @@ def is_nonzero(mask: Shaped[Array, "..."]) -> Bool[Array, "..."]:
     return bits << 1 != 0  # without the sign, for -0.0
 
 
-def masked_attention(
-    queries: Float[Array, "batch tokens head_dim"],
-    keys: Float[Array, "batch tokens head_dim"],
-    values: Float[Array, "batch tokens head_dim"],
+def reference_attention(
+    queries: Float[Array, "*batch tokens head_dim"],
+    keys: Float[Array, "*batch tokens head_dim"],
+    values: Float[Array, "*batch tokens head_dim"],
     mask: Shaped[Array, "context_length context_length"],
-    dropout: Callable[[Array], Array],
-) -> Float[Array, "batch tokens head_dim"]:
+    dropout: Callable[[Array], Array] = lambda weights: weights,
+) -> Float[Array, "*batch tokens head_dim"]:
     """Mix the values by softmax(queries @ keys.T / sqrt(head_dim)) over the keys left open.
 
     Any nonzero entry of the mask blocks, whatever its dtype. A row that is blocked everywhere gives
@@ -36,8 +36,8 @@ def masked_attention(
     Source: Vaswani et al., "Attention Is All You Need", section 3.2.1.
     """
     num_tokens, head_dim = queries.shape[-2:]
-    blocked = is_nonzero(mask[None, :num_tokens, :num_tokens])  # (1, tokens, tokens)
-    scores = queries @ keys.mT  # (batch, tokens, tokens)
+    blocked = is_nonzero(mask[:num_tokens, :num_tokens])  # (tokens, tokens)
+    scores = queries @ keys.mT  # (..., tokens, tokens)
     scores = jnp.where(blocked, -jnp.inf, scores)
-    weights = jax.nn.softmax(scores / head_dim**0.5, axis=-1)  # (batch, tokens, tokens)
-    return dropout(weights) @ values  # (batch, tokens, head_dim)
+    weights = jax.nn.softmax(scores / head_dim**0.5, axis=-1)  # (..., tokens, tokens)
+    return dropout(weights) @ values  # (..., tokens, head_dim)

@@ -78,5 +78,5 @@ def test_one_finding_beyond_its_limit_is_not_outvoted() -> None:
 
 def test_sections_are_made_of_every_comparison() -> None:
     *_, section = sections(["causality"], "cpu")
-    assert len(section.findings) == 3 * 5 * 4
-    assert [check.count for check in section.checks] == ["20/20"] * 3
+    assert len(section.findings) == 3 * 6 * 4
+    assert [check.count for check in section.checks] == ["24/24"] * 3

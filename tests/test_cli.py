@@ -21,7 +21,7 @@ from compare.child import ChildError, run_module
 from compare.findings import Check, Panels, Report, Section
 from compare.report.html import html
 from compare.run import missing_cuda
-from torch_impl.attention import masked_attention
+from torch_impl import masked_attention
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -137,7 +137,7 @@ def test_a_check_is_a_command_with_findings(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["checks", "causality", "--device", "cpu", "--json", str(tmp_path / "report.json")])
     assert done.exit_code == 0, done.output
     (section,) = json.loads((tmp_path / "report.json").read_text())["sections"]
-    assert len(section["findings"]) == 60
+    assert len(section["findings"]) == 72
     assert set(section["findings"][0]) == {"check", "implementation", "case", "agreement", "why"}
     assert set(section["findings"][0]["agreement"]) >= {"found", "expected", "limit", "ratio", "index"}
 
@@ -155,8 +155,8 @@ def test_a_missing_optional_package_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_does_not_hold_ends_with_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def without_scale(queries: Any, keys: Any, values: Any, mask: Any, dropout: Any) -> Any:
-        return masked_attention(queries * queries.shape[-1] ** 0.5, keys, values, mask, dropout)
+    def without_scale(queries: Any, keys: Any, values: Any, mask: Any, *rest: Any) -> Any:
+        return masked_attention(queries * queries.shape[-1] ** 0.5, keys, values, mask, *rest)
 
     monkeypatch.setattr(torch_impl.causal_attention, "masked_attention", without_scale)
     done = CliRunner().invoke(app, ["outputs", "--json", str(tmp_path / "report.json")])

@@ -1,5 +1,6 @@
 """Everything arrives, bit for bit, in its place; what does not fit is listed and nothing is touched."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -29,10 +30,11 @@ AWKWARD = np.array([0x80000000, 1, 0x7FC12345, 0xFF812345, 0x7F800000, 0x7F7FFFF
 
 
 def test_each_entry_has_its_place() -> None:
-    module = torch_module(SQUARE)
-    variables = compare.torch_to_linen(module, linen_template(SQUARE, buffer=True))
-    model = compare.torch_to_nnx(module, build_nnx(SQUARE, buffer=True))
-    for name in ("W_query", "W_key", "W_value"):
+    config = replace(SQUARE, num_heads=1)
+    module = torch_module(config)
+    variables = compare.torch_to_linen(module, linen_template(config, buffer=True))
+    model = compare.torch_to_nnx(module, build_nnx(config, buffer=True))
+    for name in ("W_query", "W_key", "W_value", "out_proj"):
         linear = getattr(module, name)
         for kernel in (variables["params"][name]["kernel"], getattr(model, name).kernel[...]):
             assert np.array_equal(kernel, linear.weight.detach().numpy().T)

@@ -5,7 +5,7 @@ from typing import Any
 import mpmath
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from compare.agreement import agreement
@@ -129,6 +129,7 @@ def _row(
         return np.array([float(entry) for entry in mixed])
 
 
+@settings(max_examples=50)  # sizes are drawn, so that each is compiled anew; `python -m compare bound` draws thousands
 @given(
     sizes=st.tuples(*(st.integers(1, 17) for _ in range(3))),
     batch=st.integers(1, 3),

@@ -12,13 +12,13 @@ def causal_mask(context_length: int) -> Float[Tensor, "context_length context_le
     return torch.triu(torch.ones(context_length, context_length, dtype=torch.float32), diagonal=1)
 
 
-def masked_attention(
-    queries: Float[Tensor, "batch tokens head_dim"],
-    keys: Float[Tensor, "batch tokens head_dim"],
-    values: Float[Tensor, "batch tokens head_dim"],
+def reference_attention(
+    queries: Float[Tensor, "*batch tokens head_dim"],
+    keys: Float[Tensor, "*batch tokens head_dim"],
+    values: Float[Tensor, "*batch tokens head_dim"],
     mask: Shaped[Tensor, "context_length context_length"],
-    dropout: Callable[[Tensor], Tensor],
-) -> Float[Tensor, "batch tokens head_dim"]:
+    dropout: Callable[[Tensor], Tensor] = lambda weights: weights,
+) -> Float[Tensor, "*batch tokens head_dim"]:
     """Mix the values by softmax(queries @ keys.T / sqrt(head_dim)) over the keys left open.
 
     Any nonzero entry of the mask blocks, whatever its dtype. A row that is blocked everywhere gives
@@ -27,8 +27,8 @@ def masked_attention(
     Source: Vaswani et al., "Attention Is All You Need", section 3.2.1.
     """
     num_tokens, head_dim = queries.shape[-2:]
-    blocked = mask[None, :num_tokens, :num_tokens].bool()  # (1, tokens, tokens)
-    scores = queries @ keys.mT  # (batch, tokens, tokens)
+    blocked = mask[:num_tokens, :num_tokens].bool()  # (tokens, tokens)
+    scores = queries @ keys.mT  # (..., tokens, tokens)
     scores = scores.masked_fill(blocked, -torch.inf)
-    weights = torch.softmax(scores / head_dim**0.5, dim=-1)  # (batch, tokens, tokens)
-    return dropout(weights) @ values  # (batch, tokens, head_dim)
+    weights = torch.softmax(scores / head_dim**0.5, dim=-1)  # (..., tokens, tokens)
+    return dropout(weights) @ values  # (..., tokens, head_dim)

@@ -3,8 +3,9 @@
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from .attention import causal_mask, masked_attention
+from .attention import causal_mask
 from .checks import check_dropout, check_inputs, check_mask
+from .dispatch import Implementation, check_implementation, dropping, masked_attention
 
 
 class CausalAttentionWithoutBuffers(nn.Module):
@@ -16,9 +17,10 @@ class CausalAttentionWithoutBuffers(nn.Module):
         context_length: the most tokens that the mask covers.
         dropout: probability of dropping an attention weight in training mode.
         qkv_bias: whether the three projections have a bias.
+        implementation: of the attention, see `masked_attention`.
 
     Raises:
-        ValueError: dropout outside [0, 1]; on call, inputs or a mask of the wrong shape.
+        ValueError: dropout outside [0, 1] or an unknown implementation; on call, inputs or a mask of the wrong shape.
     """
 
     def __init__(
@@ -28,11 +30,15 @@ class CausalAttentionWithoutBuffers(nn.Module):
         context_length: int,
         dropout: float,
         qkv_bias: bool = False,
+        *,
+        implementation: Implementation = "auto",
     ) -> None:
         check_dropout(dropout)
+        check_implementation(implementation)
         super().__init__()
         self.input_embedding_dim = input_embedding_dim
         self.context_length = context_length
+        self.implementation: Implementation = implementation
         self.W_query = nn.Linear(input_embedding_dim, output_embedding_dim, bias=qkv_bias)
         self.W_key = nn.Linear(input_embedding_dim, output_embedding_dim, bias=qkv_bias)
         self.W_value = nn.Linear(input_embedding_dim, output_embedding_dim, bias=qkv_bias)
@@ -49,7 +55,7 @@ class CausalAttentionWithoutBuffers(nn.Module):
         queries = self.W_query(inputs)  # (batch, tokens, output_embedding_dim)
         keys = self.W_key(inputs)
         values = self.W_value(inputs)
-        return masked_attention(queries, keys, values, self.mask, self.dropout)
+        return masked_attention(queries, keys, values, self.mask, dropping(self.dropout), self.implementation)
 
 
 class CausalAttentionWithBuffer(nn.Module):
@@ -61,9 +67,10 @@ class CausalAttentionWithBuffer(nn.Module):
         context_length: the most tokens that the mask covers.
         dropout: probability of dropping an attention weight in training mode.
         qkv_bias: whether the three projections have a bias.
+        implementation: of the attention, see `masked_attention`.
 
     Raises:
-        ValueError: dropout outside [0, 1]; on call, inputs or a mask of the wrong shape.
+        ValueError: dropout outside [0, 1] or an unknown implementation; on call, inputs or a mask of the wrong shape.
     """
 
     mask: Shaped[Tensor, "context_length context_length"]
@@ -75,11 +82,15 @@ class CausalAttentionWithBuffer(nn.Module):
         context_length: int,
         dropout: float,
         qkv_bias: bool = False,
+        *,
+        implementation: Implementation = "auto",
     ) -> None:
         check_dropout(dropout)
+        check_implementation(implementation)
         super().__init__()
         self.input_embedding_dim = input_embedding_dim
         self.context_length = context_length
+        self.implementation: Implementation = implementation
         self.W_query = nn.Linear(input_embedding_dim, output_embedding_dim, bias=qkv_bias)
         self.W_key = nn.Linear(input_embedding_dim, output_embedding_dim, bias=qkv_bias)
         self.W_value = nn.Linear(input_embedding_dim, output_embedding_dim, bias=qkv_bias)
@@ -96,4 +107,4 @@ class CausalAttentionWithBuffer(nn.Module):
         queries = self.W_query(inputs)  # (batch, tokens, output_embedding_dim)
         keys = self.W_key(inputs)
         values = self.W_value(inputs)
-        return masked_attention(queries, keys, values, self.mask, self.dropout)
+        return masked_attention(queries, keys, values, self.mask, dropping(self.dropout), self.implementation)

@@ -29,3 +29,21 @@ def check_mask(shape: Sequence[int], context_length: int) -> None:
             f"mask has shape {tuple(shape)}; context_length={context_length} needs "
             f"({context_length}, {context_length}): give the module a mask of that shape"
         )
+
+
+def check_heads(output_embedding_dim: int, num_heads: int) -> None:
+    """Raise ValueError unless the output can be divided into that many heads."""
+    if num_heads < 1 or output_embedding_dim % num_heads:
+        raise ValueError(
+            f"output_embedding_dim={output_embedding_dim} cannot be divided into num_heads={num_heads}: "
+            f"give a width that is a multiple of the number of heads"
+        )
+
+
+def check_covered(shape: Sequence[int], num_tokens: int) -> None:
+    """Raise ValueError unless the mask has a row and a column for every token."""
+    if len(shape) != 2 or min(shape) < num_tokens:
+        raise ValueError(
+            f"mask has shape {tuple(shape)}; {num_tokens} tokens need at least ({num_tokens}, {num_tokens}): "
+            f"give a larger mask, or fewer tokens"
+        )

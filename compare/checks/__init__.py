@@ -8,6 +8,7 @@ from ..trials import Trial
 from .causality import causality
 from .determinism import determinism
 from .dropout import dropout
+from .fused import fused
 from .gradients import gradients
 from .outputs import outputs
 from .stages import stages
@@ -24,11 +25,12 @@ CHECKS: dict[str, CheckFunction] = {
     "causality": causality,
     "determinism": determinism,
     "gradients": gradients,
+    "fused": fused,
     "dropout": dropout,
     "training": training,
 }
 
-# These bring what they run on, and take of a trial its rate of dropout at most.
-ON_THEIR_OWN = ("dropout", "training")
+# These bring what they run on, and take of a trial its rate of dropout or its heads at most.
+ON_THEIR_OWN = ("fused", "dropout", "training")
 
 __all__ = ["CHECKS", "ON_THEIR_OWN", "CheckFunction", *CHECKS]

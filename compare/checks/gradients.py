@@ -50,5 +50,6 @@ def exact_derivatives(problem: Problem) -> dict[str, Dual]:
     mask, rate = arrays.pop("mask"), problem.config.dropout
     given = {key: Dual(Bounded.exact(array), Bounded.exact(problem.direction[key])) for key, array in arrays.items()}
     cotangent = Dual(Bounded.exact(problem.cotangent), Bounded.exact(np.zeros_like(problem.cotangent)))
-    stages = attention_forward(given, mask, problem.keep, rate)
-    return attention_gradient(given, stages, cotangent, problem.keep, rate)
+    dropped = problem.keep, rate, problem.config.num_heads
+    stages = attention_forward(given, mask, *dropped)
+    return attention_gradient(given, stages, cotangent, *dropped)

@@ -15,7 +15,7 @@ def outputs(implementation: Implementation, trial: Trial, device: str = "cpu") -
     """Yield a finding for each dtype, but where the dtype may overflow; with the trial's pattern of dropout."""
     for dtype, precision in PRECISIONS.items():
         given = trial.rounded(dtype)
-        if overflow(given.inputs, numpy_state(given.state), given.mask, precision):
+        if overflow(given.inputs, numpy_state(given.state), given.mask, precision, given.config.num_heads):
             continue
         found = run(implementation, given.config, given.state, given.inputs, device=device, keep=given.keep)
         agreed = against_reference(found, given.config, given.state, given.inputs, given.keep)

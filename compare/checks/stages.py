@@ -16,8 +16,9 @@ def stages(implementation: Implementation, trial: Trial, device: str = "cpu") ->
     """Yield a finding for each stage, in float64."""
     arrays, precision = numpy_state(trial.state), PRECISIONS["float64"]
     found = record_stages(implementation, trial, device)
-    exact = attention_stages(trial.inputs, arrays, trial.mask, trial.keep, trial.config.dropout)
-    bound = stage_bounds(trial.inputs, arrays, trial.mask, precision, trial.keep, trial.config.dropout)
+    asked = trial.config.dropout, trial.config.num_heads
+    exact = attention_stages(trial.inputs, arrays, trial.mask, trial.keep, *asked)
+    bound = stage_bounds(trial.inputs, arrays, trial.mask, precision, trial.keep, *asked)
     for name in exact._fields:
         # -inf, where scores are blocked, is compared as such; both sides round.
         agreed = agreement(getattr(found, name), getattr(exact, name), 2.0 * getattr(bound, name))

@@ -12,11 +12,16 @@ MODULES = {
     "linen": "flax_impl.linen.causal_attention",
     "nnx": "flax_impl.nnx.causal_attention",
 }
+HEADS = {
+    "torch": "torch_impl.multi_head_attention",
+    "linen": "flax_impl.linen.multi_head_attention",
+    "nnx": "flax_impl.nnx.multi_head_attention",
+}
 LINEN_VARIABLE = r'self\.variable\("buffers", "mask", causal_mask, self\.context_length\)'
 SCALE = r"head_dim\*\*0\.5"
 BLOCKED = r"blocked = (.*)  #"
 FILLED = r"scores = (?:scores\.masked_fill|jnp\.where).*\n"
-OPEN_MASK = "mask[None, :num_tokens, :num_tokens]"
+OPEN_MASK = "mask[:num_tokens, :num_tokens]"
 CONTEXT = r"return dropout\(weights\) @ values"
 RETURNED = "return dropout(weights) @ values"
 WRITTEN = r"return \[self\.arrays\[path\]\]"
@@ -83,7 +88,7 @@ _SCALING = [
 _MASKING = [
     *_attention("mask ignored", (BLOCKED, r"blocked = (\1) & False  #")),
     *_attention("mask inverted", (BLOCKED, r"blocked = ~(\1)  #")),
-    *_attention("mask transposed", (r"mask\[None", "mask.mT[None")),
+    *_attention("mask transposed", (r"mask\[:num", "mask.mT[:num")),
     *_attention("mask from the other corner", (r":num_tokens, :num_tokens", "-num_tokens:, -num_tokens:")),
     *_attention("only entries of 1 block", (BLOCKED, f"blocked = {OPEN_MASK} == 1  #")),
     *_attention("only positive entries block", (BLOCKED, f"blocked = {OPEN_MASK} > 0  #")),
@@ -190,9 +195,10 @@ _STATE = [
            linen=((LINEN_VARIABLE, "causal_mask(self.context_length)"), (r"self\.mask\.value", "self.mask")),
            nnx=((r"self\.mask = Buffer\((.*)\)", r"self.mask = \1"),)),
     *_each("stale mask", MODULES,
-           torch=(r"values, self\.mask, self", 'values, self.__dict__.setdefault("stale", self.mask.clone()), self'),
+           torch=(r"values, self\.mask, dropping",
+                  'values, self.__dict__.setdefault("stale", self.mask.clone()), dropping'),
            linen=(r"values, self\.mask\.value, dropout", "values, causal_mask(self.context_length), dropout"),
-           nnx=(r"values, self\.mask\[\.\.\.\], self", "values, causal_mask(self.context_length), self")),
+           nnx=(r"values, self\.mask\[\.\.\.\], dropping", "values, causal_mask(self.context_length), dropping")),
     *_flax("kernel transposed where not square", "compare.walk",
            (r"layout\(row\.layout, leaf\.shape\), combined",
             r'layout("same" if len(set(leaf.shape)) == 1 else row.layout, leaf.shape), combined')),
@@ -250,6 +256,63 @@ _OPTIMIZING = [
              "pattern[...] = jnp.asarray(keep); model.mask[...] = model.mask[...] * (1 - 1e-3)"),)),
 ]  # fmt: skip
 
+_HEADS = [
+    *_each("heads of the tokens", HEADS,
+           torch=(r"\.unflatten\(2, \(self\.num_heads, -1\)\)\.transpose\(1, 2\)",
+                  ".reshape(len(projected), self.num_heads, projected.shape[1], -1)"),
+           linen=(r"\.reshape\((\*projected.*), self\.num_heads, width\)\.swapaxes\(1, 2\)",
+                  ".reshape(len(projected), self.num_heads, projected.shape[1], width)"),
+           nnx=(r"\.reshape\((\*projected.*), self\.num_heads, width\)\.swapaxes\(1, 2\)",
+                ".reshape(len(projected), self.num_heads, projected.shape[1], width)")),
+    *_each("heads joined in another order", HEADS,
+           torch=(r"context\.transpose\(1, 2\)", "context.flip(1).transpose(1, 2)"),
+           linen=(r"context\.swapaxes\(1, 2\)", "context[:, ::-1].swapaxes(1, 2)"),
+           nnx=(r"context\.swapaxes\(1, 2\)", "context[:, ::-1].swapaxes(1, 2)")),
+    *_each("out_proj left out", HEADS, torch=(r"self\.out_proj\((context.*)\)", r"\1"),
+           linen=(r"self\.out_proj\((context.*)\)", r"\1"), nnx=(r"self\.out_proj\((context.*)\)", r"\1")),
+]  # fmt: skip
+
+_FUSED = [
+    Mutant("fused: assumed causal", "torch", "torch_impl.mask_layout", ((r"if all\(torch\.equal.*:\n", "if True:\n"),)),
+    Mutant("fused: stale remembered mask", "torch", "torch_impl.mask_layout",
+           ((r"if (seen|known) is None or .*:\n", r"if \1 is None:\n"),)),
+    Mutant("fused: only the version is looked at", "torch", "torch_impl.mask_layout",
+           ((r" or not torch\.equal\(known\[0\], sums\)", ""),)),
+    Mutant("fused: the last key left out", "torch", "torch_impl.mask_layout",
+           ((r"int\(keys\[j\]\) \+ 1", "int(keys[j])"),)),
+    Mutant("fused: a closed row is 0", "torch", "torch_impl.fused",
+           ((r"weights @ _take", "weights.nan_to_num() @ _take"),)),
+    Mutant("fused: a closed row of a wide strip is 0", "torch", "torch_impl.fused",
+           ((r"found\[0\]\[0\]\.masked_fill\(closed\[:, None\], torch\.nan\)", "found[0][0].nan_to_num()"),)),
+    Mutant("fused: wide strips without the mask", "torch", "torch_impl.fused",
+           ((r"(0\.0, )(False, )?attn_mask=_bias\(blocked, queries\.dtype\)", r"\1"),)),
+    Mutant("fused: wide strips end with their first range", "torch", "torch_impl.mask_layout",
+           ((r"max\(stop for _, stop in ranges\)", "ranges[0][1]"),)),
+    Mutant("fused: scale missing in the strips", "torch", "torch_impl.fused",
+           ((r"alpha=queries\.shape\[-1\] \*\* -0\.5", "alpha=1.0"),)),
+    Mutant("fused: gradients of the strips overwritten", "torch", "torch_impl.fused",
+           ((r"total\[\.\.\., start:stop, :\] \+= piece", "total[..., start:stop, :] = piece"),)),
+    *_flax("fused: assumed causal", "flax_impl.fused",
+           (r"is_nonzero\(lax\.dynamic_slice\(head\.mask, \(at, at_key\), shape\)\)",
+            "(at_key + jnp.arange(shape.keys, dtype=jnp.int32)[None]"
+            " > at + jnp.arange(shape.queries, dtype=jnp.int32)[:, None])")),
+    *_flax("fused: mixed tiles taken for open ones", "flax_impl.mask_tiles",
+           (r"tiles\(some_blocked, True\)", "tiles(some_blocked, True) & False")),
+    *_flax("fused: tiles counted from the first key", "flax_impl.fused",
+           (r"first = tiling\.first\[number\] \+ ", "first = ")),
+    *_flax("fused: the last tile of keys counted twice", "flax_impl.fused",
+           (r" \| is_seen\[None\]", "")),
+    *_flax("fused: the last strip's gradient counted twice", "flax_impl.fused",
+           (r"grad, inner = jnp\.where.*", "pass")),
+    *_flax("fused: sums not shrunk", "flax_impl.fused", (r"context \* shrink\[:, None\]", "context")),
+    *_flax("fused: a closed row is 0", "flax_impl.fused",
+           (r"context / divisor\[:, None\]", "context / jnp.where(divisor == 0, 1, divisor)[:, None]")),
+    *_flax("fused: scale missing", "flax_impl.fused",
+           (r"queries\.astype\(dtype\) \* queries\.shape\[-1\] \*\* -0\.5", "queries.astype(dtype)")),
+    *_flax("fused: subnormal entries taken for 0", "flax_impl.fused",
+           (r"is_nonzero\((lax.*shape\))\)", r"(\1 != 0)")),
+]  # fmt: skip
+
 MUTANTS: tuple[Mutant, ...] = (
-    *_SCALING, *_MASKING, *_MIXING, *_PRECISION, *_DROPPING, *_GRADIENTS, *_STATE, *_OPTIMIZING
+    *_SCALING, *_MASKING, *_MIXING, *_PRECISION, *_DROPPING, *_GRADIENTS, *_STATE, *_OPTIMIZING, *_HEADS, *_FUSED
 )  # fmt: skip

@@ -25,6 +25,7 @@ TITLE = {
     "causality": "Causality: what is blocked changes no bit",
     "determinism": "Determinism: twice, compiled, batched",
     "gradients": "Gradients and Hessian-vector products in float64",
+    "fused": "Fused attention in float64 and float32",
     "dropout": "Dropout: each framework's own",
     "training": f"Training: {STEPS} steps in float64",
 }
@@ -39,6 +40,8 @@ TEXT = {
     "determinism": "The same program twice gives the same bits; a transformed one stays within rounding.",
     "gradients": "Of inputs and every parameter, against the derivative written out; buffers have none. The limit is "
     "a running error bound, as the written-out formula computes it.",
+    "fused": "600 tokens, where kernels, strips and tiles are at work, under masks of every kind: outputs and "
+    "gradients against the same reference; and the mask edited after it was used, by every way that there is.",
     "dropout": "Half a million ones are dropped with a fixed seed: share kept, scale, and whether neighbors agree more "
     "often than chance has it. The streams differ between the frameworks; given the same pattern, outputs, gradients "
     "and training agree, as the other checks show.",
@@ -61,7 +64,8 @@ def sections(names: Sequence[str] = (), device: str | None = None, *, slow: bool
                 for implementation in IMPLEMENTATIONS:
                     yield f"{name}: {TITLES[implementation]} on {place}"
                     given = trials.fixed()
-                    for trial in [given[0], given[-1]] if name in ("state", "dropout") else given:
+                    some = {"state": [given[0], given[-1]], "dropout": [given[0], given[-1]], "fused": [given[0]]}
+                    for trial in some.get(name, given):
                         section.findings += CHECKS[name](implementation, trial, place)
             if name == "determinism" and slow:
                 yield "determinism: torch.compile"

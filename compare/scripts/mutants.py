@@ -46,7 +46,7 @@ def sections(configurations: int = 1000, *, first: bool = False) -> Iterator[Sec
 
 
 def judge(mutant: Mutant, names: Iterable[str] = tuple(CHECKS), *, first: bool = False) -> Verdict:
-    """Run the named checks on the fixed trials with the mutant planted."""
+    """Run the named checks on the fixed trials with the mutant planted; `first` ends with what sees it first."""
     verdict = Verdict(mutant, {}, {})
     with planted(mutant.module, mutant.changes), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what a wrong program divides by
@@ -55,6 +55,8 @@ def judge(mutant: Mutant, names: Iterable[str] = tuple(CHECKS), *, first: bool =
             try:
                 for finding in fixed_findings(name, mutant.implementation):
                     verdict.ratios[name] = max(verdict.ratios[name], worst([finding]))
+                    if first and not verdict.ratios[name] <= 1.0:
+                        break
             except Exception as error:  # whatever a wrong program raises
                 verdict.errors[name] = f"{type(error).__name__}: {error}"
             if first and verdict.caught_by:

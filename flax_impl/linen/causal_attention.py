@@ -6,8 +6,9 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
 
-from ..attention import causal_mask, masked_attention
+from ..attention import causal_mask
 from ..checks import check_dropout, check_inputs, check_mask
+from ..dispatch import Implementation, check_implementation, masked_attention
 
 
 class CausalAttentionWithoutBuffers(nn.Module):
@@ -19,9 +20,10 @@ class CausalAttentionWithoutBuffers(nn.Module):
         context_length: the most tokens that the mask covers.
         dropout: probability of dropping an attention weight when not deterministic.
         qkv_bias: whether the three projections have a bias.
+        implementation: of the attention, see `masked_attention`.
 
     Raises:
-        ValueError: dropout outside [0, 1]; on call, inputs of the wrong shape.
+        ValueError: dropout outside [0, 1] or an unknown implementation; on call, inputs of the wrong shape.
     """
 
     input_embedding_dim: int
@@ -29,9 +31,11 @@ class CausalAttentionWithoutBuffers(nn.Module):
     context_length: int
     dropout: float
     qkv_bias: bool = False
+    implementation: Implementation = "auto"
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
+        check_implementation(self.implementation)
         super().__post_init__()
 
     def setup(self) -> None:
@@ -53,8 +57,9 @@ class CausalAttentionWithoutBuffers(nn.Module):
         queries = self.W_query(inputs)  # (batch, tokens, output_embedding_dim)
         keys = self.W_key(inputs)
         values = self.W_value(inputs)
-        dropout = partial(self.attention_dropout, deterministic=deterministic)
-        return masked_attention(queries, keys, values, self.mask, dropout)
+        is_dropping = self.dropout > 0 and not deterministic
+        dropout = partial(self.attention_dropout, deterministic=False) if is_dropping else None
+        return masked_attention(queries, keys, values, self.mask, dropout, self.implementation)
 
 
 class CausalAttentionWithBuffer(nn.Module):
@@ -68,9 +73,10 @@ class CausalAttentionWithBuffer(nn.Module):
         context_length: the most tokens that the mask covers.
         dropout: probability of dropping an attention weight when not deterministic.
         qkv_bias: whether the three projections have a bias.
+        implementation: of the attention, see `masked_attention`.
 
     Raises:
-        ValueError: dropout outside [0, 1]; on call, inputs or a mask of the wrong shape.
+        ValueError: dropout outside [0, 1] or an unknown implementation; on call, inputs or a mask of the wrong shape.
     """
 
     input_embedding_dim: int
@@ -78,9 +84,11 @@ class CausalAttentionWithBuffer(nn.Module):
     context_length: int
     dropout: float
     qkv_bias: bool = False
+    implementation: Implementation = "auto"
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
+        check_implementation(self.implementation)
         super().__post_init__()
 
     def setup(self) -> None:
@@ -103,5 +111,6 @@ class CausalAttentionWithBuffer(nn.Module):
         queries = self.W_query(inputs)  # (batch, tokens, output_embedding_dim)
         keys = self.W_key(inputs)
         values = self.W_value(inputs)
-        dropout = partial(self.attention_dropout, deterministic=deterministic)
-        return masked_attention(queries, keys, values, self.mask.value, dropout)
+        is_dropping = self.dropout > 0 and not deterministic
+        dropout = partial(self.attention_dropout, deterministic=False) if is_dropping else None
+        return masked_attention(queries, keys, values, self.mask.value, dropout, self.implementation)

@@ -2,5 +2,6 @@
 
 from .buffer import Buffer
 from .causal_attention import CausalAttentionWithBuffer, CausalAttentionWithoutBuffers
+from .multi_head_attention import CausalMultiHeadAttention
 
-__all__ = ["Buffer", "CausalAttentionWithBuffer", "CausalAttentionWithoutBuffers"]
+__all__ = ["Buffer", "CausalAttentionWithBuffer", "CausalAttentionWithoutBuffers", "CausalMultiHeadAttention"]

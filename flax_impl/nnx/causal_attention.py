@@ -4,9 +4,11 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from ..attention import causal_mask, masked_attention
+from ..attention import causal_mask
 from ..checks import check_dropout, check_inputs, check_mask
+from ..dispatch import Implementation, check_implementation, masked_attention
 from .buffer import Buffer
+from .dropout import dropping
 
 
 class CausalAttentionWithoutBuffers(nnx.Module):
@@ -21,10 +23,11 @@ class CausalAttentionWithoutBuffers(nnx.Module):
         context_length: the most tokens that the mask covers.
         dropout: probability of dropping an attention weight in training mode.
         qkv_bias: whether the three projections have a bias.
+        implementation: of the attention, see `masked_attention`.
         rngs: the streams `params` and `dropout`, or a default stream.
 
     Raises:
-        ValueError: dropout outside [0, 1]; on call, inputs or a mask of the wrong shape.
+        ValueError: dropout outside [0, 1] or an unknown implementation; on call, inputs or a mask of the wrong shape.
     """
 
     def __init__(
@@ -35,11 +38,14 @@ class CausalAttentionWithoutBuffers(nnx.Module):
         dropout: float,
         qkv_bias: bool = False,
         *,
+        implementation: Implementation = "auto",
         rngs: nnx.Rngs,
     ) -> None:
         check_dropout(dropout)
+        check_implementation(implementation)
         self.input_embedding_dim = input_embedding_dim
         self.context_length = context_length
+        self.implementation: Implementation = implementation
         self.W_query = nnx.Linear(input_embedding_dim, output_embedding_dim, use_bias=qkv_bias, rngs=rngs)
         self.W_key = nnx.Linear(input_embedding_dim, output_embedding_dim, use_bias=qkv_bias, rngs=rngs)
         self.W_value = nnx.Linear(input_embedding_dim, output_embedding_dim, use_bias=qkv_bias, rngs=rngs)
@@ -56,7 +62,7 @@ class CausalAttentionWithoutBuffers(nnx.Module):
         queries = self.W_query(inputs)  # (batch, tokens, output_embedding_dim)
         keys = self.W_key(inputs)
         values = self.W_value(inputs)
-        return masked_attention(queries, keys, values, self.mask, self.dropout)
+        return masked_attention(queries, keys, values, self.mask, dropping(self.dropout), self.implementation)
 
 
 class CausalAttentionWithBuffer(nnx.Module):
@@ -68,10 +74,11 @@ class CausalAttentionWithBuffer(nnx.Module):
         context_length: the most tokens that the mask covers.
         dropout: probability of dropping an attention weight in training mode.
         qkv_bias: whether the three projections have a bias.
+        implementation: of the attention, see `masked_attention`.
         rngs: the streams `params` and `dropout`, or a default stream.
 
     Raises:
-        ValueError: dropout outside [0, 1]; on call, inputs or a mask of the wrong shape.
+        ValueError: dropout outside [0, 1] or an unknown implementation; on call, inputs or a mask of the wrong shape.
     """
 
     def __init__(
@@ -82,11 +89,14 @@ class CausalAttentionWithBuffer(nnx.Module):
         dropout: float,
         qkv_bias: bool = False,
         *,
+        implementation: Implementation = "auto",
         rngs: nnx.Rngs,
     ) -> None:
         check_dropout(dropout)
+        check_implementation(implementation)
         self.input_embedding_dim = input_embedding_dim
         self.context_length = context_length
+        self.implementation: Implementation = implementation
         self.W_query = nnx.Linear(input_embedding_dim, output_embedding_dim, use_bias=qkv_bias, rngs=rngs)
         self.W_key = nnx.Linear(input_embedding_dim, output_embedding_dim, use_bias=qkv_bias, rngs=rngs)
         self.W_value = nnx.Linear(input_embedding_dim, output_embedding_dim, use_bias=qkv_bias, rngs=rngs)
@@ -103,4 +113,4 @@ class CausalAttentionWithBuffer(nnx.Module):
         queries = self.W_query(inputs)  # (batch, tokens, output_embedding_dim)
         keys = self.W_key(inputs)
         values = self.W_value(inputs)
-        return masked_attention(queries, keys, values, self.mask[...], self.dropout)
+        return masked_attention(queries, keys, values, self.mask[...], dropping(self.dropout), self.implementation)

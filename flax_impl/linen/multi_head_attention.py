@@ -1,0 +1,77 @@
+"""Causal multi-head self-attention in Flax Linen: one mask, in the collection `buffers`, for all heads."""
+
+from functools import partial
+
+from flax import linen as nn
+from jax import Array
+from jaxtyping import Float
+
+from ..attention import causal_mask
+from ..checks import check_dropout, check_heads, check_inputs, check_mask
+from ..dispatch import Implementation, check_implementation, masked_attention
+
+
+class CausalMultiHeadAttention(nn.Module):
+    """Causal self-attention in several heads, whose outputs are joined and projected.
+
+    The variables are `{"params": {...}, "buffers": {"mask": (context_length, context_length)}}`.
+
+    Args:
+        input_embedding_dim: width of each input token.
+        output_embedding_dim: width of all heads together, and of each output token.
+        context_length: the most tokens that the mask covers.
+        dropout: probability of dropping an attention weight when not deterministic.
+        num_heads: how many heads share the width.
+        qkv_bias: whether queries, keys and values have a bias; `out_proj` has one.
+        implementation: of the attention, see `masked_attention`.
+
+    Raises:
+        ValueError: dropout outside [0, 1], a width that the heads do not divide, or an unknown
+            implementation; on call, inputs or a mask of the wrong shape.
+
+    Source: Vaswani et al., "Attention Is All You Need", section 3.2.2.
+    """
+
+    input_embedding_dim: int
+    output_embedding_dim: int
+    context_length: int
+    dropout: float
+    num_heads: int
+    qkv_bias: bool = False
+    implementation: Implementation = "auto"
+
+    def __post_init__(self) -> None:
+        check_dropout(self.dropout)
+        check_heads(self.output_embedding_dim, self.num_heads)
+        check_implementation(self.implementation)
+        super().__post_init__()
+
+    def setup(self) -> None:
+        self.W_query = nn.Dense(self.output_embedding_dim, use_bias=self.qkv_bias)
+        self.W_key = nn.Dense(self.output_embedding_dim, use_bias=self.qkv_bias)
+        self.W_value = nn.Dense(self.output_embedding_dim, use_bias=self.qkv_bias)
+        self.out_proj = nn.Dense(self.output_embedding_dim)
+        self.attention_dropout = nn.Dropout(self.dropout)  # `dropout` names the field
+        # State: `device_put` moves it, checkpoints keep it, the optimizer gets only `params`.
+        self.mask = self.variable("buffers", "mask", causal_mask, self.context_length)
+
+    def __call__(
+        self, inputs: Float[Array, "batch tokens input_embedding_dim"], deterministic: bool = True
+    ) -> Float[Array, "batch tokens output_embedding_dim"]:
+        """Attend each token to itself and the tokens before it, in each head.
+
+        With `deterministic=False` pass `rngs={"dropout": key}` to `apply`.
+        """
+        check_inputs(inputs.shape, self.input_embedding_dim, self.context_length)
+        check_mask(self.mask.value.shape, self.context_length)
+        queries = self._split(self.W_query(inputs))  # (batch, heads, tokens, head_dim)
+        keys = self._split(self.W_key(inputs))
+        values = self._split(self.W_value(inputs))
+        is_dropping = self.dropout > 0 and not deterministic
+        dropout = partial(self.attention_dropout, deterministic=False) if is_dropping else None
+        context = masked_attention(queries, keys, values, self.mask.value, dropout, self.implementation)
+        return self.out_proj(context.swapaxes(1, 2).reshape(*inputs.shape[:2], -1))
+
+    def _split(self, projected: Float[Array, "batch tokens embed"]) -> Float[Array, "batch heads tokens head_dim"]:
+        width = self.output_embedding_dim // self.num_heads
+        return projected.reshape(*projected.shape[:2], self.num_heads, width).swapaxes(1, 2)

@@ -1,0 +1,76 @@
+"""Causal multi-head self-attention in Flax NNX: one mask, a `Buffer`, for all heads."""
+
+from flax import nnx
+from jax import Array
+from jaxtyping import Float
+
+from ..attention import causal_mask
+from ..checks import check_dropout, check_heads, check_inputs, check_mask
+from ..dispatch import Implementation, check_implementation, masked_attention
+from .buffer import Buffer
+from .dropout import dropping
+
+
+class CausalMultiHeadAttention(nnx.Module):
+    """Causal self-attention in several heads, whose outputs are joined and projected.
+
+    Args:
+        input_embedding_dim: width of each input token.
+        output_embedding_dim: width of all heads together, and of each output token.
+        context_length: the most tokens that the mask covers.
+        dropout: probability of dropping an attention weight in training mode.
+        num_heads: how many heads share the width.
+        qkv_bias: whether queries, keys and values have a bias; `out_proj` has one.
+        implementation: of the attention, see `masked_attention`.
+        rngs: the streams `params` and `dropout`, or a default stream.
+
+    Raises:
+        ValueError: dropout outside [0, 1], a width that the heads do not divide, or an unknown
+            implementation; on call, inputs or a mask of the wrong shape.
+
+    Source: Vaswani et al., "Attention Is All You Need", section 3.2.2.
+    """
+
+    def __init__(
+        self,
+        input_embedding_dim: int,
+        output_embedding_dim: int,
+        context_length: int,
+        dropout: float,
+        num_heads: int,
+        qkv_bias: bool = False,
+        *,
+        implementation: Implementation = "auto",
+        rngs: nnx.Rngs,
+    ) -> None:
+        check_dropout(dropout)
+        check_heads(output_embedding_dim, num_heads)
+        check_implementation(implementation)
+        self.input_embedding_dim = input_embedding_dim
+        self.output_embedding_dim = output_embedding_dim
+        self.context_length = context_length
+        self.num_heads = num_heads
+        self.implementation: Implementation = implementation
+        self.W_query = nnx.Linear(input_embedding_dim, output_embedding_dim, use_bias=qkv_bias, rngs=rngs)
+        self.W_key = nnx.Linear(input_embedding_dim, output_embedding_dim, use_bias=qkv_bias, rngs=rngs)
+        self.W_value = nnx.Linear(input_embedding_dim, output_embedding_dim, use_bias=qkv_bias, rngs=rngs)
+        self.out_proj = nnx.Linear(output_embedding_dim, output_embedding_dim, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        # State: `nnx.split` and checkpoints keep it, `nnx.grad` and the optimizer pass it by.
+        self.mask = Buffer(causal_mask(context_length))
+
+    def __call__(
+        self, inputs: Float[Array, "batch tokens input_embedding_dim"]
+    ) -> Float[Array, "batch tokens output_embedding_dim"]:
+        """Attend each token to itself and the tokens before it, in each head."""
+        check_inputs(inputs.shape, self.input_embedding_dim, self.context_length)
+        check_mask(self.mask.shape, self.context_length)
+        queries = self._split(self.W_query(inputs))  # (batch, heads, tokens, head_dim)
+        keys = self._split(self.W_key(inputs))
+        values = self._split(self.W_value(inputs))
+        context = masked_attention(queries, keys, values, self.mask[...], dropping(self.dropout), self.implementation)
+        return self.out_proj(context.swapaxes(1, 2).reshape(*inputs.shape[:2], -1))
+
+    def _split(self, projected: Float[Array, "batch tokens embed"]) -> Float[Array, "batch heads tokens head_dim"]:
+        width = self.output_embedding_dim // self.num_heads
+        return projected.reshape(*projected.shape[:2], self.num_heads, width).swapaxes(1, 2)

@@ -1,0 +1,72 @@
+"""Causal multi-head self-attention in PyTorch: one mask, a registered buffer, for all heads."""
+
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from .attention import causal_mask
+from .checks import check_dropout, check_heads, check_inputs, check_mask
+from .dispatch import Implementation, check_implementation, dropping, masked_attention
+
+
+class CausalMultiHeadAttention(nn.Module):
+    """Causal self-attention in several heads, whose outputs are joined and projected.
+
+    Args:
+        input_embedding_dim: width of each input token.
+        output_embedding_dim: width of all heads together, and of each output token.
+        context_length: the most tokens that the mask covers.
+        dropout: probability of dropping an attention weight in training mode.
+        num_heads: how many heads share the width.
+        qkv_bias: whether queries, keys and values have a bias; `out_proj` has one.
+        implementation: of the attention, see `masked_attention`.
+
+    Raises:
+        ValueError: dropout outside [0, 1], a width that the heads do not divide, or an unknown
+            implementation; on call, inputs or a mask of the wrong shape.
+
+    Source: Vaswani et al., "Attention Is All You Need", section 3.2.2.
+    """
+
+    mask: Shaped[Tensor, "context_length context_length"]
+
+    def __init__(
+        self,
+        input_embedding_dim: int,
+        output_embedding_dim: int,
+        context_length: int,
+        dropout: float,
+        num_heads: int,
+        qkv_bias: bool = False,
+        *,
+        implementation: Implementation = "auto",
+    ) -> None:
+        check_dropout(dropout)
+        check_heads(output_embedding_dim, num_heads)
+        check_implementation(implementation)
+        super().__init__()
+        self.input_embedding_dim = input_embedding_dim
+        self.context_length = context_length
+        self.num_heads = num_heads
+        self.implementation: Implementation = implementation
+        self.W_query = nn.Linear(input_embedding_dim, output_embedding_dim, bias=qkv_bias)
+        self.W_key = nn.Linear(input_embedding_dim, output_embedding_dim, bias=qkv_bias)
+        self.W_value = nn.Linear(input_embedding_dim, output_embedding_dim, bias=qkv_bias)
+        self.out_proj = nn.Linear(output_embedding_dim, output_embedding_dim)
+        self.dropout = nn.Dropout(dropout)
+        # State: `.to()` moves it, `state_dict` keeps it, the optimizer never sees it.
+        self.register_buffer("mask", causal_mask(context_length))
+
+    def forward(
+        self, inputs: Float[Tensor, "batch tokens input_embedding_dim"]
+    ) -> Float[Tensor, "batch tokens output_embedding_dim"]:
+        """Attend each token to itself and the tokens before it, in each head."""
+        check_inputs(inputs.shape, self.input_embedding_dim, self.context_length)
+        check_mask(self.mask.shape, self.context_length)
+        queries = self._split(self.W_query(inputs))  # (batch, heads, tokens, head_dim)
+        keys = self._split(self.W_key(inputs))
+        values = self._split(self.W_value(inputs))
+        context = masked_attention(queries, keys, values, self.mask, dropping(self.dropout), self.implementation)
+        return self.out_proj(context.transpose(1, 2).flatten(2))
+
+    def _split(self, projected: Float[Tensor, "batch tokens embed"]) -> Float[Tensor, "batch heads tokens head_dim"]:
+        return projected.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
