@@ -23,7 +23,7 @@ from .report.terminal import print_section, print_summary
 PARTS = ("notebook", "outputs", "checks", "devices", "checkpoints", "recorded")
 ON_A_DEVICE = ("outputs", "checks")
 STATE = ("inspect", "convert", "verify", "kill", "fuzz", "bench", "stream")
-CHECKS = ("state", "stages", "outputs", "causality", "determinism", "gradients", "dropout", "training")
+CHECKS = ("state", "stages", "outputs", "causality", "determinism", "gradients", "fused", "dropout", "training")
 PACKAGES = ("torch", "jax", "flax", "optax", "orbax-checkpoint", "safetensors", "numpy")
 
 Json = Annotated[
@@ -80,7 +80,7 @@ def checks(
     json_file: Json = None,
     html_file: Html = None,
 ) -> None:
-    """State, stages, outputs, causality, determinism, gradients, dropout, training: each against its limit."""
+    """State, stages, outputs, causality, determinism, gradients, fused, dropout, training: each against its limit."""
     for name in names or ():
         if name not in CHECKS:
             raise typer.BadParameter(f"there is no check {name!r}; there are {', '.join(CHECKS)}")
@@ -151,24 +151,43 @@ def fuzz(
 
 @app.command()
 def bench(
-    state: Annotated[bool, typer.Option("--state", help="Saving, loading, converting: time.")] = False,
-    stream: Annotated[bool, typer.Option("--stream", help="Converting what is larger than memory: memory.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Of attention: a minute instead of half an hour.")] = False,
+    state: Annotated[bool, typer.Option("--state", help="Instead: saving, loading, converting.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Instead: memory of converting what is larger than memory.")
+    ] = False,
     megabytes: Annotated[
         int | None, typer.Option(min=1, help="Of state: 1000, or 4000 with --stream.", show_default=False)
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Of --state, after one that warms up.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is timed, in turn.")] = 5,
+    device: Place = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", dir_okay=False, help="Draw causal float32, .png or .svg, log-log."),
+    ] = None,
     json_file: Json = None,
     html_file: Html = None,
 ) -> None:
-    """Time beside the plain library calls, interleaved in one run, as ratios; and memory."""
-    if state == stream:
-        raise typer.BadParameter("say what: compare bench --state, or compare bench --stream")
-    size = megabytes or (4000 if stream else 1000)
-    command = f"compare bench --stream --megabytes {size}" if stream else (
-        f"compare bench --state --megabytes {size} --rounds {rounds}"
+    """Time of attention beside its peers, or of state beside plain library calls, in turn in one run, as ratios."""
+    if state and stream:
+        raise typer.BadParameter("one at a time: compare bench --state, or compare bench --stream")
+    if state or stream:
+        if quick or plot or device:
+            raise typer.BadParameter("--quick, --plot and --device are of attention: leave --state and --stream away")
+        size = megabytes or (4000 if stream else 1000)
+        command = f"compare bench --stream --megabytes {size}" if stream else (
+            f"compare bench --state --megabytes {size} --rounds {rounds}"
+        )  # fmt: skip
+        parts = ["stream"] if stream else ["bench"]
+        _run(command, parts, json_file, html_file, look=state, megabytes=size, rounds=rounds)
+    if megabytes:
+        raise typer.BadParameter("--megabytes is of state: add --state or --stream")
+    if plot is not None and plot.suffix not in (".png", ".svg"):
+        raise typer.BadParameter(f"--plot {plot}: name a .png or .svg file")
+    command = f"compare bench{' --quick' if quick else ''} --rounds {rounds}"
+    _run(
+        command, ["attention"], json_file, html_file, look=True, quick=quick, rounds=rounds, device=device, plot=plot
     )  # fmt: skip
-    parts = ["stream"] if stream else ["bench"]
-    _run(command, parts, json_file, html_file, look=state, megabytes=size, rounds=rounds)
 
 
 Source = Annotated[Path, typer.Argument(help="A checkpoint: a file, an Orbax folder, or shards with their index.")]

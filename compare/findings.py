@@ -49,7 +49,7 @@ class Panels:
 
 @dataclass(frozen=True)
 class Curves:
-    """One value against another for each series, the values on a logarithmic scale; `marked` x are printed."""
+    """One value against another for each series, on a logarithmic scale, or on two; `marked` x are printed."""
 
     title: str
     x_label: str
@@ -57,6 +57,7 @@ class Curves:
     x: Sequence[float]
     series: Mapping[str, Sequence[float]]
     marked: Sequence[float]
+    log_x: bool = False
 
 
 @dataclass(frozen=True)

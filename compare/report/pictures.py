@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -32,6 +33,14 @@ def picture(block: Panels | Curves | Histogram, number: int) -> str:
     return svg[svg.index("<svg") :].replace(_INK, "currentColor")
 
 
+def save(curves: Curves, path: Path) -> None:
+    """Write the curves to a .png or .svg file, black on white."""
+    with matplotlib.rc_context({**_STYLE, "axes.facecolor": "white", "savefig.facecolor": "white"}):
+        figure = _curves(curves)
+        figure.axes[0].set_title(curves.title)
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
 def _panels(panels: Panels) -> Figure:
     matrices = {name: np.array(matrix, dtype=float) for name, matrix in panels.matrices.items()}
     figure = Figure(figsize=(3.0 * len(matrices) + 0.6, 3.0), layout="constrained")
@@ -57,11 +66,28 @@ def _curves(curves: Curves) -> Figure:
     for name, values in curves.series.items():
         # On a logarithmic scale there is no place for equality.
         positive = np.where(np.array(values) > 0, values, np.nan)
-        axis.plot(curves.x, positive, label=name, **_line(name, curves.series))
-    axis.set(xlabel=curves.x_label, ylabel=curves.y_label, yscale="log")
+        line = _contestant(name, curves.series) if curves.log_x else _line(name, curves.series)
+        axis.plot(curves.x, positive, label=name, **line)
+    axis.set(xlabel=curves.x_label, ylabel=curves.y_label, yscale="log", xscale="log" if curves.log_x else "linear")
+    if curves.log_x:
+        axis.set_xticks(curves.x, [f"{x:g}" for x in curves.x], minor=False)
+        axis.minorticks_off()
     axis.grid(alpha=0.12, color=_INK)
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def _contestant(name: str, series: Mapping[str, Any]) -> dict[str, Any]:
+    """Color by framework, marks by place; ours stand out."""
+    framework = "torch" if name.startswith("torch") else "nnx"
+    ours = " ours" in name
+    marker = "osv^Dxp*+h"[list(series).index(name) % 10]
+    return {
+        "color": _COLORS[framework],
+        "linewidth": 3.0 if ours else 1.0,
+        "marker": marker,
+        "alpha": 1.0 if ours else 0.8,
+    }
 
 
 def _histogram(histogram: Histogram) -> Figure:

@@ -23,6 +23,8 @@ def print_section(console: Console, section: Section) -> None:
                 _print_table(console, block)
             case Panels():
                 _print_panels(console, block)
+            case Curves(log_x=True):
+                console.print(escape(f"{block.title}: drawn in the HTML."))
             case Curves():
                 _print_table(console, _marked(block), block.title)
             case Histogram():

@@ -1,0 +1,528 @@
+"""The fused attention against the formula, in each framework, under every mask; and what may not fool it."""
+
+import copy
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import compare
+import flax_impl
+import torch_impl
+from compare import limits
+from compare.agreement import agreement
+from compare.bounded import Bounded
+from compare.cases import Config
+from compare.checkpoint import load_checkpoint, save_checkpoint
+from compare.checks.fused import masks
+from compare.child import child_environment
+from compare.convert import linen_to_torch, nnx_to_torch
+from compare.mapping import ROWS
+from compare.reference import masked_attention as exact_attention
+from compare.reference_gradient import attention_forward, attention_gradient
+from compare.rounding import PRECISIONS, attention_bounds
+from compare.run import build_nnx, build_torch, linen_template
+from compare.scripts import attention
+from compare.transfer import numpy_dtype, numpy_to_tensor, tensor_to_numpy
+from compare.trials import draw
+from flax_impl.mask_tiles import is_causal
+from torch_impl import mask_layout
+
+# Three strips of queries in torch; in Flax two strips and three tiles, none of the last whole.
+TORCH_TOKENS, FLAX_TOKENS = 300, 530
+RANDOM = np.random.default_rng(0)
+HEADS = RANDOM.standard_normal((4, 2, FLAX_TOKENS, 8))
+MASK = masks()["causal"]
+
+
+@st.composite
+def drawn_masks(draw: st.DrawFn, tokens: int) -> np.ndarray:
+    """Bands, blocks, noise or nothing, then rows and columns that are open or blocked everywhere, and odd entries."""
+    behind = np.subtract.outer(np.arange(tokens), np.arange(tokens))
+    kind = draw(st.sampled_from(["causal", "band", "blocks", "noise", "open"]))
+    random = np.random.default_rng(draw(st.integers(0, 1000)))
+    mask = {
+        "causal": behind < 0,
+        "band": (behind < -draw(st.integers(0, 300))) | (behind > draw(st.integers(0, 300))),
+        "blocks": np.kron(random.random((11, 11)) < 0.7, np.ones((49, 49)))[:tokens, :tokens] > 0,
+        "noise": random.random((tokens, tokens)) < draw(st.sampled_from([0.01, 0.5, 0.99])),
+        "open": np.zeros((tokens, tokens), dtype=bool),
+    }[kind]
+    mask = mask.astype(np.float32)
+    for row in draw(st.lists(st.integers(0, tokens - 1), max_size=3)):
+        mask[row] = draw(st.sampled_from([0.0, 1.0]))
+    for column in draw(st.lists(st.integers(0, tokens - 1), max_size=3)):
+        mask[:, column] = draw(st.sampled_from([0.0, -3.0]))
+    if draw(st.booleans()):
+        mask[mask != 0] *= draw(st.sampled_from([1e-42, np.nan, -np.inf]))
+    return mask
+
+
+def judge(outputs: np.ndarray, heads: np.ndarray, mask: np.ndarray, dtype: str = "float64") -> None:
+    """Compare outputs with the exact ones, within what rounding explains, of both."""
+    stages = exact_attention(*(array.astype(np.float64) for array in heads), mask)
+    tiles = -(-len(mask) // 128)
+    bounds = [attention_bounds(stages, (0.0, 0.0, 0.0), PRECISIONS[name], tiles=tiles) for name in (dtype, "float64")]
+    found = agreement(outputs.astype(np.float64), stages.context, bounds[0].context + bounds[1].context)
+    assert found.held, found
+
+
+def in_torch(heads: np.ndarray, mask: np.ndarray, **more: Any) -> np.ndarray:
+    queries, keys, values = map(torch.from_numpy, heads)
+    return torch_impl.masked_attention(queries, keys, values, torch.from_numpy(mask), **more).numpy()
+
+
+FLAX = jax.jit(partial(flax_impl.masked_attention, implementation="fused"))
+
+
+def in_flax(heads: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    with jax.enable_x64(heads.dtype == np.float64):
+        return np.asarray(FLAX(*map(jnp.asarray, heads), jnp.asarray(mask)))
+
+
+@settings(max_examples=40)
+@given(drawn_masks(TORCH_TOKENS))
+def test_torch_under_any_mask(mask: np.ndarray) -> None:
+    heads = HEADS[:3, :, :TORCH_TOKENS]
+    judge(in_torch(heads, mask, implementation="fused"), heads, mask)
+
+
+@settings(max_examples=25)
+@given(drawn_masks(FLAX_TOKENS))
+def test_flax_under_any_mask(mask: np.ndarray) -> None:
+    judge(in_flax(HEADS[:3], mask), HEADS[:3], mask)
+    assert FLAX._cache_size() <= 2, "another mask was compiled anew"  # one for each dtype
+
+
+def judge_gradients(found: list[np.ndarray], heads: np.ndarray, mask: np.ndarray) -> None:
+    """Compare with the written-out gradient; where a row has no key, that of the values is NaN, and only that."""
+    closed = (mask != 0).all(axis=1)
+    opened = np.where(closed[:, None], 0.0, mask)
+    width = heads.shape[-1]
+    select = np.eye(3 * width).reshape(3, width, 3 * width)
+    given = {f"W_{name}.weight": select[i] for i, name in enumerate(("query", "key", "value"))}
+    given["inputs"] = np.concatenate(list(heads[:3]), axis=-1)
+    lifted = {name: Bounded.exact(array) for name, array in given.items()}
+    cotangent = Bounded.exact(np.where(closed[:, None], 0.0, heads[3]))
+    exact = attention_gradient(lifted, attention_forward(lifted, opened), cotangent)["inputs"]
+    parts = np.split(exact.value, 3, axis=-1), np.split(limits.regrouped(exact), 3, axis=-1)
+    for name, got, expected, limit in zip("qkv", found, *parts, strict=True):
+        if name == "v" and closed.any():
+            assert np.isnan(got).all()
+            continue
+        agreed = agreement(got, expected, limit)
+        assert agreed.held, (name, agreed)
+
+
+def torch_gradients(heads: np.ndarray, mask: np.ndarray, *, twice: bool = False) -> list[np.ndarray]:
+    leaves = [torch.tensor(array, requires_grad=True) for array in heads[:3]]
+    outputs = torch_impl.masked_attention(*leaves, torch.from_numpy(mask), implementation="fused")
+    found = torch.autograd.grad(outputs, leaves, torch.from_numpy(heads[3]), create_graph=twice)
+    if twice:
+        found = torch.autograd.grad(sum((gradient**2).sum() for gradient in found), leaves)
+    return [gradient.detach().numpy() for gradient in found]
+
+
+def flax_gradient(attend: Callable[..., jax.Array], heads: jax.Array, mask: jax.Array) -> Any:
+    return jax.vjp(lambda *three: attend(*three, mask), *heads[:3])[1](heads[3])
+
+
+FLAX_GRADIENT = jax.jit(partial(flax_gradient, partial(flax_impl.masked_attention, implementation="fused")))
+
+
+@settings(max_examples=30)
+@given(drawn_masks(TORCH_TOKENS))
+def test_torch_gradients_under_any_mask(mask: np.ndarray) -> None:
+    heads = HEADS[:, :, :TORCH_TOKENS]
+    judge_gradients(torch_gradients(heads, mask), heads, mask)
+
+
+@settings(max_examples=12)
+@given(drawn_masks(FLAX_TOKENS))
+def test_flax_gradients_under_any_mask(mask: np.ndarray) -> None:
+    with jax.enable_x64(True):
+        found = [np.asarray(array) for array in FLAX_GRADIENT(jnp.asarray(HEADS), jnp.asarray(mask))]
+    judge_gradients(found, HEADS, mask)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (3, 130, 4), (2, 3, 129, 4), (2, 1, 2, 130, 4)])
+def test_any_leading_dimensions(shape: tuple[int, ...]) -> None:
+    heads = np.random.default_rng(1).standard_normal((3, *shape))
+    for name in ("causal", "window"):
+        mask = masks()[name][: shape[-2] + 3, : shape[-2] + 3].copy()
+        for found in (in_torch(heads, mask, implementation="fused"), in_flax(heads, mask)):
+            judge(found, heads, mask[: shape[-2], : shape[-2]])
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 4), (0, 130, 4), (2, 3, 130, 0)])
+def test_nothing_in_nothing_out(shape: tuple[int, ...]) -> None:
+    heads, mask = np.zeros((3, *shape), np.float32), MASK.copy()
+    for found in (in_torch(heads, mask, implementation="fused"), in_flax(heads, mask)):
+        assert found.shape == shape
+
+
+@pytest.mark.parametrize("implementation", ["reference", "fused", "auto"])
+def test_a_mask_that_does_not_cover_the_tokens(implementation: Any) -> None:
+    heads = HEADS[:3].astype(np.float32)
+    for mask in (MASK[:100, :100], MASK[:, :100], MASK[None]):
+        for attend, arguments in (
+            (torch_impl.masked_attention, list(map(torch.from_numpy, (*heads, mask.copy())))),
+            (flax_impl.masked_attention, list(map(jnp.asarray, (*heads, mask)))),
+        ):
+            with pytest.raises(ValueError, match=r"mask has shape .*; 530 tokens need at least \(530, 530\)"):
+                attend(*arguments, implementation=implementation)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", masks())
+def test_lower_precision(name: str, dtype: str) -> None:
+    mask = masks()[name][:FLAX_TOKENS, :FLAX_TOKENS].copy()
+    rounded = HEADS[:3].astype(numpy_dtype(dtype))
+    queries, keys, values = (numpy_to_tensor(array) for array in rounded)
+    found = torch_impl.masked_attention(queries, keys, values, torch.from_numpy(mask), implementation="fused")
+    judge(tensor_to_numpy(found), rounded, mask, dtype)
+    judge(np.asarray(FLAX(*map(jnp.asarray, rounded), jnp.asarray(mask))), rounded, mask, dtype)
+
+
+@pytest.mark.parametrize("name", ["causal", "window"])
+def test_torch_second_derivatives(name: str) -> None:
+    heads, mask = HEADS[:, :, :150], masks()[name][:150, :150].copy()
+    leaves = [torch.tensor(array, requires_grad=True) for array in heads[:3]]
+    outputs = torch_impl.reference_attention(*leaves, torch.from_numpy(mask))
+    first = torch.autograd.grad(outputs, leaves, torch.from_numpy(heads[3]), create_graph=True)
+    expected = torch.autograd.grad(sum((gradient**2).sum() for gradient in first), leaves)
+    for found, wanted in zip(torch_gradients(heads, mask, twice=True), expected, strict=True):
+        assert np.array_equal(found, wanted.numpy()), "the reference's second derivative, to the bit"
+
+
+def test_flax_second_derivatives() -> None:
+    mask = jnp.asarray(masks()["window"][:110, :110])
+
+    def products(implementation: str) -> list[jax.Array]:
+        def scalar(queries: jax.Array) -> jax.Array:
+            attend = partial(flax_impl.masked_attention, implementation=implementation)
+            return (attend(queries, keys, values, mask) * cotangent).sum()
+
+        gradient = jax.grad(scalar)
+        reverse = jax.grad(lambda given: (gradient(given) * along).sum())(queries)
+        return [jax.jvp(gradient, (queries,), (along,))[1], reverse]
+
+    with jax.enable_x64(True):
+        queries, keys, values, cotangent = jnp.asarray(HEADS[:, :, :110])
+        along = cotangent[::-1]
+        for found, expected in zip(products("fused"), products("reference"), strict=True):
+            assert np.array_equal(found, expected), "the reference's second derivative, to the bit"
+        with pytest.raises(TypeError, match="forward-mode"):
+            jax.jvp(lambda given: FLAX(given, keys, values, mask), (queries,), (along,))
+
+
+def test_flax_under_transforms() -> None:
+    heads, two = HEADS[:3].astype(np.float32), [masks()["window"], masks()["blocks"]]
+    stacked = jnp.stack([jnp.asarray(mask[:FLAX_TOKENS, :FLAX_TOKENS]) for mask in two])
+    attend = partial(flax_impl.masked_attention, implementation="fused")
+    together = jax.jit(jax.vmap(attend))(*map(jnp.asarray, heads), stacked)
+    for batch in range(2):
+        judge(np.asarray(together[batch]), heads[:, batch], np.asarray(stacked[batch]), "float32")
+
+
+SHARDED = """
+import json, jax, jax.numpy as jnp, numpy as np
+from functools import partial
+from jax.sharding import Mesh, PartitionSpec as P
+from flax_impl import causal_mask, masked_attention, reference_attention
+heads = jnp.asarray(np.random.default_rng(0).standard_normal((4, 4, 530, 8), dtype=np.float32))
+mask = causal_mask(530)
+def gradient(attend, queries, keys, values, cotangent, mask):
+    return jax.vjp(lambda *three: attend(*three, mask), queries, keys, values)[1](cotangent)
+mesh = Mesh(np.array(jax.devices()), ("heads",))
+fused = partial(gradient, partial(masked_attention, implementation="fused"))
+specs = {"in_specs": (P("heads"),) * 4 + (P(),), "out_specs": P("heads")}
+sharded = jax.jit(jax.shard_map(fused, mesh=mesh, **specs))(*heads, mask)
+alone = jax.jit(fused)(*heads, mask)
+print(json.dumps([len(jax.devices()), *(bool((one == other).all()) for one, other in zip(sharded, alone))]))
+"""
+
+
+def test_flax_sharded_over_devices() -> None:
+    environment = child_environment({"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"})
+    done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [2, True, True, True]
+
+
+def test_half_precision_asks_cudnn_only_if_the_mask_is_causal(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
+    heads = jnp.asarray(HEADS[:3].astype(ml_dtypes.bfloat16))
+    calls = [jax.export.DisabledSafetyCheck.custom_call(f"__cudnn$fmhaSoftmax{name}") for name in ("", "Backward")]
+
+    def gradient(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> Any:
+        attend = partial(flax_impl.masked_attention, mask=mask, implementation="fused")
+        return jax.grad(lambda *three: attend(*three).astype(jnp.float32).sum(), argnums=(0, 1, 2))(
+            queries, keys, values
+        )
+
+    mask = jnp.asarray(masks()["edited"])
+    program = jax.export.export(jax.jit(gradient), platforms=["cuda"], disabled_checks=calls)(*heads, mask)
+    text = program.mlir_module()
+    assert "fmhaSoftmaxBackward" in text
+    assert "stablehlo.case" in text, "the mask decides when the program runs"
+    found = jax.jit(gradient)(*heads, mask)  # the same program on the CPU has only tiles
+    assert all(np.isfinite(array.astype(jnp.float32)).all() for array in found)
+
+
+def test_is_causal_looks_at_every_entry() -> None:
+    causal = flax_impl.causal_mask(703)
+    asked = jax.jit(is_causal, static_argnums=1)
+    for tokens in (1, 5, 256, 700):
+        assert asked(causal, tokens)
+        assert asked(-2.0 * causal, tokens)
+        assert asked(causal.at[tokens, 0].set(1.0), tokens), "beyond the tokens"
+        assert not asked(causal.at[tokens - 1, 0].set(1e-42), tokens)
+    assert not asked(causal.at[3, 699].set(0.0), 700)
+
+
+NOT_FINITE = [(which, at, value) for which in range(3) for at in (0, 140, 299) for value in (np.nan, np.inf, -np.inf)]
+
+
+@pytest.mark.parametrize("which, at, value", NOT_FINITE)
+def test_what_is_not_finite(which: int, at: int, value: float) -> None:
+    """Every row that may look at it is as the formula has it; behind the mask it may stay out."""
+    heads = HEADS[:3, :1, :TORCH_TOKENS].copy()
+    heads[which, 0, at, 3] = value
+    for name in ("causal", "open", "window"):
+        mask = masks()[name][:TORCH_TOKENS, :TORCH_TOKENS].copy()
+        formula = in_torch(heads, mask, implementation="reference")[0]
+        seen = np.ones(TORCH_TOKENS, bool) if which == 0 else mask[:, at] == 0
+        for found in (in_torch(heads, mask, implementation="fused")[0], in_flax(heads, mask)[0]):
+            assert np.array_equal(np.isfinite(found[seen]), np.isfinite(formula[seen]))
+            assert not (np.isfinite(formula) & ~np.isfinite(found)).any(), "a row is lost that the formula has"
+
+
+def test_scores_that_overflow_are_the_formulas() -> None:
+    heads = np.abs(HEADS[:3, :, :TORCH_TOKENS]).astype(np.float32) * np.float32(1e25)
+    heads[1] *= -1.0
+    mask = masks()["causal"][:TORCH_TOKENS, :TORCH_TOKENS].copy()
+    assert np.isnan(in_torch(heads, mask, implementation="fused")).all(), "every score is -inf"
+    assert np.isnan(in_flax(heads, mask)).all()
+
+
+def edits() -> dict[str, Callable[[torch.nn.Module], Any]]:
+    window = torch.from_numpy(masks()["window"])
+
+    def in_place(module: Any) -> None:
+        module.mask[200, 100] = 1.0
+
+    def through_a_view(module: Any) -> None:
+        module.mask.T[100, 200] = 1.0
+
+    def through_data(module: Any) -> None:
+        module.mask.data[200, 100] = 1.0
+
+    def other_data(module: Any) -> None:
+        module.mask.data = window.clone()
+
+    def through_numpy(module: Any) -> None:
+        module.mask.numpy()[200, 100] = 1.0
+
+    def to_another_and_back(module: Any) -> None:
+        module.to(torch.float64).mask.fill_(0.0)
+        module.to(torch.float32)
+
+    def to_bool(module: Any) -> None:
+        module.mask = module.mask.bool()
+        module.mask[200, 100] = True
+
+    return {
+        "in place": in_place,
+        "a view": through_a_view,
+        ".data": through_data,
+        "other .data": other_data,
+        "NumPy": through_numpy,
+        "copy_": lambda module: module.mask.copy_(window),
+        "load_state_dict": lambda module: module.load_state_dict({**module.state_dict(), "mask": window}),
+        "assigned": lambda module: module.load_state_dict({**module.state_dict(), "mask": window}, assign=True),
+        ".to()": to_another_and_back,
+        "another dtype": to_bool,
+    }
+
+
+@pytest.mark.parametrize("name", edits())
+def test_torch_sees_every_edit(name: str) -> None:
+    torch.manual_seed(0)
+    module = torch_impl.CausalAttentionWithBuffer(8, 8, 640, 0.0, implementation="fused")
+    inputs = torch.randn(1, TORCH_TOKENS, 8)
+    with torch.no_grad():
+        before = module(inputs)
+        edits()[name](module)
+        after = module(inputs)
+        module.implementation = "reference"
+        judge_same(after, module(inputs))
+    assert not torch.equal(before, after)
+
+
+def judge_same(found: torch.Tensor, formula: torch.Tensor) -> None:
+    """Far from the kernel's rounding, near to it any: an edit moves whole weights."""
+    assert float((found - formula).abs().max()) < 2.0**-24 * TORCH_TOKENS
+
+
+def test_torch_looks_at_a_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+
+    def counted(mask: torch.Tensor) -> Any:
+        looked.append(1)
+        return examine(mask)
+
+    examine = mask_layout.examine
+    monkeypatch.setattr(mask_layout, "examine", counted)
+    module = torch_impl.CausalMultiHeadAttention(8, 8, 640, 0.0, 2)
+    inputs = torch.randn(1, TORCH_TOKENS, 8)
+    for _ in range(3):
+        module(inputs).sum().backward()
+    assert len(looked) == 1
+    module.mask[3, 2] = 1.0
+    module(inputs)
+    module(inputs)
+    assert len(looked) == 2
+    for tokens in (200, 201, TORCH_TOKENS, 200):
+        module(inputs[:, :tokens])
+    assert len(looked) == 4, "once for each number of tokens"
+    copy.deepcopy(module)(inputs)
+    assert len(looked) == 5, "another tensor"
+    for tokens in range(130, 150):
+        module(inputs[:, :tokens])
+    assert len(mask_layout._seen[module.mask].of_tokens) == mask_layout.LENGTHS
+    with torch.inference_mode():
+        module.mask = module.mask.clone()
+        module(inputs)
+        module.mask[5, 2] = 1.0  # without a version there is nothing to remember it by
+        edited = module(inputs)
+        module.implementation = "reference"
+        judge_same(edited, module(inputs))
+
+
+def test_torch_transforms_are_not_fooled() -> None:
+    module = torch_impl.CausalAttentionWithBuffer(8, 8, 640, 0.0, implementation="fused")
+    inputs = torch.randn(1, TORCH_TOKENS, 8)
+    two = torch.stack([torch.from_numpy(masks()[name]) for name in ("causal", "window")])
+    with torch.no_grad():
+        module(inputs)
+        called = [torch.func.functional_call(module, {"mask": mask}, (inputs,)) for mask in two]
+        mapped = torch.vmap(lambda mask: torch.func.functional_call(module, {"mask": mask}, (inputs,)))(two)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its age, and of Python's `if` on shapes
+            traced: Any = torch.jit.trace(module, (inputs,), check_trace=False)
+        module.mask.copy_(two[1])
+        for mask, one, other in zip(two, called, mapped, strict=True):
+            formula = torch.func.functional_call(
+                torch_impl.CausalAttentionWithBuffer(8, 8, 640, 0.0, implementation="reference"),
+                {**module.state_dict(), "mask": mask}, (inputs,),
+            )  # fmt: skip
+            judge_same(one, formula)
+            judge_same(other, formula)
+        judge_same(traced(inputs), called[1])
+    with torch.autograd.forward_ad.dual_level(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        dual = torch.autograd.forward_ad.make_dual(inputs, torch.ones_like(inputs))
+        assert torch.autograd.forward_ad.unpack_dual(module(dual)).tangent is not None
+
+
+def test_torch_compiled_obeys_an_edit() -> None:
+    module = torch_impl.CausalAttentionWithBuffer(8, 8, 640, 0.0, implementation="fused")
+    inputs = torch.randn(1, TORCH_TOKENS, 8)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
+        compiled_module = torch.compile(module, fullgraph=True)
+        judge_same(compiled_module(inputs), module(inputs))
+        module.mask[200:, 100] = 1.0
+        judge_same(compiled_module(inputs), module(inputs))
+
+
+def test_dropout_takes_the_formula() -> None:
+    heads = [torch.from_numpy(array) for array in HEADS[:3, :, :TORCH_TOKENS]]
+    mask = torch.from_numpy(MASK)
+    drawn = []
+    for implementation in ("reference", "fused", "auto"):
+        torch.manual_seed(3)
+        drawn.append(torch_impl.masked_attention(*heads, mask, torch.nn.Dropout(0.3), implementation))
+    assert all(torch.equal(one, drawn[0]) for one in drawn)
+    module = torch_impl.CausalAttentionWithBuffer(8, 8, 640, 0.3, implementation="fused")
+    seen: list[torch.Size] = []
+    module.dropout.register_forward_hook(lambda _module, _inputs, weights: seen.append(weights.shape))
+    module.eval()(torch.randn(1, TORCH_TOKENS, 8))
+    assert seen == [(1, TORCH_TOKENS, TORCH_TOKENS)], "a hook sees the weights"
+
+
+@pytest.mark.parametrize("make", [
+    torch_impl.CausalMultiHeadAttention, flax_impl.CausalMultiHeadAttention,
+    partial(flax_impl.nnx.CausalMultiHeadAttention, rngs=nnx.Rngs(0)),
+])  # fmt: skip
+def test_what_a_module_refuses(make: Any) -> None:
+    with pytest.raises(ValueError, match="output_embedding_dim=10 cannot be divided into num_heads=4"):
+        make(8, 10, 16, 0.1, 4)
+    with pytest.raises(ValueError, match="num_heads=0"):
+        make(8, 10, 16, 0.1, 0)
+    with pytest.raises(ValueError, match="implementation is 'flash'; expected one of"):
+        make(8, 8, 16, 0.1, 4, implementation="flash")
+    with pytest.raises(ValueError, match="dropout is 2"):
+        make(8, 8, 16, 2, 4)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".msgpack", ".orbax"])
+def test_heads_through_every_format(suffix: str, tmp_path: Path) -> None:
+    config = Config(8, 8, 12, 0.0, qkv_bias=True, num_heads=2)
+    trial = draw(config, 12, np.random.default_rng(3)).masked("edited", np.eye(12, k=3, dtype=np.float32) * -2.0)
+    trial = trial.rounded("float32")
+    path = save_checkpoint(tmp_path / f"heads{suffix}", trial.state)
+    module = build_torch(config, buffer=True)
+    load_checkpoint(path, module)
+    variables = load_checkpoint(path, linen_template(config, buffer=True))
+    model = build_nnx(config, buffer=True)
+    load_checkpoint(path, model)
+    for back in (module.state_dict(), linen_to_torch(variables), nnx_to_torch(model)):
+        assert set(back) == set(trial.state)
+        assert all(torch.equal(back[name], tensor) for name, tensor in trial.state.items())
+
+
+def test_heads_are_matched_by_name() -> None:
+    config = Config(8, 8, 12, 0.0, qkv_bias=True, num_heads=2)
+    table = compare.match(build_torch(config, buffer=True).state_dict(), linen_template(config, buffer=True))
+    assert {row.torch_key: row.path for row in table.rows} == {
+        row.torch_key: row.linen_path for row in ROWS
+    }  # fmt: skip
+
+
+def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(attention, "QUICK_TOKENS", (32, 64))
+    monkeypatch.setattr(attention, "MEMORY_OF", ("torch ours",))
+    monkeypatch.setattr(attention, "SAMPLE", 1e-4)
+    picture = tmp_path / "bench.png"
+    found = [section for section in attention.sections(True, 1, plot=picture) if not isinstance(section, str)]
+    assert [section.title.split(",")[0] for section in found[:2]] == ["causal", "causal"]
+    (table, _, _, _, _, _, errors, curves) = found[0].blocks
+    names = [row[0] for row in table.rows]
+    assert {"torch formula", "torch SDPA is_causal", "torch ours", "JAX formula", "jax.nn", "Flax ours"} <= set(names)
+    assert all(0.0 < float(value) <= 1.0 for row in errors.rows for value in row[1:]), "every one is within the bound"
+    assert [name.split(", ")[0] for name in curves.series] == names
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "bench-backward.png").is_file()
+    assert [check.name for check in found[-1].checks][:2] == [
+        "memory, torch ours, forward",
+        "memory, torch ours, forward + backward",
+    ]
