@@ -1,7 +1,5 @@
 """Causal self-attention in Flax Linen: the mask as a constant, and in the collection `buffers`."""
 
-from functools import partial
-
 from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
@@ -9,6 +7,7 @@ from jaxtyping import Float
 from ..attention import causal_mask
 from ..checks import check_dropout, check_inputs, check_mask
 from ..dispatch import Implementation, check_implementation, masked_attention
+from .dropout import dropping
 
 
 class CausalAttentionWithoutBuffers(nn.Module):
@@ -57,8 +56,7 @@ class CausalAttentionWithoutBuffers(nn.Module):
         queries = self.W_query(inputs)  # (batch, tokens, output_embedding_dim)
         keys = self.W_key(inputs)
         values = self.W_value(inputs)
-        is_dropping = self.dropout > 0 and not deterministic
-        dropout = partial(self.attention_dropout, deterministic=False) if is_dropping else None
+        dropout = dropping(self.attention_dropout, deterministic)
         return masked_attention(queries, keys, values, self.mask, dropout, self.implementation)
 
 
@@ -111,6 +109,5 @@ class CausalAttentionWithBuffer(nn.Module):
         queries = self.W_query(inputs)  # (batch, tokens, output_embedding_dim)
         keys = self.W_key(inputs)
         values = self.W_value(inputs)
-        is_dropping = self.dropout > 0 and not deterministic
-        dropout = partial(self.attention_dropout, deterministic=False) if is_dropping else None
+        dropout = dropping(self.attention_dropout, deterministic)
         return masked_attention(queries, keys, values, self.mask.value, dropout, self.implementation)

@@ -1,7 +1,5 @@
 """Causal multi-head self-attention in Flax Linen: one mask, in the collection `buffers`, for all heads."""
 
-from functools import partial
-
 from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
@@ -9,6 +7,7 @@ from jaxtyping import Float
 from ..attention import causal_mask
 from ..checks import check_dropout, check_heads, check_inputs, check_mask
 from ..dispatch import Implementation, check_implementation, masked_attention
+from .dropout import dropping
 
 
 class CausalMultiHeadAttention(nn.Module):
@@ -67,8 +66,7 @@ class CausalMultiHeadAttention(nn.Module):
         queries = self._split(self.W_query(inputs))  # (batch, heads, tokens, head_dim)
         keys = self._split(self.W_key(inputs))
         values = self._split(self.W_value(inputs))
-        is_dropping = self.dropout > 0 and not deterministic
-        dropout = partial(self.attention_dropout, deterministic=False) if is_dropping else None
+        dropout = dropping(self.attention_dropout, deterministic)
         context = masked_attention(queries, keys, values, self.mask.value, dropout, self.implementation)
         return self.out_proj(context.swapaxes(1, 2).reshape(*inputs.shape[:2], -1))
 
