@@ -122,14 +122,10 @@ def _by_heads(function: Callable[..., Any], heads: tuple[Array, ...]) -> Any:
 @_forward.defjvp
 def _forward_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Any, Any]:
     *heads, mask = primals
-
-    def reference(queries: Array, keys: Array, values: Array) -> tuple[Array, Array]:
-        num_tokens, head_dim = queries.shape[-2:]
-        scores = jnp.where(is_nonzero(mask[:num_tokens, :num_tokens]), -jnp.inf, queries @ keys.mT)
-        logsumexp = jax.nn.logsumexp(scores / head_dim**0.5, axis=-1)
-        return reference_attention(queries, keys, values, mask), logsumexp.astype(_work_dtype(queries))
-
-    return _forward(*primals), jax.jvp(reference, tuple(heads), tangents[:3])[1]
+    out, logsumexp = _forward(*primals)
+    tangent = jax.jvp(partial(reference_attention, mask=mask), tuple(heads), tangents[:3])[1]
+    # Only `_backward` is given the logsumexp, and its rule asks for no tangent of it.
+    return (out, logsumexp), (tangent, jnp.zeros_like(logsumexp))
 
 
 @_backward.defjvp
@@ -182,7 +178,7 @@ def _forward_strip(
     context = jnp.zeros_like(_take(head.values, at, shape.queries))
     zeros = jnp.zeros_like(queries[:, 0])
     sums = (zeros - jnp.inf, zeros, context)
-    largest, divisor, context = _over_tiles(add, head, shape, tiling, number, sums)
+    largest, divisor, context = _over_tiles(add, head, shape, tiling, number, at, sums)
     outs, logsumexps = found
     # A row without an open key has the divisor 0, so that it is NaN.
     outs = _put(outs, context / divisor[:, None], at, is_new)
@@ -234,7 +230,7 @@ def _backward_strip(
         return grad_queries, grad_keys, grad_values
 
     sums = (jnp.zeros_like(queries), *grads[1:])
-    grad_queries, grad_keys, grad_values = _over_tiles(add, head, shape, tiling, number, sums)
+    grad_queries, grad_keys, grad_values = _over_tiles(add, head, shape, tiling, number, at, sums)
     return _put(grads[0], grad_queries, at, is_new), grad_keys, grad_values
 
 
@@ -251,11 +247,11 @@ def _over_tiles(
     shape: Shape,
     tiling: Tiling,
     number: Int[Array, ""],
+    at: Int[Array, ""],
     sums: tuple[Array, ...],
 ) -> tuple[Array, ...]:
     """Add up the strip's tiles; those that are open everywhere do not read the mask."""
     num_open, num_tiles = tiling.num_open[number], tiling.num_tiles[number]
-    at, _ = _strip(head, shape, number)
 
     def place(tile: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:
         """Return the tile's first key, and where it begins: the last tile is moved to fit."""
