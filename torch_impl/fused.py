@@ -226,6 +226,6 @@ def _reference_gradients(
     """Return gradients that can be differentiated again."""
     wanted = [tensor for tensor, is_needed in zip(heads, needed, strict=False) if is_needed]
     queries, keys, values = heads
-    out = reference_attention(queries, keys, values, mask.to(grad.device))
+    out = reference_attention(queries, keys, values, mask)
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
     return tuple(next(found) if is_needed else None for is_needed in needed[:3])

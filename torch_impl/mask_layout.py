@@ -73,8 +73,9 @@ def examine(mask: Shaped[Tensor, "tokens tokens"]) -> MaskLayout:
         return MaskLayout("causal")
     if not any(blocked.any() for _, blocked in _rows(mask)):
         return MaskLayout("open")
-    strips = tuple(Strip(at.start, at.stop, _ranges(~blocked.all(dim=0))) for at, blocked in _rows(mask))
-    closed_rows = any(bool(blocked.all(dim=1).any()) for _, blocked in _rows(mask))
+    found = [(at, _ranges(~blocked.all(dim=0)), bool(blocked.all(dim=1).any())) for at, blocked in _rows(mask)]
+    strips = tuple(Strip(at.start, at.stop, keys) for at, keys, _ in found)
+    closed_rows = any(has_closed for _, _, has_closed in found)
     pairs = sum((strip.stop - strip.start) * (stop - start) for strip in strips for start, stop in strip.keys)
     if 2 * pairs < mask.numel():
         return MaskLayout("strips", strips, closed_rows)
@@ -106,7 +107,7 @@ def _ranges(is_open: Bool[Tensor, " tokens"]) -> tuple[tuple[int, int], ...]:
 def _sums(mask: Shaped[Tensor, "tokens tokens"]) -> Tensor | None:
     """Return sums over runs of a mask's bits, none on a GPU, None where 8 bytes straddle two rows."""
     if mask.device.type != "cpu":
-        return mask.new_empty(0)
+        return torch.empty(0)
     if mask.stride(1) != 1 or any(size * mask.element_size() % 8 for size in (mask.shape[1], mask.stride(0))):
         return None
     bits = mask.view(torch.int64)
