@@ -1,7 +1,6 @@
 """Every intermediate of one implementation, as it runs: recorded from outside, the modules know nothing of it."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -73,15 +72,8 @@ def _linen(trial: Trial, recorded: dict[str, list[Any]]) -> None:
             recorded[PRODUCERS[context.module.name]].append(output)
         return output
 
-    softmax = jax.nn.softmax
-
-    def record_weights(*args: Any, **kwargs: Any) -> jax.Array:
-        recorded["weights"].append(softmax(*args, **kwargs))
-        return recorded["weights"][-1]
-
     # Without dropout nothing but the softmax makes the weights.
-    undropped = patch.object(jax.nn, "softmax", record_weights) if trial.keep is None else nullcontext()
-    with linen.intercept_methods(intercept), undropped, _recorded_scores(recorded):
+    with linen.intercept_methods(intercept), _recorded_softmax(recorded, weights=trial.keep is None):
         recorded["context"].append(apply(variables, jax.numpy.asarray(trial.inputs)))
 
 
@@ -89,16 +81,20 @@ def _nnx(trial: Trial, recorded: dict[str, list[Any]]) -> None:
     model = ready_nnx(trial.config, trial.state, trial.keep)
     for name in ("W_query", "W_key", "W_value", "dropout"):
         setattr(model, name, NnxFunction(_recording(getattr(model, name), recorded[PRODUCERS[name]])))
-    with _recorded_scores(recorded):
+    with _recorded_softmax(recorded):
         recorded["context"].append(model(jax.numpy.asarray(trial.inputs)))
 
 
-def _recorded_scores(recorded: dict[str, list[Any]]) -> Any:
+def _recorded_softmax(recorded: dict[str, list[Any]], *, weights: bool = False) -> Any:
+    """Record the scores that the softmax is given, and if asked the weights that come out."""
     softmax = jax.nn.softmax
 
     def record(scores: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         recorded["scores"].append(scores)
-        return softmax(scores, *args, **kwargs)
+        found = softmax(scores, *args, **kwargs)
+        if weights:
+            recorded["weights"].append(found)
+        return found
 
     return patch.object(jax.nn, "softmax", record)
 
