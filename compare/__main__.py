@@ -22,7 +22,7 @@ from .report.terminal import print_section, print_summary
 
 PARTS = ("notebook", "outputs", "checks", "devices", "checkpoints", "recorded")
 ON_A_DEVICE = ("outputs", "checks")
-STATE = ("inspect", "convert", "verify", "kill", "fuzz", "bench", "stream")
+STATE = ("inspect", "convert", "verify", "kill", "fuzz", "bench", "stream", "attention")
 CHECKS = ("state", "stages", "outputs", "causality", "determinism", "gradients", "fused", "dropout", "training")
 PACKAGES = ("torch", "jax", "flax", "optax", "orbax-checkpoint", "safetensors", "numpy")
 
@@ -151,7 +151,7 @@ def fuzz(
 
 @app.command()
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="Of attention: a minute instead of half an hour.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Of attention: a minute instead of twenty.")] = False,
     state: Annotated[bool, typer.Option("--state", help="Instead: saving, loading, converting.")] = False,
     stream: Annotated[
         bool, typer.Option("--stream", help="Instead: memory of converting what is larger than memory.")
@@ -184,6 +184,8 @@ def bench(
         raise typer.BadParameter("--megabytes is of state: add --state or --stream")
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise typer.BadParameter(f"--plot {plot}: name a .png or .svg file")
+    if plot is not None:
+        _require("matplotlib")
     command = f"compare bench{' --quick' if quick else ''} --rounds {rounds}"
     _run(
         command, ["attention"], json_file, html_file, look=True, quick=quick, rounds=rounds, device=device, plot=plot
