@@ -45,6 +45,9 @@ EXP_ULPS = 4
 # orders above it, the rounding seen at the sizes of `compare.cases` (3e-16) two and a half below.
 FLOAT64_RELATIVE = 1e-13
 
+# No fused path has tiles or strips of fewer keys than this, but the last.
+SMALLEST_TILE = 128
+
 
 class Precision(NamedTuple):
     """How a dtype rounds: unit roundoff, that of its sums, smallest normal and largest finite number."""
@@ -160,6 +163,11 @@ def overflow(
         if not largest <= precision.largest:
             return f"{name} may reach {largest:.3g}; the dtype ends at {precision.largest:.3g}"
     return ""
+
+
+def most_tiles(num_tokens: int) -> int:
+    """Return of how many tiles a fused softmax over so many tokens may be put together."""
+    return -(-num_tokens // SMALLEST_TILE)
 
 
 def gamma(n: int, u: float) -> float:

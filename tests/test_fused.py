@@ -34,7 +34,7 @@ from compare.convert import linen_to_torch, nnx_to_torch
 from compare.mapping import ROWS
 from compare.reference import masked_attention as exact_attention
 from compare.reference_gradient import attention_forward, attention_gradient
-from compare.rounding import PRECISIONS, attention_bounds
+from compare.rounding import PRECISIONS, attention_bounds, most_tiles
 from compare.run import build_nnx, build_torch, linen_template
 from compare.scripts import attention
 from compare.transfer import numpy_dtype, numpy_to_tensor, tensor_to_numpy
@@ -75,7 +75,7 @@ def drawn_masks(draw: st.DrawFn, tokens: int) -> np.ndarray:
 def judge(outputs: np.ndarray, heads: np.ndarray, mask: np.ndarray, dtype: str = "float64") -> None:
     """Compare outputs with the exact ones, within what rounding explains, of both."""
     stages = exact_attention(*(array.astype(np.float64) for array in heads), mask)
-    tiles = -(-len(mask) // 128)
+    tiles = most_tiles(len(mask))
     bounds = [attention_bounds(stages, (0.0, 0.0, 0.0), PRECISIONS[name], tiles=tiles) for name in (dtype, "float64")]
     found = agreement(outputs.astype(np.float64), stages.context, bounds[0].context + bounds[1].context)
     assert found.held, found

@@ -10,6 +10,7 @@ from ..agreement import Finding, agreement, identical
 from ..cases import Config
 from ..derivatives import gradient
 from ..parity import exact_and_limit
+from ..rounding import most_tiles
 from ..run import Implementation, compiled, ready_torch
 from ..transfer import numpy_to_tensor, tensor_to_numpy
 from ..trials import Trial, draw
@@ -17,7 +18,6 @@ from .gradients import exact_derivatives, problem_of
 
 # The last strip of queries and the last tile of keys are not whole ones.
 TOKENS, CONTEXT_LENGTH = 600, 640
-SMALLEST_TILE = 128
 
 
 def fused(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
@@ -25,7 +25,7 @@ def fused(implementation: Implementation, trial: Trial, device: str = "cpu") -> 
     heads = 2 if trial.config.num_heads is None else trial.config.num_heads
     config = Config(5, 4 * heads, CONTEXT_LENGTH, 0.0, num_heads=heads, implementation="fused")
     causal = draw(config, TOKENS, np.random.default_rng(7), batch=1)
-    tiles = -(-TOKENS // SMALLEST_TILE)
+    tiles = most_tiles(TOKENS)
     for dtype in ("float64", "float32"):
         call = compiled(implementation, config, device)  # one program, whatever the mask
         for name, mask in masks().items():

@@ -14,8 +14,7 @@ from ..child import ON_CPU, run_module
 from ..contestants import Contestant, Problem, Step, contestants, draw
 from ..findings import Block, Cell, Check, Curves, Section, Table
 from ..reference import masked_attention
-from ..report.pictures import save
-from ..rounding import PRECISIONS, attention_bounds
+from ..rounding import PRECISIONS, attention_bounds, most_tiles
 from ..transfer import numpy_dtype
 
 TOKENS: tuple[int, ...] = (6, 256, 512, 1024, 2048, 4096)
@@ -28,7 +27,6 @@ LONGEST = 1.0  # seconds a step may be expected to take, from half the tokens, t
 SAMPLE = 0.01  # seconds that one measurement takes at least
 MEMORY_OF = ("torch formula", "torch ours", "flax formula", "flax ours")
 MEMORY_TOKENS, MEMORY_FORWARD, MEMORY_BACKWARD = 8192, 64e6, 200e6
-SMALLEST_TILE = 128
 MANY_ROUNDS = 1024  # up to so many tokens rounds are short, and thrice as many
 OURS = ("torch ours", "Flax ours")
 
@@ -82,6 +80,8 @@ def sections(quick: bool, rounds: int, device: str | None = None, plot: Path | N
 
 def _draw(section: Section, plot: Path, backward: bool) -> None:
     """Save the section's curves: those of the forward pass under the name given, the others beside it."""
+    from ..report.pictures import save  # matplotlib, which nothing else here needs
+
     for curves in section.blocks:
         if isinstance(curves, Curves):
             save(curves, plot.with_stem(f"{plot.stem}-backward") if backward else plot)
@@ -146,7 +146,7 @@ def _exact(given: Problem) -> tuple[np.ndarray, np.ndarray]:
     """Return the first head's exact outputs from what its entries round to, and the bound of their error."""
     dtype = numpy_dtype(given.dtype)
     queries, keys, values = (array[0, 0].astype(dtype).astype(np.float64) for array in given.heads)
-    tiles = -(-len(given.mask) // SMALLEST_TILE)
+    tiles = most_tiles(len(given.mask))
     stages = masked_attention(queries, keys, values, given.mask)
     bound = attention_bounds(stages, (0.0, 0.0, 0.0), PRECISIONS[given.dtype], tiles=tiles)
     return stages.context, bound.context
