@@ -177,6 +177,15 @@ def test_bench_prints_ratios(tmp_path: Path) -> None:
     assert code == 0, printed
     (section,) = json.loads((tmp_path / "report.json").read_text())["sections"]
     assert len(section["blocks"][1]["rows"]) == 15
-    code, printed = run("bench")
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--state", "--stream"], "one at a time: compare bench --state"),
+    (["--state", "--quick"], "--quick, --plot and --device are of attention"),
+    (["--megabytes", "1"], "--megabytes is of state"),
+    (["--plot", "times.gif"], "name a .png or .svg file"),
+])  # fmt: skip
+def test_what_bench_refuses(arguments: list[str], said: str) -> None:
+    code, printed = run("bench", *arguments)
     assert code == 2
-    assert "say what: compare bench --state" in printed
+    assert said in printed
