@@ -82,7 +82,8 @@ def to_jax(tensor: Tensor, *, copy: bool, owned: bool = False) -> jax.Array:
         raise Untransferable("a conjugated or negated view has no memory of its own to share; use copy=True")
     tensor = _fit_x64(dense(tensor), copy=copy)
     if copy:
-        return jnp.asarray(np.array(tensor_to_numpy(tensor), order="C", copy=None if owned else True))
+        # Which keeps the memory where JAX can; `jnp.asarray` would copy it twice.
+        return jax.device_put(np.array(tensor_to_numpy(tensor), order="C", copy=None if owned else True))
     try:
         return jax.dlpack.from_dlpack(tensor, copy=False)
     except Exception as error:  # XLA's own errors share no narrower class across versions

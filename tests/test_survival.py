@@ -1,5 +1,7 @@
 """What is loaded is what was saved, bit for bit: awkward values, names, views and ties, in every format."""
 
+import hashlib
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,15 @@ import compare
 from compare.checkpoint import safetensors_file
 from compare.checkpoint.convert_file import convert_checkpoint
 from compare.checkpoint.formats import format_of, open_checkpoint
+from compare.checkpoint.manifest import checksum
 from compare.checkpoint.spec import DTYPES, spec_of
-from compare.checkpoint.stored import Held
+from compare.checkpoint.stored import PART_BYTES, Held
 from compare.checkpoint.verify_file import verify_checkpoint
 from compare.errors import CheckpointError, UnverifiedCheckpoint
 from compare.mapping import Mapping, Row
 from compare.transfer import numpy_dtype
 
+from .faults import change_manifest
 from .support import same_bits
 
 SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")
@@ -254,8 +258,52 @@ def test_a_reader_keeps_what_it_opened(tmp_path: Path) -> None:
     with open_checkpoint(path) as stored:
         with path.open("r+b") as stream:
             stream.truncate(path.stat().st_size - 2000)
-        with pytest.raises(CheckpointError, match="fewer, since it was opened"):
-            list(stored.read())
+        for stored.mapped in (False, True):
+            with pytest.raises(CheckpointError, match="fewer, since it was opened"):
+                list(stored.read())
+    with pytest.raises(ValueError, match="the checkpoint is closed"):
+        list(stored.read())
+
+
+def test_a_large_tensor_is_checked_and_copied_where_it_lies(tmp_path: Path) -> None:
+    module = torch.nn.Linear(600, 1000)
+    assert module.weight.nbytes > PART_BYTES
+    path = compare.save_checkpoint(tmp_path / "state.safetensors", module)
+    raw = path.read_bytes()
+    loaded = compare.load_checkpoint(path, torch.nn.Linear(600, 1000))
+    assert torch.equal(loaded.weight, module.weight)
+    with torch.no_grad():
+        loaded.weight.zero_()
+    assert path.read_bytes() == raw
+    path.write_bytes(raw[:-1000] + bytes([raw[-1000] ^ 1]) + raw[-999:])
+    with pytest.raises(CheckpointError, match="are not those that were saved; expected crc32"):
+        compare.load_checkpoint(path, loaded)
+    assert not loaded.weight.any()
+
+
+def test_a_manifest_of_version_1_is_checked_too(tmp_path: Path) -> None:
+    tensor = torch.arange(6.0)
+
+    def older(manifest: dict[str, Any], values: bytes = tensor.numpy().tobytes()) -> None:
+        manifest["version"] = 1
+        for entry in manifest["tensors"]:
+            entry.pop("crc32", None)
+            entry["sha256"] = hashlib.sha256(b"float32[6]" + values).hexdigest()
+
+    path = compare.save_checkpoint(tmp_path / "state.safetensors", {"x": tensor})
+    change_manifest(path, older)
+    assert torch.equal(compare.read_checkpoint(path)["x"], tensor)
+    change_manifest(path, lambda manifest: older(manifest, bytes(24)))
+    with pytest.raises(CheckpointError, match="are not those that were saved; expected sha256"):
+        compare.read_checkpoint(path)
+
+
+def test_the_checksum_is_that_of_python() -> None:
+    """So that another installation, without the fast library, can check the file."""
+    pieces = [np.arange(100_000, dtype=np.float32), np.ones(3, np.float32)]
+    spec = spec_of(np.concatenate(pieces))
+    expected = zlib.crc32(b"".join(map(np.ndarray.tobytes, pieces)), zlib.crc32(b"float32[100003]"))
+    assert checksum(pieces, spec) == f"{expected:08x}"
 
 
 @pytest.mark.parametrize("suffix", (".pth", ".safetensors"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import Any, NamedTuple, TypeVar, get_args, overload
 
+import jax
 import numpy as np
 import torch
 from flax import nnx
@@ -237,9 +238,10 @@ def _torch_into_flax(
 
 
 def _flax_into_flax(stored: Stored, target: Any, policy: Mapping[str, Policy], cast: bool) -> Callable[[], Any]:
-    leaves = flax_leaves(stored, flax_side(target), policy, cast)
+    side = flax_side(target)
+    leaves = flax_leaves(stored, side, policy, cast)
     for path, array in leaves.items():
-        _require_no_nan(stored.path, path, flax_side(target).kinds[path], np.asarray(array))
+        _require_no_nan(stored.path, path, side.kinds[path], array)
     return lambda: install(target, leaves)
 
 
@@ -283,9 +285,11 @@ def _require_masks(path: Path, tensors: Tensors, state: StateDict) -> None:
             raise _nan(path, key, int(torch.isnan(tensor).sum()))
 
 
-def _require_no_nan(path: Path, steps: Steps, kind: str, array: np.ndarray) -> None:
-    if is_mask(steps, kind) and array.dtype.kind not in "biu" and np.isnan(array.astype(np.complex128)).any():
-        raise _nan(path, "/".join(map(str, steps)), int(np.isnan(array.astype(np.complex128)).sum()))
+def _require_no_nan(path: Path, steps: Steps, kind: str, array: jax.Array) -> None:
+    if is_mask(steps, kind) and array.dtype.kind not in "biu":
+        is_nan = np.isnan(np.asarray(array).astype(np.complex128))
+        if is_nan.any():
+            raise _nan(path, "/".join(map(str, steps)), int(is_nan.sum()))
 
 
 def _nan(path: Path, key: str, count: int) -> CheckpointError:

@@ -1,7 +1,6 @@
 """The Flax msgpack format: nested dicts of NumPy arrays, and the manifest as one more entry at the top."""
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path as FilePath
 from typing import Any, BinaryIO
@@ -78,7 +77,7 @@ def write(path: FilePath, tensors: Tensors) -> None:
     tree = tree_of(path, {key: key for key in tensors.specs})
     sums: dict[Path, str] = {}
     packer = msgpack.Packer()
-    with atomic_file(path) as stream, ThreadPoolExecutor(1) as hashing:
+    with atomic_file(path) as stream:
 
         def put(node: Any, more: int = 0) -> None:
             if isinstance(node, dict):
@@ -91,13 +90,12 @@ def write(path: FilePath, tensors: Tensors) -> None:
             sizes = iter(_chunks(stream, packer, spec))
             room = 0
             for block in (block for piece in tensors.pieces(node) for block in blocks(piece)):
-                hashed = hashing.submit(digest.update, block)
+                digest.update(block)
                 while block.nbytes:
                     room = room or next(sizes)
                     part, block = block[:room], block[room:]
                     stream.write(part.data)
                     room -= part.nbytes
-                hashed.result()
             for _ in sizes:  # an array without elements has an entry all the same
                 pass
             sums[node] = digest.hexdigest()

@@ -40,11 +40,11 @@ class Pending:
         self.key, self.tensors, self.spec = key, tensors, tensors.specs[key]
         self.shape, self.dtype, self.nbytes = self.spec.shape, self.spec.numpy, self.spec.nbytes
         self.size, self.ndim = int(np.prod(self.shape)), len(self.shape)
-        self.sha256 = ""
+        self.checksum = ""
 
     def take_checksum(self, array: np.ndarray) -> None:
         """Remember the checksum of the values."""
-        self.sha256 = checksum([array], self.spec)
+        self.checksum = checksum([array], self.spec)
 
 
 def open_(path: FilePath) -> Stored:
@@ -109,7 +109,7 @@ def write(path: FilePath, tensors: Tensors) -> None:
             save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), tree)
             args = ocp.args.PyTreeSave(tree, save_args=save_args)
             checkpointer.save(folder.absolute(), args=args, force=True, custom_metadata={KEY: ""})
-        manifest = manifest_of(tensors).with_checksums({key: leaf.sha256 for key, leaf in leaves.items()})
+        manifest = manifest_of(tensors).with_checksums({key: leaf.checksum for key, leaf in leaves.items()})
         content = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
         content["custom_metadata"] = {KEY: manifest.dumps()}
         (folder / _METADATA).write_text(json.dumps(content), encoding="utf-8")

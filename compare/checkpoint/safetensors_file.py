@@ -1,14 +1,14 @@
 """The safetensors format: a header of its own reading, strict where the library is not, then the bytes.
 
-Read and written here and not by the library, which maps the file (and dies if that is cut meanwhile), lets a name
-stand twice, needs all tensors in memory to write, and writes a transposed NumPy view as another matrix (its issue 825).
+Read and written here and not by the library, which lets a name stand twice, needs all tensors in memory to write, and
+writes a transposed NumPy view as another matrix (its issue 825).
 Source: the format's README, https://github.com/huggingface/safetensors.
 """
 
 import json
+import mmap
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from .blocks import blocks, in_batches
 from .content import in_manifests_order, manifest_of, no_name_twice, torch_or_flax
 from .manifest import KEY, LayoutName, Manifest, start
 from .spec import Spec, checked
-from .stored import Stored, Tensors, fetch_each, read_in_parts
+from .stored import PART_BYTES, Stored, Tensors, fetch_each, read_in_parts
 
 _DTYPES = {
     **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL", "complex64": "C64"},
@@ -121,12 +121,10 @@ def write(path: FilePath, tensors: Tensors) -> None:
 
         def put(key: Path) -> str:
             digest, offset = start(tensors.specs[key]), data + begins[key]
-            with ThreadPoolExecutor(1) as hashing:  # one block is hashed while it is written
-                for block in (block for piece in tensors.pieces(key) for block in blocks(piece)):
-                    hashed = hashing.submit(digest.update, block)
-                    _pwrite(descriptor, block.data, offset)
-                    offset += block.nbytes
-                    hashed.result()
+            for block in (block for piece in tensors.pieces(key) for block in blocks(piece)):
+                digest.update(block)
+                _pwrite(descriptor, block.data, offset)
+                offset += block.nbytes
             return digest.hexdigest()
 
         sums = dict(in_batches(order, lambda key: tensors.specs[key].nbytes, put))
@@ -168,17 +166,25 @@ def read_header(path: FilePath, descriptor: int) -> Header:
 
 
 def read_tensor(stored: Stored, descriptor: int, begin: int, spec: Spec) -> tuple[np.ndarray, str | None]:
-    """Read one tensor into memory of its own.
+    """Read one tensor into memory of its own, or map a large one if who asks copies it.
 
     Raises:
-        CheckpointError: the file has become shorter.
+        CheckpointError: the file has become shorter. (Cut while it is mapped, it ends the process, as the library's
+            own reader; nothing that saves by renaming cuts a file.)
     """
+    shorter = _broken(stored.path, "its length", f"{begin + spec.nbytes:,} bytes", "fewer, since it was opened")
 
     def fill(at: int, part: np.ndarray) -> None:
         if os.preadv(descriptor, [part.data], begin + at) != part.nbytes:
-            raise _broken(stored.path, "its length", f"{begin + spec.nbytes:,} bytes", "fewer, since it was opened")
+            raise shorter
 
-    return read_in_parts(spec, fill, stored.checked)
+    if not stored.mapped or spec.nbytes < PART_BYTES or begin % spec.numpy.itemsize:
+        return read_in_parts(spec, fill, stored.algorithm)
+    if os.fstat(descriptor).st_size < begin + spec.nbytes:
+        raise shorter
+    offset = begin % mmap.ALLOCATIONGRANULARITY
+    memory = mmap.mmap(descriptor, offset + spec.nbytes, access=mmap.ACCESS_COPY, offset=begin - offset)
+    return np.frombuffer(memory, np.uint8, offset=offset).view(spec.numpy).reshape(spec.shape), None
 
 
 def _manifest(path: FilePath, metadata: Mapping[str, str]) -> Manifest | None:

@@ -92,7 +92,7 @@ def write(path: FilePath, tensors: Tensors, shard_bytes: int) -> None:
             safetensors_file.write(folder / name, part)
             with safetensors_file.open_(folder / name) as written:
                 assert written.manifest is not None
-                sums |= {key: record.sha256 for key, record in written.manifest.records.items()}
+                sums |= {key: record.checksum for key, record in written.manifest.records.items()}
             weight_map |= {"/".join(map(str, key)): name for key in keys}
         total = sum(spec.nbytes for spec in tensors.specs.values())
         manifest = manifest_of(tensors).with_checksums(sums)

@@ -11,7 +11,7 @@ from ..errors import CheckpointError, shown
 from ..mapping import Mapping as Table
 from ..mapping import Path
 from .blocks import contiguous, in_batches
-from .manifest import LayoutName, Manifest, checksum, start
+from .manifest import Algorithm, LayoutName, Manifest, checksum, start
 from .spec import Spec
 
 PART_BYTES = 1 << 20  # less than a processor's cache
@@ -71,7 +71,7 @@ class Stored:
         manifest: None if the file has none: then nothing can be checked.
         fetch: reads tensors, several at once.
         close: gives back what is open.
-        mapped: whether a large torch file may be read in place, by who copies the values while it is open.
+        mapped: whether large torch and safetensors files may be read in place, by who copies the values.
     """
 
     path: FilePath
@@ -95,6 +95,11 @@ class Stored:
     def mapping(self) -> Table | None:
         """How torch and Flax names pair, if the manifest says it."""
         return self.manifest.mapping if self.manifest is not None else None
+
+    @property
+    def algorithm(self) -> Algorithm | None:
+        """How the checksums were taken, if there are any."""
+        return self.manifest.algorithm if self.manifest is not None else None
 
     @property
     def checked(self) -> bool:
@@ -131,12 +136,12 @@ class Stored:
             )  # fmt: skip
         if self.manifest is None:
             return array
-        expected = self.manifest.records[path].sha256
-        found = found or checksum([array], self.specs[path])
+        expected, algorithm = self.manifest.records[path].checksum, self.manifest.algorithm
+        found = found or checksum([array], self.specs[path], algorithm)
         if found != expected:
             raise CheckpointError(
                 self.path, f"the values of {shown(name)} are not those that were saved", key=name,
-                expected=f"SHA-256 {expected[:12]}…", found=f"{found[:12]}…", mend="it is damaged: take another copy",
+                expected=f"{algorithm} {expected[:12]}", found=found[:12], mend="it is damaged: take another copy",
             )  # fmt: skip
         return array
 
@@ -155,6 +160,11 @@ class Stored:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+        self.fetch = _closed  # the old one knows this object, so that both, and the file's values, would stay
+
+
+def _closed(_: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
+    raise ValueError("the checkpoint is closed")
 
 
 def fetch_each(
@@ -172,24 +182,24 @@ def fetch_each(
 
 
 def read_in_parts(
-    spec: Spec, fill: Callable[[int, np.ndarray], None], take_checksum: bool
+    spec: Spec, fill: Callable[[int, np.ndarray], None], algorithm: Algorithm | None
 ) -> tuple[np.ndarray, str | None]:
     """Return a new array, and its checksum, taken of each part while the processor has it at hand.
 
     Args:
         spec: of the array.
         fill: puts the file's bytes from an offset on into a part of the array.
-        take_checksum: whether to.
+        algorithm: of the checksum, if one is wanted.
     """
     array = np.empty(spec.shape, spec.numpy)
     flat = array.reshape(-1).view(np.uint8)
-    digest = start(spec)
+    digest = start(spec, algorithm) if algorithm else None
     for begin in range(0, flat.nbytes, PART_BYTES):
         part = flat[begin : begin + PART_BYTES]
         fill(begin, part)
-        if take_checksum:
+        if digest:
             digest.update(part)
-    return array, digest.hexdigest() if take_checksum else None
+    return array, digest.hexdigest() if digest else None
 
 
 def whole(tensors: Tensors, key: Path) -> np.ndarray:

@@ -63,7 +63,7 @@ def open_(path: FilePath) -> Stored:
         def fill(at: int, part: np.ndarray) -> None:
             part[:] = flat[at : at + part.nbytes]
 
-        return read_in_parts(stored.specs[key], fill, stored.checked)
+        return read_in_parts(stored.specs[key], fill, stored.algorithm)
 
     stored.fetch = fetch_each(stored, one)
     return stored

@@ -156,7 +156,7 @@ def _section(bench: Bench, times: dict[tuple[str, str], dict[str, list[float]]],
         )
     section.blocks = [
         "Seconds, median (least to greatest), of the plain library call and of ours, in turn. Ours takes and checks a "
-        "SHA-256 of every tensor, flushes to the disk and renames. Loading is into the module, or into JAX arrays. Not "
+        "CRC-32 of every tensor, flushes to the disk and renames. Loading is into the module, or into JAX arrays. Not "
         "cached: the system was asked to forget the file. Converting, every kernel transposed, is beside reading every "
         "value and the plain call that writes as many. Ratio: the plain call's time over ours.",
         Table(["job", "format", "plain", "ours", "ratio"], rows),
