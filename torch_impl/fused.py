@@ -141,6 +141,7 @@ def _strip_gradients(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, layout: MaskLayout, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     scale = queries.shape[-1] ** -0.5
+    scaled = queries * scale
     grads = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
     for strip, weights in _weights(queries, keys, mask, layout):
         at = slice(strip.start, strip.stop)
@@ -148,10 +149,10 @@ def _strip_gradients(
         grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
         if layout.closed_rows:  # whose weights are NaN
             grad_scores.masked_fill_(_blocked(mask, strip), 0.0)
-        grad_scores *= scale
         grads[0][:, at] = grad_scores @ _take(keys, strip)
-        _add(grads[1], strip, grad_scores.mT @ queries[:, at])
+        _add(grads[1], strip, grad_scores.mT @ scaled[:, at])
         _add(grads[2], strip, weights.mT @ grad[:, at])
+    grads[0].mul_(scale)
     if layout.closed_rows:
         grads[2].fill_(torch.nan)  # as the formula's, whose weights of a closed row are NaN for every key
     return grads

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-STRIP = 128  # queries that share the ranges of keys that they look at
-WIDE = 4  # strips that make a wide one
+STRIP = 64  # queries that share the ranges of keys that they look at
+WIDE = 8  # strips that make a wide one
 RUN = 32  # words of 8 bytes
 LENGTHS = 8  # of inputs, for which what was seen is kept
 
