@@ -60,7 +60,7 @@ def sections(quick: bool, rounds: int, device: str | None = None, plot: Path | N
         tokens, masks, dtypes = QUICK_TOKENS, ("causal",), ["float32"]
     times: Times = {}
     for dtype in dtypes:
-        for mask in masks if dtype == "float32" else masks[:1]:
+        for mask in masks:
             for backward in (False, True):
                 for size in tokens:
                     run = Run(mask, dtype, backward, size)
