@@ -1,5 +1,8 @@
 """Strict modes, the device fixture, and the versions under test in the header."""
 
+import os
+import tempfile
+
 import jax
 import pytest
 from hypothesis import settings
@@ -11,6 +14,16 @@ from compare.run import missing_cuda
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("wide", max_examples=2000, deadline=None)
 settings.load_profile("fixed")
+
+# What one process of the suite has compiled the others read: half of the time of a check is XLA's.
+_compiled = tempfile.TemporaryDirectory(prefix="attention-parity-jax-", ignore_cleanup_errors=True)
+for _name, _value in {
+    "jax_compilation_cache_dir": _compiled.name,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}.items():
+    jax.config.update(_name, _value)
+    os.environ[_name.upper()] = str(_value)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

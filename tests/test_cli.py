@@ -13,6 +13,7 @@ import pytest
 from markupsafe import escape
 from typer.testing import CliRunner
 
+import compare
 import torch_impl.causal_attention
 from compare.__main__ import CHECKS as NAMED
 from compare.__main__ import app
@@ -22,6 +23,8 @@ from compare.findings import Check, Panels, Report, Section
 from compare.report.html import html
 from compare.run import missing_cuda
 from torch_impl import masked_attention
+
+from .support import torch_module
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -76,8 +79,9 @@ def _is_whole(page: str, titles: list[str]) -> None:
     assert all(ids.count(name) == 1 for name in used)
 
 
-def test_output_without_unicode() -> None:
-    done = compare_command("devices", PYTHONIOENCODING="ascii")
+def test_output_without_unicode(tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "state.safetensors", torch_module())
+    done = compare_command("inspect", str(path), PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.isascii()
 
@@ -112,11 +116,12 @@ def test_bad_usage_ends_with_2(arguments: list[str], message: str) -> None:
 
 
 def test_a_report_goes_into_a_pipe_and_not_in_its_place(tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "state.safetensors", torch_module())
     os.mkfifo(tmp_path / "pipe")
     with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE) as reader:
-        done = compare_command("devices", "--json", str(tmp_path / "pipe"))
+        done = compare_command("inspect", str(path), "--json", str(tmp_path / "pipe"))
         assert done.returncode == 0, done.stderr.decode()
-        assert json.loads(reader.communicate(timeout=30)[0])["command"] == "compare devices"
+        assert json.loads(reader.communicate(timeout=30)[0])["command"] == f"compare inspect {path}"
     assert (tmp_path / "pipe").is_fifo()
 
 

@@ -129,7 +129,7 @@ def _row(
         return np.array([float(entry) for entry in mixed])
 
 
-@settings(max_examples=50)  # sizes are drawn, so that each is compiled anew; `python -m compare bound` draws thousands
+@settings(max_examples=30)  # sizes are drawn, so that each is compiled anew; `python -m compare bound` draws thousands
 @given(
     sizes=st.tuples(*(st.integers(1, 17) for _ in range(3))),
     batch=st.integers(1, 3),

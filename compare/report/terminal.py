@@ -80,7 +80,9 @@ def _counted(histogram: Histogram) -> Table:
 
 
 def _print_table(console: Console, table: Table, title: str | None = None) -> None:
-    rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, title=title and escape(title), title_justify="left")
+    rich = RichTable(
+        box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title and escape(title), title_justify="left"
+    )
     for index, column in enumerate(table.columns):
         numeric = any(isinstance(row[index], int | float) for row in table.rows)
         rich.add_column(escape(column), justify="right" if numeric else "left", overflow="fold")
