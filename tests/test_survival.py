@@ -250,9 +250,9 @@ def test_our_safetensors_are_the_librarys(tmp_path: Path) -> None:
 
 def test_a_reader_keeps_what_it_opened(tmp_path: Path) -> None:
     """The file is replaced, or cut, while it is open: the old values, or an error, and the process lives."""
-    path = compare.save_checkpoint(tmp_path / "state.safetensors", {"x": torch.zeros(1000)})
+    path = compare.save_checkpoint(tmp_path / "state.safetensors", {"x": torch.zeros(PART_BYTES)})
     with open_checkpoint(path) as stored:
-        compare.save_checkpoint(path, {"x": torch.ones(1000)})
+        compare.save_checkpoint(path, {"x": torch.ones(PART_BYTES)})
         ((_, array),) = stored.read()
         assert not array.any()
     with open_checkpoint(path) as stored:
