@@ -176,7 +176,7 @@ def test_bench_prints_ratios(tmp_path: Path) -> None:
     code, printed = run("bench", "--state", *arguments)
     assert code == 0, printed
     (section,) = json.loads((tmp_path / "report.json").read_text())["sections"]
-    assert len(section["blocks"][1]["rows"]) == 15
+    assert len(section["blocks"][1]["rows"]) == 19
 
 
 @pytest.mark.parametrize("arguments, said", [

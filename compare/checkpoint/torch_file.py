@@ -4,11 +4,12 @@ Small files are read into memory; large ones are mapped by torch, so they must n
 """
 
 import io
+import os
 import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path as FilePath
 from typing import Any
@@ -65,7 +66,14 @@ def open_(path: FilePath) -> Stored:
 
         return read_in_parts(stored.specs[key], fill, stored.algorithm)
 
-    stored.fetch = fetch_each(stored, one)
+    each = fetch_each(stored, one)
+
+    def fetch(keys: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
+        if stored.mapped and not small:
+            _read_ahead(path)
+        return each(keys)
+
+    stored.fetch = fetch
     return stored
 
 
@@ -122,6 +130,13 @@ def _load(path: FilePath, source: Any, *, mapped: bool) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise CheckpointError(path, f"{shown(key)} is a {type(value).__name__}; expected a tensor", key=key)
     return dict(state)
+
+
+def _read_ahead(path: FilePath) -> None:
+    """Ask the system for the whole file at once; what is mapped would come in small pieces, a tenth slower."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def _specs(path: FilePath, state: Mapping[str, Tensor]) -> tuple[dict[Path, Spec], dict[Path, Path]]:

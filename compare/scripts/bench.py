@@ -1,16 +1,24 @@
-"""Save, load and convert beside the plain library calls, interleaved on the same data in one run."""
+"""Save, load and convert beside the plain library calls, interleaved on the same data in one run.
 
+Each format has a process of its own, as in a program that saves or loads: how fast memory is to be had depends on
+what a process did before (NumPy leaves huge pages behind in the allocator).
+"""
+
+import ctypes
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from flax import serialization
 
@@ -21,8 +29,12 @@ from ..mapping import Mapping, Row
 
 SIDE = 2048  # a matrix of 16 MiB
 SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")
+CONVERT = "convert"
+MEMORY = 3  # times the data: more than either needs at once
 # What ours may take beside the plain call, or beside reading and writing.
 LEAST, LEAST_CONVERTING = 0.8, 1 / 1.5
+
+Timed = tuple[str, str, str]  # job, format, whose
 
 
 class Job(NamedTuple):
@@ -40,7 +52,7 @@ class Bench:
 
     def __init__(self, folder: Path, megabytes: int) -> None:
         self.folder = folder
-        count = max(1, megabytes * 1_000_000 // (4 * SIDE * SIDE))
+        count = matrices(megabytes)
         self.module = torch.nn.ModuleList([torch.nn.Linear(SIDE, SIDE, bias=False) for _ in range(count)])
         kernels = {name.split(".")[0]: tensor.numpy().T for name, tensor in self.module.state_dict().items()}
         self.variables = {"params": {name: {"kernel": jnp.asarray(kernel)} for name, kernel in kernels.items()}}
@@ -56,22 +68,21 @@ class Bench:
         """Return the state as the format's own framework has it."""
         return self.variables if suffix in (".msgpack", ".orbax") else self.module
 
-    def jobs(self) -> Iterator[Job]:
-        """Yield what is timed."""
-        for suffix in SUFFIXES:
-            path = self.path("ours", suffix)
-            yield Job("save", suffix, partial(self.save, suffix), partial(save_checkpoint, path, self.source(suffix)))
-        for suffix in SUFFIXES:
-            load = partial(load_checkpoint, self.path("ours", suffix), self.source(suffix))
-            yield Job("load", suffix, partial(self.load, suffix), load)
-            forget = partial(self.forget, suffix)
-            yield Job("load, not cached", suffix, partial(self.load, suffix), load, forget)
-        for suffix in SUFFIXES[1:]:
-            convert = partial(
-                convert_checkpoint, self.path("ours", ".safetensors"), self.path("converted", suffix),
-                mapping=self.mapping, layout="flax",
-            )  # fmt: skip
-            yield Job("convert", f".safetensors to {suffix}", partial(self.read_and_write, suffix), convert)
+    def jobs(self, group: str) -> Iterator[Job]:
+        """Yield what is timed of a format, or of converting."""
+        if group == CONVERT:
+            source = save_checkpoint(self.path("ours", ".safetensors"), self.module)
+            for suffix in SUFFIXES[1:]:
+                target = self.path("converted", suffix)
+                convert = partial(convert_checkpoint, source, target, mapping=self.mapping, layout="flax")
+                yield Job(CONVERT, f".safetensors to {suffix}", partial(self.read_and_write, suffix), convert)
+            return
+        path = self.path("ours", group)
+        yield Job("save", group, partial(self.save, group), partial(save_checkpoint, path, self.source(group)))
+        plain, load = partial(self.load, group), partial(load_checkpoint, path, self.source(group))
+        yield Job("load, just written", group, plain, load)
+        yield Job("load, not cached", group, plain, load, partial(self.forget, group))
+        yield Job("load, cached by reading", group, plain, load)
 
     def save(self, suffix: str) -> None:
         """Save by the plain library."""
@@ -123,42 +134,82 @@ class Bench:
                 os.close(descriptor)
 
 
+def matrices(megabytes: int) -> int:
+    """Return how many matrices make about that many megabytes."""
+    return max(1, megabytes * 1_000_000 // (4 * SIDE * SIDE))
+
+
 def sections(megabytes: int, rounds: int) -> Iterator[Section | str]:
     """Yield one section with the ratios; on the way, which round it is."""
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), megabytes)
-        times: dict[tuple[str, str], dict[str, list[float]]] = {}
-        for number in range(rounds + 1):
-            for job in bench.jobs():
-                yield f"round {number} of {rounds}: {job.name} {job.suffix}"
-                for whose, call in (("plain", job.plain), ("ours", job.ours)):
-                    job.before(whose)
-                    os.sync()  # else one would wait for what the other has left to be written
-                    begin = time.perf_counter()
-                    found = call()
-                    jax.block_until_ready(found if isinstance(found, dict) else None)
-                    seconds = time.perf_counter() - begin
-                    del found
-                    if number:  # the first warms up
-                        times.setdefault((job.name, job.suffix), {}).setdefault(whose, []).append(seconds)
-        yield _section(bench, times, rounds)
+    times: dict[Timed, list[float]] = {}
+    for group in (*SUFFIXES, CONVERT):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            ProcessPoolExecutor(1, get_context("spawn"), _prepare, (Path(folder), megabytes, group)) as process,
+        ):
+            yield f"{group}: round 0 of {rounds}"
+            for number, found in enumerate(process.map(_round, range(rounds + 1))):
+                yield f"{group}: round {min(number + 1, rounds)} of {rounds}"
+                for key, seconds in found.items() if number else ():  # the first warms up
+                    times.setdefault(key, []).append(seconds)
+    yield _section(times, megabytes, rounds)
 
 
-def _section(bench: Bench, times: dict[tuple[str, str], dict[str, list[float]]], rounds: int) -> Section:
+_PREPARED: list[tuple[Bench, list[Job]]] = []  # of the process that times
+
+
+def _prepare(folder: Path, megabytes: int, group: str) -> None:
+    bench = Bench(folder, megabytes)
+    _PREPARED.append((bench, list(bench.jobs(group))))
+
+
+def _round(number: int) -> dict[Timed, float]:
+    """Return the seconds of every job of the process, each side once."""
+    ((bench, jobs),) = _PREPARED
+    times = {}
+    for job in jobs:
+        both = [("plain", job.plain), ("ours", job.ours)]
+        for whose, call in both if number % 2 else reversed(both):  # each comes after the other as often
+            job.before(whose)
+            _settle(bench.nbytes)
+            begin = time.perf_counter()
+            found = call()
+            jax.block_until_ready(found if isinstance(found, dict) else None)
+            times[job.name, job.suffix, whose] = time.perf_counter() - begin
+            del found
+    return times
+
+
+def _settle(nbytes: int) -> None:
+    """Leave nothing to be written, no memory in the allocator's hand, and enough of it in the system's.
+
+    Else one would wait for what the other has left to be written, use again memory that the other gave back, or
+    wait for memory from the host of a virtual machine.
+    """
+    os.sync()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+    np.ones(MEMORY * nbytes, np.uint8)
+
+
+def _section(times: dict[Timed, list[float]], megabytes: int, rounds: int) -> Section:
     rows: list[list[Cell]] = []
-    section = Section(f"State of {bench.nbytes / 1e9:.2f} GB, {rounds} rounds")
-    for (name, suffix), found in times.items():
-        ratio = statistics.median(found["plain"]) / statistics.median(found["ours"])
-        rows.append([name, suffix, _spread(found["plain"]), _spread(found["ours"]), f"{ratio:.2f}"])
-        least = LEAST_CONVERTING if name == "convert" else LEAST
+    section = Section(f"State of {4e-9 * SIDE * SIDE * matrices(megabytes):.2f} GB, {rounds} rounds")
+    for name, suffix, _ in [key for key in times if key[2] == "plain"]:
+        plain, ours = times[name, suffix, "plain"], times[name, suffix, "ours"]
+        ratio = statistics.median(plain) / statistics.median(ours)
+        rows.append([name, suffix, _spread(plain), _spread(ours), f"{ratio:.2f}"])
+        least = LEAST_CONVERTING if name == CONVERT else LEAST
         section.checks.append(
             Check(f"{name} {suffix}", "all", ratio >= least, f"ratio {ratio:.2f}", f"at least {least:.2f}")
         )
     section.blocks = [
-        "Seconds, median (least to greatest), of the plain library call and of ours, in turn. Ours takes and checks a "
-        "CRC-32 of every tensor, flushes to the disk and renames. Loading is into the module, or into JAX arrays. Not "
-        "cached: the system was asked to forget the file. Converting, every kernel transposed, is beside reading every "
-        "value and the plain call that writes as many. Ratio: the plain call's time over ours.",
+        "Seconds, median (least to greatest), of the plain library call and of ours, now one first and now the other, "
+        "nothing left to be written, memory as in a new process, each format in its own. Ours takes and checks a "
+        "CRC-32 of every tensor, flushes to the disk and renames. Loading is into the module, or into JAX arrays. Just "
+        "written: the file is in the system's cache as it was written; not cached: the system was asked to forget it; "
+        "cached by reading: it is loaded once more. Converting, every kernel transposed, is beside reading every value "
+        "and the plain call that writes as many. Ratio: the plain call's time over ours.",
         Table(["job", "format", "plain", "ours", "ratio"], rows),
     ]
     return section
