@@ -15,29 +15,29 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_FLUSH_SECONDS = 0.05
+_SYNC_FILE_RANGE_WRITE = 2
+_FLUSH_SECONDS, _FLUSH_BYTES = 0.05, 1 << 20
 
 
 @contextmanager
-def atomic_file(path: Path, *, flush_early: bool = False) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file in the folder of `path` that becomes `path` when the block succeeds.
 
-    `flush_early` is for several threads that write in different places: one that appends would wait for the
-    page it is in the middle of. The new file gets the old one's permissions. If the block raises, the temporary
-    file is removed and `path` is as it was.
+    The new file gets the old one's permissions. If the block raises, the temporary file is removed and `path` is
+    as it was.
     """
     sweep(path)
     _forget(path)
     with _own(path, lambda temporary: temporary.touch(exist_ok=False)) as temporary, temporary.open("r+b") as stream:
         if path.exists():
             temporary.chmod(path.stat().st_mode & 0o7777)
-        with _flushing(stream.fileno()) if flush_early else nullcontext():
+        with _flushing(stream.fileno()):
             yield stream
         stream.flush()
         os.fsync(stream.fileno())
@@ -47,16 +47,15 @@ def atomic_file(path: Path, *, flush_early: bool = False) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _flushing(descriptor: int) -> Iterator[None]:
-    """Send to the disk what is written while more is being written, so that little is left for the end."""
+    """Begin to send to the disk what is written while more is being written, so that little is left for the end."""
+    send = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux; elsewhere all is left
     done = threading.Event()
-    failed: list[OSError] = []
 
     def flush() -> None:
-        while not done.wait(_FLUSH_SECONDS) and not failed:
-            try:
-                os.fdatasync(descriptor)
-            except OSError as error:
-                failed.append(error)
+        while send and not done.wait(_FLUSH_SECONDS):
+            # Without the end: who appends would wait for the page that he is in the middle of.
+            if begun := os.fstat(descriptor).st_size // _FLUSH_BYTES * _FLUSH_BYTES:
+                send(descriptor, ctypes.c_int64(0), ctypes.c_int64(begun), _SYNC_FILE_RANGE_WRITE)
 
     thread = threading.Thread(target=flush)
     thread.start()
@@ -65,8 +64,6 @@ def _flushing(descriptor: int) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-    if failed:  # the system tells but once
-        raise failed[0]
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def write(path: FilePath, tensors: Tensors) -> None:
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    with atomic_file(path, flush_early=True) as stream:
+    with atomic_file(path) as stream:
         descriptor, data = stream.fileno(), len(header(manifest))
 
         def put(key: Path) -> str:
