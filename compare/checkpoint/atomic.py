@@ -115,7 +115,7 @@ def sweep(path: Path) -> None:
 def _forget(path: Path) -> None:
     """Let the system drop a file that is to be replaced from its cache, so that the new one finds room there.
 
-    Where memory must first be asked for, as of the host of a virtual machine, writing takes half the time.
+    A virtual machine would have to ask its host for that room, which can take longer than the writing.
     """
     with suppress(OSError):
         if hasattr(os, "posix_fadvise") and path.is_file():

@@ -11,6 +11,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -135,7 +136,7 @@ def _load(path: FilePath, source: Any, *, mapped: bool) -> dict[str, Tensor]:
 def _read_ahead(path: FilePath) -> None:
     """Ask the system for the whole file at once; what is mapped would come in small pieces, a tenth slower."""
     if hasattr(os, "posix_fadvise"):
-        with path.open("rb") as stream:
+        with suppress(OSError), path.open("rb") as stream:  # which may be gone; it is mapped
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
