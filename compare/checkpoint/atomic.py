@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from .cache import forget
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _SYNC_FILE_RANGE_WRITE = 2
@@ -33,7 +35,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     as it was.
     """
     sweep(path)
-    _forget(path)
+    forget(path)
     with _own(path, lambda temporary: temporary.touch(exist_ok=False)) as temporary, temporary.open("r+b") as stream:
         if path.exists():
             temporary.chmod(path.stat().st_mode & 0o7777)
@@ -74,9 +76,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     renameat2); elsewhere there is an instant between two renames when neither is there.
     """
     sweep(path)
-    for inner, _, files in os.walk(path):
-        for name in files:
-            _forget(Path(inner, name))
+    forget(path)
     with _own(path, Path.mkdir) as temporary:
         # Within the locked folder, for Orbax puts another one, without the lock, in the place of what it is given.
         folder = temporary / "new"
@@ -110,20 +110,6 @@ def sweep(path: Path) -> None:
     for left in [entry for entry in path.parent.iterdir() if ours.fullmatch(entry.name)]:
         with suppress(OSError, _SweptError), _locked(left, fcntl.LOCK_NB):
             _remove(left)
-
-
-def _forget(path: Path) -> None:
-    """Let the system drop a file that is to be replaced from its cache, so that the new one finds room there.
-
-    A virtual machine would have to ask its host for that room, which can take longer than the writing.
-    """
-    with suppress(OSError):
-        if hasattr(os, "posix_fadvise") and path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

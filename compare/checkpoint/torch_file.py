@@ -4,14 +4,12 @@ Small files are read into memory; large ones are mapped by torch, so they must n
 """
 
 import io
-import os
 import pickle
 import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -25,6 +23,7 @@ from ..taxonomy import same_memory
 from ..transfer import Untransferable, dense, numpy_to_tensor, tensor_to_numpy
 from .atomic import atomic_file
 from .blocks import WORKERS, contiguous
+from .cache import read_ahead
 from .content import in_manifests_order, manifest_of
 from .manifest import KEY, Manifest, checksum
 from .spec import Spec, checked
@@ -71,7 +70,7 @@ def open_(path: FilePath) -> Stored:
 
     def fetch(keys: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
         if stored.mapped and not small:
-            _read_ahead(path)
+            read_ahead(path)
         return each(keys)
 
     stored.fetch = fetch
@@ -131,13 +130,6 @@ def _load(path: FilePath, source: Any, *, mapped: bool) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise CheckpointError(path, f"{shown(key)} is a {type(value).__name__}; expected a tensor", key=key)
     return dict(state)
-
-
-def _read_ahead(path: FilePath) -> None:
-    """Ask the system for the whole file at once; what is mapped would come in small pieces, a tenth slower."""
-    if hasattr(os, "posix_fadvise"):
-        with suppress(OSError), path.open("rb") as stream:  # which may be gone; it is mapped
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def _specs(path: FilePath, state: Mapping[str, Tensor]) -> tuple[dict[Path, Spec], dict[Path, Path]]:

@@ -23,11 +23,13 @@ import torch
 from flax import serialization
 
 from ..checkpoint import load_checkpoint, save_checkpoint
+from ..checkpoint.cache import forget
 from ..checkpoint.convert_file import convert_checkpoint
 from ..findings import Cell, Check, Section, Table
 from ..mapping import Mapping, Row
 
-SIDE = 2048  # a matrix of 16 MiB
+SIDE = 2048
+MATRIX_BYTES = 4 * SIDE * SIDE
 SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")
 CONVERT = "convert"
 MEMORY = 3  # times the data: more than either needs at once
@@ -58,7 +60,7 @@ class Bench:
         self.variables = {"params": {name: {"kernel": jnp.asarray(kernel)} for name, kernel in kernels.items()}}
         rows = (Row(f"{i}.weight", ("params", str(i), "kernel"), "transposed") for i in range(count))
         self.mapping = Mapping(tuple(rows))
-        self.nbytes = count * 4 * SIDE * SIDE
+        self.nbytes = count * MATRIX_BYTES
 
     def path(self, whose: str, suffix: str) -> Path:
         """Return where one side writes."""
@@ -81,7 +83,7 @@ class Bench:
         yield Job("save", group, partial(self.save, group), partial(save_checkpoint, path, self.source(group)))
         plain, load = partial(self.load, group), partial(load_checkpoint, path, self.source(group))
         yield Job("load, just written", group, plain, load)
-        yield Job("load, not cached", group, plain, load, partial(self.forget, group))
+        yield Job("load, not cached", group, plain, load, lambda whose: forget(self.path(whose, group)))
         yield Job("load, cached by reading", group, plain, load)
 
     def save(self, suffix: str) -> None:
@@ -123,20 +125,10 @@ class Bench:
             tensor.clone()
         self.save(suffix)
 
-    def forget(self, suffix: str, whose: str) -> None:
-        """Ask the system to forget the file's pages, as after a restart."""
-        path = self.path(whose, suffix)
-        for file in path.rglob("*") if path.is_dir() else [path]:
-            if file.is_file():
-                descriptor = os.open(file, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.close(descriptor)
-
 
 def matrices(megabytes: int) -> int:
     """Return how many matrices make about that many megabytes."""
-    return max(1, megabytes * 1_000_000 // (4 * SIDE * SIDE))
+    return max(1, megabytes * 1_000_000 // MATRIX_BYTES)
 
 
 def sections(megabytes: int, rounds: int) -> Iterator[Section | str]:
@@ -194,7 +186,7 @@ def _settle(nbytes: int) -> None:
 
 def _section(times: dict[Timed, list[float]], megabytes: int, rounds: int) -> Section:
     rows: list[list[Cell]] = []
-    section = Section(f"State of {4e-9 * SIDE * SIDE * matrices(megabytes):.2f} GB, {rounds} rounds")
+    section = Section(f"State of {matrices(megabytes) * MATRIX_BYTES / 1e9:.2f} GB, {rounds} rounds")
     for name, suffix, _ in [key for key in times if key[2] == "plain"]:
         plain, ours = times[name, suffix, "plain"], times[name, suffix, "ours"]
         ratio = statistics.median(plain) / statistics.median(ours)
