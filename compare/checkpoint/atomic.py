@@ -73,10 +73,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path` that becomes `path` when the block succeeds.
 
     An old folder is exchanged for the new one in a single step where the system can (Linux,
-    renameat2); elsewhere there is an instant between two renames when neither is there.
+    renameat2); elsewhere there is an instant between two renames when neither is there. The old one stays in the
+    system's cache: who reads it meanwhile goes from file to file, and is not to be slowed down.
     """
     sweep(path)
-    forget(path)
     with _own(path, Path.mkdir) as temporary:
         # Within the locked folder, for Orbax puts another one, without the lock, in the place of what it is given.
         folder = temporary / "new"
