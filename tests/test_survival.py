@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import compare
-from compare.checkpoint import safetensors_file
+from compare.checkpoint import safetensors_file, torch_file
 from compare.checkpoint.convert_file import convert_checkpoint
 from compare.checkpoint.formats import format_of, open_checkpoint
 from compare.checkpoint.manifest import checksum
@@ -263,6 +263,16 @@ def test_a_reader_keeps_what_it_opened(tmp_path: Path) -> None:
                 list(stored.read())
     with pytest.raises(ValueError, match="the checkpoint is closed"):
         list(stored.read())
+
+
+def test_a_mapped_torch_file_that_is_removed_stays_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_file, "_SMALL_BYTES", 0)
+    path = compare.save_checkpoint(tmp_path / "state.pth", {"x": torch.ones(1000)})
+    with open_checkpoint(path) as stored:
+        path.unlink()
+        stored.mapped = True
+        ((_, array),) = stored.read()
+        assert array.all()
 
 
 def test_a_large_tensor_is_checked_and_copied_where_it_lies(tmp_path: Path) -> None:
