@@ -10,6 +10,9 @@ import numpy as np
 import torch
 
 BLOCK_BYTES = 8 << 20
+# A part of a transposed array that a processor's cache holds, if its columns are not so narrow that each line of
+# memory would be fetched for a few of its bytes.
+_PART_BYTES, _COLUMNS_BYTES = 1 << 20, 256
 # What may be in memory at once beyond a single tensor that is larger.
 BATCH_BYTES = 64 << 20
 WORKERS = min(4, os.cpu_count() or 1)
@@ -19,32 +22,48 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def blocks(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the array's bytes, native and in C order, however it lies in memory, without copying it whole."""
+def blocks(array: np.ndarray, *, alone: bool = False) -> Iterator[np.ndarray]:
+    """Yield the array's bytes, native and in C order, however it lies in memory, without copying it whole.
+
+    Args:
+        array: of any strides.
+        alone: nothing else is worked on meanwhile, so that the next blocks may be made in other threads.
+    """
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if array.nbytes <= BLOCK_BYTES or array.flags.c_contiguous:
-        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    if array.flags.c_contiguous:
+        flat = array.reshape(-1).view(np.uint8)
         yield from (flat[begin : begin + BLOCK_BYTES] for begin in range(0, flat.nbytes, BLOCK_BYTES))
         return
-    rows = BLOCK_BYTES * len(array) // array.nbytes
-    if not rows:
-        for part in array:
-            yield from blocks(part)
-        return
-    begins = range(0, len(array), rows)
-    yield from ahead(begins, lambda begin: contiguous(array[begin : begin + rows]).reshape(-1).view(np.uint8))
+    made = ahead(_parts(array), contiguous) if alone else map(contiguous, _parts(array))
+    yield from (part.reshape(-1).view(np.uint8) for part in made)
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
     """Return the array in C order.
 
-    A part of a transposed matrix is first gathered as it lies in memory, then transposed by torch: four times as
-    fast as NumPy, whose copy jumps from row to row.
+    Part after part of a transposed matrix is first gathered as it lies in memory, then transposed by torch: four
+    times as fast as NumPy, whose copy jumps from row to row.
     """
     if array.flags.c_contiguous or any(stride < 0 for stride in array.strides):
         return np.asarray(array, order="C")  # which leaves a 0-d array one
-    carrier: np.ndarray = np.array(array, order="K").view(_CARRIERS[array.dtype.itemsize])
-    return torch.from_numpy(carrier).contiguous().numpy().view(array.dtype)
+    carrier: np.ndarray = array.view(_CARRIERS[array.dtype.itemsize])
+    found = torch.from_numpy(np.empty(array.size, carrier.dtype))
+    at = 0
+    for part in _parts(carrier):
+        found[at : at + part.size].view(part.shape).copy_(torch.from_numpy(np.array(part, order="K")))
+        at += part.size
+    return found.numpy().view(array.dtype).reshape(array.shape)
+
+
+def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the array in parts, one behind the other."""
+    each = array.nbytes // len(array)
+    rows = max(_PART_BYTES // each, min(_COLUMNS_BYTES // array.itemsize, BLOCK_BYTES // each))
+    if rows:
+        yield from (array[begin : begin + rows] for begin in range(0, len(array), rows))
+    else:
+        for part in array:
+            yield from _parts(part)
 
 
 def ahead(items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
@@ -62,14 +81,20 @@ def ahead(items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[Res
 def in_batches(
     items: Iterable[Item], nbytes: Callable[[Item], int], work: Callable[[Item], Result]
 ) -> Iterator[tuple[Item, Result]]:
-    """Yield each item with the result of its work, small ones several at a time, large ones alone."""
+    """Yield each item with the result of its work, in order, small ones several at a time, large ones alone."""
+    pending: deque[tuple[Item, Future[Result]]] = deque()
+    size = 0
     with ThreadPoolExecutor(WORKERS) as pool:
-        batch: list[Item] = []
-        size = 0
         for item in items:
-            if batch and size + nbytes(item) > BATCH_BYTES:
-                yield from zip(batch, pool.map(work, batch), strict=True)
-                batch, size = [], 0
-            batch.append(item)
+            while pending and size + nbytes(item) > BATCH_BYTES:
+                yield (done := _first(pending))
+                size -= nbytes(done[0])
+            pending.append((item, pool.submit(work, item)))
             size += nbytes(item)
-        yield from zip(batch, pool.map(work, batch), strict=True)
+        while pending:
+            yield _first(pending)
+
+
+def _first(pending: deque[tuple[Item, Future[Result]]]) -> tuple[Item, Result]:
+    item, future = pending.popleft()
+    return item, future.result()

@@ -89,7 +89,7 @@ def write(path: FilePath, tensors: Tensors) -> None:
             spec, digest = tensors.specs[node], start(tensors.specs[node])
             sizes = iter(_chunks(stream, packer, spec))
             room = 0
-            for block in (block for piece in tensors.pieces(node) for block in blocks(piece)):
+            for block in (block for piece in tensors.pieces(node) for block in blocks(piece, alone=True)):
                 digest.update(block)
                 while block.nbytes:
                     room = room or next(sizes)

@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import CheckpointError, shown
 from ..mapping import Path
 from .atomic import atomic_file
-from .blocks import blocks, in_batches
+from .blocks import BATCH_BYTES, blocks, in_batches
 from .content import in_manifests_order, manifest_of, no_name_twice, torch_or_flax
 from .manifest import KEY, LayoutName, Manifest, start
 from .spec import Spec, checked
@@ -121,7 +121,8 @@ def write(path: FilePath, tensors: Tensors) -> None:
 
         def put(key: Path) -> str:
             digest, offset = start(tensors.specs[key]), data + begins[key]
-            for block in (block for piece in tensors.pieces(key) for block in blocks(piece)):
+            alone = tensors.specs[key].nbytes > BATCH_BYTES
+            for block in (block for piece in tensors.pieces(key) for block in blocks(piece, alone=alone)):
                 digest.update(block)
                 _pwrite(descriptor, block.data, offset)
                 offset += block.nbytes
