@@ -473,6 +473,12 @@ MSGPACK = [
     Fault("name twice", raw_msgpack(b"\x82\xa1a\x01\xa1a\x02"), r"the name a twice"),
     Fault("inferred size", packed([-1, 7], "float32", b"\0" * 196), r"is no list of sizes"),
     Fault("size that is not the bytes", packed([7, 8], "float32", b"\0" * 196), r"an array float32 \(7, 8\) in 196 bytes"),
+    Fault("bytes beyond the size", packed([7, 8], "float32", b"\0" * 70_000), r"an array float32 \(7, 8\) in 70000 bytes"),
+    Fault("an array of four parts", raw_msgpack(msgpack.packb({"mask": msgpack.ExtType(
+        1, b"\x94" + msgpack.packb([150, 150]) + msgpack.packb("float32") + msgpack.packb(b"\0" * 90_000))})),
+        r"not a whole Flax msgpack file"),
+    Fault("an array of no parts", raw_msgpack(msgpack.packb({"mask": msgpack.ExtType(1, b"")})),
+          r"not a whole Flax msgpack file"),
     Fault("dtype object", packed([7, 7], "object", b"\0" * 196), r"dtype object is none of"),
     Fault("unknown extension", packed([7, 7], "float32", b"\0" * 196, kind=42), r"an entry of the extension type 42"),
 ]  # fmt: skip

@@ -20,6 +20,8 @@ from .spec import Spec, checked, spec_of
 from .stored import Stored, Tensors, fetch_each
 
 _NDARRAY, _SCALAR = 1, 3  # the extension types of flax.serialization
+_BIN_32 = b"\xc6"  # begins bytes of a length in four
+_MAX_HEAD = 1024  # more than dtype and shape take
 _CHUNKED = "__msgpack_chunked_array__"
 
 
@@ -30,9 +32,8 @@ def open_(path: FilePath) -> Stored:
         CheckpointError: no msgpack file, or anything in it but nested dicts of arrays.
     """
     try:
-        tree = msgpack.unpackb(
-            path.read_bytes(), ext_hook=_array, object_pairs_hook=_object, strict_map_key=False, raw=False
-        )
+        data = np.fromfile(path, np.uint8).data  # its memory comes in huge pages, that of bytes in small ones
+        tree = msgpack.unpackb(data, ext_hook=_array, object_pairs_hook=_object, strict_map_key=False, raw=False)
     except RecursionError:
         raise _broken(path, "lists within lists") from None
     except Exception as error:  # msgpack and NumPy raise a dozen unrelated types on bad bytes
@@ -126,7 +127,7 @@ def _chunks(stream: BinaryIO, packer: msgpack.Packer, spec: Spec) -> Iterator[in
 def _head(stream: BinaryIO, packer: msgpack.Packer, shape: tuple[int, ...], spec: Spec) -> Iterator[int]:
     nbytes = prod(shape) * spec.numpy.itemsize
     inner = (
-        packer.pack_array_header(3) + packer.pack(shape) + packer.pack(spec.dtype) + b"\xc6" + nbytes.to_bytes(4, "big")
+        packer.pack_array_header(3) + packer.pack(shape) + packer.pack(spec.dtype) + _BIN_32 + nbytes.to_bytes(4, "big")
     )
     stream.write(b"\xc9" + (len(inner) + nbytes).to_bytes(4, "big") + bytes([_NDARRAY]) + inner)
     yield nbytes
@@ -150,8 +151,14 @@ def _array(kind: int, data: bytes) -> Any:
     """Return the array of an extension entry, exactly as large as it says."""
     if kind not in (_NDARRAY, _SCALAR):
         raise ValueError(f"an entry of the extension type {kind}")
-    shape, name, values = msgpack.unpackb(data, raw=True)
+    head = msgpack.Unpacker(raw=True)
+    head.feed(data[:_MAX_HEAD])
+    parts, shape, name = head.read_array_header(), head.unpack(), head.unpack()
     spec = checked(list(shape), name.decode())
+    begin = len(data) - spec.nbytes
+    if parts == 3 and begin > 0 and data[head.tell() : begin] == _BIN_32 + spec.nbytes.to_bytes(4, "big"):
+        return np.frombuffer(data, spec.numpy, offset=begin).reshape(spec.shape)  # a large one is not copied
+    _, _, values = msgpack.unpackb(data, raw=True)
     if len(values) != spec.nbytes:
         raise ValueError(f"an array {spec.dtype} {spec.shape} in {len(values)} bytes")
     return np.frombuffer(values, dtype=spec.numpy).reshape(spec.shape)

@@ -32,7 +32,7 @@ SIDE = 2048
 MATRIX_BYTES = 4 * SIDE * SIDE
 SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")
 CONVERT = "convert"
-MEMORY = 3  # times the data: more than either needs at once
+MEMORY = 5  # times the data: as much as either needs at once
 # What ours may take beside the plain call, or beside reading and writing.
 LEAST, LEAST_CONVERTING = 0.8, 1 / 1.5
 
