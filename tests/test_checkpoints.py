@@ -1,8 +1,10 @@
 """Every format, written by each implementation and read by each, whole or not at all."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -408,9 +410,59 @@ def test_a_full_disk_leaves_the_old_file(suffix: str, tmp_path: Path) -> None:
     assert "could not be written" in printed
     assert "what was there before is unchanged" in printed
     assert "make room for 156,816 bytes" in printed
+    assert suffix == ".orbax" or "File too large" in printed
     after = compare.read_checkpoint(path)
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.03, 0.06, 0.1])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_interrupt_is_one_and_leaves_nothing(suffix: str, seconds: float, tmp_path: Path) -> None:
+    """Ctrl-C somewhere in a save: torch has another error in its place, Orbax writes on in threads of its own."""
+    path = tmp_path / f"state{suffix}"
+    tree = {"params": {f"w{index}": np.full((1000, 1000), index, np.float32) for index in range(12)}}
+    tensors = {name: torch.from_numpy(array) for name, array in tree["params"].items()}
+    source: Any = tensors if suffix in (".pth", ".safetensors") else tree
+    compare.save_checkpoint(path, source)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        compare.save_checkpoint(path, source)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    time.sleep(0.3)  # for who writes on
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    with compare.open_checkpoint(path) as stored:
+        assert {str(key[-1]): float(array.mean()) for key, array in stored.read()} == {f"w{i}": i for i in range(12)}
+
+
+def test_an_interrupt_from_before_is_not_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the writer gave up")
+
+    monkeypatch.setattr(atomic.os, "fsync", fail)
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(CheckpointError, match="the writer gave up"):
+            compare.save_checkpoint(tmp_path / "state.pth", {"x": torch.ones(3)})
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "mend"),
+    [("a" * 240, "x", "choose a shorter name"), ("state", "\ud800", "rename the entry: its name is no text")],
+)
+def test_what_room_does_not_mend(name: str, key: str, mend: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=mend):
+        compare.save_checkpoint(tmp_path / f"{name}.safetensors", {key: torch.ones(3)})
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import compare
-from compare.checkpoint import safetensors_file, torch_file
+from compare.checkpoint import blocks, safetensors_file, torch_file
 from compare.checkpoint.convert_file import convert_checkpoint
 from compare.checkpoint.formats import format_of, open_checkpoint
 from compare.checkpoint.manifest import checksum
@@ -263,6 +263,24 @@ def test_a_reader_keeps_what_it_opened(tmp_path: Path) -> None:
                 list(stored.read())
     with pytest.raises(ValueError, match="the checkpoint is closed"):
         list(stored.read())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".msgpack", ".orbax", ""])
+def test_reading_ends_with_the_checkpoint(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing goes on reading with a descriptor that may be another file's by then."""
+    monkeypatch.setattr(blocks, "BATCH_BYTES", 1)
+    tree = {name: np.full(5, index, np.float32) for index, name in enumerate("abc")}
+    tensors = {name: torch.from_numpy(array) for name, array in tree.items()}
+    source: Any = {"params": tree} if suffix in (".msgpack", ".orbax") else tensors
+    path = compare.save_checkpoint(tmp_path / f"first{suffix or '.safetensors'}", source)
+    if not suffix:
+        convert_checkpoint(path, tmp_path / "shards", shard_bytes=8)
+        path = tmp_path / "shards"
+    with open_checkpoint(path) as stored:
+        found = stored.read()
+        next(found)
+    with open_checkpoint(path), pytest.raises(ValueError, match="the checkpoint is closed"):
+        next(found)
 
 
 def test_a_mapped_torch_file_that_is_removed_stays_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

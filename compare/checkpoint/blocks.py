@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -80,7 +80,7 @@ def ahead(items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[Res
 
 def in_batches(
     items: Iterable[Item], nbytes: Callable[[Item], int], work: Callable[[Item], Result]
-) -> Iterator[tuple[Item, Result]]:
+) -> Generator[tuple[Item, Result], None, None]:
     """Yield each item with the result of its work, in order, small ones several at a time, large ones alone."""
     pending: deque[tuple[Item, Future[Result]]] = deque()
     size = 0

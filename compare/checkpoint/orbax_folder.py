@@ -4,7 +4,9 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -20,7 +22,7 @@ from .content import in_manifests_order, linen_or_nnx, manifest_of
 from .manifest import KEY, Manifest, checksum
 from .msgpack_file import tree_of
 from .spec import checked
-from .stored import Held, Stored, Tensors, whole
+from .stored import Fetched, Held, Stored, Tensors, whole
 
 _METADATA = "_CHECKPOINT_METADATA"
 # What Orbax itself puts into the folder of a checkpoint.
@@ -71,7 +73,7 @@ def open_(path: FilePath) -> Stored:
     layout = manifest.layout if manifest else linen_or_nnx(specs)
     stored = Stored(path, "orbax", layout, specs, manifest, aliases=aliases)
 
-    def fetch(paths: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
+    def fetch(paths: list[Path]) -> Fetched:
         pairs = list(zip(paths, _restore(path, [names[tuple(map(str, key))] for key in paths]), strict=True))
         yield from ((pair[0], array) for pair, array in in_batches(pairs, _nbytes, lambda pair: stored.check(*pair)))
 
@@ -101,14 +103,15 @@ def write(path: FilePath, tensors: Tensors) -> None:
         )
     leaves = {key: Pending(key, tensors) for key in tensors.specs}
     with atomic_folder(path) as folder:
-        with _checkpointer(
-            (jax.Array, ocp.type_handlers.ArrayHandler()), (Pending, _pending_handler())
-        ) as checkpointer:
+        handlers = (jax.Array, ocp.type_handlers.ArrayHandler()), (Pending, _pending_handler())
+        # In a thread that is waited for: Ctrl-C would leave Orbax's own to write on into a folder that is removed.
+        with _checkpointer(*handlers) as checkpointer, ThreadPoolExecutor(1) as pool:
             tree = tree_of(path, leaves)
             chunk_bytes = None if isinstance(tensors, Held) else _CHUNK_BYTES
             save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), tree)
             args = ocp.args.PyTreeSave(tree, save_args=save_args)
-            checkpointer.save(folder.absolute(), args=args, force=True, custom_metadata={KEY: ""})
+            save = partial(checkpointer.save, folder.absolute(), args=args, force=True, custom_metadata={KEY: ""})
+            pool.submit(save).result()
         manifest = manifest_of(tensors).with_checksums({key: leaf.checksum for key, leaf in leaves.items()})
         content = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
         content["custom_metadata"] = {KEY: manifest.dumps()}

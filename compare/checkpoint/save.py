@@ -1,5 +1,7 @@
 """Save the state of either implementation."""
 
+import errno
+import sys
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -82,16 +84,41 @@ def write(path: Path, target: Path, chosen: Format, tensors: Tensors) -> None:
     Raises:
         CheckpointError: they could not be written.
     """
+    handled = sys.exception()
     try:
         chosen.write(target, tensors)
     except CheckpointError as error:
         raise error if error.path != str(target) else _renamed(error, path, target) from error
-    except Exception as error:  # each library raises its own types on a full disk or a read-only folder
+    except Exception as raised:  # each library raises its own types on a full disk or a read-only folder
+        reason = _behind(raised, handled)
+        if not isinstance(reason, Exception):
+            raise reason from None
         size = sum(spec.nbytes for spec in tensors.specs.values())
         raise CheckpointError(
-            path, f"could not be written ({shown(error)}); what was there before is unchanged",
-            mend=f"make room for {size:,} bytes and some more, or choose another place",
-        ) from error  # fmt: skip
+            path, f"could not be written ({shown(reason)}); what was there before is unchanged",
+            mend=_mend(reason, size),
+        ) from raised  # fmt: skip
+
+
+def _behind(error: BaseException, handled: BaseException | None) -> BaseException:
+    """Return the system's error or the interrupt that a library has put another error in the place of, if it has.
+
+    What was being `handled` before is not its cause.
+    """
+    chain = [error]
+    before = error.__cause__ or error.__context__
+    while before is not None and before not in (handled, *chain):
+        chain.append(before)
+        before = before.__cause__ or before.__context__
+    return next((found for found in chain if isinstance(found, OSError) or not isinstance(found, Exception)), error)
+
+
+def _mend(reason: Exception, size: int) -> str:
+    if isinstance(reason, UnicodeError):
+        return "rename the entry: its name is no text"
+    if isinstance(reason, OSError) and reason.errno == errno.ENAMETOOLONG:
+        return "choose a shorter name: the temporary one beside it is 18 characters longer"
+    return f"make room for {size:,} bytes and some more, or choose another place"
 
 
 def _renamed(error: CheckpointError, path: Path, target: Path) -> CheckpointError:

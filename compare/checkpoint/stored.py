@@ -1,6 +1,6 @@
 """An opened checkpoint: what it holds is known, and read when asked for, each tensor checked."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Protocol
@@ -79,10 +79,11 @@ class Stored:
     layout: LayoutName
     specs: Mapping[Path, Spec]
     manifest: Manifest | None
-    fetch: Callable[[list[Path]], Iterator[tuple[Path, np.ndarray]]] = lambda _: iter(())
+    fetch: Callable[[list[Path]], "Fetched"] = lambda _: _closed()
     aliases: Mapping[Path, Path] = field(default_factory=dict)
     close: Callable[[], None] = lambda: None
     mapped: bool = False
+    _reading: "set[Fetched]" = field(default_factory=set)
 
     @property
     def kinds(self) -> Mapping[Path, str]:
@@ -115,12 +116,24 @@ class Stored:
 
         Raises:
             CheckpointError: more than fits into memory, or other values than were saved.
+            ValueError: the checkpoint was closed before all of them were read.
         """
         wanted = list(self.specs if paths is None else paths)
         room = available_bytes()
         for path in wanted:
             self._require_room(path, room)
-        yield from self.fetch(wanted)
+        fetched = self.fetch(wanted)
+        self._reading.add(fetched)
+        left = len(wanted)
+        try:
+            for found in fetched:
+                left -= 1
+                yield found
+        finally:
+            fetched.close()
+            self._reading.discard(fetched)
+        if left:
+            raise ValueError("the checkpoint is closed")
 
     def check(self, path: Path, array: np.ndarray, found: str | None = None) -> np.ndarray:
         """Return the array, its values those that were saved; `found` is its checksum, if it was taken on the way.
@@ -159,17 +172,21 @@ class Stored:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        for fetched in self._reading:  # else they would go on with a descriptor that is soon another file's
+            fetched.close()
+        self._reading.clear()
         self.close()
-        self.fetch = _closed  # the old one knows this object, so that both, and the file's values, would stay
+        self.fetch = lambda _: _closed()  # the old one knows this object: both, and the file's values, would stay
 
 
-def _closed(_: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
-    raise ValueError("the checkpoint is closed")
+Fetched = Generator[tuple[Path, np.ndarray], None, None]
 
 
-def fetch_each(
-    stored: Stored, one: Callable[[Path], tuple[np.ndarray, str | None]]
-) -> Callable[[list[Path]], Iterator[tuple[Path, np.ndarray]]]:
+def _closed() -> Fetched:
+    yield from ()
+
+
+def fetch_each(stored: Stored, one: Callable[[Path], tuple[np.ndarray, str | None]]) -> Callable[[list[Path]], Fetched]:
     """Return a `fetch` that reads and checks the tensors one by one, several at a time.
 
     `one` returns the array, and its checksum if it was taken on the way.

@@ -8,7 +8,7 @@ import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path as FilePath
 from typing import Any
@@ -27,7 +27,7 @@ from .cache import read_ahead
 from .content import in_manifests_order, manifest_of
 from .manifest import KEY, Manifest, checksum
 from .spec import Spec, checked
-from .stored import Stored, Tensors, fetch_each, read_in_parts, whole
+from .stored import Fetched, Stored, Tensors, fetch_each, read_in_parts, whole
 
 _SMALL_BYTES = 64 << 20
 # A view may show each stored entry more than once, but not without end.
@@ -68,7 +68,7 @@ def open_(path: FilePath) -> Stored:
 
     each = fetch_each(stored, one)
 
-    def fetch(keys: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
+    def fetch(keys: list[Path]) -> Fetched:
         if stored.mapped and not small:
             read_ahead(path)
         return each(keys)
