@@ -7,18 +7,22 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import torch
-from flax import nnx
+from flax import nnx, serialization
 from flax.core import freeze
 
 import compare
 from compare.checkpoint.convert_file import convert_checkpoint
 from compare.checkpoint.formats import open_checkpoint
 from compare.checkpoint.manifest import KEY, Manifest
+from compare.checkpoint.spec import FLOAT8
+from compare.checkpoint.verify_file import verify_checkpoint
 from compare.errors import CheckpointError, ConversionError
 from compare.left import objection
 from compare.mapping import Mapping, Row
+from compare.transfer import numpy_dtype
 
 pytestmark = pytest.mark.filterwarnings("ignore::compare.errors.UnverifiedCheckpoint")
 
@@ -289,3 +293,79 @@ def test_manifests_that_lie(change: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         Manifest.loads(json.dumps(content))
     assert objection("zero:2/3", np.ones(())) == "has shape (), which has no 3 parts"
+
+
+class Listed(nnx.Module):
+    """Its layers lie in a list, whose steps are numbers."""
+
+    def __init__(self, seed: int) -> None:
+        self.h = nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(seed))])
+
+
+@pytest.mark.parametrize("suffix", [".msgpack", ".orbax"])
+def test_a_mapping_with_numbers_fits_a_file_with_words(suffix: str, tmp_path: Path) -> None:
+    """Flax's and Orbax's own files have "0" where a list of NNX has 0."""
+    model, module = Listed(0), torch.nn.Module()
+    module.h = torch.nn.ModuleList([torch.nn.Linear(2, 3)])
+    path = tmp_path / f"plain{suffix}"
+    if suffix == ".msgpack":
+        path.write_bytes(serialization.to_bytes(nnx.to_pure_dict(nnx.state(model))))
+    else:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, nnx.state(model))
+    mapping, kernel = compare.match(module, model), np.asarray(model.h[0].kernel[...])
+    assert np.array_equal(compare.read_checkpoint(path, mapping=mapping)["h.0.weight"], kernel.T)
+    assert np.array_equal(compare.load_checkpoint(path, module, mapping=mapping).h[0].weight.detach(), kernel.T)
+    convert_checkpoint(path, tmp_path / "converted.pth", mapping=mapping)
+    loaded = compare.load_checkpoint(tmp_path / "converted.pth", Listed(1))
+    assert np.array_equal(loaded.h[0].kernel[...], kernel)
+
+
+def test_verify_pairs_what_loading_pairs(tmp_path: Path) -> None:
+    """Linen beside NNX by name, torch beside Flax as `match` does, without being told."""
+    model, module = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), torch.nn.Linear(2, 3)
+    kernel = model.kernel[...]
+    linen = compare.save_checkpoint(tmp_path / "a.msgpack", {"params": {"kernel": kernel, "bias": model.bias[...]}})
+    paths = [linen, compare.save_checkpoint(tmp_path / "b.orbax", model)]
+    torch.save(compare.load_checkpoint(linen, module).state_dict(), tmp_path / "c.pth")
+    paths.append(tmp_path / "c.pth")
+    other = compare.save_checkpoint(tmp_path / "d.msgpack", {"params": {"kernel": kernel + 1, "bias": model.bias[...]}})
+    for path in paths:
+        assert [verify_checkpoint(path, second) for second in paths] == [[], [], []]
+        assert [found.what.split()[0] for found in verify_checkpoint(path, other)] == ["differs"]
+
+
+@pytest.mark.parametrize("name", FLOAT8)
+def test_float8_is_cast_like_any_float(name: str, tmp_path: Path) -> None:
+    kernel = np.array([[1, 2, 0.5], [4, 0.25, 8]], numpy_dtype(name))
+    path = compare.save_checkpoint(tmp_path / "state.msgpack", {"params": {"kernel": kernel}})
+    target = {"params": {"kernel": jnp.zeros((2, 3))}}
+    convert_checkpoint(path, tmp_path / "cast.msgpack", dtype="float32")
+    for found in (
+        compare.load_checkpoint(path, target, cast=True),
+        compare.load_checkpoint(tmp_path / "cast.msgpack", target),
+    ):
+        assert found["params"]["kernel"].dtype == np.float32
+        assert np.array_equal(found["params"]["kernel"], kernel.astype(np.float32))
+
+
+def test_what_users_try_first_is_told_the_way(tmp_path: Path) -> None:
+    (tmp_path / "hub").mkdir()
+    path = compare.save_checkpoint(tmp_path / "hub/model.safetensors", {"x": torch.ones(3)})
+    with pytest.raises(CheckpointError, match=r"no _METADATA.*give .*hub/model.safetensors"):
+        compare.read_checkpoint(tmp_path / "hub")
+    with ocp.CheckpointManager(tmp_path / "manager") as manager:
+        for step in (9, 10):
+            manager.save(step, args=ocp.args.StandardSave({"params": {"x": np.ones(3)}}))
+    with pytest.raises(CheckpointError, match=r"give .*manager/10/default"):
+        compare.read_checkpoint(tmp_path / "manager")
+    (tmp_path / "state.msgpack").write_bytes(serialization.to_bytes({"step": 3, "params": {"x": np.ones(3)}}))
+    with pytest.raises(CheckpointError, match=r"step: is a int.*save the variables alone"):
+        compare.read_checkpoint(tmp_path / "state.msgpack")
+    torch.save({"model": {"x": torch.ones(3)}, "epoch": 3}, tmp_path / "training.pth")
+    with pytest.raises(CheckpointError, match=r"model is a dict.*save the state dict alone"):
+        compare.read_checkpoint(tmp_path / "training.pth")
+    with pytest.raises(CheckpointError, match=r"would be a folder of shards.*name it without suffix"):
+        convert_checkpoint(path, tmp_path / "new.msgpack", shard_bytes=8)
+    with pytest.raises(TypeError, match=r"mapping is a dict; expected what `compare.match` returns"):
+        compare.load_checkpoint(path, torch.nn.Linear(2, 3), mapping={"a": "b"})  # type: ignore[arg-type]

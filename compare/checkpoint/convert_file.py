@@ -14,7 +14,7 @@ from ..mapping import Mapping as Table
 from ..matching import match
 from . import sharded_folder
 from .cast import Cast
-from .formats import exists, format_of, open_checkpoint
+from .formats import KNOWN, exists, format_of, open_checkpoint
 from .load import named, side_of, steady
 from .progress import Progress, Watched, silent
 from .relaid import relaid
@@ -121,10 +121,11 @@ def planned(
     *,
     mapping: Table | None = None,
     like: str | PathLike[str] | None = None,
+    beside: str | PathLike[str] | None = None,
     layout: Wanted | None = None,
     dtype: str | None = None,
 ) -> tuple[Tensors, list[Line]]:
-    """Return the tensors as the target is to hold them, and a line for each.
+    """Return the tensors as the target is to hold them, and a line for each; `beside` is matched if all else fails.
 
     Raises:
         CheckpointError: nothing says how, or the source does not fit.
@@ -137,14 +138,19 @@ def planned(
         wanted = "torch"
     tensors: Tensors = stored
     if (wanted == "torch") != (stored.layout == "torch"):
-        tensors = relaid(stored.path, stored, _mapping(stored, mapping, like))
+        tensors = relaid(stored.path, stored, stored.spell(_mapping(stored, mapping, like, beside)))
     if dtype is not None:
         tensors = Cast(tensors, dtype, stored.path)
     lines = [_line(path, spec, stored, tensors) for path, spec in tensors.specs.items()]
     return tensors, lines
 
 
-def _mapping(stored: Stored, mapping: Table | None, like: str | PathLike[str] | None) -> Table:
+def _mapping(
+    stored: Stored,
+    mapping: Table | None,
+    like: str | PathLike[str] | None,
+    beside: str | PathLike[str] | None,
+) -> Table:
     table = mapping or (_matched(stored, like) if like is not None else stored.mapping)
     if table is not None:
         return table
@@ -152,6 +158,8 @@ def _mapping(stored: Stored, mapping: Table | None, like: str | PathLike[str] | 
     known = {(key,) for key in own.by_key} if stored.layout == "torch" else set(own.by_path)
     if stored.specs.keys() <= known:
         return own
+    if beside is not None:
+        return _matched(stored, beside)
     raise CheckpointError(stored.path, "does not say how its names and the other framework's pair", mend=_MEND)
 
 
@@ -189,6 +197,10 @@ def _keys(row: Any) -> str:
 
 
 def _folder(path: FilePath) -> FilePath:
+    if path.suffix.lower() in KNOWN:
+        raise CheckpointError(
+            path, f"would be a folder of shards, and {path.suffix} says another format", mend="name it without suffix"
+        )
     if exists(path) and not path.is_dir():
         raise CheckpointError(path, "is no folder, which shards need: choose another name")
     target = path.resolve()

@@ -88,6 +88,8 @@ def load_checkpoint(
         raise TypeError(f"target is a {type(target).__name__}; expected a torch or NNX module, or Linen variables")
     if isinstance(target, Mapping) and target and not any(isinstance(inner, Mapping) for inner in target.values()):
         raise TypeError("target is a flat dict; expected Linen variables, or a torch module instead of its state dict")
+    if mapping is not None and not isinstance(mapping, Table):
+        raise TypeError(f"mapping is a {type(mapping).__name__}; expected what `compare.match` returns")
     for pattern, decided in (policy or {}).items():
         if decided not in get_args(Policy):
             raise ValueError(f"policy {pattern}: there is no {decided!r}; there are {', '.join(get_args(Policy))}")
@@ -128,7 +130,7 @@ def read_checkpoint(path: str | PathLike[str], *, mapping: Table | None = None) 
             return _state(stored)
         table = mapping or stored.mapping or (tables.LINEN if stored.layout == "linen" else tables.NNX)
         try:
-            return _state(relaid(stored.path, stored, table))
+            return _state(relaid(stored.path, stored, stored.spell(table)))
         except CheckpointError as error:
             if not error.mismatch or mapping or stored.mapping:
                 raise
@@ -204,7 +206,7 @@ def _into_torch(
     if stored.layout != "torch":
         table = mapping or _own(stored, stored.layout)
         if table:
-            table = allowing(table, (), stored.specs, policy)
+            table = allowing(stored.spell(table), (), stored.specs, policy)
         tensors = relaid(stored.path, stored, table or match(module, side_of(stored), policy=policy))
     left = tensors.mapping.left_keys() if tensors.mapping else set()
     homes = {key: key for key in tensors.specs} | dict(tensors.aliases)

@@ -51,19 +51,23 @@ def open_(path: FilePath) -> Stored:
     for key, value in arrays.items():
         if not isinstance(value, np.ndarray):
             name = shown("/".join(map(str, key)))
-            raise CheckpointError(path, f"{name}: is a {type(value).__name__}, not an array of values", key=name)
+            raise CheckpointError(
+                path, f"{name}: is a {type(value).__name__}, not an array of values", key=name,
+                mend="save the variables alone: of a TrainState {'params': state.params}",
+            )  # fmt: skip
     try:
         specs: dict[Path, Spec] = {key: spec_of(array) for key, array in arrays.items()}
     except ValueError as error:
         raise _broken(path, shown(error)) from error
     aliases: dict[Path, Path] = {}
     if manifest is not None:
-        by_words = {tuple(map(str, key)): array for key, array in arrays.items()}
         specs, aliases = in_manifests_order(path, specs, manifest), dict(manifest.aliases)
-        arrays = {key: by_words[tuple(map(str, key))] for key in specs}
+    by_words = {tuple(map(str, key)): array for key, array in arrays.items()}
+    if len(by_words) != len(arrays):
+        raise _broken(path, "a name that stands twice, as a number and as a word")
     layout = manifest.layout if manifest else linen_or_nnx(specs)
     stored = Stored(path, "msgpack", layout, specs, manifest, aliases=aliases)
-    stored.fetch = fetch_each(stored, lambda key: (arrays[key], None))
+    stored.fetch = fetch_each(stored, lambda key: (by_words[tuple(map(str, key))], None))
     return stored
 
 

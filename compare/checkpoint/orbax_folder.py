@@ -56,7 +56,9 @@ def open_(path: FilePath) -> Stored:
         CheckpointError: no finished Orbax folder, a link in it, or no tree of arrays.
     """
     if not is_orbax(path):
-        raise CheckpointError(path, "is not a finished Orbax checkpoint (it has no _METADATA)")
+        raise CheckpointError(
+            path, "is not a finished Orbax checkpoint (it has no _METADATA)", mend=_within(path) or "take another copy"
+        )
     _require_plain(path)
     manifest = _manifest(path)
     with _reported(path), _checkpointer() as checkpointer:
@@ -121,6 +123,13 @@ def write(path: FilePath, tensors: Tensors) -> None:
 def is_orbax(path: FilePath) -> bool:
     """Tell whether it is the folder of a finished checkpoint."""
     return (path / "_METADATA").is_file()
+
+
+def _within(path: FilePath) -> str:
+    """Say which checkpoint the folder holds, if it is one of a file or of Orbax's manager."""
+    inner = [found.parent for depth in ("*", "*/*") for found in path.glob(f"{depth}/_METADATA")]
+    found = max([*path.glob("*.safetensors"), *inner], key=lambda entry: (len(str(entry)), entry), default=None)
+    return f"give {shown(found)}" if found else ""
 
 
 def _require_plain(path: FilePath) -> None:

@@ -139,9 +139,11 @@ def read_header(path: FilePath, descriptor: int) -> Header:
         CheckpointError: anything that the format forbids, and a name that stands twice.
     """
     size = os.fstat(descriptor).st_size
-    length = int.from_bytes(os.pread(descriptor, 8, 0), "little") if size >= 8 else -1
+    if size < 10:
+        raise _broken(path, "its length", "at least 10 bytes", f"{size}")
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if not 2 <= length <= min(size - 8, _MAX_HEADER):
-        raise _broken(path, "its header's length", f"2 to {max(0, min(size - 8, _MAX_HEADER)):,} bytes", f"{length:,}")
+        raise _broken(path, "its header's length", f"2 to {min(size - 8, _MAX_HEADER):,} bytes", f"{length:,}")
     raw = os.pread(descriptor, length, 8)
     if len(raw) != length or not raw.startswith(b"{"):
         raise _broken(path, "the start of its header", "a JSON object", repr(raw[:8]))

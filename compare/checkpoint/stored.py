@@ -107,6 +107,17 @@ class Stored:
         """Whether every tensor is checked when it is read."""
         return self.manifest is not None
 
+    def spell(self, table: Table) -> Table:
+        """Take over how the table spells the steps of a path, and return it.
+
+        In a list of NNX they are numbers, of which a file that only Flax's own library wrote makes words.
+        """
+        if self.manifest is None and self.layout != "torch":
+            places = (*table.by_path, *(item.path for item in table.left if item.path))
+            spelled = {tuple(map(str, path)): path for path in places}
+            self.specs = {spelled.get(tuple(map(str, path)), path): spec for path, spec in self.specs.items()}
+        return table
+
     def pieces(self, path: Path) -> Iterable[np.ndarray]:
         """Return the tensor, whole."""
         return [array for _, array in self.read([path])]

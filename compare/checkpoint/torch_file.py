@@ -128,7 +128,10 @@ def _load(path: FilePath, source: Any, *, mapped: bool) -> dict[str, Tensor]:
         raise CheckpointError(path, f"holds a {type(state).__name__}; expected a state dict, names to tensors")
     for key, value in state.items():
         if not isinstance(value, Tensor):
-            raise CheckpointError(path, f"{shown(key)} is a {type(value).__name__}; expected a tensor", key=key)
+            raise CheckpointError(
+                path, f"{shown(key)} is a {type(value).__name__}; expected a tensor", key=key,
+                mend="save the state dict alone: `torch.save(module.state_dict(), path)`",
+            )  # fmt: skip
     return dict(state)
 
 

@@ -7,10 +7,12 @@ from os import PathLike
 import numpy as np
 
 from ..mapping import Mapping as Table
+from ..mapping import Path
 from .blocks import blocks
 from .convert_file import planned
 from .formats import open_checkpoint
 from .load import steady
+from .manifest import LayoutName
 from .progress import Progress, silent
 from .stored import Stored, Tensors
 
@@ -36,7 +38,7 @@ def verify_checkpoint(
     Args:
         source: what was converted.
         target: what it was converted into.
-        mapping: how torch and Flax names pair; without, what either file says.
+        mapping: how torch and Flax names pair; without, what either file says, or how `compare.match` pairs them.
         dtype: what the source's floating tensors were cast to.
         progress: is called with the bytes done and the bytes in all.
 
@@ -44,22 +46,21 @@ def verify_checkpoint(
         The differences; none if every name, shape, dtype and bit is the same.
 
     Raises:
-        CheckpointError: either cannot be read, or nothing says how they pair.
+        CheckpointError: either cannot be read, or they do not pair.
     """
     with open_checkpoint(target) as written:
         allowed = ("torch",) if written.layout == "torch" else ("linen", "nnx")
         table = mapping or written.mapping
 
         def work(stored: Stored) -> list[Difference]:
-            tensors, _ = planned(stored, allowed, mapping=table, dtype=dtype)
+            tensors, _ = planned(stored, allowed, mapping=table, beside=target, dtype=dtype)
             return _differences(tensors, written, progress)
 
         return steady(source, work)
 
 
 def _differences(tensors: Tensors, written: Stored, progress: Progress) -> list[Difference]:
-    mine = {tuple(map(str, path)): path for path in tensors.specs}
-    its = {tuple(map(str, path)): path for path in written.specs}
+    mine, its = _by_name(tensors, written.layout), _by_name(written, tensors.layout)
     found = [Difference("/".join(name), "is only in the source") for name in mine.keys() - its.keys()]
     found += [Difference("/".join(name), "is only in the target") for name in its.keys() - mine.keys()]
     total, done = sum(spec.nbytes for spec in written.specs.values()), 0
@@ -78,6 +79,15 @@ def _differences(tensors: Tensors, written: Stored, progress: Progress) -> list[
     if tensors.layout == "torch":
         found += [Difference("/".join(name), "is tied on one side only") for name in sorted(tied)]
     return found
+
+
+def _by_name(tensors: Tensors, other: LayoutName) -> dict[tuple[str, ...], Path]:
+    """Return the paths by their words; beside NNX, Linen's without the collection."""
+    words = {tuple(map(str, path)): path for path in tensors.specs}
+    if (tensors.layout, other) != ("linen", "nnx"):
+        return words
+    names = {name[1:]: path for name, path in words.items()}
+    return names if len(names) == len(words) else words
 
 
 def _differing_bytes(pieces: Iterable[np.ndarray], array: np.ndarray) -> int:
