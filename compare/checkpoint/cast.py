@@ -11,7 +11,7 @@ from ..mapping import Mapping as Table
 from ..mapping import Path
 from ..transfer import numpy_dtype
 from .manifest import LayoutName, is_mask
-from .spec import FLOAT8, FLOATS, Spec
+from .spec import FLOATING, FLOATS, Spec
 from .stored import Tensors
 
 
@@ -88,4 +88,4 @@ class Cast:
 
     def _cast(self, path: Path) -> bool:
         kind = self.source.kinds.get(path, "unknown")
-        return self.source.specs[path].dtype in (*FLOATS, *FLOAT8) and not is_mask(path, kind)
+        return self.source.specs[path].dtype in FLOATING and not is_mask(path, kind)

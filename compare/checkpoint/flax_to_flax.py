@@ -16,7 +16,7 @@ from ..taxonomy import linen_entries, one_trained
 from ..transfer import Untransferable, numpy_to_tensor, to_jax
 from ..walk import place_like
 from .cast import cast_array
-from .spec import FLOAT8, FLOATS
+from .spec import FLOATING
 from .stored import Stored
 
 
@@ -63,7 +63,7 @@ def flax_leaves(stored: Stored, side: FlaxSide, policy: Mapping[str, Policy], ca
     for path, source in pairs.items():
         try:
             array, leaf = arrays[source], side.leaves[path]
-            if cast and {array.dtype.name, np.dtype(leaf.dtype).name} <= {*FLOATS, *FLOAT8}:
+            if cast and {array.dtype.name, np.dtype(leaf.dtype).name} <= {*FLOATING}:
                 array = cast_array(stored.path, names[path], array, np.dtype(leaf.dtype))
             leaves[path] = _leaf(array, leaf)
         except Untransferable as error:

@@ -11,7 +11,8 @@ from ..transfer import numpy_dtype
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 FLOAT8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 INTEGERS = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8")
-DTYPES = (*FLOATS, *FLOAT8, *INTEGERS, "bool", "complex64", "complex128")
+FLOATING = (*FLOATS, *FLOAT8)
+DTYPES = (*FLOATING, *INTEGERS, "bool", "complex64", "complex128")
 # No array may have more bytes, empty ones by their other axes included.
 _MOST = 2**62
 
