@@ -1,6 +1,5 @@
 """The attention of `reference_attention` by kernels that keep no (tokens, tokens) matrix, as the mask allows."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,7 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from .attention import causal_mask, reference_attention
+from .attention import causal_mask
+from .closed_rows import closed_rows, find_closed, guarded_attention, is_traced
 from .mask_layout import MaskLayout, Strip, mask_layout
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -16,25 +16,31 @@ flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+def kernel_layout(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> MaskLayout | None:
+    """Return what the mask closes, or None where only the formula gives what the formula gives.
+
+    That is for inputs whose scores may not be finite (the CPU's kernel gives a finite row for a query of NaN), in
+    transforms of `torch.func`, forward-mode differentiation, tracing, autocast, and for subclasses of Tensor.
+    """
+    if not (_are_plain(queries, keys, values, mask) and _scores_are_finite(queries, keys)):
+        return None
+    return mask_layout(mask, queries.shape[-2])
+
+
 def fused_attention(
     queries: Float[Tensor, "*batch tokens head_dim"],
     keys: Float[Tensor, "*batch tokens head_dim"],
     values: Float[Tensor, "*batch tokens head_dim"],
     mask: Shaped[Tensor, "context_length context_length"],
+    layout: MaskLayout,
 ) -> Float[Tensor, "*batch tokens head_dim"]:
     """Return what `reference_attention` does, in memory that grows with the tokens and not with their square.
 
     A causal mask, and one that is open everywhere, takes the kernel of `scaled_dot_product_attention`. Any
     other is taken a strip of queries at a time, without the keys that are closed to all of the strip.
     A NaN or inf behind the mask may stay out of the rows that the formula's 0 * NaN brings it to.
-
-    Where a kernel would do otherwise than the formula, the formula is what is used: for inputs whose
-    scores may not be finite (the CPU's kernel gives a finite row for a query of NaN), in transforms of
-    `torch.func`, forward-mode differentiation, tracing, autocast, and for subclasses of Tensor.
+    `layout` is what `kernel_layout` returns for the same arguments.
     """
-    if not (_are_plain(queries, keys, values, mask) and _scores_are_finite(queries, keys)):
-        return reference_attention(queries, keys, values, mask)
-    layout = mask_layout(mask, queries.shape[-2])
     shape = queries.shape
     if layout.kind in ("strips", "wide"):
         attend = _WideStrips if layout.kind == "wide" and queries.device.type == "cpu" else _Strips
@@ -52,17 +58,9 @@ def fused_attention(
 
 def _are_plain(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> bool:
     """Tell whether a kernel takes them, and whether the mask's entries can be looked at now."""
-    traced = (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.is_autocast_enabled(queries.device.type)
-        or (queries.is_cuda and torch.cuda.is_current_stream_capturing())
-    )
     tensors = (queries, keys, values, mask)
     return (
-        not traced
+        not is_traced(queries)
         and all(type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided for tensor in tensors)
         and all(tensor.device == queries.device and not tensor.is_meta for tensor in tensors)
         and queries.dtype == keys.dtype == values.dtype
@@ -115,8 +113,11 @@ class _Strips(torch.autograd.Function):
         ctx.save_for_backward(queries, keys, values, mask)
         ctx.layout = layout
         out = torch.full_like(queries, torch.nan)  # of the rows without a key
-        for strip, weights in _weights(queries, keys, mask, layout):
-            out[:, strip.start : strip.stop] = weights @ _take(values, strip)
+        for strip in layout.strips:
+            if strip.keys:
+                weights, closed = _weights(queries, keys, mask, layout, strip)
+                context = weights @ _take(values, strip)
+                out[:, strip.start : strip.stop] = _filled(context, closed, torch.nan)
         return out
 
     @staticmethod
@@ -127,14 +128,16 @@ class _Strips(torch.autograd.Function):
         return *_strip_gradients(queries, keys, values, mask, ctx.layout, grad), None, None
 
 
-def _weights(queries: Tensor, keys: Tensor, mask: Tensor, layout: MaskLayout) -> Iterator[tuple[Strip, Tensor]]:
-    """Yield the attention weights of each strip that has keys, (heads, strip, keys)."""
-    for strip in layout.strips:
-        if strip.keys:
-            bias = _bias(_blocked(mask, strip), queries.dtype)
-            strip_queries = queries[:, strip.start : strip.stop]
-            scores = torch.baddbmm(bias, strip_queries, _take(keys, strip).mT, alpha=queries.shape[-1] ** -0.5)
-            yield strip, torch.softmax(scores, dim=-1)
+def _weights(
+    queries: Tensor, keys: Tensor, mask: Tensor, layout: MaskLayout, strip: Strip
+) -> tuple[Float[Tensor, "heads strip keys"], Bool[Tensor, "strip 1"] | None]:
+    """Return the attention weights of one strip, and which of its rows are closed: those have finite weights."""
+    blocked, closed = _opened(mask, layout, strip)
+    at = slice(strip.start, strip.stop)
+    scale = queries.shape[-1] ** -0.5
+    unused = queries.new_empty(1)  # with beta=0
+    scores = torch.baddbmm(unused, queries[:, at], _take(keys, strip).mT, beta=0.0, alpha=scale)
+    return torch.softmax(scores.add_(_bias(blocked, queries.dtype)), dim=-1), closed
 
 
 def _strip_gradients(
@@ -143,15 +146,16 @@ def _strip_gradients(
     scale = queries.shape[-1] ** -0.5
     scaled = queries * scale
     grads = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-    for strip, weights in _weights(queries, keys, mask, layout):
-        at = slice(strip.start, strip.stop)
-        grad_weights = grad[:, at] @ _take(values, strip).mT
-        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-        if layout.closed_rows:  # whose weights are NaN
-            grad_scores.masked_fill_(_blocked(mask, strip), 0.0)
-        grads[0][:, at] = grad_scores @ _take(keys, strip)
-        _add(grads[1], strip, grad_scores.mT @ scaled[:, at])
-        _add(grads[2], strip, weights.mT @ grad[:, at])
+    for strip in layout.strips:
+        if strip.keys:
+            at = slice(strip.start, strip.stop)
+            weights, closed = _weights(queries, keys, mask, layout, strip)
+            strip_grad = _filled(grad[:, at], closed, 0.0)
+            grad_weights = strip_grad @ _take(values, strip).mT
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grads[0][:, at] = grad_scores @ _take(keys, strip)
+            _add(grads[1], strip, grad_scores.mT @ scaled[:, at])
+            _add(grads[2], strip, weights.mT @ strip_grad)
     grads[0].mul_(scale)
     if layout.closed_rows:
         grads[2].fill_(torch.nan)  # as the formula's, whose weights of a closed row are NaN for every key
@@ -167,12 +171,12 @@ class _WideStrips(torch.autograd.Function):
         logsumexp = queries.new_zeros(queries.shape[:2], dtype=torch.promote_types(queries.dtype, torch.float32))
         for strip in layout.strips:
             if strip.keys:
-                at, blocked = slice(strip.start, strip.stop), _blocked(mask, strip)
+                at = slice(strip.start, strip.stop)
+                blocked, closed = _opened(mask, layout, strip)
                 given = queries[:, at], _take(keys, strip), _take(values, strip)
                 found = flash(*(tensor[None] for tensor in given), 0.0, attn_mask=_bias(blocked, queries.dtype))
-                closed = blocked.all(dim=1)
-                out[:, at] = found[0][0].masked_fill(closed[:, None], torch.nan)
-                logsumexp[:, at] = found[1][0].masked_fill(closed, 0.0)
+                out[:, at] = _filled(found[0][0], closed, torch.nan)
+                logsumexp[:, at] = found[1][0]
         ctx.save_for_backward(queries, keys, values, mask, out, logsumexp)
         ctx.layout = layout
         return out
@@ -185,10 +189,10 @@ class _WideStrips(torch.autograd.Function):
         grads = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
         for strip in ctx.layout.strips:
             if strip.keys:
-                at, blocked = slice(strip.start, strip.stop), _blocked(mask, strip)
-                closed = blocked.all(dim=1)[:, None]
-                given = grad[:, at].masked_fill(closed, 0.0), queries[:, at], _take(keys, strip), _take(values, strip)
-                known = out[:, at].masked_fill(closed, 0.0), logsumexp[:, at]
+                at = slice(strip.start, strip.stop)
+                blocked, closed = _opened(mask, ctx.layout, strip)
+                given = _filled(grad[:, at], closed, 0.0), queries[:, at], _take(keys, strip), _take(values, strip)
+                known = _filled(out[:, at], closed, 0.0), logsumexp[:, at]
                 found = flash_backward(
                     *(tensor[None] for tensor in (*given, *known)), 0.0, False, attn_mask=_bias(blocked, grad.dtype)
                 )
@@ -200,12 +204,23 @@ class _WideStrips(torch.autograd.Function):
         return *grads, None, None
 
 
+def _opened(
+    mask: Tensor, layout: MaskLayout, strip: Strip
+) -> tuple[Bool[Tensor, "strip keys"], Bool[Tensor, "strip 1"] | None]:
+    """Return what is blocked to the strip, closed rows opened so that no NaN arises, and which these are, if any."""
+    blocked = _take(mask[strip.start : strip.stop].mT, strip).mT.bool()
+    if not layout.closed_rows:
+        return blocked, None
+    closed = find_closed(blocked)
+    return blocked & ~closed, closed
+
+
+def _filled(rows: Tensor, closed: Bool[Tensor, "strip 1"] | None, value: float) -> Tensor:
+    return rows if closed is None else rows.masked_fill(closed, value)
+
+
 def _bias(blocked: Bool[Tensor, "strip keys"], dtype: torch.dtype) -> Float[Tensor, "strip keys"]:
     return torch.zeros_like(blocked, dtype=dtype).masked_fill_(blocked, -torch.inf)
-
-
-def _blocked(mask: Tensor, strip: Strip) -> Bool[Tensor, "strip keys"]:
-    return _take(mask[strip.start : strip.stop].mT, strip).mT.bool()
 
 
 def _take(tensor: Tensor, strip: Strip) -> Tensor:
@@ -227,6 +242,6 @@ def _reference_gradients(
     """Return gradients that can be differentiated again."""
     wanted = [tensor for tensor, is_needed in zip(heads, needed, strict=False) if is_needed]
     queries, keys, values = heads
-    out = reference_attention(queries, keys, values, mask)
+    out = guarded_attention(queries, keys, values, mask, closed_rows(mask, queries.shape[-2], queries.dtype))
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
     return tuple(next(found) if is_needed else None for is_needed in needed[:3])
