@@ -1,14 +1,20 @@
 """Short runs of the campaigns whose long ones are in the records, and what the long ones once found."""
 
+import asyncio
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
+from orbax.checkpoint import StandardCheckpointer
 
 import compare
-from compare.checkpoint import atomic
+from compare.checkpoint import atomic, orbax_folder
 from compare.checkpoint.formats import open_checkpoint
 from compare.errors import CheckpointError, UnverifiedCheckpoint
 from compare.mutate import FORMATS
@@ -87,6 +93,38 @@ def test_the_records_are_long_ones_without_a_loss() -> None:
     assert {row[-1] for row in rows} == {0}
 
 
+@pytest.mark.parametrize("kind", [jnp.asarray, np.asarray], ids=["jax", "numpy"])
+def test_a_failed_read_waits_for_the_others(
+    kind: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else TensorStore calls an event loop that Orbax has closed, and prints so on the user's terminal."""
+    path = tmp_path / "state.orbax"
+    with StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, {f"array_{number}": kind(np.ones((2000, 500))) for number in range(12)})
+    content = json.loads((path / "_METADATA").read_text(encoding="utf-8"))
+    entries = content["tree_metadata"]
+    entry = next(name for name in entries if "array_3'" in name)
+    entries[entry.replace("array_3", "gone")] = json.loads(json.dumps(entries[entry]).replace("array_3", "gone"))
+    (path / "_METADATA").write_text(json.dumps(content), encoding="utf-8")
+    too_late = []
+    call_soon_threadsafe = asyncio.BaseEventLoop.call_soon_threadsafe
+
+    def recording(loop: asyncio.BaseEventLoop, *args: Any, **kwargs: Any) -> Any:
+        if loop.is_closed():
+            too_late.append(args)
+        return call_soon_threadsafe(loop, *args, **kwargs)
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "call_soon_threadsafe", recording)
+    names = [(f"array_{number}",) for number in range(12)]
+    for _ in range(5):
+        with pytest.raises(CheckpointError, match="an array in it cannot be opened"):
+            compare.read_checkpoint(path)
+        with pytest.raises(CheckpointError, match="not a whole Orbax checkpoint"):
+            orbax_folder._restore(path, [("gone",), *names])
+    assert len(orbax_folder._restore(path, names)) == 12
+    assert not too_late
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_what_a_killed_writer_left_is_swept_by_the_next(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"state{suffix}"
@@ -114,7 +152,6 @@ def test_a_writer_at_work_is_not_swept(tmp_path: Path) -> None:
     assert (tmp_path / "folder" / "x").read_bytes() == b"mine"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_two_writers_and_a_reader(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"state{suffix}"

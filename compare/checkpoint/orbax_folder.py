@@ -3,9 +3,10 @@
 import asyncio
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
@@ -30,6 +31,8 @@ _OWN = re.compile(
     r"_METADATA|_CHECKPOINT_METADATA|_sharding|array_metadatas|d|manifest\.ocdbt|ocdbt\.process_\d+|commit_success\.txt"
 )
 _MOST_FILES = 1_000_000
+# Of the types that Orbax knows, those that a tree of arrays may hold.
+_READABLE = (int, float, np.number, np.ndarray, jax.Array, str)
 # TensorStore holds a chunk several times while it packs it.
 _CHUNK_BYTES = 8 << 20
 _SLICE_BYTES = 16 << 20
@@ -61,8 +64,13 @@ def open_(path: FilePath) -> Stored:
         )
     _require_plain(path)
     manifest = _manifest(path)
-    with _reported(path), _checkpointer() as checkpointer:
-        saved = flatten_dict(checkpointer.metadata(path.absolute()).item_metadata.tree)
+    with _reported(path), _reader() as checkpointer:
+        metadata = _in_a_thread(checkpointer.metadata, path.absolute()).item_metadata
+        if metadata is None:  # Orbax logs why, and goes on
+            raise CheckpointError(
+                path, "not a whole Orbax checkpoint (an array in it cannot be opened)", mend="take another copy"
+            )
+        saved = flatten_dict(metadata.tree)
         specs = {key: checked(tuple(leaf.shape), np.dtype(leaf.dtype).name) for key, leaf in saved.items()}
     if manifest is None and specs and all(key[-1] == "value" for key in specs):  # an nnx.State, as Orbax has it
         names = {tuple(map(str, key[:-1])): key for key in specs}
@@ -106,14 +114,12 @@ def write(path: FilePath, tensors: Tensors) -> None:
     leaves = {key: Pending(key, tensors) for key in tensors.specs}
     with atomic_folder(path) as folder:
         handlers = (jax.Array, ocp.type_handlers.ArrayHandler()), (Pending, _pending_handler())
-        # In a thread that is waited for: Ctrl-C would leave Orbax's own to write on into a folder that is removed.
-        with _checkpointer(*handlers) as checkpointer, ThreadPoolExecutor(1) as pool:
+        with _checkpointer(*handlers) as checkpointer:
             tree = tree_of(path, leaves)
             chunk_bytes = None if isinstance(tensors, Held) else _CHUNK_BYTES
             save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), tree)
             args = ocp.args.PyTreeSave(tree, save_args=save_args)
-            save = partial(checkpointer.save, folder.absolute(), args=args, force=True, custom_metadata={KEY: ""})
-            pool.submit(save).result()
+            _in_a_thread(checkpointer.save, folder.absolute(), args=args, force=True, custom_metadata={KEY: ""})
         manifest = manifest_of(tensors).with_checksums({key: leaf.checksum for key, leaf in leaves.items()})
         content = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
         content["custom_metadata"] = {KEY: manifest.dumps()}
@@ -161,9 +167,9 @@ def _restore(path: FilePath, keys: Sequence[Path]) -> list[np.ndarray]:
 
     wanted = unflatten_dict({key: 0 for key in keys})
     to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    with _reported(path), _checkpointer() as checkpointer:
+    with _reported(path), _reader() as checkpointer:
         args = ocp.args.PyTreeRestore(item=wanted, restore_args=to_numpy, partial_restore=True)
-        found = flatten_dict(checkpointer.restore(path.absolute(), args=args))
+        found = flatten_dict(_in_a_thread(checkpointer.restore, path.absolute(), args=args))
     return [np.asarray(found[key]) for key in keys]
 
 
@@ -179,16 +185,61 @@ def _reported(path: FilePath) -> Iterator[None]:
         raise CheckpointError(path, f"not a whole Orbax checkpoint ({shown(why)})", mend="take another copy") from error
 
 
+def _in_a_thread(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return what the call returns; after Ctrl-C Orbax still ends what it has begun, before the folder is let go."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(partial(call, *args, **kwargs)).result()
+
+
 @contextmanager
-def _checkpointer(*types: tuple[Any, Any]) -> Iterator[Any]:
+def _reader() -> Iterator[Any]:
+    """Yield a checkpointer that waits for every read it has started, also when one of them fails."""
+    from orbax.checkpoint import type_handlers
+
+    handlers = ((kind, _waiting(type_handlers.get_type_handler(kind))) for kind in _READABLE)
+    with _checkpointer(*handlers) as checkpointer:
+        yield checkpointer
+
+
+@contextmanager
+def _checkpointer(*handlers: tuple[Any, Any]) -> Iterator[Any]:
     import orbax.checkpoint as ocp
 
+    registry = ocp.type_handlers.create_type_handler_registry(*handlers)
     # Weights hardly become smaller by packing, and packing takes longer than writing.
-    options: dict[str, Any] = {"use_compression": False} if types else {}
-    if types:
-        options["type_handler_registry"] = ocp.type_handlers.create_type_handler_registry(*types)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)) as checkpointer:
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+    with ocp.Checkpointer(handler) as checkpointer:
         yield checkpointer
+
+
+def _waiting(handler: Any) -> Any:
+    """Return a handler that reads as the given one does, and raises only when all of its reads have ended.
+
+    Orbax closes its event loop as soon as one read fails; TensorStore would then report "Event loop is closed" for
+    each of the others.
+    """
+    waiting, metadata, deserialize = copy(handler), handler.metadata, handler.deserialize
+
+    async def each_metadata(infos: Sequence[Any]) -> list[Any]:
+        return [one for (one,) in await _all([metadata([info]) for info in infos])]
+
+    async def deserialize_each(infos: Sequence[Any], args: Sequence[Any] | None = None) -> list[Any]:
+        single = [None] * len(infos) if args is None else [[arg] for arg in args]
+        return [
+            one for (one,) in await _all([deserialize([info], arg) for info, arg in zip(infos, single, strict=True)])
+        ]
+
+    waiting.metadata, waiting.deserialize = each_metadata, deserialize_each
+    return waiting
+
+
+async def _all(jobs: Sequence[Awaitable[Any]]) -> list[Any]:
+    """Return the result of each job, or raise the first error once all have ended."""
+    results = await asyncio.gather(*jobs, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
 
 
 def _batches(leaves: Sequence[tuple[Pending, Any, Any]]) -> Iterator[list[tuple[Pending, Any, Any]]]:
@@ -226,10 +277,10 @@ def _pending_handler() -> Any:
 
         async def _write(self, leaves: Sequence[Pending], infos: Sequence[Any], args: Sequence[Any]) -> None:
             """Read, write and take the checksums; the arrays are gone before the next ones are read."""
-            arrays = await asyncio.gather(*(asyncio.to_thread(whole, leaf.tensors, leaf.key) for leaf in leaves))
+            arrays = await _all([asyncio.to_thread(whole, leaf.tensors, leaf.key) for leaf in leaves])
             written = await super().serialize(arrays, infos, args)
-            sums = (asyncio.to_thread(leaf.take_checksum, array) for leaf, array in zip(leaves, arrays, strict=True))
-            await asyncio.gather(*(asyncio.to_thread(future.result) for future in written), *sums)
+            sums = [asyncio.to_thread(leaf.take_checksum, array) for leaf, array in zip(leaves, arrays, strict=True)]
+            await _all([*(asyncio.to_thread(future.result) for future in written), *sums])
 
         async def _open_and_write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: Any) -> None:
             """Write slice by slice: of a whole array TensorStore would hold every packed chunk at once."""
