@@ -3,13 +3,14 @@
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from datetime import datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -17,13 +18,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from .errors import CheckpointError, MappingError
-from .findings import Report
+from .findings import Report, Section
+from .jobs import Job
 from .report.terminal import print_section, print_summary
 
-PARTS = ("notebook", "outputs", "checks", "devices", "checkpoints", "recorded")
-ON_A_DEVICE = ("outputs", "checks")
 STATE = ("inspect", "convert", "verify", "kill", "fuzz", "bench", "stream", "attention")
 CHECKS = ("state", "stages", "outputs", "causality", "determinism", "gradients", "fused", "dropout", "training")
+# What a second process does meanwhile, in this order: the longest first.
+AHEAD = {"fused": 1, "checkpoints": 2, "devices": 3, "training": 4, "gradients": 5}
 PACKAGES = ("torch", "jax", "flax", "optax", "orbax-checkpoint", "safetensors", "numpy")
 
 Json = Annotated[
@@ -54,7 +56,15 @@ def everything(context: typer.Context, device: Place = None, json_file: Json = N
     Exit code 0 if everything held, 1 if something did not, 2 for bad usage.
     """
     if context.invoked_subcommand is None:
-        _run("compare", PARTS if device is None else ON_A_DEVICE, json_file, html_file, device=device)
+        on_device = [Job("outputs", {"device": device})]
+        on_device += [Job("checks", {"names": [name], "device": device}, AHEAD.get(name)) for name in CHECKS]
+        others = [
+            Job("devices", ahead=AHEAD["devices"]),
+            Job("checkpoints", ahead=AHEAD["checkpoints"]),
+            Job("recorded"),
+        ]
+        jobs = on_device if device else [Job("notebook"), *on_device, *others]
+        _run_jobs("compare", jobs, json_file, html_file, device=device)
         return
     for option, value in (("--json", json_file), ("--html", html_file), ("--device", device)):
         if value is not None:
@@ -64,13 +74,13 @@ def everything(context: typer.Context, device: Place = None, json_file: Json = N
 @app.command()
 def notebook(json_file: Json = None, html_file: Html = None) -> None:
     """Tell the notebook's story, and match every figure that it printed."""
-    _run("compare notebook", ["notebook"], json_file, html_file)
+    _run("compare notebook", "notebook", json_file, html_file)
 
 
 @app.command()
 def outputs(device: Place = None, json_file: Json = None, html_file: Html = None) -> None:
     """Same weights, same inputs: how far the outputs are apart, in float64 and float32."""
-    _run("compare outputs", ["outputs"], json_file, html_file, device=device)
+    _run("compare outputs", "outputs", json_file, html_file, device=device)
 
 
 @app.command()
@@ -85,19 +95,19 @@ def checks(
         if name not in CHECKS:
             raise typer.BadParameter(f"there is no check {name!r}; there are {', '.join(CHECKS)}")
     command = " ".join(["compare checks", *(names or ())])
-    _run(command, ["checks"], json_file, html_file, device=device, names=names or (), slow=True)
+    _run(command, "checks", json_file, html_file, device=device, names=names or (), slow=True)
 
 
 @app.command()
 def devices(json_file: Json = None, html_file: Html = None) -> None:
     """What `.to()` and `device_put` move, and what a mask left behind does."""
-    _run("compare devices", ["devices"], json_file, html_file)
+    _run("compare devices", "devices", json_file, html_file)
 
 
 @app.command()
 def checkpoints(json_file: Json = None, html_file: Html = None) -> None:
     """Edit the mask, save it in every format, load it in new processes of every implementation."""
-    _run("compare checkpoints", ["checkpoints"], json_file, html_file)
+    _run("compare checkpoints", "checkpoints", json_file, html_file)
 
 
 @app.command()
@@ -108,7 +118,7 @@ def bound(
     html_file: Html = None,
 ) -> None:
     """Draw weights, inputs and masks in every dtype: does any implementation exceed the rounding bound?"""
-    _run(f"compare bound --cases {cases} --seed {seed}", ["bound"], json_file, html_file, cases=cases, seed=seed)
+    _run(f"compare bound --cases {cases} --seed {seed}", "bound", json_file, html_file, cases=cases, seed=seed)
 
 
 @app.command()
@@ -120,7 +130,7 @@ def mutants(
 ) -> None:
     """Plant bugs in every implementation, one at a time: which check sees each, and with what margin?"""
     command = f"compare mutants --configurations {configurations}{' --first' if first else ''}"
-    _run(command, ["mutants"], json_file, html_file, configurations=configurations, first=first)
+    _run(command, "mutants", json_file, html_file, configurations=configurations, first=first)
 
 
 @app.command()
@@ -131,7 +141,7 @@ def kill(
     html_file: Html = None,
 ) -> None:
     """Kill a process at random moments of saving while another reads: is a whole checkpoint always there?"""
-    _run(f"compare kill --tries {tries} --seed {seed}", ["kill"], json_file, html_file, tries=tries, seed=seed)
+    _run(f"compare kill --tries {tries} --seed {seed}", "kill", json_file, html_file, tries=tries, seed=seed)
 
 
 @app.command()
@@ -146,7 +156,7 @@ def fuzz(
 ) -> None:
     """Mutate valid checkpoints of every format: does anything but CheckpointError come out?"""
     command = f"compare fuzz --seconds {seconds} --seed {seed}"
-    _run(command, ["fuzz"], json_file, html_file, seconds=seconds, seed=seed, keep=keep)
+    _run(command, "fuzz", json_file, html_file, seconds=seconds, seed=seed, keep=keep)
 
 
 @app.command()
@@ -178,8 +188,8 @@ def bench(
         command = f"compare bench --stream --megabytes {size}" if stream else (
             f"compare bench --state --megabytes {size} --rounds {rounds}"
         )  # fmt: skip
-        parts = ["stream"] if stream else ["bench"]
-        _run(command, parts, json_file, html_file, look=state, megabytes=size, rounds=rounds)
+        part = "stream" if stream else "bench"
+        _run(command, part, json_file, html_file, look=state, megabytes=size, rounds=rounds)
     if megabytes:
         raise typer.BadParameter("--megabytes is of state: add --state or --stream")
     if plot is not None and plot.suffix not in (".png", ".svg"):
@@ -188,7 +198,7 @@ def bench(
         _require("matplotlib")
     command = f"compare bench{' --quick' if quick else ''} --rounds {rounds}"
     _run(
-        command, ["attention"], json_file, html_file, look=True, quick=quick, rounds=rounds, device=device, plot=plot
+        command, "attention", json_file, html_file, look=True, quick=quick, rounds=rounds, device=device, plot=plot
     )  # fmt: skip
 
 
@@ -210,7 +220,7 @@ def inspect(
 ) -> None:
     """What a module, a file or a folder holds: names, kinds, shapes, statistics, masks; of two, what differs."""
     command = " ".join(filter(None, ["compare inspect", source, other]))
-    _run(command, ["inspect"], json_file, html_file, look=other is None, source=source, other=other)
+    _run(command, "inspect", json_file, html_file, look=other is None, source=source, other=other)
 
 
 @app.command()
@@ -236,7 +246,7 @@ def convert(
 ) -> None:
     """Carry a checkpoint into another format, layout or dtype: torch, safetensors, msgpack, Orbax, each to each."""
     _run(
-        f"compare convert {source} {target}", ["convert"], json_file, html_file, look=dry_run, source=source,
+        f"compare convert {source} {target}", "convert", json_file, html_file, look=dry_run, source=source,
         target=target, mapping=mapping, like=like, layout=layout, dtype=dtype, dry_run=dry_run, verify=verify,
         shard_bytes=shard_megabytes * 1_000_000 if shard_megabytes else None,
     )  # fmt: skip
@@ -253,56 +263,51 @@ def verify(
 ) -> None:
     """Compare two checkpoints of the same state, in whatever formats and layouts, bit for bit."""
     _run(
-        f"compare verify {source} {target}", ["verify"], json_file, html_file, source=source, target=target,
+        f"compare verify {source} {target}", "verify", json_file, html_file, source=source, target=target,
         mapping=mapping, dtype=dtype,
     )  # fmt: skip
 
 
 def _run(
     command: str,
-    parts: Sequence[str],
+    part: str,
     json_file: Path | None,
     html_file: Path | None,
     look: bool = False,
+    device: str | None = None,
     **options: Any,
-) -> None:
-    """Run the parts, printing each section as it is found; exit with the verdict, or with 0 if it is but to look."""
-    _require("torch", "jax", "flax", *(() if parts[0] in STATE else ("scipy", "optax")))
-    device = options.get("device")
+) -> NoReturn:
+    """Run one part with those of the options that it takes."""
+    _require(*_packages(part))
+    parameters = signature(import_module(f"compare.scripts.{part}").sections).parameters
+    given = {name: value for name, value in {**options, "device": device}.items() if name in parameters}
+    _run_jobs(command, [Job(part, given)], json_file, html_file, look, device)
+
+
+def _run_jobs(
+    command: str,
+    jobs: Sequence[Job],
+    json_file: Path | None,
+    html_file: Path | None,
+    look: bool = False,
+    device: str | None = None,
+) -> NoReturn:
+    """Run the jobs, printing each section as it is found; exit with the verdict, or with 0 if it is but to look."""
+    _require(*_packages(jobs[0].part))
     if device is not None:
         command += f" --device {device}"
         _require_device(device)
     for file in filter(None, (json_file, html_file)):
         if not file.absolute().parent.is_dir():
             raise typer.BadParameter(f"{file}: the folder {file.absolute().parent} does not exist; make it first")
-    console = Console(highlight=False)
-    live = Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"),
-        console=console if console.is_terminal else Console(stderr=True), transient=True,
-    )  # fmt: skip
-    report = Report(command, datetime.now().astimezone().isoformat(timespec="seconds"), versions(), look=look)
-    console.print(", ".join(f"{name} {number}" for name, number in report.versions.items()))
     if html_file is not None:
         _require("jinja2", "matplotlib")
-    with live:
-        task = live.add_task("starting", total=None, amount="")
-        options["progress"] = lambda done, total: live.update(
-            task, completed=done, total=total, amount=f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
-        )
-        for part in parts:
-            live.update(task, description=f"{part}: running")
-            try:
-                sections = import_module(f"compare.scripts.{part}").sections
-                for found in sections(
-                    **{name: options[name] for name in signature(sections).parameters if name in options}
-                ):
-                    if isinstance(found, str):
-                        live.update(task, description=f"{part}: {escape(found)}", total=None, amount="")
-                        continue
-                    report.sections.append(found)
-                    print_section(console, found)
-            except (CheckpointError, MappingError) as error:  # a missing package, a full disk: nothing was found out
-                raise typer.BadParameter(str(error)) from error
+    console = Console(highlight=False)
+    report = Report(command, datetime.now().astimezone().isoformat(timespec="seconds"), versions(), look=look)
+    console.print(", ".join(f"{name} {number}" for name, number in report.versions.items()))
+    for section in _found(jobs, console):
+        report.sections.append(section)
+        print_section(console, section)
     if not look:
         print_summary(console, report)
     if json_file is not None:
@@ -312,6 +317,50 @@ def _run(
 
         _write(console, html_file, html(report))
     raise typer.Exit(0 if look or report.held else 1)
+
+
+def _found(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
+    """Yield the sections of each job in turn, and show what is being done."""
+    from .ahead import Ahead
+    from .compile_cache import compilation_cache
+    from .run import sees_accelerator
+
+    # Two processes would each reserve most of an accelerator's memory.
+    alone = sees_accelerator() or all(job.ahead is None for job in jobs)
+    live = Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"),
+        console=console if console.is_terminal else Console(stderr=True), transient=True,
+    )  # fmt: skip
+    with ExitStack() as stack:
+        stack.enter_context(live)
+        stack.enter_context(compilation_cache())
+        task = live.add_task("starting", total=None, amount="")
+
+        def show_bytes(done: int, total: int) -> None:
+            live.update(task, completed=done, total=total, amount=f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+
+        second: Ahead | None = None
+        for job in jobs:
+            live.update(task, description=f"{job.part}: running", total=None, amount="")
+            if second is not None and (sections := second.take(job)) is not None:
+                yield from sections
+                continue
+            run_part = import_module(f"compare.scripts.{job.part}").sections
+            more = {"progress": show_bytes} if "progress" in signature(run_part).parameters else {}
+            try:
+                for found in run_part(**job.options, **more):
+                    if isinstance(found, str):
+                        live.update(task, description=f"{job.part}: {escape(found)}", total=None, amount="")
+                        continue
+                    yield found
+                    if second is None and not alone:  # the first section is on the screen
+                        second = stack.enter_context(closing(Ahead(jobs)))
+            except (CheckpointError, MappingError) as error:  # a missing package, a full disk: nothing was found out
+                raise typer.BadParameter(str(error)) from error
+
+
+def _packages(part: str) -> tuple[str, ...]:
+    return ("torch", "jax", "flax", *(() if part in STATE else ("scipy", "optax")))
 
 
 def _require(*packages: str) -> None:

@@ -5,18 +5,16 @@ given, not differentiated.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from flax import nnx
 
 from .cases import Config
 from .convert import StateDict, linen_to_torch, torch_to_linen
-from .run import Implementation, jax_on, linen_template, ready_linen, ready_nnx, ready_torch
+from .run import Implementation, flax_forward, flax_state, jax_on, linen_template, ready_torch
 from .transfer import numpy_state
 
 
@@ -64,8 +62,8 @@ def gradient(implementation: Implementation, problem: Problem, device: str = "cp
         found = torch.autograd.grad(module(inputs), list(given.values()), cotangent)
         return numpy_state(dict(zip(given, found, strict=True)))
     with jax_on(device, np.float64):
-        scalar, at = _flax_scalar(implementation, problem)
-        return _by_torch_name(*jax.jit(jax.grad(scalar, argnums=(0, 1)))(*at))
+        by_flax, at, others = _flax_gradient(implementation, problem)
+        return _by_torch_name(*jax.jit(by_flax)(*at, *others))
 
 
 def _torch(problem: Problem, device: str) -> Derivatives:
@@ -93,38 +91,31 @@ def _torch(problem: Problem, device: str) -> Derivatives:
 
 
 def _flax(implementation: Implementation, problem: Problem) -> Derivatives:
-    scalar, at = _flax_scalar(implementation, problem)
     direction = {key: torch.from_numpy(array) for key, array in problem.direction.items() if key != "inputs"}
     along = torch_to_linen({**direction, "mask": problem.state["mask"]}, linen_template(problem.config, buffer=True))
     tangents = along["params"], jnp.asarray(problem.direction["inputs"])
-    found: Any = jax.jit(partial(jax.jvp, jax.grad(scalar, argnums=(0, 1))))(at, tangents)
-    first, second = found
+    gradient, at, given = _flax_gradient(implementation, problem)
+
+    def derivatives(at: Any, tangents: Any, given: Any) -> Any:
+        return jax.jvp(lambda params, inputs: gradient(params, inputs, *given), at, tangents)
+
+    first, second = jax.jit(derivatives)(at, tangents, given)
     return Derivatives(_by_torch_name(*first), _by_torch_name(*second))
 
 
-def _flax_scalar(implementation: Implementation, problem: Problem) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
-    """Return the scalar as a function of Linen's params and the inputs, and where it is differentiated."""
-    apply, variables = ready_linen(problem.config, problem.state, problem.keep)
-    if implementation == "nnx":
-        apply = _nnx_apply(problem)
-    buffers = {name: collection for name, collection in variables.items() if name != "params"}
+def _flax_gradient(
+    implementation: Implementation, problem: Problem
+) -> tuple[Callable[..., Any], tuple[Any, Any], tuple[Any, Any, Any]]:
+    """Return the gradient by Linen's params and inputs as a function, where to take it, and what else it is given."""
+    forward = flax_forward(implementation, problem.config)
+    params, buffers = flax_state(implementation, problem.config, problem.state)
 
-    def scalar(parameters: Any, inputs: jax.Array) -> jax.Array:
-        return (apply({"params": parameters, **buffers}, inputs) * problem.cotangent).sum()
+    def scalar(params: Any, inputs: Any, buffers: Any, keep: Any, cotangent: Any) -> jax.Array:
+        return (forward(params, buffers, keep, inputs) * cotangent).sum()
 
-    return scalar, (variables["params"], jnp.asarray(problem.inputs))
+    at = params, jnp.asarray(problem.inputs)
+    return jax.grad(scalar, argnums=(0, 1)), at, (buffers, problem.keep, jnp.asarray(problem.cotangent))
 
 
 def _by_torch_name(parameters: Any, inputs: jax.Array) -> dict[str, np.ndarray]:
     return {**numpy_state(linen_to_torch({"params": parameters})), "inputs": np.asarray(inputs)}
-
-
-def _nnx_apply(problem: Problem) -> Any:
-    """Return a function of Linen's params that runs the NNX model: both name their parameters alike."""
-    split: Any = nnx.split(ready_nnx(problem.config, problem.state, problem.keep), nnx.Param, ...)
-    graph, _, rest = split
-
-    def apply(variables: dict[str, Any], inputs: jax.Array) -> Any:
-        return nnx.merge(graph, nnx.State(variables["params"]), rest)(inputs)
-
-    return apply

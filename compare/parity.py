@@ -6,6 +6,7 @@ from .agreement import Agreement, agreement
 from .cases import Config
 from .convert import StateDict
 from .reference import attention_stages, causal_mask
+from .remembered import remembered
 from .rounding import PRECISIONS, Precision, stage_bounds
 from .transfer import numpy_state
 
@@ -39,13 +40,23 @@ def exact_and_limit(
     Arguments are those of `against_reference`; another precision than that of the inputs' dtype may be given, and
     of how many tiles the implementation's softmax may be put together.
     """
-    arrays = numpy_state(state)
+    return _exact_and_limit(config, numpy_state(state), inputs, keep, precision or PRECISIONS[inputs.dtype.name], tiles)
+
+
+@remembered
+def _exact_and_limit(
+    config: Config,
+    arrays: dict[str, np.ndarray],
+    inputs: np.ndarray,
+    keep: np.ndarray | None,
+    precision: Precision,
+    tiles: int,
+) -> tuple[np.ndarray, np.ndarray]:
     mask = arrays.get("mask", causal_mask(config.context_length))
     exact = attention_stages(inputs, arrays, mask, keep, config.dropout, config.num_heads).context
     # The reference rounds too, in float64.
-    precisions = precision or PRECISIONS[inputs.dtype.name], PRECISIONS["float64"]
     bounds = [
-        stage_bounds(inputs, arrays, mask, precision, keep, config.dropout, config.num_heads, tiles)
-        for precision in precisions
+        stage_bounds(inputs, arrays, mask, each, keep, config.dropout, config.num_heads, tiles)
+        for each in (precision, PRECISIONS["float64"])
     ]
     return exact, bounds[0].context + bounds[1].context

@@ -82,6 +82,11 @@ def missing_cuda() -> str:
     return f"no CUDA device is seen by {' and '.join(lacking)}" if lacking else ""
 
 
+def sees_accelerator() -> bool:
+    """Return whether either framework sees another device than the CPU."""
+    return torch.cuda.is_available() or jax.default_backend() != "cpu"
+
+
 def places(device: str | None) -> list[str]:
     """Return the devices to run on: the one asked for, or the CPU and CUDA where both frameworks see it."""
     if device is not None:
@@ -126,28 +131,76 @@ def run(
         return runner(config, state, inputs, jax.devices(device)[0], keep)
 
 
-def compiled(
-    implementation: Implementation, config: Config, device: str = "cpu"
-) -> Callable[[StateDict, np.ndarray], np.ndarray]:
-    """Return a function like `run`, with the buffer, that keeps the compiled program between calls."""
-    if implementation == "torch":
-        return partial(_run_torch, config, device=device, keep=None)
-    filled: Callable[[StateDict], Any]
-    forward: Callable[..., Any]
-    if implementation == "linen":
-        filled = partial(torch_to_linen, template=linen_template(config, buffer=True))
-        forward = jax.jit(build_linen(config, buffer=True).apply)
-    else:
-        model = build_nnx(config, buffer=True)
-        model.eval()
-        filled = partial(torch_to_nnx, model=model)
-        forward = nnx.jit(lambda model, inputs: model(inputs))
+def compiled(implementation: Implementation, config: Config, device: str = "cpu") -> Callable[..., np.ndarray]:
+    """Return a function of state, inputs and, optionally, `keep`, like `run`, that keeps its compiled program.
 
-    def call(state: StateDict, inputs: np.ndarray) -> np.ndarray:
+    The class with the buffer is run. In Flax it is compiled whole, where `run` goes step by step.
+    """
+    if implementation == "torch":
+
+        def call_torch(state: StateDict, inputs: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
+            return _run_torch(config, state, inputs, device, keep)
+
+        return call_torch
+    forward = jax.jit(flax_forward(implementation, config))
+
+    def call(state: StateDict, inputs: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
         with jax_on(device, inputs.dtype):
-            return np.asarray(forward(filled(state), inputs))
+            return np.asarray(forward(*flax_state(implementation, config, state), keep, inputs))
 
     return call
+
+
+def flax_state(implementation: Implementation, config: Config, state: StateDict) -> tuple[Any, Any]:
+    """Return the params and the buffers, as trees, that `flax_forward` takes."""
+    if implementation == "linen":
+        variables = torch_to_linen(state, linen_template(config, buffer=True))
+        return variables.pop("params"), variables
+    model = torch_to_nnx(state, _abstract_nnx(config))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param)), nnx.state(model, flax_impl.nnx.Buffer)
+
+
+def flax_forward(
+    implementation: Implementation, config: Config, prepare: Callable[[NnxAttention], None] = lambda model: None
+) -> Callable[[Any, Any, Any, Any], jax.Array]:
+    """Return the forward pass as a function of params, buffers, the kept weights or None, and inputs.
+
+    Linen and NNX take the same arrays in the same order, under the same name: where both are the same program, JAX's
+    compilation cache compiles it once. `prepare` is called with the NNX model of each call.
+    """
+    return _linen_forward(config) if implementation == "linen" else _nnx_forward(config, prepare)
+
+
+def _linen_forward(config: Config) -> Callable[[Any, Any, Any, Any], jax.Array]:
+    def forward(params: Any, buffers: Any, keep: Any, inputs: Any) -> jax.Array:
+        return linen_apply(config, keep, buffer=True)({"params": params, **buffers}, inputs)
+
+    return forward
+
+
+def _nnx_forward(config: Config, prepare: Callable[[NnxAttention], None]) -> Callable[[Any, Any, Any, Any], jax.Array]:
+    split: Any = nnx.split(_abstract_nnx(config), nnx.Param, flax_impl.nnx.Buffer, ...)
+    graph, _, _, rest = split
+
+    def forward(params: Any, buffers: Any, keep: Any, inputs: Any) -> jax.Array:
+        model = nnx.merge(graph, nnx.State(params), buffers, rest)
+        if keep is not None:
+            model.dropout = NnxFunction(partial(_drop, config, keep))
+        prepare(model)
+        return model(inputs)
+
+    return forward
+
+
+def _abstract_nnx(config: Config) -> NnxAttention:
+    """Return the NNX model in `eval` mode, with the buffer, without its arrays."""
+    model: NnxAttention = nnx.eval_shape(partial(build_nnx, config, buffer=True))
+    model.eval()
+    return model
+
+
+def _drop(config: Config, keep: Any, weights: jax.Array) -> jax.Array:
+    return jnp.where(keep, weights / (1.0 - config.dropout), 0.0)
 
 
 def _run_torch(
@@ -190,7 +243,7 @@ def linen_apply(config: Config, keep: Any, *, buffer: bool) -> Callable[[Mapping
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: linen.module.InterceptorContext) -> Any:
         if keep is None or not isinstance(context.module, linen.Dropout):
             return call(*args, **kwargs)
-        return jnp.where(keep, args[0] / (1.0 - config.dropout), 0.0)
+        return _drop(config, keep, args[0])
 
     def apply(variables: Mapping[str, Any], inputs: jax.Array) -> Any:
         with linen.intercept_methods(intercept):
@@ -212,7 +265,7 @@ def ready_nnx(config: Config, state: StateDict, keep: np.ndarray | None) -> NnxA
     model = torch_to_nnx(state, build_nnx(config, buffer="mask" in state))
     model.eval()
     if keep is not None:
-        model.dropout = NnxFunction(lambda weights: jnp.where(keep, weights / (1.0 - config.dropout), 0.0))  # type: ignore[assignment]
+        model.dropout = NnxFunction(partial(_drop, config, keep))  # type: ignore[assignment]
     return model
 
 

@@ -11,7 +11,7 @@ from flax import linen
 from torch.overrides import TorchFunctionMode
 
 from .reference import Stages
-from .run import Implementation, NnxFunction, jax_on, ready_linen, ready_nnx, ready_torch
+from .run import Implementation, NnxFunction, flax_forward, flax_state, jax_on, ready_torch
 from .transfer import numpy_to_tensor, tensor_to_numpy
 from .trials import Trial
 
@@ -64,25 +64,38 @@ def _torch(trial: Trial, device: str, recorded: dict[str, list[Any]]) -> None:
 
 
 def _linen(trial: Trial, recorded: dict[str, list[Any]]) -> None:
-    apply, variables = ready_linen(trial.config, trial.state, trial.keep)
-
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: linen.module.InterceptorContext) -> Any:
         output = call(*args, **kwargs)
         if context.module.name in PRODUCERS:
             recorded[PRODUCERS[context.module.name]].append(output)
         return output
 
+    given = flax_state("linen", trial.config, trial.state)
     # Without dropout nothing but the softmax makes the weights.
     with linen.intercept_methods(intercept), _recorded_softmax(recorded, weights=trial.keep is None):
-        recorded["context"].append(apply(variables, jax.numpy.asarray(trial.inputs)))
+        _run_compiled(flax_forward("linen", trial.config), given, trial, recorded)
 
 
 def _nnx(trial: Trial, recorded: dict[str, list[Any]]) -> None:
-    model = ready_nnx(trial.config, trial.state, trial.keep)
-    for name in ("W_query", "W_key", "W_value", "dropout"):
-        setattr(model, name, NnxFunction(_recording(getattr(model, name), recorded[PRODUCERS[name]])))
+    def record(model: Any) -> None:
+        for name in ("W_query", "W_key", "W_value", "dropout"):
+            setattr(model, name, NnxFunction(_recording(getattr(model, name), recorded[PRODUCERS[name]])))
+
+    given = flax_state("nnx", trial.config, trial.state)
     with _recorded_softmax(recorded):
-        recorded["context"].append(model(jax.numpy.asarray(trial.inputs)))
+        _run_compiled(flax_forward("nnx", trial.config, record), given, trial, recorded)
+
+
+def _run_compiled(
+    forward: Callable[..., Any], given: tuple[Any, Any], trial: Trial, recorded: dict[str, list[Any]]
+) -> None:
+    """Run the forward pass as one program whose results are what is recorded on the way."""
+
+    def stages(*given: Any) -> dict[str, list[Any]]:
+        recorded["context"].append(forward(*given))
+        return recorded
+
+    recorded.update(jax.jit(stages)(*given, trial.keep, trial.inputs))
 
 
 def _recorded_softmax(recorded: dict[str, list[Any]], *, weights: bool = False) -> Any:

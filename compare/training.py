@@ -138,10 +138,11 @@ def _train_nnx(course: Course, recipe: Recipe) -> Trained:
         optimizer.update(model, gradient)
         return loss
 
+    cached_step = nnx.cached_partial(step, model, optimizer)  # looks through the model's graph only once
     losses, history = [], []
     for inputs, targets, keep in zip(course.inputs, course.targets, course.keeps, strict=True):
         pattern[...] = jnp.asarray(keep)
-        losses.append(float(step(model, optimizer, inputs, targets)))
+        losses.append(float(cached_step(inputs, targets)))
         history.append(_torch_names(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
     return _trained(losses, history, np.asarray(model.mask[...]))
 

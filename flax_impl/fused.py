@@ -97,6 +97,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 @jax.custom_jvp
+@jax.jit  # so that it is traced once for all layers of the same shapes
 def _forward(queries: Array, keys: Array, values: Array, mask: Array) -> tuple[Array, Array]:
     """Return the outputs, (heads, tokens, head_dim), and the logarithms of the softmax's divisors, (heads, tokens)."""
     tiles = tilings(mask, queries.shape[1])
@@ -104,6 +105,7 @@ def _forward(queries: Array, keys: Array, values: Array, mask: Array) -> tuple[A
 
 
 @jax.custom_jvp
+@jax.jit
 def _backward(
     queries: Array, keys: Array, values: Array, mask: Array, out: Array, logsumexp: Array, grad: Array
 ) -> tuple[Array, Array, Array]:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import settings
 
 from compare.__main__ import versions
+from compare.compile_cache import compilation_cache
 from compare.run import missing_cuda
 
 # The same examples at every run; `--hypothesis-profile=wide` draws many more, other ones each time.
@@ -16,14 +17,12 @@ settings.register_profile("wide", max_examples=2000, deadline=None)
 settings.load_profile("fixed")
 
 # What one process of the suite has compiled the others read: half of the time of a check is XLA's.
-_compiled = tempfile.TemporaryDirectory(prefix="attention-parity-jax-", ignore_cleanup_errors=True)
-for _name, _value in {
-    "jax_compilation_cache_dir": _compiled.name,
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}.items():
-    jax.config.update(_name, _value)
-    os.environ[_name.upper()] = str(_value)
+_cache = compilation_cache()
+_cache.__enter__()
+
+# Inductor's own cache does not know for which instruction set it has compiled.
+_inductor = tempfile.TemporaryDirectory(prefix="attention-parity-inductor-", ignore_cleanup_errors=True)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor.name
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

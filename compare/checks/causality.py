@@ -7,7 +7,7 @@ import numpy as np
 from .. import limits
 from ..agreement import Finding, agreement, identical
 from ..reference import causal_mask
-from ..run import Implementation, run
+from ..run import Implementation, compiled
 from ..trials import Trial
 
 LATER = {"another token": 3.0, "a huge token": -1e30}
@@ -20,12 +20,13 @@ def causality(implementation: Implementation, trial: Trial, device: str = "cpu")
     """
     given = trial.masked(trial.name, causal_mask(trial.config.context_length).astype(np.float32)).rounded("float32")
     first = given.inputs.shape[1] // 2
+    call = compiled(implementation, given.config, device)
 
     def outputs(later: float | None) -> np.ndarray:
         inputs = given.inputs.copy()
         if later is not None:
             inputs[:, first:] = later
-        return run(implementation, given.config, given.state, inputs, device=device, keep=given.keep)
+        return call(given.state, inputs, given.keep)
 
     before = outputs(None)
     for name, later in LATER.items():

@@ -1,17 +1,17 @@
 """The same program twice, compiled against eager, batched against one by one."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 
 from .. import limits
 from ..agreement import Finding, agreement, identical
 from ..parity import exact_and_limit
-from ..run import Implementation, jax_on, ready_linen, ready_nnx, ready_torch, run
+from ..run import Implementation, compiled, flax_forward, flax_state, jax_on, ready_torch, run
 from ..transfer import numpy_to_tensor, tensor_to_numpy
 from ..trials import Trial
 
@@ -29,8 +29,12 @@ def determinism(implementation: Implementation, trial: Trial, device: str = "cpu
     _, limit = exact_and_limit(given.config, given.state, given.inputs, given.keep)
     if given.keep is not None:  # the pattern of dropout is the batch's, not one for each of its entries
         return
-    found = {name: transform(given, device) for name, transform in _transforms(implementation).items()}
-    found["a loop as the batch"] = np.concatenate([outputs(one[None]) for one in given.inputs])
+    call = compiled(implementation, given.config, device)
+    if implementation == "torch":
+        found = {"vmap as the batch": _mapped_by_torch(given, device)}
+    else:
+        found = _flax_transforms(implementation, given, device)
+    found["a loop as the batch"] = np.concatenate([call(given.state, one[None]) for one in given.inputs])
     for name, transformed in found.items():
         agreed = agreement(transformed, eager, 2.0 * limit)
         yield Finding(f"determinism: {name}", implementation, trial.name, agreed, limits.TWICE)
@@ -53,37 +57,22 @@ def _run_compiled(trial: Trial, device: str) -> np.ndarray:
         return tensor_to_numpy(torch.compile(module)(numpy_to_tensor(trial.inputs).to(device)))
 
 
-Transform = Callable[[Trial, str], np.ndarray]
+def _mapped_by_torch(trial: Trial, device: str) -> np.ndarray:
+    module = ready_torch(trial.config, trial.state, device, None)
+    inputs = numpy_to_tensor(trial.inputs).to(device)
+    with torch.no_grad():
+        return tensor_to_numpy(torch.vmap(lambda one: module(one[None])[0])(inputs))
 
 
-def _transforms(implementation: Implementation) -> dict[str, Transform]:
-    return _torch_transforms() if implementation == "torch" else _jax_transforms(implementation)
+def _flax_transforms(implementation: Implementation, trial: Trial, device: str) -> dict[str, np.ndarray]:
+    forward = flax_forward(implementation, trial.config)
 
+    def mapped(params: Any, buffers: Any, inputs: Any) -> jax.Array:
+        return jax.vmap(lambda one: forward(params, buffers, None, one[None])[0])(inputs)
 
-def _torch_transforms() -> dict[str, Transform]:
-    def mapped(trial: Trial, device: str) -> np.ndarray:
-        module = ready_torch(trial.config, trial.state, device, None)
-        inputs = numpy_to_tensor(trial.inputs).to(device)
-        with torch.no_grad():
-            return tensor_to_numpy(torch.vmap(lambda one: module(one[None])[0])(inputs))
-
-    return {"vmap as the batch": mapped}
-
-
-def _jax_transforms(implementation: Implementation) -> dict[str, Transform]:
-    def forward(trial: Trial) -> Callable[[jax.Array], jax.Array]:
-        if implementation == "nnx":
-            return ready_nnx(trial.config, trial.state, trial.keep)
-        apply, variables = ready_linen(trial.config, trial.state, trial.keep)
-        return lambda inputs: apply(variables, inputs)
-
-    def jitted(trial: Trial, device: str) -> np.ndarray:
-        with jax_on(device):
-            return np.asarray(jax.jit(forward(trial))(trial.inputs))
-
-    def mapped(trial: Trial, device: str) -> np.ndarray:
-        with jax_on(device):
-            call = forward(trial)
-            return np.asarray(jax.vmap(lambda one: call(one[None])[0])(jnp.asarray(trial.inputs)))
-
-    return {"jit as eager": jitted, "vmap as the batch": mapped}
+    with jax_on(device):
+        state = flax_state(implementation, trial.config, trial.state)
+        return {
+            "jit as eager": np.asarray(jax.jit(forward)(*state, None, trial.inputs)),
+            "vmap as the batch": np.asarray(jax.jit(mapped)(*state, trial.inputs)),
+        }

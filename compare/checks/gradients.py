@@ -7,9 +7,11 @@ import numpy as np
 from .. import limits
 from ..agreement import Finding, agreement, same_names
 from ..bounded import Bounded
+from ..cases import Config
 from ..derivatives import Problem, derivatives
 from ..dual import Dual
 from ..reference_gradient import attention_forward, attention_gradient
+from ..remembered import remembered
 from ..run import Implementation
 from ..transfer import numpy_state
 from ..trials import Trial
@@ -47,9 +49,21 @@ def problem_of(trial: Trial) -> Problem:
 def exact_derivatives(problem: Problem) -> dict[str, Dual]:
     """Return, by torch's names, each gradient with the Hessian-vector product as its tangent, and their bounds."""
     arrays = {**numpy_state(problem.state), "inputs": problem.inputs}
-    mask, rate = arrays.pop("mask"), problem.config.dropout
-    given = {key: Dual(Bounded.exact(array), Bounded.exact(problem.direction[key])) for key, array in arrays.items()}
-    cotangent = Dual(Bounded.exact(problem.cotangent), Bounded.exact(np.zeros_like(problem.cotangent)))
-    dropped = problem.keep, rate, problem.config.num_heads
+    mask = arrays.pop("mask")
+    return _exact_derivatives(problem.config, arrays, mask, problem.cotangent, problem.direction, problem.keep)
+
+
+@remembered
+def _exact_derivatives(
+    config: Config,
+    arrays: dict[str, np.ndarray],
+    mask: np.ndarray,
+    cotangent: np.ndarray,
+    direction: dict[str, np.ndarray],
+    keep: np.ndarray | None,
+) -> dict[str, Dual]:
+    given = {key: Dual(Bounded.exact(array), Bounded.exact(direction[key])) for key, array in arrays.items()}
+    along = Dual(Bounded.exact(cotangent), Bounded.exact(np.zeros_like(cotangent)))
+    dropped = keep, config.dropout, config.num_heads
     stages = attention_forward(given, mask, *dropped)
-    return attention_gradient(given, stages, cotangent, *dropped)
+    return attention_gradient(given, stages, along, *dropped)

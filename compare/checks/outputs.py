@@ -6,17 +6,18 @@ from .. import limits
 from ..agreement import Finding
 from ..parity import against_reference
 from ..rounding import PRECISIONS, overflow
-from ..run import Implementation, run
+from ..run import Implementation, compiled
 from ..transfer import numpy_state
 from ..trials import Trial
 
 
 def outputs(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
     """Yield a finding for each dtype, but where the dtype may overflow; with the trial's pattern of dropout."""
+    call = compiled(implementation, trial.config, device)
     for dtype, precision in PRECISIONS.items():
         given = trial.rounded(dtype)
         if overflow(given.inputs, numpy_state(given.state), given.mask, precision, given.config.num_heads):
             continue
-        found = run(implementation, given.config, given.state, given.inputs, device=device, keep=given.keep)
+        found = call(given.state, given.inputs, given.keep)
         agreed = against_reference(found, given.config, given.state, given.inputs, given.keep)
         yield Finding(f"outputs in {dtype}", implementation, trial.name, agreed, limits.OUTPUT)

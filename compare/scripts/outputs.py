@@ -12,7 +12,7 @@ from ..convert import StateDict
 from ..findings import Cell, Check, Histogram, Section, Table
 from ..parity import exact_and_limit
 from ..rounding import FLOAT64_RELATIVE, PRECISIONS, TF32
-from ..run import IMPLEMENTATIONS, TITLES, Implementation, build_torch, missing_cuda, places, run
+from ..run import IMPLEMENTATIONS, TITLES, Implementation, build_torch, compiled, missing_cuda, places, run
 
 SEED = 211
 DTYPES = ("float64", "float32")
@@ -55,7 +55,7 @@ class _Result(NamedTuple):
 def _measure(case: Case, dtype: str, device: str) -> _Result:
     state = case_state(case, dtype)
     inputs = case.inputs().astype(dtype)
-    found = {name: run(name, case.config, state, inputs, device=device) for name in IMPLEMENTATIONS}
+    found = {name: compiled(name, case.config, device)(state, inputs) for name in IMPLEMENTATIONS}
     exact, limit = exact_and_limit(case.config, state, inputs)
     ulp = np.spacing(np.abs(exact).astype(dtype)).astype(np.float64)
     return _Result(
