@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from .errors import CheckpointError, MappingError
 from .findings import Report, Section
 from .jobs import Job
+from .processor import machine
 from .report.terminal import print_section, print_summary
 
 STATE = ("inspect", "convert", "verify", "kill", "fuzz", "bench", "stream", "attention")
@@ -303,8 +304,10 @@ def _run_jobs(
     if html_file is not None:
         _require("jinja2", "matplotlib")
     console = Console(highlight=False)
-    report = Report(command, datetime.now().astimezone().isoformat(timespec="seconds"), versions(), look=look)
+    date = datetime.now().astimezone().isoformat(timespec="seconds")
+    report = Report(command, date, versions(), look=look, machine=machine())
     console.print(", ".join(f"{name} {number}" for name, number in report.versions.items()))
+    console.print(escape("{processor}, {cores} cores, {features}".format_map(report.machine)))
     for section in _found(jobs, console):
         report.sections.append(section)
         print_section(console, section)

@@ -101,6 +101,7 @@ class Report:
     versions: dict[str, str]
     sections: list[Section] = field(default_factory=list)
     look: bool = False
+    machine: dict[str, str] = field(default_factory=dict)
 
     @property
     def checks(self) -> list[Check]:

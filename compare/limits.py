@@ -7,6 +7,7 @@ from .bounded import Bounded
 from .rounding import PRECISIONS
 
 OUTPUT = "the rounding bound of this dtype, entry by entry, plus that of the float64 reference (compare/rounding.py)"
+LEAKING = "this processor's {dtype} product leaks: NaN of one row reaches another (torch's fault, oneDNN issue 5717)"
 BITS = "none: the bits are the same"
 NAMES = "none: the names are the same"
 GRADIENT = "the running error bound of the written-out gradient, for both sides (compare/bounded.py)"

@@ -9,6 +9,7 @@ from hypothesis import settings
 
 from compare.__main__ import versions
 from compare.compile_cache import compilation_cache
+from compare.processor import machine
 from compare.run import missing_cuda
 
 # The same examples at every run; `--hypothesis-profile=wide` draws many more, other ones each time.
@@ -31,7 +32,8 @@ jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU the def
 
 def pytest_report_header() -> str:
     found = ", ".join(f"{name} {number}" for name, number in versions().items())
-    return f"attention-parity: {found}; CUDA: {missing_cuda() or 'seen by both frameworks'}"
+    processor = ", ".join(machine().values())
+    return f"attention-parity: {found}; CUDA: {missing_cuda() or 'seen by both frameworks'}; {processor}"
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

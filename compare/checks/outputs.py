@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from .. import limits
 from ..agreement import Finding
 from ..parity import against_reference
+from ..products import leaking_dtypes
 from ..rounding import PRECISIONS, overflow
 from ..run import Implementation, compiled
 from ..transfer import numpy_state
@@ -20,4 +23,6 @@ def outputs(implementation: Implementation, trial: Trial, device: str = "cpu") -
             continue
         found = call(given.state, given.inputs, given.keep)
         agreed = against_reference(found, given.config, given.state, given.inputs, given.keep)
-        yield Finding(f"outputs in {dtype}", implementation, trial.name, agreed, limits.OUTPUT)
+        is_leak = implementation == "torch" and np.isnan(agreed.found) and not np.isnan(agreed.expected)
+        why = limits.LEAKING.format(dtype=dtype) if is_leak and dtype in leaking_dtypes() else limits.OUTPUT
+        yield Finding(f"outputs in {dtype}", implementation, trial.name, agreed, why)

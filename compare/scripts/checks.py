@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .. import trials
+from .. import limits, trials
 from ..agreement import Finding
 from ..checks import CHECKS
 from ..checks.determinism import compiled_by_torch
@@ -12,6 +12,7 @@ from ..checks.stages import first_parted
 from ..checks.training import judged
 from ..courses import RECIPES, STEPS, Recipe, course
 from ..findings import Block, Curves, Panels, Section
+from ..products import leaking_dtypes
 from ..reference_training import Run, reference_training
 from ..run import IMPLEMENTATIONS, TITLES, places
 from ..settle import ratio_table, settle
@@ -70,6 +71,8 @@ def sections(names: Sequence[str] = (), device: str | None = None, *, slow: bool
             if name == "determinism" and slow:
                 yield "determinism: torch.compile"
                 section.findings.append(compiled_by_torch(trials.fixed()[0], place))
+            if name == "outputs":
+                section.blocks += [f"{limits.LEAKING.format(dtype=dtype)}." for dtype in leaking_dtypes()]
             section.blocks.append(ratio_table(section.findings))
             if name == "stages":
                 section.blocks += [_parted(section.findings), *_weights(place)]

@@ -1,0 +1,51 @@
+"""What is said of the processor, and whose fault a leaking product is."""
+
+import pytest
+
+from compare import limits, trials
+from compare.checks import CHECKS
+from compare.processor import machine
+from compare.products import leaking_dtypes
+from compare.scripts import checks
+from compare.trials import Trial
+
+from .products import LeakingProducts
+
+
+def trial(implementation: str) -> Trial:
+    (closed,) = [each for each in trials.fixed() if each.closed]
+    return closed._replace(config=type(closed.config)(**{**closed.config.arguments, "implementation": implementation}))
+
+
+def test_the_probe_sees_a_leak() -> None:
+    before = leaking_dtypes()
+    with LeakingProducts():
+        assert leaking_dtypes() == sorted({*before, "bfloat16"})
+
+
+@pytest.mark.parametrize("implementation", ["auto", "fused"])
+def test_a_leaking_processor_changes_no_output(implementation: str) -> None:
+    with LeakingProducts():
+        findings = list(CHECKS["outputs"]("torch", trial(implementation), "cpu"))
+    assert len(findings) == 4
+    assert all(finding.held for finding in findings)
+
+
+def test_the_check_tells_torchs_fault_from_ours() -> None:
+    with LeakingProducts():
+        *others, last = sorted(CHECKS["outputs"]("torch", trial("reference"), "cpu"), key=lambda found: not found.held)
+        sections = [found for found in checks.sections(["outputs"], "cpu") if not isinstance(found, str)]
+    assert all(finding.held for finding in others)
+    assert not last.held
+    assert last.check == "outputs in bfloat16"
+    assert "this processor's bfloat16 product leaks" in str(last)
+    assert f"{limits.LEAKING.format(dtype='bfloat16')}." in sections[0].blocks
+    assert all(check.held for check in sections[0].checks)
+
+
+def test_the_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    found = machine()
+    assert {"processor", "cores", "features", "system"} <= found.keys()
+    assert all(found.values())
+    assert found["ATEN_CPU_CAPABILITY"] == "avx2"
