@@ -96,22 +96,32 @@ def _attend_backward(kept: tuple[Array, ...], grad: Array) -> tuple[Array | None
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-@jax.custom_jvp
 @jax.jit  # so that it is traced once for all layers of the same shapes
-def _forward(queries: Array, keys: Array, values: Array, mask: Array) -> tuple[Array, Array]:
+def _forward_heads(queries: Array, keys: Array, values: Array, mask: Array) -> tuple[Array, Array]:
     """Return the outputs, (heads, tokens, head_dim), and the logarithms of the softmax's divisors, (heads, tokens)."""
     tiles = tilings(mask, queries.shape[1])
     return _by_heads(partial(_forward_head, mask, tiles), (queries, keys, values))
 
 
-@jax.custom_jvp
 @jax.jit
-def _backward(
+def _backward_heads(
     queries: Array, keys: Array, values: Array, mask: Array, out: Array, logsumexp: Array, grad: Array
 ) -> tuple[Array, Array, Array]:
     """Return the gradients of queries, keys and values."""
     tiles = tilings(mask, queries.shape[1])
     return _by_heads(partial(_backward_head, mask, tiles), (queries, keys, values, out, logsumexp, grad))
+
+
+@jax.custom_jvp
+def _forward(queries: Array, keys: Array, values: Array, mask: Array) -> tuple[Array, Array]:
+    return _forward_heads(queries, keys, values, mask)
+
+
+@jax.custom_jvp
+def _backward(
+    queries: Array, keys: Array, values: Array, mask: Array, out: Array, logsumexp: Array, grad: Array
+) -> tuple[Array, Array, Array]:
+    return _backward_heads(queries, keys, values, mask, out, logsumexp, grad)
 
 
 def _by_heads(function: Callable[..., Any], heads: tuple[Array, ...]) -> Any:

@@ -2,20 +2,23 @@
 
 import os
 import tempfile
+from importlib.util import find_spec
 
 import jax
 import pytest
-from hypothesis import settings
 
 from compare.__main__ import versions
 from compare.compile_cache import compilation_cache
 from compare.processor import machine
 from compare.run import missing_cuda
 
-# The same examples at every run; `--hypothesis-profile=wide` draws many more, other ones each time.
-settings.register_profile("fixed", derandomize=True, deadline=None)
-settings.register_profile("wide", max_examples=2000, deadline=None)
-settings.load_profile("fixed")
+if find_spec("hypothesis"):
+    from hypothesis import settings
+
+    # The same examples at every run; `--hypothesis-profile=wide` draws many more, other ones each time.
+    settings.register_profile("fixed", derandomize=True, deadline=None)
+    settings.register_profile("wide", max_examples=2000, deadline=None)
+    settings.load_profile("fixed")
 
 # What one process of the suite has compiled the others read: half of the time of a check is XLA's.
 _cache = compilation_cache()
@@ -28,6 +31,22 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor.name
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU the default is TF32
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    if not find_spec("pytest_timeout"):  # then its setting in pyproject.toml has no effect, and is no error
+        parser.addini("timeout", "see pytest-timeout")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Use every core, up to four, where pytest-xdist is installed; `-n 0` runs all tests in this process."""
+    is_worker = hasattr(config, "workerinput")
+    if not config.pluginmanager.hasplugin("xdist") or is_worker or config.option.usepdb:
+        return
+    if config.option.numprocesses is None:
+        config.option.numprocesses = min(4, os.cpu_count() or 1)
+        config.option.dist = "worksteal"
 
 
 def pytest_report_header() -> str:

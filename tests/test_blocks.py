@@ -6,12 +6,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from compare.checkpoint import blocks as module
 from compare.checkpoint.blocks import blocks, contiguous, in_batches
+
+hypothesis = pytest.importorskip("hypothesis")
+given, st = hypothesis.given, hypothesis.strategies
 
 DTYPES = ("float32", ">f4", "float64", "float16", ml_dtypes.bfloat16, "bool", "int8", "complex64", "complex128")
 

@@ -11,8 +11,6 @@ import pytest
 import torch
 from flax import nnx
 from flax.core import freeze
-from hypothesis import given
-from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import compare
@@ -23,6 +21,9 @@ from compare.run import build_nnx, linen_template
 from compare.transfer import Untransferable, numpy_to_tensor, tensor_to_numpy, to_jax, to_torch
 
 from .support import linen_variables, nnx_model, same_bits, state_of, torch_module
+
+hypothesis = pytest.importorskip("hypothesis")
+given, st = hypothesis.given, hypothesis.strategies
 
 SQUARE = Config(5, 5, 7, 0.1, qkv_bias=True)
 # -0.0, a subnormal, a quiet and a signaling NaN with payloads, infinity, the largest finite number

@@ -1,8 +1,6 @@
 """Any magnitude from subnormal to infinite, NaN, -0 and any mask: NaN and inf stand in the same places."""
 
 import numpy as np
-from hypothesis import assume, given
-from hypothesis import strategies as st
 
 from compare.agreement import agreement
 from compare.cases import Config
@@ -12,6 +10,9 @@ from compare.rounding import PRECISIONS, overflow
 from compare.run import IMPLEMENTATIONS, run
 from compare.transfer import numpy_dtype, numpy_state, numpy_to_tensor
 from compare.trials import Trial, draw
+
+hypothesis = pytest.importorskip("hypothesis")
+assume, given, st = hypothesis.assume, hypothesis.given, hypothesis.strategies
 
 CONFIG, TOKENS = Config(3, 5, 6, 0.1, qkv_bias=True), 4
 SUBNORMAL_TO_HUGE = (0.0, -0.0, 1e-45, -1e-40, 1e-38, 1e-10, 1.0, -3.0, 1e4, 1e10, -1e19, 1e30, -1e30)

@@ -17,8 +17,6 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import compare
 import flax_impl
@@ -41,6 +39,9 @@ from compare.transfer import numpy_dtype, numpy_to_tensor, tensor_to_numpy
 from compare.trials import draw
 from flax_impl.mask_tiles import is_causal
 from torch_impl import mask_layout
+
+hypothesis = pytest.importorskip("hypothesis")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 # Three strips of queries in torch; in Flax two strips and three tiles, none of the last whole.
 TORCH_TOKENS, FLAX_TOKENS = 300, 530

@@ -5,8 +5,6 @@ from typing import Any
 import mpmath
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 from compare.agreement import agreement
 from compare.cases import CASES, Config
@@ -19,6 +17,9 @@ from compare.scripts import bound, outputs
 from compare.transfer import numpy_dtype, numpy_state
 
 from .support import normal, state_of
+
+hypothesis = pytest.importorskip("hypothesis")
+assume, given, settings, st = hypothesis.assume, hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 ONES = np.ones((2, 3))
 

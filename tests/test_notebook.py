@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
+
+nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "compare/notebooks/buffers_in_two_frameworks.ipynb"
@@ -24,7 +25,9 @@ def test_it_prints_what_it_is_stored_with(monkeypatch: pytest.MonkeyPatch) -> No
     stored = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(stored)
     fresh = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(fresh, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    nbclient.NotebookClient(
+        fresh, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
     for before, after in zip(stored.cells, fresh.cells, strict=True):
         if before.cell_type == "code":
             assert before.outputs or before is stored.cells[1]

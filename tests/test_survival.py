@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hypothesis import given
-from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import compare
@@ -30,6 +28,9 @@ from compare.transfer import numpy_dtype
 
 from .faults import change_manifest
 from .support import same_bits
+
+hypothesis = pytest.importorskip("hypothesis")
+given, st = hypothesis.given, hypothesis.strategies
 
 SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")
 BITS = np.random.default_rng(0).integers(0, 256, 16 * 7 * 3, dtype=np.uint8)

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
+
 PROJECT = ("compare", "flax_impl", "torch_impl")
 
 
@@ -32,10 +34,20 @@ def planted(module_name: str, changes: Sequence[tuple[str, str]]) -> Iterator[No
     try:
         for user, name, value in kept:
             setattr(user, name, replacements[id(value)])
+        _forget_compiled()
         yield
     finally:
         for user, name, value in kept:
             setattr(user, name, value)
+        _forget_compiled()
+
+
+def _forget_compiled() -> None:
+    """Clear the caches of the project's jitted functions: they hold what the functions called before."""
+    modules = [module for name, module in list(sys.modules.items()) if name.split(".")[0] in PROJECT]
+    for value in [value for module in modules for value in vars(module).values()]:
+        if isinstance(value, jax.stages.Wrapped):
+            value.clear_cache()  # type: ignore[attr-defined]
 
 
 def _changed(module: ModuleType, changes: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""The numeric tests under the instruction sets and numbers of threads that this machine can be held to."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compare.processor import machine
+
+ROOT = Path(__file__).parent.parent
+NUMERIC = ("outputs", "fused", "closed_rows", "dropout", "extremes", "golden", "masks", "derivatives", "checks")
+FEATURES = machine()["features"].split(", ")
+XLA_AVX2 = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa=AVX2".strip()
+LOWEST = {
+    "ATEN_CPU_CAPABILITY": "default",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "XLA_FLAGS": XLA_AVX2,
+    "OMP_NUM_THREADS": "1",
+}
+# What a variable can be set to, and the feature without which that is no limit.
+SETTINGS = [
+    ("ATEN_CPU_CAPABILITY", "default", "avx2"),
+    ("ATEN_CPU_CAPABILITY", "avx2", "avx512f"),
+    ("ONEDNN_MAX_CPU_ISA", "AVX2", "avx2"),
+    ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE", "avx512f"),
+    ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16", "avx512_bf16"),
+    ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_AMX", "amx_bf16"),
+    ("MKL_ENABLE_INSTRUCTIONS", "AVX2", "avx2"),
+    ("XLA_FLAGS", XLA_AVX2, "avx2"),
+    ("OMP_NUM_THREADS", "1", ""),
+    ("OMP_NUM_THREADS", "2", ""),
+]
+
+
+def run(limits: dict[str, str], *arguments: str) -> str:
+    """Run the suite's tests in a process that is limited so, and return its last line."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-m",
+        "not gpu",
+        *arguments,
+    ]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **limits}, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.processors
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "value", "feature"), SETTINGS, ids=[f"{name}={value}" for name, value, _ in SETTINGS])
+def test_the_numbers_hold(name: str, value: str, feature: str) -> None:
+    if feature and feature not in FEATURES:
+        pytest.skip(f"this processor has no {feature}, so {name}={value} is no limit")
+    assert " passed" in run({name: value}, *(f"tests/test_{module}.py" for module in NUMERIC))
+
+
+def test_the_lowest_of_all() -> None:
+    """In short: lower precision, closed rows, and the notebook's figures."""
+    last = run(LOWEST, "tests/test_fused.py", "tests/test_closed_rows.py", "-k", "lower_precision or finite or leaking")
+    assert int(re.findall(r"(\d+) passed", last)[0]) > 90
+
+
+def test_the_limit_is_obeyed() -> None:
+    """Without effect, the other tests here would show nothing."""
+    script = "import torch; print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())"
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, **LOWEST}, capture_output=True, text=True)
+    assert done.stdout.split() == ["DEFAULT", "1"]
