@@ -80,10 +80,12 @@ def _is_whole(page: str, titles: list[str]) -> None:
 
 
 def test_output_without_unicode(tmp_path: Path) -> None:
-    path = compare.save_checkpoint(tmp_path / "state.safetensors", torch_module())
-    done = compare_command("inspect", str(path), PYTHONIOENCODING="ascii")
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.isascii()
+    for name in ("state", "a long name " * 10):
+        path = compare.save_checkpoint(tmp_path / f"{name}.safetensors", torch_module())
+        done = compare_command("inspect", str(path), PYTHONIOENCODING="ascii")
+        assert done.returncode == 0, done.stderr.decode()
+        assert done.stdout.isascii()
+        assert name.strip() in " ".join(done.stdout.decode().split())
 
 
 @pytest.mark.parametrize("part", ["outputs", "devices"])

@@ -1,6 +1,7 @@
 """Any magnitude from subnormal to infinite, NaN, -0 and any mask: NaN and inf stand in the same places."""
 
 import numpy as np
+import pytest
 
 from compare.agreement import agreement
 from compare.cases import Config

@@ -52,20 +52,24 @@ def _flushing(descriptor: int) -> Iterator[None]:
     """Begin to send to the disk what is written while more is being written, so that little is left for the end."""
     send = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux; elsewhere all is left
     done = threading.Event()
+    own = os.dup(descriptor)  # Ctrl-C may close the caller's before the thread has ended
 
     def flush() -> None:
-        while send and not done.wait(_FLUSH_SECONDS):
-            # Without the end: who appends would wait for the page that he is in the middle of.
-            if begun := os.fstat(descriptor).st_size // _FLUSH_BYTES * _FLUSH_BYTES:
-                send(descriptor, ctypes.c_int64(0), ctypes.c_int64(begun), _SYNC_FILE_RANGE_WRITE)
+        with os.fdopen(own):
+            # A file without a name was given up.
+            while send and not done.wait(_FLUSH_SECONDS) and (status := os.fstat(own)).st_nlink:
+                # Without the end: who appends would wait for the page that he is in the middle of.
+                if begun := status.st_size // _FLUSH_BYTES * _FLUSH_BYTES:
+                    send(own, ctypes.c_int64(0), ctypes.c_int64(begun), _SYNC_FILE_RANGE_WRITE)
 
     thread = threading.Thread(target=flush)
-    thread.start()
     try:
+        thread.start()
         yield
     finally:
         done.set()
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
 
 
 @contextmanager

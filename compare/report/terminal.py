@@ -14,7 +14,7 @@ _STYLES = {"held": "green", "FAILED": "bold red", "not run": "yellow"}
 
 def print_section(console: Console, section: Section) -> None:
     """Print one section, its failed checks spelled out."""
-    console.rule(f"[bold]{escape(section.title)}", align="left")
+    _print_heading(console, section.title)
     for block in section.blocks:
         match block:
             case str():
@@ -37,6 +37,14 @@ def print_section(console: Console, section: Section) -> None:
     console.print()
 
 
+def _print_heading(console: Console, title: str) -> None:
+    """Print the title with a rule, or alone if it is longer than a line: a rule would cut it off."""
+    if len(title) + 2 < console.width:
+        console.rule(f"[bold]{escape(title)}", align="left")
+    else:
+        console.print(f"[bold]{escape(title)}")
+
+
 def print_summary(console: Console, report: Report) -> None:
     """Print every check as a row, every implementation as a column, and the verdict."""
     rows = [
@@ -49,7 +57,7 @@ def print_summary(console: Console, report: Report) -> None:
         ]
         for name, found in report.by_name.items()
     ]
-    console.rule("[bold]Summary", align="left")
+    _print_heading(console, "Summary")
     _print_table(console, Table(["check", *report.places], rows))
     for check in report.checks:
         if not check.held:
