@@ -336,7 +336,8 @@ def _found(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
     )  # fmt: skip
     with ExitStack() as stack:
         stack.enter_context(live)
-        stack.enter_context(compilation_cache())
+        if jobs[0].part not in STATE:  # of which one times what is compiled
+            stack.enter_context(compilation_cache())
         task = live.add_task("starting", total=None, amount="")
 
         def show_bytes(done: int, total: int) -> None:
