@@ -38,6 +38,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         parser.addini("timeout", "see pytest-timeout")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "timeout(seconds): see pytest-timeout")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Use every core, up to four, where pytest-xdist is installed; `-n 0` runs all tests in this process."""
