@@ -59,9 +59,21 @@ def test_the_fuzzer_sees_what_it_is_for(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_short_fuzz_in_processes_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "SHARES", {**dict.fromkeys(FORMATS, 0.0), "msgpack": 1.0})
     monkeypatch.setattr(fuzz, "FORMATS", ("msgpack",))
-    (section,) = [found for found in fuzz.sections(8, keep=tmp_path / "cases") if not isinstance(found, str)]
+    (section,) = [found for found in fuzz.sections(3, keep=tmp_path / "cases") if not isinstance(found, str)]
     assert [check.held for check in section.checks] == [True], section.checks
     assert not (tmp_path / "cases").exists()
+
+
+def test_the_fuzzers_clock_starts_when_its_readers_are_ready(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tally = fuzz.Tally()
+    for _ in fuzz._campaign("msgpack", 0, 0.0, tally, tmp_path):
+        pass
+    assert tally.inputs >= 100, "with no time at all it waits for the first report"
+    assert not tally.bad
+    monkeypatch.setattr(fuzz, "FORMATS", ("msgpack",))
+    monkeypatch.setattr(fuzz, "_campaign", lambda *_: iter(()))
+    (section,) = [found for found in fuzz.sections(1, keep=tmp_path / "cases") if not isinstance(found, str)]
+    assert [check.held for check in section.checks] == [None], "nothing was tried"
 
 
 def test_a_short_kill_campaign(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def sections(seconds: int, seed: int = 0, keep: Path | None = None) -> Iterator[
         first = next(iter(tally.bad.items()), None)
         words = f"; input {first[0][1]} of seed {first[0][0]}: {shown(first[1][-160:])}" if first else ""
         section.checks.append(
-            Check(f"{kind}: nothing but CheckpointError", "all", not tally.bad and tally.inputs > 0,
+            Check(f"{kind}: nothing but CheckpointError", "all", not tally.bad if tally.inputs or tally.bad else None,
                   f"{len(tally.bad)} bad of {tally.inputs:,}{words}", "no other exception, crash, hang or value")
         )  # fmt: skip
     yield section
@@ -78,6 +78,7 @@ class _Reader:
             self.process = subprocess.Popen(command, env=quiet, stdout=subprocess.PIPE, stderr=stream)
         self.seed, self.next, self.folder = seed, first, folder
         self.heard = time.monotonic()
+        self.is_ready = False
 
     def said(self) -> str:
         """Return the end of what it wrote to stderr."""
@@ -92,11 +93,16 @@ class _Reader:
 
 
 def _campaign(kind: str, seed: int, seconds: float, tally: Tally, folder: Path) -> Iterator[int]:
-    """Read inputs for so long with two processes, each with a seed of its own."""
-    end = time.monotonic() + seconds
+    """Read inputs with two processes, each with a seed of its own, for so long after both have begun.
+
+    If nothing was heard of any input by then, wait for the first.
+    """
+    end = None
     readers = {lane: _Reader(kind, f"{seed}.{lane}", 0, folder / str(lane)) for lane in range(2)}
     try:
-        while time.monotonic() < end:
+        while end is None or time.monotonic() < end or not (tally.inputs or tally.bad):
+            if end is None and (tally.bad or all(reader.is_ready for reader in readers.values())):
+                end = time.monotonic() + seconds
             with selectors.DefaultSelector() as selector:
                 for lane, reader in readers.items():
                     assert reader.process.stdout is not None
@@ -120,6 +126,9 @@ def _hear(reader: _Reader, tally: Tally) -> None:
     if not line:
         return
     content = json.loads(line)
+    if "ready" in content:
+        reader.is_ready = True
+        return
     if "bad" in content:
         tally.bad[reader.seed, content["bad"]] = content["why"]
         return

@@ -85,14 +85,15 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used * 1024 + MEMORY_BYTES, used * 1024 + MEMORY_BYTES))
     counts: Counter[str] = Counter()
     number = first
+    _say({"ready": True})
     while True:
-        begin = time.monotonic()
+        begin = time.process_time()  # not the clock: the machine may be busy with something else
         path = inputs.make(number)
         try:
             counts[outcome(path)] += 1
         except BaseException:
             _say({"bad": number, "why": traceback.format_exc()[-3000:]})
-        if (seconds := time.monotonic() - begin) > SLOW_SECONDS:
+        if (seconds := time.process_time() - begin) > SLOW_SECONDS:
             _say({"bad": number, "why": f"took {seconds:.1f} s"})
         number += 1
         if (number - first) % EVERY == 0 or kind == "orbax":
