@@ -1,8 +1,11 @@
 """The same program twice, compiled against eager, batched against one by one."""
 
+import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import numpy as np
@@ -51,7 +54,13 @@ def compiled_by_torch(trial: Trial, device: str = "cpu") -> Finding:
 
 def _run_compiled(trial: Trial, device: str) -> np.ndarray:
     module = ready_torch(trial.config, trial.state, device, trial.keep)
-    with torch.no_grad(), warnings.catch_warnings():
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        # Inductor's shared cache may hold kernels of a run under another instruction set.
+        patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
         # torch 2.13 warns of a part of its own that its compiler imports.
         warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
         return tensor_to_numpy(torch.compile(module)(numpy_to_tensor(trial.inputs).to(device)))
