@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from flax import nnx, serialization
 
 import compare
 from compare.cases import PRIME, PRIME_BIAS, Config
-from compare.checkpoint import atomic
+from compare.checkpoint import atomic, orbax_folder
 from compare.errors import CheckpointError
 from compare.run import IMPLEMENTATIONS, build_nnx, build_torch, linen_template
 from compare.scripts import checkpoints
@@ -442,6 +443,26 @@ def test_an_interrupt_is_one_and_leaves_nothing(suffix: str, seconds: float, tmp
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
     with compare.open_checkpoint(path) as stored:
         assert {str(key[-1]): float(array.mean()) for key, array in stored.read()} == {f"w{i}": i for i in range(12)}
+
+
+def test_an_interrupted_start_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended = threading.Event(), []
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        begun.wait(60)
+        raise KeyboardInterrupt
+
+    def work() -> None:
+        begun.set()
+        time.sleep(0.2)
+        ended.append(True)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        orbax_folder._in_a_thread(work)
+    assert ended
 
 
 def test_an_interrupt_from_before_is_not_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

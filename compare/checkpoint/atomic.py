@@ -99,13 +99,16 @@ def _own(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     """Make a temporary file or folder beside `path` and hold its lock; what is left of it at the end is removed."""
     while True:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-        make(temporary)
-        with suppress(_SweptError), _locked(temporary):
-            try:
-                yield temporary
-                return
-            finally:
-                _remove(temporary)
+        try:
+            make(temporary)
+            with suppress(_SweptError), _locked(temporary):
+                try:
+                    yield temporary
+                    return
+                finally:
+                    _remove(temporary)
+        finally:  # Ctrl-C may come before the lock is taken
+            _remove(temporary)
 
 
 def sweep(path: Path) -> None:

@@ -3,11 +3,11 @@
 import asyncio
 import json
 import re
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from copy import copy
-from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -186,9 +186,25 @@ def _reported(path: FilePath) -> Iterator[None]:
 
 
 def _in_a_thread(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return what the call returns; after Ctrl-C Orbax still ends what it has begun, before the folder is let go."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(partial(call, *args, **kwargs)).result()
+    """Return what the call returns; after Ctrl-C Orbax still ends what it has begun, before the folder is let go.
+
+    An executor would not wait for a thread whose start was interrupted.
+    """
+    outcome: Future[Any] = Future()
+
+    def work() -> None:
+        if outcome.set_running_or_notify_cancel():
+            try:
+                outcome.set_result(call(*args, **kwargs))
+            except BaseException as error:
+                outcome.set_exception(error)
+
+    try:
+        threading.Thread(target=work).start()
+        return outcome.result()
+    finally:
+        if not outcome.cancel():
+            wait([outcome])
 
 
 @contextmanager
