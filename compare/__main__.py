@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -16,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from typer.core import TyperGroup
 
 from .errors import CheckpointError, MappingError
 from .findings import Report, Section
@@ -43,8 +45,23 @@ Place = Annotated[
     typer.Option("--device", help="Run on this device alone; without, on the CPU, and on CUDA if there is one."),
 ]
 
+
+class _AsTyped(TyperGroup):
+    """The commands; `line` is the last one as it was given, for the record: "compare bound --cases 10"."""
+
+    line = "compare"
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        """Keep the arguments before parsing takes one after the other."""
+        _AsTyped.line = shlex.join(["compare", *args])
+        return super().make_context(info_name, args, *rest, **extra)
+
+
 app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+    cls=_AsTyped,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -65,7 +82,7 @@ def everything(context: typer.Context, device: Place = None, json_file: Json = N
             Job("recorded"),
         ]
         jobs = on_device if device else [Job("notebook"), *on_device, *others]
-        _run_jobs("compare", jobs, json_file, html_file, device=device)
+        _run_jobs(jobs, json_file, html_file, device=device)
         return
     for option, value in (("--json", json_file), ("--html", html_file), ("--device", device)):
         if value is not None:
@@ -75,13 +92,13 @@ def everything(context: typer.Context, device: Place = None, json_file: Json = N
 @app.command()
 def notebook(json_file: Json = None, html_file: Html = None) -> None:
     """Tell the notebook's story, and match every figure that it printed."""
-    _run("compare notebook", "notebook", json_file, html_file)
+    _run("notebook", json_file, html_file)
 
 
 @app.command()
 def outputs(device: Place = None, json_file: Json = None, html_file: Html = None) -> None:
     """Same weights, same inputs: how far the outputs are apart, in float64 and float32."""
-    _run("compare outputs", "outputs", json_file, html_file, device=device)
+    _run("outputs", json_file, html_file, device=device)
 
 
 @app.command()
@@ -95,20 +112,19 @@ def checks(
     for name in names or ():
         if name not in CHECKS:
             raise typer.BadParameter(f"there is no check {name!r}; there are {', '.join(CHECKS)}")
-    command = " ".join(["compare checks", *(names or ())])
-    _run(command, "checks", json_file, html_file, device=device, names=names or (), slow=True)
+    _run("checks", json_file, html_file, device=device, names=names or (), slow=True)
 
 
 @app.command()
 def devices(json_file: Json = None, html_file: Html = None) -> None:
     """What `.to()` and `device_put` move, and what a mask left behind does."""
-    _run("compare devices", "devices", json_file, html_file)
+    _run("devices", json_file, html_file)
 
 
 @app.command()
 def checkpoints(json_file: Json = None, html_file: Html = None) -> None:
     """Edit the mask, save it in every format, load it in new processes of every implementation."""
-    _run("compare checkpoints", "checkpoints", json_file, html_file)
+    _run("checkpoints", json_file, html_file)
 
 
 @app.command()
@@ -119,7 +135,7 @@ def bound(
     html_file: Html = None,
 ) -> None:
     """Draw weights, inputs and masks in every dtype: does any implementation exceed the rounding bound?"""
-    _run(f"compare bound --cases {cases} --seed {seed}", "bound", json_file, html_file, cases=cases, seed=seed)
+    _run("bound", json_file, html_file, cases=cases, seed=seed)
 
 
 @app.command()
@@ -130,8 +146,7 @@ def mutants(
     html_file: Html = None,
 ) -> None:
     """Plant bugs in every implementation, one at a time: which check sees each, and with what margin?"""
-    command = f"compare mutants --configurations {configurations}{' --first' if first else ''}"
-    _run(command, "mutants", json_file, html_file, configurations=configurations, first=first)
+    _run("mutants", json_file, html_file, configurations=configurations, first=first)
 
 
 @app.command()
@@ -142,7 +157,7 @@ def kill(
     html_file: Html = None,
 ) -> None:
     """Kill a process at random moments of saving while another reads: is a whole checkpoint always there?"""
-    _run(f"compare kill --tries {tries} --seed {seed}", "kill", json_file, html_file, tries=tries, seed=seed)
+    _run("kill", json_file, html_file, tries=tries, seed=seed)
 
 
 @app.command()
@@ -156,8 +171,7 @@ def fuzz(
     html_file: Html = None,
 ) -> None:
     """Mutate valid checkpoints of every format: does anything but CheckpointError come out?"""
-    command = f"compare fuzz --seconds {seconds} --seed {seed}"
-    _run(command, "fuzz", json_file, html_file, seconds=seconds, seed=seed, keep=keep)
+    _run("fuzz", json_file, html_file, seconds=seconds, seed=seed, keep=keep)
 
 
 @app.command()
@@ -186,21 +200,15 @@ def bench(
         if quick or plot or device:
             raise typer.BadParameter("--quick, --plot and --device are of attention: leave --state and --stream away")
         size = megabytes or (4000 if stream else 1000)
-        command = f"compare bench --stream --megabytes {size}" if stream else (
-            f"compare bench --state --megabytes {size} --rounds {rounds}"
-        )  # fmt: skip
         part = "stream" if stream else "bench"
-        _run(command, part, json_file, html_file, look=state, megabytes=size, rounds=rounds)
+        _run(part, json_file, html_file, megabytes=size, rounds=rounds)
     if megabytes:
         raise typer.BadParameter("--megabytes is of state: add --state or --stream")
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise typer.BadParameter(f"--plot {plot}: name a .png or .svg file")
     if plot is not None:
         _require("matplotlib")
-    command = f"compare bench{' --quick' if quick else ''} --rounds {rounds}"
-    _run(
-        command, "attention", json_file, html_file, look=True, quick=quick, rounds=rounds, device=device, plot=plot
-    )  # fmt: skip
+    _run("attention", json_file, html_file, quick=quick, rounds=rounds, device=device, plot=plot)
 
 
 Source = Annotated[Path, typer.Argument(help="A checkpoint: a file, an Orbax folder, or shards with their index.")]
@@ -220,8 +228,7 @@ def inspect(
     html_file: Html = None,
 ) -> None:
     """What a module, a file or a folder holds: names, kinds, shapes, statistics, masks; of two, what differs."""
-    command = " ".join(filter(None, ["compare inspect", source, other]))
-    _run(command, "inspect", json_file, html_file, look=other is None, source=source, other=other)
+    _run("inspect", json_file, html_file, look=other is None, source=source, other=other)
 
 
 @app.command()
@@ -247,7 +254,7 @@ def convert(
 ) -> None:
     """Carry a checkpoint into another format, layout or dtype: torch, safetensors, msgpack, Orbax, each to each."""
     _run(
-        f"compare convert {source} {target}", "convert", json_file, html_file, look=dry_run, source=source,
+        "convert", json_file, html_file, look=dry_run, source=source,
         target=target, mapping=mapping, like=like, layout=layout, dtype=dtype, dry_run=dry_run, verify=verify,
         shard_bytes=shard_megabytes * 1_000_000 if shard_megabytes else None,
     )  # fmt: skip
@@ -264,13 +271,12 @@ def verify(
 ) -> None:
     """Compare two checkpoints of the same state, in whatever formats and layouts, bit for bit."""
     _run(
-        f"compare verify {source} {target}", "verify", json_file, html_file, source=source, target=target,
+        "verify", json_file, html_file, source=source, target=target,
         mapping=mapping, dtype=dtype,
     )  # fmt: skip
 
 
 def _run(
-    command: str,
     part: str,
     json_file: Path | None,
     html_file: Path | None,
@@ -282,21 +288,19 @@ def _run(
     _require(*_packages(part))
     parameters = signature(import_module(f"compare.scripts.{part}").sections).parameters
     given = {name: value for name, value in {**options, "device": device}.items() if name in parameters}
-    _run_jobs(command, [Job(part, given)], json_file, html_file, look, device)
+    _run_jobs([Job(part, given)], json_file, html_file, look, device)
 
 
 def _run_jobs(
-    command: str,
     jobs: Sequence[Job],
     json_file: Path | None,
     html_file: Path | None,
     look: bool = False,
     device: str | None = None,
 ) -> NoReturn:
-    """Run the jobs, printing each section as it is found; exit with the verdict, or with 0 if it is but to look."""
+    """Run the jobs, printing each section as it is found; exit with the verdict, or with 0 if nothing is claimed."""
     _require(*_packages(jobs[0].part))
     if device is not None:
-        command += f" --device {device}"
         _require_device(device)
     for file in filter(None, (json_file, html_file)):
         if not file.absolute().parent.is_dir():
@@ -305,13 +309,13 @@ def _run_jobs(
         _require("jinja2", "matplotlib")
     console = Console(highlight=False)
     date = datetime.now().astimezone().isoformat(timespec="seconds")
-    report = Report(command, date, versions(), look=look, machine=machine())
+    report = Report(_AsTyped.line, date, versions(), look=look, machine=machine())
     console.print(", ".join(f"{name} {number}" for name, number in report.versions.items()))
     console.print(escape("{processor}, {cores} cores, {features}".format_map(report.machine)))
     for section in _found(jobs, console):
         report.sections.append(section)
         print_section(console, section)
-    if not look:
+    if report.claims:
         print_summary(console, report)
     if json_file is not None:
         _write(console, json_file, json.dumps(report.as_json(), indent=1, allow_nan=False))
@@ -319,7 +323,7 @@ def _run_jobs(
         from .report.html import html
 
         _write(console, html_file, html(report))
-    raise typer.Exit(0 if look or report.held else 1)
+    raise typer.Exit(1 if report.claims and not report.held else 0)
 
 
 def _found(jobs: Sequence[Job], console: Console) -> Iterator[Section]:

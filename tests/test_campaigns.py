@@ -17,9 +17,9 @@ import compare
 from compare.checkpoint import atomic, orbax_folder
 from compare.checkpoint.formats import open_checkpoint
 from compare.errors import CheckpointError, UnverifiedCheckpoint
-from compare.mutate import FORMATS
+from compare.mutate import FORMATS, seeds, state
 from compare.scripts import fuzz, kill
-from compare.scripts.fuzz_worker import Input, outcome
+from compare.scripts.fuzz_worker import Input, WrongTensorsError, outcome
 
 from .support import torch_module
 
@@ -47,13 +47,24 @@ def test_the_fuzzer_sees_what_it_is_for(tmp_path: Path, monkeypatch: pytest.Monk
     """A reader that lets another exception out, and one that lets other values through."""
     made = Input("safetensors", "suite", tmp_path)
     monkeypatch.setattr("compare.checkpoint.stored.Stored.check", lambda self, path, array, *_: array)
-    with pytest.raises(AssertionError, match="its checksum vouches for them"):
+    with pytest.raises(WrongTensorsError, match="its checksum vouches for them"):
         for number in range(1500):
             outcome(made.make(number))
     monkeypatch.setattr("compare.checkpoint.stored.Stored.check", lambda self, path, array, *_: array[None][1])
     with pytest.raises(IndexError):
         for number in range(500):
             outcome(made.make(number))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_fuzzer_asks_for_every_tensor(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that the file lost, and one that nobody saved."""
+    path = seeds(tmp_path, kind)[0]
+    assert outcome(path) == "the same"
+    for other in ({**state(), "W_out.weight": torch.ones(3, 3)}, {"mask": state()["mask"]}):
+        monkeypatch.setattr("compare.scripts.fuzz_worker.state", lambda other=other: other)
+        with pytest.raises(WrongTensorsError, match=r"W_.*: in what was saved or in what was read, not in both"):
+            outcome(path)
 
 
 def test_a_short_fuzz_in_processes_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """`inspect`, `convert`, `verify` and `bench --state`: what they show, write, and how they end."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 import compare
 from compare.__main__ import app
 from compare.checkpoint import convert_file
+from compare.findings import Check, Section
 from compare.mapping import LINEN
 from compare.taxonomy import entries
 
@@ -171,11 +173,32 @@ def test_a_conversion_that_went_wrong_is_seen(tmp_path: Path, monkeypatch: pytes
     assert "6 differ; params/W_query/kernel differs in" in printed
 
 
+def test_the_record_has_the_whole_command(tmp_path: Path) -> None:
+    """What was asked for decides what was written and compared: another dtype is another conversion."""
+    source = compare.save_checkpoint(tmp_path / "a state.pth", torch_module())
+    target, report = tmp_path / "state.msgpack", tmp_path / "report.json"
+    for command in ("convert", "verify"):
+        arguments = [command, str(source), str(target), "--dtype", "float64", "--json", str(report)]
+        code, printed = run(*arguments)
+        assert code == 0, printed
+        assert json.loads(report.read_text())["command"] == shlex.join(["compare", *arguments])
+
+
+def test_what_bench_misses_ends_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Section("State", checks=[Check("save .pth", "all", False, "ratio 0.10", "at least 0.80")])
+    monkeypatch.setattr("compare.scripts.bench.sections", lambda megabytes, rounds: iter([slow]))
+    code, printed = run("bench", "--state", "--json", str(tmp_path / "report.json"))
+    assert code == 1
+    assert "FAILED save .pth (all): ratio 0.10; expected at least 0.80" in printed
+    assert json.loads((tmp_path / "report.json").read_text())["held"] is False
+
+
 def test_bench_prints_ratios(tmp_path: Path) -> None:
     arguments = ["--megabytes", "1", "--rounds", "1", "--json", str(tmp_path / "report.json")]
     code, printed = run("bench", "--state", *arguments)
-    assert code == 0, printed
-    (section,) = json.loads((tmp_path / "report.json").read_text())["sections"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert code == (0 if report["held"] else 1), printed
+    (section,) = report["sections"]
     assert len(section["blocks"][1]["rows"]) == 19
 
 

@@ -67,23 +67,8 @@ def test_every_dtype_keeps_every_bit(dtype: str, suffix: str, tmp_path: Path) ->
         with pytest.raises(CheckpointError, match=r"which safetensors lacks.*save it as .pth, .msgpack or .orbax"):
             through(tmp_path / "state.safetensors", {("x",): of_dtype(dtype)})
         return
-    if (suffix == ".orbax" and dtype in ("float8_e8m0fnu", "uint64", "complex128")) or suffix == ".orbax":
-        found = _or_refused(tmp_path / f"state{suffix}", {("x",): of_dtype(dtype)})
-        if found is None:
-            return
-    else:
-        found = through(tmp_path / f"state{suffix}", {("x",): of_dtype(dtype)})
+    found = through(tmp_path / f"state{suffix}", {("x",): of_dtype(dtype)})
     assert same_bits(found[("x",)], of_dtype(dtype))
-
-
-def _or_refused(path: Path, arrays: Any) -> Any:
-    """Return what came back, or None if the format refused to write it and left nothing behind."""
-    try:
-        return through(path, arrays)
-    except CheckpointError as error:
-        assert "could not be written" in str(error)
-        assert not list(path.parent.iterdir())
-        return None
 
 
 VIEWS = {

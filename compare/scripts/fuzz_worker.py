@@ -53,27 +53,40 @@ class Input:
         return target
 
 
+class WrongTensorsError(Exception):
+    """A manifest vouches for what was read, and it is not what was saved."""
+
+
 def outcome(path: Path) -> str:
     """Read the checkpoint: `refused`, `the same` as was saved, or `unverified`, since nothing tells.
 
     Raises:
-        AssertionError: other values than were saved, though a manifest vouches for them.
+        WrongTensorsError: a manifest vouches for a tensor that was not saved, for other values, or for fewer tensors.
     """
     try:
         with open_checkpoint(path) as stored:
-            found = {"/".join(map(str, key)): array for key, array in stored.read()}
+            read = {"/".join(map(str, key)): array for key, array in stored.read()}
             if not stored.checked:
                 return "unverified"
     except CheckpointError:
         return "refused"
-    for name, tensor in state().items():
-        leaf = name.replace(".weight", "/kernel")
-        for path_, array in found.items():
-            right = tensor_to_numpy(tensor)
-            if path_ == name or path_.endswith(f"/{leaf}"):
-                right = right.T if path_ != name and leaf != name else right
-                assert np.array_equal(array, right), f"{path_} has other values, and its checksum vouches for them"
+    saved = _saved(flax_names=path.suffix in (".msgpack", ".orbax"))
+    if wrong := sorted(saved.keys() ^ read.keys()):
+        raise WrongTensorsError(f"{', '.join(wrong)}: in what was saved or in what was read, not in both")
+    for name, array in read.items():
+        if not np.array_equal(array, saved[name]):
+            raise WrongTensorsError(f"{name} has other values, and its checksum vouches for them")
     return "the same"
+
+
+def _saved(flax_names: bool) -> dict[str, np.ndarray]:
+    """Return what the valid checkpoints hold, under the names that the format gives."""
+    arrays = {name: tensor_to_numpy(tensor) for name, tensor in state().items()}
+    if not flax_names:
+        return arrays
+    mask = arrays.pop("mask")
+    kernels = {f"params/{name.replace('.weight', '/kernel')}": array.T for name, array in arrays.items()}
+    return {"buffers/mask": mask, **kernels}
 
 
 def main() -> None:

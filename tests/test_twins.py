@@ -1,0 +1,41 @@
+"""The files that both frameworks have say the same: what one accepts, the other accepts under the same names."""
+
+import inspect
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+import flax_impl
+import flax_impl.dispatch
+import flax_impl.nnx
+import torch_impl
+import torch_impl.dispatch
+
+ROOT = Path(__file__).parent.parent
+CLASSES = ("CausalAttentionWithBuffer", "CausalAttentionWithoutBuffers", "CausalMultiHeadAttention")
+FRAMEWORKS_OWN = {"self", "rngs", "name", "parent"}
+
+
+def defaults(call: Any) -> dict[str, Any]:
+    parameters = inspect.signature(call.__init__ if inspect.isclass(call) else call).parameters.values()
+    return {each.name: each.default for each in parameters if each.name not in FRAMEWORKS_OWN}
+
+
+def test_the_twins_are_equal_word_for_word() -> None:
+    ours, theirs = ((ROOT / package / "checks.py").read_text() for package in ("torch_impl", "flax_impl"))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_classes_take_the_same_arguments(name: str) -> None:
+    expected = defaults(getattr(torch_impl, name))
+    assert list(expected)[:3] == ["input_embedding_dim", "output_embedding_dim", "context_length"]
+    assert defaults(getattr(flax_impl, name)) == expected
+    assert defaults(getattr(flax_impl.nnx, name)) == expected
+
+
+def test_the_functions_take_the_same_arguments() -> None:
+    for name in ("masked_attention", "reference_attention", "causal_mask"):
+        assert list(defaults(getattr(flax_impl, name))) == list(defaults(getattr(torch_impl, name))), name
+    assert get_args(flax_impl.dispatch.Implementation) == get_args(torch_impl.dispatch.Implementation)
