@@ -398,7 +398,7 @@ def versions() -> dict[str, str]:
 
 
 def _write(console: Console, path: Path, text: str) -> None:
-    from .checkpoint.atomic import atomic_file
+    from .files import atomic_file
 
     try:
         if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced

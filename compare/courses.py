@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .cases import Config
+from .dtypes import numpy_dtype
 from .reference import attention_stages
-from .transfer import numpy_dtype, numpy_state
+from .transfer import numpy_state
 from .trials import Trial, draw
 
 STEPS = 200

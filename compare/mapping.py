@@ -149,7 +149,7 @@ class Mapping:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the table to a JSON file, atomically."""
-        from .checkpoint.atomic import atomic_file
+        from .files import atomic_file
 
         with atomic_file(FilePath(path)) as stream:
             stream.write(json.dumps(self.as_json(), indent=1).encode())

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from .dtypes import is_extended, numpy_dtype
+
 # The dtypes that NumPy lacks travel as unsigned integers of the same width.
-_EXTENDED = ("bfloat16", "float8_")
 _CARRIER = {1: (torch.uint8, np.uint8), 2: (torch.uint16, np.uint16)}
 
 
@@ -30,7 +30,7 @@ def tensor_to_numpy(tensor: Tensor) -> np.ndarray:
     tensor = dense(tensor).cpu()
     name = str(tensor.dtype).removeprefix("torch.")
     try:
-        if not name.startswith(_EXTENDED):
+        if not is_extended(name):
             return tensor.numpy()
         carrier, _ = _CARRIER[tensor.element_size()]
         return tensor.view(carrier).numpy().view(numpy_dtype(name))
@@ -46,17 +46,12 @@ def numpy_to_tensor(array: np.ndarray) -> Tensor:
     """
     native = array.astype(array.dtype.newbyteorder("="), copy=False)
     try:
-        if not native.dtype.name.startswith(_EXTENDED):
+        if not is_extended(native.dtype.name):
             return torch.from_numpy(native)
         _, carrier = _CARRIER[native.dtype.itemsize]
         return torch.from_numpy(native.view(carrier)).view(getattr(torch, native.dtype.name))
     except (TypeError, AttributeError) as error:
         raise Untransferable(f"dtype {array.dtype} has no torch counterpart") from error
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """Return the NumPy dtype of that name, of `ml_dtypes` where NumPy has none."""
-    return np.dtype(getattr(ml_dtypes, name) if name.startswith(_EXTENDED) else name)
 
 
 def numpy_state(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -9,8 +9,8 @@ import torch
 
 from .cases import Config
 from .convert import StateDict
+from .dtypes import numpy_dtype
 from .reference import causal_mask
-from .transfer import numpy_dtype
 
 
 class Trial(NamedTuple):

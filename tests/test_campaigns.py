@@ -14,7 +14,8 @@ import torch
 from orbax.checkpoint import StandardCheckpointer
 
 import compare
-from compare.checkpoint import atomic, orbax_folder
+from compare import files
+from compare.checkpoint import orbax_folder
 from compare.checkpoint.formats import open_checkpoint
 from compare.errors import CheckpointError, UnverifiedCheckpoint
 from compare.mutate import FORMATS, seeds, state
@@ -164,14 +165,14 @@ def test_what_a_killed_writer_left_is_swept_by_the_next(suffix: str, tmp_path: P
 
 def test_a_writer_at_work_is_not_swept(tmp_path: Path) -> None:
     path = tmp_path / "state.pth"
-    with atomic.atomic_file(path) as stream:
+    with files.atomic_file(path) as stream:
         stream.write(b"mine")
-        atomic.sweep(path)
+        files.sweep(path)
         assert len(list(tmp_path.iterdir())) == 1
     assert path.read_bytes() == b"mine"
-    with atomic.atomic_folder(tmp_path / "folder") as folder:
+    with files.atomic_folder(tmp_path / "folder") as folder:
         (folder / "x").write_bytes(b"mine")
-        atomic.sweep(tmp_path / "folder")
+        files.sweep(tmp_path / "folder")
     assert (tmp_path / "folder" / "x").read_bytes() == b"mine"
 
 

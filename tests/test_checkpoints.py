@@ -19,8 +19,9 @@ import torch
 from flax import nnx, serialization
 
 import compare
+from compare import files
 from compare.cases import PRIME, PRIME_BIAS, Config
-from compare.checkpoint import atomic, orbax_folder
+from compare.checkpoint import orbax_folder
 from compare.errors import CheckpointError
 from compare.run import IMPLEMENTATIONS, build_nnx, build_torch, linen_template
 from compare.scripts import checkpoints
@@ -469,7 +470,7 @@ def test_an_interrupt_from_before_is_not_the_reason(tmp_path: Path, monkeypatch:
     def fail(*_: Any) -> None:
         raise RuntimeError("the writer gave up")
 
-    monkeypatch.setattr(atomic.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     try:
         raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -496,7 +497,7 @@ def test_a_failing_writer_leaves_the_old_checkpoint(
         raise OSError("the disk went away")
 
     monkeypatch.setattr(atomic, "_fsync", fail)
-    monkeypatch.setattr(atomic.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(CheckpointError, match=r"could not be written \(the disk went away\)"):
         compare.save_checkpoint(path, torch_module(seed=2))
     monkeypatch.undo()
@@ -505,7 +506,7 @@ def test_a_failing_writer_leaves_the_old_checkpoint(
 
 
 def test_folders_are_exchanged_where_the_system_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *_, **__: object())
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: object())
     path = compare.save_checkpoint(tmp_path / "state.orbax", torch_module(seed=1))
     compare.save_checkpoint(path, torch_module(seed=2))
     assert torch.equal(compare.read_checkpoint(path)["W_key.weight"], torch_module(seed=2).W_key.weight)

@@ -17,12 +17,11 @@ import compare
 from compare.checkpoint.convert_file import convert_checkpoint
 from compare.checkpoint.formats import open_checkpoint
 from compare.checkpoint.manifest import KEY, Manifest
-from compare.checkpoint.spec import FLOAT8
 from compare.checkpoint.verify_file import verify_checkpoint
+from compare.dtypes import FLOAT8, numpy_dtype
 from compare.errors import CheckpointError, ConversionError
 from compare.left import objection
 from compare.mapping import Mapping, Row
-from compare.transfer import numpy_dtype
 
 pytestmark = pytest.mark.filterwarnings("ignore::compare.errors.UnverifiedCheckpoint")
 

@@ -5,11 +5,12 @@ import pytest
 
 from compare.agreement import agreement
 from compare.cases import Config
+from compare.dtypes import numpy_dtype
 from compare.parity import against_reference
 from compare.reference import attention_stages
 from compare.rounding import PRECISIONS, overflow
 from compare.run import IMPLEMENTATIONS, run
-from compare.transfer import numpy_dtype, numpy_state, numpy_to_tensor
+from compare.transfer import numpy_state, numpy_to_tensor
 from compare.trials import Trial, draw
 
 hypothesis = pytest.importorskip("hypothesis")

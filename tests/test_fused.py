@@ -27,15 +27,16 @@ from compare.bounded import Bounded
 from compare.cases import Config
 from compare.checkpoint import load_checkpoint, save_checkpoint
 from compare.checks.fused import masks
-from compare.child import child_environment
 from compare.convert import linen_to_torch, nnx_to_torch
+from compare.dtypes import numpy_dtype
 from compare.mapping import ROWS
 from compare.reference import masked_attention as exact_attention
 from compare.reference_gradient import attention_forward, attention_gradient
 from compare.rounding import PRECISIONS, attention_bounds, most_tiles
 from compare.run import build_nnx, build_torch, linen_template
 from compare.scripts import attention
-from compare.transfer import numpy_dtype, numpy_to_tensor, tensor_to_numpy
+from compare.subprocesses import child_environment
+from compare.transfer import numpy_to_tensor, tensor_to_numpy
 from compare.trials import draw
 from flax_impl.mask_tiles import is_causal
 from torch_impl import mask_layout

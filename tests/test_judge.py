@@ -8,13 +8,14 @@ import pytest
 
 from compare.agreement import agreement
 from compare.cases import CASES, Config
+from compare.dtypes import numpy_dtype
 from compare.mutants import MUTANTS, planted
 from compare.parity import against_reference, exact_and_limit
 from compare.reference import attention_stages, masked_attention
 from compare.rounding import EXP_ULPS, PRECISIONS, overflow
 from compare.run import IMPLEMENTATIONS, run
 from compare.scripts import bound, outputs
-from compare.transfer import numpy_dtype, numpy_state
+from compare.transfer import numpy_state
 
 from .support import normal, state_of
 

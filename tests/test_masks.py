@@ -13,11 +13,12 @@ import compare
 from compare.cases import PRIME
 from compare.checkpoint.convert_file import convert_checkpoint
 from compare.checkpoint.formats import open_checkpoint
-from compare.child import ON_CPU, run_module
 from compare.convert import torch_to_linen, torch_to_nnx
+from compare.dtypes import numpy_dtype
 from compare.errors import CheckpointError
 from compare.run import IMPLEMENTATIONS, build_nnx, build_torch, linen_template
-from compare.transfer import numpy_dtype, numpy_to_tensor, tensor_to_numpy
+from compare.subprocesses import ON_CPU, run_module
+from compare.transfer import numpy_to_tensor, tensor_to_numpy
 
 from .mask_reader import digest
 from .support import linen_variables, nnx_model, same_bits, state_of, torch_module

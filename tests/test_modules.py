@@ -13,11 +13,11 @@ from flax import nnx
 import flax_impl
 import torch_impl
 from compare.cases import PRIME_BIAS
-from compare.child import run_module
 from compare.convert import torch_to_linen, torch_to_nnx
 from compare.parity import against_reference
 from compare.rounding import FLOAT64_RELATIVE
 from compare.run import linen_template
+from compare.subprocesses import run_module
 
 from .support import linen_variables, nnx_model, normal, state_of, torch_module
 

@@ -19,12 +19,12 @@ from compare.checkpoint import blocks, safetensors_file, torch_file
 from compare.checkpoint.convert_file import convert_checkpoint
 from compare.checkpoint.formats import format_of, open_checkpoint
 from compare.checkpoint.manifest import checksum
-from compare.checkpoint.spec import DTYPES, spec_of
+from compare.checkpoint.spec import spec_of
 from compare.checkpoint.stored import PART_BYTES, Held
 from compare.checkpoint.verify_file import verify_checkpoint
+from compare.dtypes import DTYPES, numpy_dtype
 from compare.errors import CheckpointError, UnverifiedCheckpoint
 from compare.mapping import Mapping, Row
-from compare.transfer import numpy_dtype
 
 from .faults import change_manifest
 from .support import same_bits

@@ -6,12 +6,12 @@ from pathlib import Path as FilePath
 
 import numpy as np
 
+from ..dtypes import FLOATING, FLOATS, numpy_dtype
 from ..errors import CheckpointError, shown
 from ..mapping import Mapping as Table
 from ..mapping import Path
-from ..transfer import numpy_dtype
 from .manifest import LayoutName, is_mask
-from .spec import FLOATING, FLOATS, Spec
+from .spec import Spec
 from .stored import Tensors
 
 

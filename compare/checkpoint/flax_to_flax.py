@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
+from ..dtypes import FLOATING
 from ..errors import ConversionError, Entry, Mismatch
 from ..left import decided, may_lack, objection
 from ..mapping import Path, Policy
@@ -16,7 +17,6 @@ from ..taxonomy import linen_entries, one_trained
 from ..transfer import Untransferable, numpy_to_tensor, to_jax
 from ..walk import place_like
 from .cast import cast_array
-from .spec import FLOATING
 from .stored import Stored
 
 

@@ -14,13 +14,14 @@ from flax import nnx
 
 from .. import mapping as tables
 from ..convert import StateDict, Variables
+from ..dtypes import numpy_dtype
 from ..errors import CheckpointError, ConversionError, UnverifiedCheckpoint, shown
 from ..mapping import Mapping as Table
 from ..mapping import Path as Steps
 from ..mapping import Policy
 from ..matching import allowing, match
 from ..sides import FlaxSide, flax_side, specs_side
-from ..transfer import numpy_dtype, numpy_to_tensor, tensor_to_numpy
+from ..transfer import numpy_to_tensor, tensor_to_numpy
 from ..walk import flax_from_torch
 from .cast import cast_array
 from .fill import fill_torch, require_fit

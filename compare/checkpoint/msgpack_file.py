@@ -11,8 +11,8 @@ from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ..errors import CheckpointError, shown
+from ..files import atomic_file
 from ..mapping import Path
-from .atomic import atomic_file
 from .blocks import blocks
 from .content import in_manifests_order, linen_or_nnx, manifest_of, no_name_twice
 from .manifest import KEY, Manifest, start

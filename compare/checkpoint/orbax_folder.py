@@ -16,8 +16,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ..errors import CheckpointError, shown
+from ..files import atomic_folder
 from ..mapping import Path
-from .atomic import atomic_folder
 from .blocks import BATCH_BYTES, in_batches
 from .content import in_manifests_order, linen_or_nnx, manifest_of
 from .manifest import KEY, Manifest, checksum

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import CheckpointError, shown
+from ..files import atomic_file
 from ..mapping import Path
-from .atomic import atomic_file
 from .blocks import BATCH_BYTES, blocks, in_batches
 from .content import in_manifests_order, manifest_of, no_name_twice, torch_or_flax
 from .manifest import KEY, LayoutName, Manifest, start

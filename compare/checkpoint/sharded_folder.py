@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path as FilePath
 
 from ..errors import CheckpointError, shown
+from ..files import atomic_file, atomic_folder
 from ..mapping import Path
 from . import safetensors_file
-from .atomic import atomic_file, atomic_folder
 from .content import manifest_of, no_name_twice
 from .manifest import KEY, Manifest
 from .safetensors_file import Header, read_header, read_tensor, stored_from

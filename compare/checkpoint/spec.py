@@ -5,14 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..transfer import numpy_dtype
+from ..dtypes import DTYPES, numpy_dtype
 
-# By NumPy's and ml_dtypes' names, which both frameworks share.
-FLOATS = ("float64", "float32", "float16", "bfloat16")
-FLOAT8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
-INTEGERS = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8")
-FLOATING = (*FLOATS, *FLOAT8)
-DTYPES = (*FLOATING, *INTEGERS, "bool", "complex64", "complex128")
 # No array may have more bytes, empty ones by their other axes included.
 _MOST = 2**62
 

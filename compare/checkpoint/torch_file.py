@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, shown
+from ..files import atomic_file, read_ahead
 from ..mapping import Path
 from ..taxonomy import same_memory
 from ..transfer import Untransferable, dense, numpy_to_tensor, tensor_to_numpy
-from .atomic import atomic_file
 from .blocks import WORKERS, contiguous
-from .cache import read_ahead
 from .content import in_manifests_order, manifest_of
 from .manifest import KEY, Manifest, checksum
 from .spec import Spec, checked

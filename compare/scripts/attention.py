@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..agreement import agreement
-from ..child import ON_CPU, run_module
 from ..contestants import Contestant, Problem, Step, contestants, draw
+from ..dtypes import numpy_dtype
 from ..findings import Block, Cell, Check, Curves, Section, Table
 from ..reference import masked_attention
 from ..rounding import PRECISIONS, attention_bounds, most_tiles
-from ..transfer import numpy_dtype
+from ..subprocesses import ON_CPU, run_module
 
 TOKENS: tuple[int, ...] = (6, 256, 512, 1024, 2048, 4096)
 WINDOW = "window 256"

@@ -23,8 +23,8 @@ import torch
 from flax import serialization
 
 from ..checkpoint import load_checkpoint, save_checkpoint
-from ..checkpoint.cache import forget
 from ..checkpoint.convert_file import convert_checkpoint
+from ..files import forget
 from ..findings import Cell, Check, Section, Table
 from ..mapping import Mapping, Row
 

@@ -9,12 +9,13 @@ import numpy as np
 from ..agreement import agreement
 from ..cases import Config
 from ..convert import StateDict
+from ..dtypes import numpy_dtype
 from ..findings import Cell, Check, Section, Table
 from ..parity import exact_and_limit
 from ..reference import attention_stages, causal_mask
 from ..rounding import PRECISIONS, overflow
 from ..run import IMPLEMENTATIONS, TITLES, compiled
-from ..transfer import numpy_dtype, numpy_state, numpy_to_tensor
+from ..transfer import numpy_state, numpy_to_tensor
 from ..trials import draw_parameters
 
 # Few shapes, so that compiling does not take the time; tokens < context_length in most.

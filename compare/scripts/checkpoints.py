@@ -13,11 +13,11 @@ import torch
 
 from ..cases import NOTEBOOK, Config
 from ..checkpoint import save_checkpoint
-from ..child import ON_CPU, run_module
 from ..convert import StateDict, torch_to_linen, torch_to_nnx
 from ..findings import Check, Section, Table
 from ..golden import initial_states
 from ..run import IMPLEMENTATIONS, TITLES, build_nnx, build_torch, linen_template
+from ..subprocesses import ON_CPU, run_module
 from .reload import checksum
 
 SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")

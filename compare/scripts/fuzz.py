@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..child import ON_CPU, child_environment
 from ..errors import shown
 from ..findings import Cell, Check, Section, Table
 from ..mutate import FORMATS
+from ..subprocesses import ON_CPU, child_environment
 
 HANG_SECONDS = 60.0
 # Of the time; Orbax takes a hundred times as long to read as the others.
