@@ -5,6 +5,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+# The parameters by torch's names, weights (out, in), and the mask if it is state.
+State = dict[str, np.ndarray]
+
 
 @dataclass(frozen=True)
 class Config:

@@ -10,7 +10,6 @@ import numpy as np
 from .cases import Config
 from .dtypes import numpy_dtype
 from .reference import attention_stages
-from .transfer import numpy_state
 from .trials import Trial, draw
 
 STEPS = 200
@@ -62,7 +61,7 @@ def course() -> Course:
     tokens, batch = 5, 4
     start, teacher = (draw(config, tokens, random).rounded("float32").rounded("float64") for _ in range(2))
     inputs = random.standard_normal((STEPS, batch, tokens, 3)).astype(np.float32).astype(np.float64)
-    taught = attention_stages(inputs, numpy_state(teacher.state), teacher.mask).context
+    taught = attention_stages(inputs, teacher.state, teacher.mask).context
     targets = (taught + 0.1 * random.standard_normal(taught.shape)).astype(np.float32).astype(np.float64)
     keeps = random.random((STEPS, batch, tokens, tokens)) >= config.dropout
     return Course(start, inputs, targets, keeps)

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from .cases import Config
-from .convert import StateDict, linen_to_torch, torch_to_linen
+from .cases import Config, State
+from .convert import linen_to_torch, torch_to_linen
 from .run import Implementation, flax_forward, flax_state, jax_on, linen_template, ready_torch
-from .transfer import numpy_state
+from .transfer import numpy_state, torch_state
 
 
 class Derivatives(NamedTuple):
@@ -29,7 +29,7 @@ class Problem(NamedTuple):
     """What is differentiated, where, and along which direction; everything in float64.
 
     config: the constructor arguments.
-    state: a torch state dict.
+    state: the parameters by torch's names, and the mask.
     inputs: (batch, tokens, input_embedding_dim).
     cotangent: (batch, tokens, output_embedding_dim).
     direction: for each parameter by its torch key, and for `inputs`, an array of its shape.
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
     """
 
     config: Config
-    state: StateDict
+    state: State
     inputs: np.ndarray
     cotangent: np.ndarray
     direction: dict[str, np.ndarray]
@@ -91,8 +91,10 @@ def _torch(problem: Problem, device: str) -> Derivatives:
 
 
 def _flax(implementation: Implementation, problem: Problem) -> Derivatives:
-    direction = {key: torch.from_numpy(array) for key, array in problem.direction.items() if key != "inputs"}
-    along = torch_to_linen({**direction, "mask": problem.state["mask"]}, linen_template(problem.config, buffer=True))
+    direction = {key: array for key, array in problem.direction.items() if key != "inputs"}
+    along = torch_to_linen(
+        torch_state({**direction, "mask": problem.state["mask"]}), linen_template(problem.config, buffer=True)
+    )
     tangents = along["params"], jnp.asarray(problem.direction["inputs"])
     gradient, at, given = _flax_gradient(implementation, problem)
 

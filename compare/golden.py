@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .cases import NOTEBOOK
-from .convert import StateDict
+from .cases import NOTEBOOK, State
 from .reference import causal_mask
 from .rounding import PRECISIONS, stage_bounds
 from .run import Implementation, build_torch, run
@@ -52,17 +51,18 @@ def inputs() -> np.ndarray:
     return np.stack([tokens, tokens])
 
 
-def initial_states() -> tuple[StateDict, StateDict]:
+def initial_states() -> tuple[State, State]:
     """Return the notebook's initial weights, without and with the buffer, drawn as it drew them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(figures()["torch_manual_seed"])
-        without = build_torch(NOTEBOOK, buffer=False).state_dict()
+        without = build_torch(NOTEBOOK, buffer=False)
         torch.rand(1)
-        return without, build_torch(NOTEBOOK, buffer=True).state_dict()
+        with_buffer = build_torch(NOTEBOOK, buffer=True)
+        return numpy_state(without.state_dict()), numpy_state(with_buffer.state_dict())
 
 
 def match_rows(
-    implementation: Implementation, state: StateDict, printed: np.ndarray, device: str = "cpu"
+    implementation: Implementation, state: State, printed: np.ndarray, device: str = "cpu"
 ) -> list[RowMatch]:
     """Find each printed row, (2, 6, 5), among the module's outputs under every pattern of dropout."""
     tokens = inputs()[0]
@@ -99,8 +99,7 @@ def _patterns(num_tokens: int) -> np.ndarray:
     return (np.arange(2**num_tokens)[:, None] >> np.arange(num_tokens) & 1).astype(bool)
 
 
-def _rounding(state: StateDict, batch: np.ndarray, keep: np.ndarray) -> np.ndarray:
+def _rounding(state: State, batch: np.ndarray, keep: np.ndarray) -> np.ndarray:
     """Return what float32 rounding may add: once in the notebook's run, once in ours."""
-    arrays = numpy_state(state)
     mask = causal_mask(NOTEBOOK.context_length)
-    return 2.0 * stage_bounds(batch, arrays, mask, PRECISIONS["float32"], keep, NOTEBOOK.dropout).context
+    return 2.0 * stage_bounds(batch, state, mask, PRECISIONS["float32"], keep, NOTEBOOK.dropout).context

@@ -3,23 +3,21 @@
 import numpy as np
 
 from .agreement import Agreement, agreement
-from .cases import Config
-from .convert import StateDict
+from .cases import Config, State
 from .reference import attention_stages, causal_mask
 from .remembered import remembered
 from .rounding import PRECISIONS, Precision, stage_bounds
-from .transfer import numpy_state
 
 
 def against_reference(
-    outputs: np.ndarray, config: Config, state: StateDict, inputs: np.ndarray, keep: np.ndarray | None = None
+    outputs: np.ndarray, config: Config, state: State, inputs: np.ndarray, keep: np.ndarray | None = None
 ) -> Agreement:
     """Compare outputs with the reference, each entry within what rounding in the inputs' dtype explains.
 
     Args:
         outputs: (batch, tokens, output_embedding_dim), from any implementation.
         config: for the dropout that `keep` was drawn with.
-        state: the torch state dict; a state without a mask is causal.
+        state: parameters by torch's names, and the mask; without one it is causal.
         inputs: (batch, tokens, input_embedding_dim), in one of `PRECISIONS`.
         keep: (batch, tokens, tokens), True where dropout kept the weight; None for no dropout.
     """
@@ -29,7 +27,7 @@ def against_reference(
 
 def exact_and_limit(
     config: Config,
-    state: StateDict,
+    state: State,
     inputs: np.ndarray,
     keep: np.ndarray | None = None,
     precision: Precision | None = None,
@@ -40,7 +38,7 @@ def exact_and_limit(
     Arguments are those of `against_reference`; another precision than that of the inputs' dtype may be given, and
     of how many tiles the implementation's softmax may be put together.
     """
-    return _exact_and_limit(config, numpy_state(state), inputs, keep, precision or PRECISIONS[inputs.dtype.name], tiles)
+    return _exact_and_limit(config, state, inputs, keep, precision or PRECISIONS[inputs.dtype.name], tiles)
 
 
 @remembered

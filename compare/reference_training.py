@@ -14,7 +14,6 @@ from .bounded import Bounded
 from .courses import SGD, STEPS, Course, Recipe, course
 from .limits import TRAINING_SAMPLES, worst_case
 from .reference_gradient import attention_forward, attention_gradient
-from .transfer import numpy_state
 
 # torch adds this to the norm that it clips by.
 CLIP_EPS = 1e-6
@@ -60,7 +59,7 @@ def _train(given: Course, recipe: Recipe) -> Run:
     """
     signs, samples = np.random.default_rng(0), 1 + TRAINING_SAMPLES
     state: dict[str, tuple[np.ndarray, ...]] = {}
-    for key, array in numpy_state(given.start.state).items():
+    for key, array in given.start.state.items():
         if key != "mask":
             parameter = np.repeat(array[None], samples, axis=0)
             state[key] = (parameter, *[np.zeros_like(parameter)] * (1 if recipe is SGD else 2))

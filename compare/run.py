@@ -14,9 +14,9 @@ from flax import linen, nnx
 import flax_impl
 import torch_impl
 
-from .cases import Config
-from .convert import StateDict, torch_to_linen, torch_to_nnx
-from .transfer import numpy_to_tensor, tensor_to_numpy
+from .cases import Config, State
+from .convert import torch_to_linen, torch_to_nnx
+from .transfer import numpy_to_tensor, tensor_to_numpy, torch_state
 
 Implementation = Literal["torch", "linen", "nnx"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("torch", "linen", "nnx")
@@ -105,7 +105,7 @@ def jax_on(device: str, dtype: Any = np.float32, matmul: Literal["highest", "def
 def run(
     implementation: Implementation,
     config: Config,
-    state: StateDict,
+    state: State,
     inputs: np.ndarray,
     *,
     device: str = "cpu",
@@ -117,7 +117,7 @@ def run(
     Args:
         implementation: which one; the class with the buffer if the state has a mask.
         config: the constructor arguments.
-        state: a torch state dict; its dtype is the working precision. Flax gets it converted.
+        state: the parameters by torch's names, in the working precision. Flax gets them converted.
         inputs: (batch, tokens, input_embedding_dim), in the state's dtype.
         device: "cpu" or "cuda", for either framework. float32 products are kept from TF32.
         keep: (batch, tokens, tokens), True where dropout keeps the weight, in place of each
@@ -138,25 +138,25 @@ def compiled(implementation: Implementation, config: Config, device: str = "cpu"
     """
     if implementation == "torch":
 
-        def call_torch(state: StateDict, inputs: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
+        def call_torch(state: State, inputs: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
             return _run_torch(config, state, inputs, device, keep)
 
         return call_torch
     forward = jax.jit(flax_forward(implementation, config))
 
-    def call(state: StateDict, inputs: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
+    def call(state: State, inputs: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
         with jax_on(device, inputs.dtype):
             return np.asarray(forward(*flax_state(implementation, config, state), keep, inputs))
 
     return call
 
 
-def flax_state(implementation: Implementation, config: Config, state: StateDict) -> tuple[Any, Any]:
+def flax_state(implementation: Implementation, config: Config, state: State) -> tuple[Any, Any]:
     """Return the params and the buffers, as trees, that `flax_forward` takes."""
     if implementation == "linen":
-        variables = torch_to_linen(state, linen_template(config, buffer=True))
+        variables = torch_to_linen(torch_state(state), linen_template(config, buffer=True))
         return variables.pop("params"), variables
-    model = torch_to_nnx(state, _abstract_nnx(config))
+    model = torch_to_nnx(torch_state(state), _abstract_nnx(config))
     return nnx.to_pure_dict(nnx.state(model, nnx.Param)), nnx.state(model, flax_impl.nnx.Buffer)
 
 
@@ -203,31 +203,27 @@ def _drop(config: Config, keep: Any, weights: jax.Array) -> jax.Array:
     return jnp.where(keep, weights / (1.0 - config.dropout), 0.0)
 
 
-def _run_torch(
-    config: Config, state: StateDict, inputs: np.ndarray, device: Any, keep: np.ndarray | None
-) -> np.ndarray:
+def _run_torch(config: Config, state: State, inputs: np.ndarray, device: Any, keep: np.ndarray | None) -> np.ndarray:
     module = ready_torch(config, state, device, keep)
     with torch.no_grad():
         return tensor_to_numpy(module(numpy_to_tensor(inputs).to(device)))
 
 
-def _run_linen(
-    config: Config, state: StateDict, inputs: np.ndarray, device: Any, keep: np.ndarray | None
-) -> np.ndarray:
+def _run_linen(config: Config, state: State, inputs: np.ndarray, device: Any, keep: np.ndarray | None) -> np.ndarray:
     apply, variables = ready_linen(config, state, keep)
     return np.asarray(apply(jax.device_put(variables, device), jax.device_put(inputs, device)))
 
 
-def _run_nnx(config: Config, state: StateDict, inputs: np.ndarray, device: Any, keep: np.ndarray | None) -> np.ndarray:
+def _run_nnx(config: Config, state: State, inputs: np.ndarray, device: Any, keep: np.ndarray | None) -> np.ndarray:
     model = ready_nnx(config, state, keep)
     nnx.update(model, jax.device_put(nnx.state(model), device))
     return np.asarray(model(jax.device_put(inputs, device)))
 
 
-def ready_torch(config: Config, state: StateDict, device: Any, keep: np.ndarray | None) -> TorchAttention:
+def ready_torch(config: Config, state: State, device: Any, keep: np.ndarray | None) -> TorchAttention:
     """Return the module with this state on the device, in `eval` mode or dropping what `keep` does not keep."""
     module = build_torch(config, buffer="mask" in state)
-    module.load_state_dict(state, assign=True)
+    module.load_state_dict(torch_state(state), assign=True)
     module.to(device).eval()
     module.mask = module.mask.to(device)  # without the buffer, `.to` has left it behind
     if keep is not None:
@@ -253,16 +249,18 @@ def linen_apply(config: Config, keep: Any, *, buffer: bool) -> Callable[[Mapping
 
 
 def ready_linen(
-    config: Config, state: StateDict, keep: np.ndarray | None
+    config: Config, state: State, keep: np.ndarray | None
 ) -> tuple[Callable[[Mapping[str, Any], jax.Array], jax.Array], dict[str, Any]]:
     """Return `apply` and the variables, deterministic or dropping what `keep` does not keep."""
     buffer = "mask" in state
-    return linen_apply(config, keep, buffer=buffer), torch_to_linen(state, linen_template(config, buffer=buffer))
+    return linen_apply(config, keep, buffer=buffer), torch_to_linen(
+        torch_state(state), linen_template(config, buffer=buffer)
+    )
 
 
-def ready_nnx(config: Config, state: StateDict, keep: np.ndarray | None) -> NnxAttention:
+def ready_nnx(config: Config, state: State, keep: np.ndarray | None) -> NnxAttention:
     """Return the model with this state, in `eval` mode or dropping what `keep` does not keep."""
-    model = torch_to_nnx(state, build_nnx(config, buffer="mask" in state))
+    model = torch_to_nnx(torch_state(state), build_nnx(config, buffer="mask" in state))
     model.eval()
     if keep is not None:
         model.dropout = NnxFunction(partial(_drop, config, keep))  # type: ignore[assignment]

@@ -72,7 +72,7 @@ def clip_grad_norm(max_norm: float) -> optax.GradientTransformation:
 
 def _train_torch(course: Course, recipe: Recipe, device: str) -> Trained:
     start = course.start
-    state = {key: tensor.clone() for key, tensor in start.state.items()}  # the optimizer writes into it
+    state = {key: array.copy() for key, array in start.state.items()}  # the optimizer writes into it
     module = ready_torch(start.config, state, device, None).train()
     optimizer = torch_optimizer(recipe, module)
     losses, history = [], []

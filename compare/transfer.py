@@ -59,6 +59,11 @@ def numpy_state(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return {key: tensor_to_numpy(tensor) for key, tensor in state.items()}
 
 
+def torch_state(state: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Return the arrays as the tensors of a state dict, sharing memory."""
+    return {key: numpy_to_tensor(array) for key, array in state.items()}
+
+
 def to_jax(tensor: Tensor, *, copy: bool, owned: bool = False) -> jax.Array:
     """Return the tensor as a JAX array of the same dtype.
 

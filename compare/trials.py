@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from .cases import Config
-from .convert import StateDict
+from .cases import Config, State
 from .dtypes import numpy_dtype
 from .reference import causal_mask
 
@@ -18,7 +16,7 @@ class Trial(NamedTuple):
 
     name: for the reader.
     config: the constructor arguments.
-    state: a torch state dict, with a mask.
+    state: a mask, and the parameters by torch's names, weights (out, in).
     inputs: (batch, tokens, input_embedding_dim).
     keep: (batch, tokens, tokens), or with heads (batch, heads, tokens, tokens), True where dropout keeps the weight;
         None for no dropout.
@@ -26,25 +24,24 @@ class Trial(NamedTuple):
 
     name: str
     config: Config
-    state: StateDict
+    state: State
     inputs: np.ndarray
     keep: np.ndarray | None = None
 
     def rounded(self, dtype: str) -> Trial:
         """Return the trial with weights and inputs rounded to the dtype; the mask stays as it is."""
-        cast = {
-            key: tensor if key == "mask" else tensor.to(getattr(torch, dtype)) for key, tensor in self.state.items()
-        }
-        return self._replace(state=cast, inputs=self.inputs.astype(numpy_dtype(dtype)))
+        to: Any = numpy_dtype(dtype)
+        state = {key: array if key == "mask" else array.astype(to) for key, array in self.state.items()}
+        return self._replace(state=state, inputs=self.inputs.astype(to))
 
     def masked(self, name: str, mask: np.ndarray) -> Trial:
         """Return the trial under another mask."""
-        return self._replace(name=name, state={**self.state, "mask": torch.from_numpy(mask.copy())})
+        return self._replace(name=name, state={**self.state, "mask": mask.copy()})
 
     @property
     def mask(self) -> np.ndarray:
         """The mask, (context_length, context_length)."""
-        return self.state["mask"].numpy()
+        return self.state["mask"]
 
     @property
     def closed(self) -> bool:
@@ -67,8 +64,8 @@ def draw_parameters(config: Config, random: np.random.Generator, scale: float = 
 
 def draw(config: Config, tokens: int, random: np.random.Generator, *, batch: int = 2, keep: bool = False) -> Trial:
     """Draw standard normal weights over sqrt(input_embedding_dim), biases and inputs; the mask is causal."""
-    state = {key: torch.from_numpy(array) for key, array in draw_parameters(config, random).items()}
-    state["mask"] = torch.from_numpy(causal_mask(config.context_length).astype(np.float32))
+    state = draw_parameters(config, random)
+    state["mask"] = causal_mask(config.context_length).astype(np.float32)
     inputs = random.standard_normal((batch, tokens, config.input_embedding_dim))
     heads = () if config.num_heads is None else (config.num_heads,)
     kept = random.random((batch, *heads, tokens, tokens)) >= config.dropout if keep else None

@@ -12,6 +12,7 @@ from compare.convert import linen_to_torch, torch_to_linen
 from compare.errors import ConversionError
 from compare.parity import against_reference
 from compare.run import build_linen, build_torch, linen_template
+from compare.transfer import numpy_state
 
 CONFIG = Config(6, 4, 8, 0.1)
 
@@ -41,7 +42,7 @@ def main() -> None:
                 "round_trip": all(torch.equal(back[key], state[key]) for key in state),
                 "placed_like_the_template": placed["buffers"]["mask"].sharding == by_row,
                 "sharing_refused": refused,
-                "error_over_bound": against_reference(np.asarray(outputs), CONFIG, state, inputs).ratio,
+                "error_over_bound": against_reference(np.asarray(outputs), CONFIG, numpy_state(state), inputs).ratio,
             }
         )
     )

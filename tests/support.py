@@ -6,10 +6,11 @@ import numpy as np
 import torch
 
 from compare.agreement import Agreement
-from compare.cases import PRIME_BIAS, Config
+from compare.cases import PRIME_BIAS, Config, State
 from compare.convert import StateDict, torch_to_linen, torch_to_nnx
 from compare.parity import against_reference
 from compare.run import Implementation, NnxAttention, TorchAttention, build_nnx, build_torch, linen_template, run
+from compare.transfer import numpy_state
 
 
 def torch_module(config: Config = PRIME_BIAS, *, buffer: bool = True, seed: int = 0) -> TorchAttention:
@@ -37,10 +38,15 @@ def state_of(config: Config, dtype: str, mask: np.ndarray | None = None) -> Stat
     return state if mask is None else {**state, "mask": torch.from_numpy(mask)}
 
 
+def numpy_state_of(config: Config, dtype: str, mask: np.ndarray | None = None) -> State:
+    """The same in NumPy."""
+    return numpy_state(state_of(config, dtype, mask))
+
+
 def judge(
     implementation: Implementation,
     config: Config,
-    state: StateDict,
+    state: State,
     inputs: np.ndarray,
     device: str = "cpu",
     keep: np.ndarray | None = None,

@@ -27,7 +27,7 @@ from compare.run import IMPLEMENTATIONS, build_nnx, build_torch, linen_template
 from compare.scripts import checkpoints
 from compare.transfer import tensor_to_numpy
 
-from .support import linen_variables, nnx_model, same_bits, state_of, torch_module
+from .support import linen_variables, nnx_model, numpy_state_of, same_bits, state_of, torch_module
 
 pytestmark = pytest.mark.filterwarnings("ignore::compare.errors.UnverifiedCheckpoint")
 
@@ -37,7 +37,7 @@ FILES = (".pth", ".safetensors", ".msgpack")
 
 def sources(config: Config = PRIME_BIAS) -> dict[str, Any]:
     """The same state in each implementation, its mask edited 1 -> 2."""
-    return checkpoints.edited_sources(config, state_of(config, "float32"), buffer=True)
+    return checkpoints.edited_sources(config, numpy_state_of(config, "float32"), buffer=True)
 
 
 def fresh(implementation: str, config: Config = PRIME_BIAS) -> Any:
@@ -496,7 +496,7 @@ def test_a_failing_writer_leaves_the_old_checkpoint(
     def fail(*_: Any) -> None:
         raise OSError("the disk went away")
 
-    monkeypatch.setattr(atomic, "_fsync", fail)
+    monkeypatch.setattr(files, "_fsync", fail)
     monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(CheckpointError, match=r"could not be written \(the disk went away\)"):
         compare.save_checkpoint(path, torch_module(seed=2))

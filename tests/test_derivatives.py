@@ -14,10 +14,9 @@ from compare.cases import Config
 from compare.checks.gradients import exact_derivatives, problem_of
 from compare.derivatives import Problem
 from compare.run import ready_linen, ready_nnx, ready_torch
-from compare.transfer import numpy_state
 from compare.trials import Trial, draw
 
-from .support import normal, state_of
+from .support import normal, numpy_state_of
 
 SMALL = Config(3, 2, 5, 0.1, qkv_bias=True)
 
@@ -50,7 +49,7 @@ def test_the_written_out_gradient_is_the_derivative_to_50_digits() -> None:
 
 
 def _entries(problem: Problem, name: str) -> np.ndarray:
-    return problem.inputs.ravel() if name == "inputs" else numpy_state(problem.state)[name].ravel()
+    return problem.inputs.ravel() if name == "inputs" else problem.state[name].ravel()
 
 
 def _split(point: list[Any], sizes: list[int]) -> list[list[Any]]:
@@ -79,7 +78,7 @@ def _scalar(trial: Trial, problem: Problem, given: dict[str, list[Any]]) -> Any:
 
 
 def test_torch_gradients_are_those_of_the_function() -> None:
-    state = state_of(SMALL, "float64")
+    state = numpy_state_of(SMALL, "float64")
     module = ready_torch(SMALL, state, "cpu", None)
     names = [name for name, _ in module.named_parameters()]
     inputs = torch.from_numpy(normal(2, 3, 3)).double().requires_grad_()
@@ -93,7 +92,7 @@ def test_torch_gradients_are_those_of_the_function() -> None:
 
 
 def test_flax_gradients_are_those_of_the_function() -> None:
-    state = state_of(SMALL, "float64")
+    state = numpy_state_of(SMALL, "float64")
     with jax.enable_x64(True):
         inputs = jnp.asarray(normal(2, 3, 3).astype(np.float64))
         apply, variables = ready_linen(SMALL, state, None)

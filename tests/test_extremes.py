@@ -10,7 +10,6 @@ from compare.parity import against_reference
 from compare.reference import attention_stages
 from compare.rounding import PRECISIONS, overflow
 from compare.run import IMPLEMENTATIONS, run
-from compare.transfer import numpy_state, numpy_to_tensor
 from compare.trials import Trial, draw
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -39,18 +38,14 @@ def trials(draw_value: st.DrawFn, values: tuple[float, ...]) -> Trial:
     dtype = draw_value(st.sampled_from(list(MASK_VALUES)))
     entries = st.lists(st.sampled_from(MASK_VALUES[dtype]), min_size=36, max_size=36)
     mask = np.array(draw_value(entries), dtype=np.float64).reshape(6, 6).astype(numpy_dtype(dtype))
-    return trial._replace(state={**trial.state, "mask": numpy_to_tensor(mask)})
-
-
-def arrays(trial: Trial) -> dict[str, np.ndarray]:
-    return numpy_state(trial.state)
+    return trial._replace(state={**trial.state, "mask": mask})
 
 
 @given(trial=trials(SUBNORMAL_TO_HUGE), dtype=st.sampled_from(["float32", "bfloat16", "float16"]))
 def test_finite_inputs_stay_within_the_bound(trial: Trial, dtype: str) -> None:
     with np.errstate(over="ignore"):
         rounded = trial.rounded(dtype)
-    state = arrays(rounded)
+    state = rounded.state
     assume(np.isfinite(rounded.inputs).all() and not overflow(rounded.inputs, state, state["mask"], PRECISIONS[dtype]))
     for name in IMPLEMENTATIONS:
         found = run(name, CONFIG, rounded.state, rounded.inputs)
@@ -61,7 +56,7 @@ def test_finite_inputs_stay_within_the_bound(trial: Trial, dtype: str) -> None:
 @given(trial=trials((*SUBNORMAL_TO_HUGE[:9], np.inf, -np.inf, np.nan)), dtype=st.sampled_from(["float32", "bfloat16"]))
 def test_nan_and_inf_stand_where_the_formula_puts_them(trial: Trial, dtype: str) -> None:
     rounded = trial.rounded(dtype)
-    state = arrays(rounded)
+    state = rounded.state
     with np.errstate(invalid="ignore"):
         expected = attention_stages(rounded.inputs, state, state["mask"]).context
     for name in IMPLEMENTATIONS:
@@ -80,7 +75,7 @@ def test_the_documented_difference_where_a_dot_product_overflows() -> None:
     """Partial sums of both signs: PyTorch's vector lanes meet in inf - inf, XLA adds in another order."""
     trial = draw(Config(3, 5, 6, 0.0, qkv_bias=True), TOKENS, np.random.default_rng(0))
     trial.inputs[:, 3, 2] = -1e30
-    state, rounded = arrays(trial.rounded("float32")), trial.rounded("float32")
+    state, rounded = trial.rounded("float32").state, trial.rounded("float32")
     assert overflow(rounded.inputs, state, state["mask"], PRECISIONS["float32"])
     for name in IMPLEMENTATIONS:
         outputs = run(name, CONFIG, rounded.state, rounded.inputs)

@@ -9,6 +9,7 @@ from compare.cases import NOTEBOOK
 from compare.golden import PRINT_ROUNDING, figures, initial_states, match_rows
 from compare.run import IMPLEMENTATIONS, build_nnx, linen_template
 from compare.scripts import notebook
+from compare.transfer import torch_state
 
 CELLS = {
     "3": (0, figures()["without_buffer"]["output_cell_3_cpu"]),
@@ -50,15 +51,15 @@ def test_a_printed_digit_off_by_two_fits_nothing(name: str) -> None:
 def test_printed_state_dicts(index: int, printed: dict) -> None:
     buffer = index == 1
     state = initial_states()[index]
-    variables = compare.torch_to_linen(state, linen_template(NOTEBOOK, buffer=buffer))
-    model = compare.torch_to_nnx(state, build_nnx(NOTEBOOK, buffer=buffer))
+    variables = compare.torch_to_linen(torch_state(state), linen_template(NOTEBOOK, buffer=buffer))
+    model = compare.torch_to_nnx(torch_state(state), build_nnx(NOTEBOOK, buffer=buffer))
     for key, rows in printed.items():
         name = key.removesuffix(".weight")
         if key == "mask":
-            held = [state[key].numpy(), variables["buffers"]["mask"], model.mask[...]]
+            held = [state[key], variables["buffers"]["mask"], model.mask[...]]
         else:
             kernels = variables["params"][name]["kernel"], getattr(model, name).kernel[...]
-            held = [state[key].numpy(), *(kernel.T for kernel in kernels)]
+            held = [state[key], *(kernel.T for kernel in kernels)]
         for found in held:
             assert np.abs(np.asarray(found, dtype=np.float64) - np.array(rows)).max() <= PRINT_ROUNDING
 

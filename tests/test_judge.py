@@ -15,9 +15,8 @@ from compare.reference import attention_stages, masked_attention
 from compare.rounding import EXP_ULPS, PRECISIONS, overflow
 from compare.run import IMPLEMENTATIONS, run
 from compare.scripts import bound, outputs
-from compare.transfer import numpy_state
 
-from .support import normal, state_of
+from .support import normal, numpy_state_of
 
 hypothesis = pytest.importorskip("hypothesis")
 assume, given, settings, st = hypothesis.assume, hypothesis.given, hypothesis.settings, hypothesis.strategies
@@ -149,9 +148,9 @@ def test_no_implementation_exceeds_the_bound(
     config = Config(embed, head, tokens + slack, 0.1, bias)
     random = np.random.default_rng(seed)
     mask = (random.random((tokens + slack, tokens + slack)) > opened).astype(np.float32)
-    state = state_of(config, dtype, mask)
+    state = numpy_state_of(config, dtype, mask)
     inputs = (scale * random.standard_normal((batch, tokens, embed))).astype(numpy_dtype(dtype))
-    assume(not overflow(inputs, numpy_state(state), mask, PRECISIONS[dtype]))
+    assume(not overflow(inputs, state, mask, PRECISIONS[dtype]))
     for name in IMPLEMENTATIONS:
         found = against_reference(run(name, config, state, inputs), config, state, inputs)
         assert found.held, (name, found)
@@ -163,12 +162,11 @@ def test_the_bound_is_not_vacuous() -> None:
         for case in CASES:
             if case.tokens == 1:  # softmax of one score is 1, whatever the scale
                 continue
-            state, inputs = state_of(case.config, dtype), case.inputs().astype(dtype)
+            state, inputs = numpy_state_of(case.config, dtype), case.inputs().astype(dtype)
             slipped = {**state, "W_query.weight": slip * state["W_query.weight"]}
             if case.config.qkv_bias:
                 slipped["W_query.bias"] = slip * state["W_query.bias"]
-            arrays = numpy_state(slipped)
-            wrong = attention_stages(inputs, arrays, arrays["mask"]).context
+            wrong = attention_stages(inputs, slipped, slipped["mask"]).context
             assert not against_reference(wrong, case.config, state, inputs).held, case.name
 
 

@@ -19,7 +19,7 @@ from compare.rounding import FLOAT64_RELATIVE
 from compare.run import linen_template
 from compare.subprocesses import run_module
 
-from .support import linen_variables, nnx_model, normal, state_of, torch_module
+from .support import linen_variables, nnx_model, normal, numpy_state_of, torch_module
 
 D, T = PRIME_BIAS.input_embedding_dim, PRIME_BIAS.context_length
 NAMES = ("CausalAttentionWithBuffer", "CausalAttentionWithoutBuffers")
@@ -137,7 +137,7 @@ def put(array: np.ndarray, device: str) -> jax.Array:
 
 def held(outputs: Any, inputs: Any, mask: np.ndarray | None = None) -> bool:
     """Whether outputs are those of the seeded module, with another mask if there is one."""
-    state = state_of(PRIME_BIAS, "float32", mask)
+    state = numpy_state_of(PRIME_BIAS, "float32", mask)
     return against_reference(np.asarray(outputs), PRIME_BIAS, state, np.asarray(inputs)).held
 
 

@@ -9,7 +9,7 @@ from compare.cases import CASES, PRIME, PRIME_BIAS, Case
 from compare.rounding import FLOAT64_RELATIVE
 from compare.run import IMPLEMENTATIONS, run
 
-from .support import judge, normal, state_of
+from .support import judge, normal, numpy_state_of
 
 DTYPES = ("float32", "float64")
 T = PRIME.context_length
@@ -40,14 +40,14 @@ MASKS = {
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(", ", "-"))
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_within_the_rounding_bound_of_the_reference(name: str, case: Case, dtype: str, device: str) -> None:
-    found = judge(name, case.config, state_of(case.config, dtype), case.inputs().astype(dtype), device)
+    found = judge(name, case.config, numpy_state_of(case.config, dtype), case.inputs().astype(dtype), device)
     assert found.held, found
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(", ", "-"))
 @pytest.mark.parametrize("name", ["linen", "nnx"])
 def test_float64_equals_torch(name: str, case: Case, device: str) -> None:
-    state, inputs = state_of(case.config, "float64"), case.inputs().astype(np.float64)
+    state, inputs = numpy_state_of(case.config, "float64"), case.inputs().astype(np.float64)
     torch_outputs = run("torch", case.config, state, inputs, device=device)
     found = agreement(run(name, case.config, state, inputs, device=device), torch_outputs)
     assert found.relative <= FLOAT64_RELATIVE, found
@@ -57,14 +57,14 @@ def test_float64_equals_torch(name: str, case: Case, device: str) -> None:
 @pytest.mark.parametrize("tokens", [5, T])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_obeys_any_mask(name: str, tokens: int, mask: np.ndarray, device: str) -> None:
-    state = state_of(PRIME_BIAS, "float32", mask)
+    state = numpy_state_of(PRIME_BIAS, "float32", mask)
     found = judge(name, PRIME_BIAS, state, normal(2, tokens, PRIME_BIAS.input_embedding_dim), device)
     assert found.held, found
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_a_closed_row_is_nan_and_no_other(name: str, device: str) -> None:
-    state = state_of(PRIME, "float32", MASKS["row closed"])
+    state = numpy_state_of(PRIME, "float32", MASKS["row closed"])
     outputs = run(name, PRIME, state, normal(2, 5, PRIME.input_embedding_dim), device=device)
     assert np.isnan(outputs[:, 2]).all()
     assert np.isfinite(np.delete(outputs, 2, axis=1)).all()
@@ -74,14 +74,14 @@ def test_a_closed_row_is_nan_and_no_other(name: str, device: str) -> None:
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_empty_inputs_give_empty_outputs(name: str, shape: tuple[int, int], device: str) -> None:
     inputs = np.zeros((*shape, PRIME.input_embedding_dim), dtype=np.float32)
-    outputs = run(name, PRIME, state_of(PRIME, "float32"), inputs, device=device)
+    outputs = run(name, PRIME, numpy_state_of(PRIME, "float32"), inputs, device=device)
     assert outputs.shape == (*shape, PRIME.output_embedding_dim)
     assert outputs.dtype == np.float32
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_without_the_buffer_it_is_the_same_function(name: str, device: str) -> None:
-    state = state_of(PRIME, "float32")
+    state = numpy_state_of(PRIME, "float32")
     inputs = normal(2, 5, PRIME.input_embedding_dim)
     without = {key: tensor for key, tensor in state.items() if key != "mask"}
     with_buffer, plain = (run(name, PRIME, found, inputs, device=device) for found in (state, without))

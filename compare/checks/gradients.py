@@ -13,7 +13,6 @@ from ..dual import Dual
 from ..reference_gradient import attention_forward, attention_gradient
 from ..remembered import remembered
 from ..run import Implementation
-from ..transfer import numpy_state
 from ..trials import Trial
 
 
@@ -40,7 +39,7 @@ def gradients(implementation: Implementation, trial: Trial, device: str = "cpu")
 def problem_of(trial: Trial) -> Problem:
     """Return the trial with a drawn cotangent and direction."""
     random = np.random.default_rng(1)
-    arrays = {**numpy_state(trial.state), "inputs": trial.inputs}
+    arrays = {**trial.state, "inputs": trial.inputs}
     cotangent = random.standard_normal((*trial.inputs.shape[:2], trial.config.output_embedding_dim))
     direction = {key: random.standard_normal(array.shape) for key, array in arrays.items() if key != "mask"}
     return Problem(trial.config, trial.state, trial.inputs, cotangent, direction, trial.keep)
@@ -48,7 +47,7 @@ def problem_of(trial: Trial) -> Problem:
 
 def exact_derivatives(problem: Problem) -> dict[str, Dual]:
     """Return, by torch's names, each gradient with the Hessian-vector product as its tangent, and their bounds."""
-    arrays = {**numpy_state(problem.state), "inputs": problem.inputs}
+    arrays = {**problem.state, "inputs": problem.inputs}
     mask = arrays.pop("mask")
     return _exact_derivatives(problem.config, arrays, mask, problem.cotangent, problem.direction, problem.keep)
 

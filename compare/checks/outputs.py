@@ -10,7 +10,6 @@ from ..parity import against_reference
 from ..products import leaking_dtypes
 from ..rounding import PRECISIONS, overflow
 from ..run import Implementation, compiled
-from ..transfer import numpy_state
 from ..trials import Trial
 
 
@@ -19,7 +18,7 @@ def outputs(implementation: Implementation, trial: Trial, device: str = "cpu") -
     call = compiled(implementation, trial.config, device)
     for dtype, precision in PRECISIONS.items():
         given = trial.rounded(dtype)
-        if overflow(given.inputs, numpy_state(given.state), given.mask, precision, given.config.num_heads):
+        if overflow(given.inputs, given.state, given.mask, precision, given.config.num_heads):
             continue
         found = call(given.state, given.inputs, given.keep)
         agreed = against_reference(found, given.config, given.state, given.inputs, given.keep)

@@ -8,13 +8,12 @@ from ..reference import attention_stages
 from ..rounding import PRECISIONS, stage_bounds
 from ..run import Implementation
 from ..stages import record_stages
-from ..transfer import numpy_state
 from ..trials import Trial
 
 
 def stages(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
     """Yield a finding for each stage, in float64."""
-    arrays, precision = numpy_state(trial.state), PRECISIONS["float64"]
+    arrays, precision = trial.state, PRECISIONS["float64"]
     found = record_stages(implementation, trial, device)
     asked = trial.config.dropout, trial.config.num_heads
     exact = attention_stages(trial.inputs, arrays, trial.mask, trial.keep, *asked)

@@ -15,13 +15,14 @@ import flax_impl
 
 from .. import limits
 from ..agreement import Agreement, Finding, agreement, identical, same_names
+from ..cases import State
 from ..checkpoint import load_checkpoint, save_checkpoint
-from ..convert import StateDict, linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
+from ..convert import linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
 from ..errors import ConversionError
 from ..parity import exact_and_limit
 from ..reference import causal_mask
 from ..run import Implementation, build_linen, build_nnx, build_torch, jax_on, linen_template
-from ..transfer import numpy_state, numpy_to_tensor, tensor_to_numpy
+from ..transfer import numpy_state, numpy_to_tensor, tensor_to_numpy, torch_state
 from ..trials import Trial
 
 SUFFIXES = (".pth", ".safetensors", ".msgpack")
@@ -58,18 +59,18 @@ def _empty(implementation: Implementation, trial: Trial) -> Any:
     )
 
 
-def _filled(implementation: Implementation, state: StateDict, trial: Trial) -> Any:
+def _filled(implementation: Implementation, state: State, trial: Trial) -> Any:
     holder = _empty(implementation, trial)
     if implementation == "torch":
-        holder.load_state_dict(state)
+        holder.load_state_dict(torch_state(state))
         return holder
-    return torch_to_linen(state, holder) if implementation == "linen" else torch_to_nnx(state, holder)
+    return (torch_to_linen if implementation == "linen" else torch_to_nnx)(torch_state(state), holder)
 
 
-def _state_of(holder: Any) -> StateDict:
+def _state_of(holder: Any) -> State:
     if isinstance(holder, torch.nn.Module):
-        return holder.state_dict()
-    return nnx_to_torch(holder) if isinstance(holder, nnx.Module) else linen_to_torch(holder)
+        return numpy_state(holder.state_dict())
+    return numpy_state(nnx_to_torch(holder) if isinstance(holder, nnx.Module) else linen_to_torch(holder))
 
 
 def _kinds(implementation: Implementation, trial: Trial) -> tuple[set[str], set[str]]:
@@ -95,29 +96,29 @@ def _built(implementation: Implementation, trial: Trial) -> Agreement:
         inputs = jax.numpy.ones((1, 1, trial.config.input_embedding_dim))
         fresh = build_linen(trial.config, buffer=True).init(jax.random.key(0), inputs)
         return identical(np.asarray(fresh["buffers"]["mask"]), causal)
-    return identical(tensor_to_numpy(_state_of(_empty(implementation, trial))["mask"]), causal)
+    return identical(_state_of(_empty(implementation, trial))["mask"], causal)
 
 
-def _same_state(found: StateDict, expected: StateDict) -> Agreement:
+def _same_state(found: State, expected: State) -> Agreement:
     """Return the worst comparison of two states."""
     names = same_names(found, expected)
-    each = [identical(array, numpy_state(found)[key]) for key, array in numpy_state(expected).items() if key in found]
+    each = [identical(array, found[key]) for key, array in expected.items() if key in found]
     return max([names, *each], key=lambda agreed: agreed.ratio)
 
 
 def _wide(implementation: Implementation, trial: Trial) -> Agreement:
     """Convert an int64 mask with an entry that 32 bits do not hold: refused without x64, kept with it."""
     wide = np.where(trial.mask != 0, 2**40, 0)
-    state = {**trial.state, "mask": numpy_to_tensor(wide)}
+    state = {**trial.state, "mask": wide}
     if implementation == "torch":
         module = build_torch(trial.config, buffer=True)
-        module.load_state_dict(state, assign=True)
+        module.load_state_dict(torch_state(state), assign=True)
         return identical(tensor_to_numpy(module.mask), wide)
     try:
-        kept = tensor_to_numpy(_state_of(_filled(implementation, state, trial))["mask"])
+        kept = _state_of(_filled(implementation, state, trial))["mask"]
     except ConversionError:
         with jax.enable_x64(True):
-            kept = tensor_to_numpy(_state_of(_filled(implementation, state, trial))["mask"])
+            kept = _state_of(_filled(implementation, state, trial))["mask"]
     return agreement(kept, wide, 0.0)
 
 

@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..agreement import agreement
-from ..cases import Config
-from ..convert import StateDict
+from ..cases import Config, State
 from ..dtypes import numpy_dtype
 from ..findings import Cell, Check, Section, Table
 from ..parity import exact_and_limit
 from ..reference import attention_stages, causal_mask
 from ..rounding import PRECISIONS, overflow
 from ..run import IMPLEMENTATIONS, TITLES, compiled
-from ..transfer import numpy_state, numpy_to_tensor
 from ..trials import draw_parameters
 
 # Few shapes, so that compiling does not take the time; tokens < context_length in most.
@@ -56,31 +54,30 @@ def sections(cases: int, seed: int = 0) -> Iterator[Section | str]:
     yield _section(tallies, seed)
 
 
-def draw(config: Config, tokens: int, dtype: str, random: np.random.Generator) -> tuple[StateDict, np.ndarray]:
+def draw(config: Config, tokens: int, dtype: str, random: np.random.Generator) -> tuple[State, np.ndarray]:
     """Draw weights at one of the scales, a mask with any share of open entries or the causal one, and inputs."""
     scale = SCALES[random.integers(len(SCALES))]
     state = draw_parameters(config, random, scale)
     square = config.context_length, config.context_length
     mask = causal_mask(config.context_length) if random.random() < 0.5 else random.random(square) < random.random()
-    tensors = {key: numpy_to_tensor(value.astype(numpy_dtype(dtype))) for key, value in state.items()}
-    tensors["mask"] = numpy_to_tensor(np.asarray(mask, dtype=np.float32))
+    arrays = {key: value.astype(numpy_dtype(dtype)) for key, value in state.items()}
+    arrays["mask"] = np.asarray(mask, dtype=np.float32)
     inputs = random.standard_normal((2, tokens, config.input_embedding_dim)).astype(numpy_dtype(dtype))
-    return tensors, inputs
+    return arrays, inputs
 
 
 def _judge(tally: Tally, dtype: str, shape: tuple[Config, int], runners: dict, random: np.random.Generator) -> None:
     """Run one case in each implementation; keep error over bound, and the slip that the bound would catch."""
     state, inputs = draw(*shape, dtype, random)
-    arrays = numpy_state(state)
     tally.cases += 1
-    if overflow(inputs, arrays, arrays["mask"], PRECISIONS[dtype]):
+    if overflow(inputs, state, state["mask"], PRECISIONS[dtype]):
         tally.outside += 1
         return
     exact, limit = exact_and_limit(shape[0], state, inputs)
     for name in IMPLEMENTATIONS:
         tally.ratios[name].append(agreement(runners[name, shape](state, inputs), exact, limit).ratio)
-    slipped = {key: value.astype(np.float64) * (1 + SLIP if "query" in key else 1) for key, value in arrays.items()}
-    moved = np.abs(attention_stages(inputs, slipped, arrays["mask"]).context - exact) / SLIP
+    slipped = {key: value.astype(np.float64) * (1 + SLIP if "query" in key else 1) for key, value in state.items()}
+    moved = np.abs(attention_stages(inputs, slipped, state["mask"]).context - exact) / SLIP
     caught = np.nanmax(moved / limit, initial=0.0)
     if caught:
         tally.slips[shape[0]] = min(tally.slips[shape[0]], float(1 / caught))

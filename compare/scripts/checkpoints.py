@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import torch
 
-from ..cases import NOTEBOOK, Config
+from ..cases import NOTEBOOK, Config, State
 from ..checkpoint import save_checkpoint
-from ..convert import StateDict, torch_to_linen, torch_to_nnx
+from ..convert import torch_to_linen, torch_to_nnx
 from ..findings import Check, Section, Table
 from ..golden import initial_states
 from ..run import IMPLEMENTATIONS, TITLES, build_nnx, build_torch, linen_template
 from ..subprocesses import ON_CPU, run_module
+from ..transfer import torch_state
 from .reload import checksum
 
 SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")
@@ -40,13 +41,13 @@ def sections() -> Iterator[Section | str]:
         yield _section("without", lost, loaded, checksum(without_buffer), INITIAL, _same_bytes(lost))
 
 
-def edited_sources(config: Config, state: StateDict, *, buffer: bool) -> dict[str, Any]:
+def edited_sources(config: Config, state: State, *, buffer: bool) -> dict[str, Any]:
     """Return the state in each implementation, its mask edited 1 -> 2 the framework's own way.
 
     A Linen module without the buffer has no place for the edit: its mask is made anew at every call.
     """
     module = build_torch(config, buffer=buffer)
-    module.load_state_dict(state)
+    module.load_state_dict(torch_state(state))
     variables = torch_to_linen(module, linen_template(config, buffer=buffer))
     model = torch_to_nnx(module, build_nnx(config, buffer=buffer))
 

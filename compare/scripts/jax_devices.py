@@ -16,6 +16,7 @@ from ..cases import NOTEBOOK
 from ..convert import torch_to_linen, torch_to_nnx
 from ..golden import initial_states, inputs
 from ..run import NnxAttention, build_linen, build_nnx, linen_mask, linen_template
+from ..transfer import torch_state
 
 HERE, THERE = jax.devices("cpu")
 
@@ -32,7 +33,7 @@ def observe(call: Callable[[], Any], mask: jax.Array) -> dict[str, str]:
 
 def linen_cases() -> dict[str, Any]:
     """The four cases with Linen variables."""
-    without_buffer, with_buffer = initial_states()
+    without_buffer, with_buffer = map(torch_state, initial_states())
     tokens = jax.device_put(inputs(), THERE)
     model, plain = build_linen(NOTEBOOK, buffer=True), build_linen(NOTEBOOK, buffer=False)
     variables = jax.device_put(torch_to_linen(with_buffer, linen_template(NOTEBOOK, buffer=True)), HERE)
@@ -61,7 +62,7 @@ def linen_cases() -> dict[str, Any]:
 
 def nnx_cases() -> dict[str, Any]:
     """The four cases with NNX models: the plain mask is the committed, then the uncommitted one."""
-    without_buffer, with_buffer = initial_states()
+    without_buffer, with_buffer = map(torch_state, initial_states())
     tokens = jax.device_put(inputs(), THERE)
     model = _moved(torch_to_nnx(with_buffer, build_nnx(NOTEBOOK, buffer=True)))
     plain = _moved(torch_to_nnx(without_buffer, build_nnx(NOTEBOOK, buffer=False)))

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..cases import NOTEBOOK
+from ..cases import NOTEBOOK, State
 from ..checkpoint import load_checkpoint, save_checkpoint
-from ..convert import StateDict, linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
+from ..convert import linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
 from ..findings import Check, Panels, Section, Table
 from ..golden import PRINT_ROUNDING, RowMatch, figures, initial_states, inputs, match_rows
 from ..run import IMPLEMENTATIONS, TITLES, Implementation, build_nnx, build_torch, linen_mask, linen_template, run
-from ..transfer import numpy_state
+from ..transfer import numpy_state, torch_state
 from .checkpoints import edited_sources
 from .devices import here, mismatch_check
 
@@ -70,7 +70,7 @@ class _Cell(NamedTuple):
         return sum(match.patterns > 0 and match.dropped == torch.dropped for match, torch in pairs)
 
 
-def _match(name: str, state: StateDict, printed: list[Any]) -> _Cell:
+def _match(name: str, state: State, printed: list[Any]) -> _Cell:
     return _Cell(
         name,
         {implementation: match_rows(implementation, state, np.array(printed)) for implementation in IMPLEMENTATIONS},
@@ -141,12 +141,13 @@ def _mismatch() -> Section:
     )
 
 
-def _state(title: str, cell: str, state: StateDict, printed: dict[str, Any]) -> Section:
+def _state(title: str, cell: str, state: State, printed: dict[str, Any]) -> Section:
     """Show every printed entry as each implementation holds it, and its place there."""
     buffer = "mask" in state
-    variables = torch_to_linen(state, linen_template(NOTEBOOK, buffer=buffer))
-    model = torch_to_nnx(state, build_nnx(NOTEBOOK, buffer=buffer))
-    held = {"torch": state, "linen": linen_to_torch(variables), "nnx": nnx_to_torch(model)}
+    tensors = torch_state(state)
+    variables = torch_to_linen(tensors, linen_template(NOTEBOOK, buffer=buffer))
+    model = torch_to_nnx(tensors, build_nnx(NOTEBOOK, buffer=buffer))
+    held = {"torch": tensors, "linen": linen_to_torch(variables), "nnx": nnx_to_torch(model)}
     arrays = {name: numpy_state(found) for name, found in held.items()}
     section = Section(title)
     for key in printed:
@@ -173,7 +174,7 @@ def _state(title: str, cell: str, state: StateDict, printed: dict[str, Any]) -> 
     return section
 
 
-def _edit(state: StateDict) -> Section:
+def _edit(state: State) -> Section:
     """Edit the mask in each implementation, and show that the output does not care: nonzero blocks."""
     sources = edited_sources(NOTEBOOK, state, buffer=True)
     masks = _masks(sources, buffer=True)
@@ -195,7 +196,7 @@ def _edit(state: StateDict) -> Section:
     return section
 
 
-def _reload(title: str, cell: str, state: StateDict, *, buffer: bool) -> Section:
+def _reload(title: str, cell: str, state: State, *, buffer: bool) -> Section:
     """Edit, save in each framework's own format, load into fresh modules."""
     sources = edited_sources(NOTEBOOK, state, buffer=buffer)
     fresh: dict[str, Any] = {

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from ..agreement import Agreement, agreement
-from ..cases import CASES, Case
-from ..convert import StateDict
+from ..cases import CASES, Case, State
 from ..findings import Cell, Check, Histogram, Section, Table
 from ..parity import exact_and_limit
 from ..rounding import FLOAT64_RELATIVE, PRECISIONS, TF32
 from ..run import IMPLEMENTATIONS, TITLES, Implementation, build_torch, compiled, missing_cuda, places, run
+from ..transfer import numpy_state
 
 SEED = 211
 DTYPES = ("float64", "float32")
@@ -31,12 +31,12 @@ def sections(device: str | None = None) -> Iterator[Section]:
     yield Section("Outputs on CUDA", [f"Not yet run on a GPU: {missing}."], [skipped])
 
 
-def case_state(case: Case, dtype: str) -> StateDict:
+def case_state(case: Case, dtype: str) -> State:
     """Return the state of a torch module with the buffer, seeded, in the given precision."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         module = build_torch(case.config, buffer=True)
-    return module.to(getattr(torch, dtype)).state_dict()
+    return numpy_state(module.to(getattr(torch, dtype)).state_dict())
 
 
 class _Result(NamedTuple):

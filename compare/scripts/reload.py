@@ -13,34 +13,34 @@ from typing import Any
 
 import numpy as np
 
-from ..cases import NOTEBOOK
+from ..cases import NOTEBOOK, State
 from ..checkpoint import load_checkpoint
-from ..convert import StateDict, linen_to_torch, nnx_to_torch
+from ..convert import linen_to_torch, nnx_to_torch
 from ..run import build_nnx, build_torch, linen_mask, linen_template
-from ..transfer import tensor_to_numpy
+from ..transfer import numpy_state
 
 
-def checksum(state: StateDict) -> str:
+def checksum(state: State) -> str:
     """Return a digest of the parameters, by name, dtype, shape and bits."""
     digest = hashlib.sha256()
     for key in sorted(state.keys() - {"mask"}):
-        array = tensor_to_numpy(state[key])
+        array = state[key]
         digest.update(f"{key} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]
 
 
-def load(implementation: str, path: Path) -> tuple[Any, StateDict]:
+def load(implementation: str, path: Path) -> tuple[Any, State]:
     """Load the checkpoint into a fresh module; return its mask and its state."""
     buffer = path.name.startswith("with-")
     if implementation == "torch":
         module = load_checkpoint(path, build_torch(NOTEBOOK, buffer=buffer))
-        return module.mask, module.state_dict()
+        return module.mask, numpy_state(module.state_dict())
     if implementation == "nnx":
         model = load_checkpoint(path, build_nnx(NOTEBOOK, buffer=buffer))
-        return model.mask, nnx_to_torch(model)
+        return model.mask, numpy_state(nnx_to_torch(model))
     variables = load_checkpoint(path, linen_template(NOTEBOOK, buffer=buffer))
-    return linen_mask(NOTEBOOK, variables, buffer=buffer), linen_to_torch(variables)
+    return linen_mask(NOTEBOOK, variables, buffer=buffer), numpy_state(linen_to_torch(variables))
 
 
 def main() -> None:
