@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from .cases import Config, State
 from .convert import linen_to_torch, torch_to_linen
-from .run import Implementation, flax_forward, flax_state, jax_on, linen_template, ready_torch
+from .proof.cases import Config, Implementation, State
+from .run import flax_forward, flax_state, jax_on, linen_template, ready_torch
 from .transfer import numpy_state, torch_state
 
 

@@ -14,12 +14,10 @@ from flax import linen, nnx
 import flax_impl
 import torch_impl
 
-from .cases import Config, State
 from .convert import torch_to_linen, torch_to_nnx
+from .proof.cases import Config, Implementation, State
 from .transfer import numpy_to_tensor, tensor_to_numpy, torch_state
 
-Implementation = Literal["torch", "linen", "nnx"]
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("torch", "linen", "nnx")
 TorchAttention = (
     torch_impl.CausalAttentionWithBuffer
     | torch_impl.CausalAttentionWithoutBuffers
@@ -33,7 +31,6 @@ NnxAttention = (
     | flax_impl.nnx.CausalAttentionWithoutBuffers
     | flax_impl.nnx.CausalMultiHeadAttention
 )
-TITLES: dict[str, str] = {"torch": "PyTorch", "linen": "Flax Linen", "nnx": "Flax NNX"}
 
 
 def build_torch(config: Config, *, buffer: bool) -> TorchAttention:

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from .agreement import Finding
 from .findings import Cell, Check, Table
-from .run import IMPLEMENTATIONS, TITLES
+from .proof.agreement import Finding
+from .proof.cases import IMPLEMENTATIONS, TITLES
 
 
 def ratio_table(findings: Sequence[Finding]) -> Table:

@@ -10,10 +10,10 @@ import torch
 from flax import linen
 from torch.overrides import TorchFunctionMode
 
-from .reference import Stages
-from .run import Implementation, NnxFunction, flax_forward, flax_state, jax_on, ready_torch
+from .proof.cases import Implementation, Trial
+from .proof.reference import Stages
+from .run import NnxFunction, flax_forward, flax_state, jax_on, ready_torch
 from .transfer import numpy_to_tensor, tensor_to_numpy
-from .trials import Trial
 
 # Where each stage comes out of a module; scores are what the softmax is given.
 PRODUCERS = {
@@ -26,7 +26,7 @@ PRODUCERS = {
 
 
 def record_stages(implementation: Implementation, trial: Trial, device: str = "cpu") -> Stages:
-    """Run the trial in its dtype and return its stages, shaped as those of `compare.reference`.
+    """Run the trial in its dtype and return its stages, shaped as those of `compare.proof.reference`.
 
     Raises:
         ValueError: a stage was never computed, or more than once.

@@ -21,9 +21,9 @@ from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compare
-from compare.cases import PRIME
 from compare.checkpoint.convert_file import convert_checkpoint
 from compare.checkpoint.manifest import KEY
+from compare.proof.cases import PRIME
 
 from .support import linen_variables, state_of, torch_module
 

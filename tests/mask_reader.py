@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from compare.cases import PRIME
 from compare.checkpoint import load_checkpoint
+from compare.proof.cases import PRIME
 from compare.run import build_nnx, build_torch, linen_template
 from compare.transfer import tensor_to_numpy
 

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from compare.cases import Config
 from compare.convert import linen_to_torch, torch_to_linen
 from compare.errors import ConversionError
-from compare.parity import against_reference
+from compare.proof.cases import Config
+from compare.proof.parity import against_reference
 from compare.run import build_linen, build_torch, linen_template
 from compare.transfer import numpy_state
 

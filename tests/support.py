@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from compare.agreement import Agreement
-from compare.cases import PRIME_BIAS, Config, State
 from compare.convert import StateDict, torch_to_linen, torch_to_nnx
-from compare.parity import against_reference
-from compare.run import Implementation, NnxAttention, TorchAttention, build_nnx, build_torch, linen_template, run
+from compare.proof.agreement import Agreement
+from compare.proof.cases import PRIME_BIAS, Config, Implementation, State
+from compare.proof.parity import against_reference
+from compare.run import NnxAttention, TorchAttention, build_nnx, build_torch, linen_template, run
 from compare.transfer import numpy_state
 
 

@@ -15,7 +15,7 @@ from compare.ahead import Ahead
 from compare.compile_cache import compilation_cache
 from compare.findings import Section
 from compare.jobs import Job
-from compare.remembered import MAX_RESULTS, remembered
+from compare.proof.remembered import MAX_RESULTS, remembered
 
 
 @pytest.fixture

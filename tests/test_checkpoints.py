@@ -20,10 +20,10 @@ from flax import nnx, serialization
 
 import compare
 from compare import files
-from compare.cases import PRIME, PRIME_BIAS, Config
 from compare.checkpoint import orbax_folder
 from compare.errors import CheckpointError
-from compare.run import IMPLEMENTATIONS, build_nnx, build_torch, linen_template
+from compare.proof.cases import IMPLEMENTATIONS, PRIME, PRIME_BIAS, Config
+from compare.run import build_nnx, build_torch, linen_template
 from compare.scripts import checkpoints
 from compare.transfer import tensor_to_numpy
 

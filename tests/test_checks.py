@@ -3,25 +3,25 @@
 import numpy as np
 import pytest
 
-from compare import trials
-from compare.agreement import Finding, agreement
 from compare.checks import CHECKS, ON_THEIR_OWN
 from compare.checks.causality import causality
 from compare.checks.determinism import compiled_by_torch
 from compare.checks.stages import first_parted, stages
 from compare.mutants import MUTANTS, planted
-from compare.run import IMPLEMENTATIONS
+from compare.proof import cases
+from compare.proof.agreement import Finding, agreement
+from compare.proof.cases import IMPLEMENTATIONS
 from compare.scripts.checks import sections
 from compare.settle import settle
 
 ON_EACH = [name for name in CHECKS if name not in ON_THEIR_OWN]
-TRIALS = trials.fixed()
+TRIALS = cases.fixed_trials()
 
 
 @pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
 @pytest.mark.parametrize("check", ON_EACH)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_on_each_trial(name: str, check: str, trial: trials.Trial, device: str) -> None:
+def test_on_each_trial(name: str, check: str, trial: cases.Trial, device: str) -> None:
     findings = list(CHECKS[check](name, trial, device))
     assert findings or (check == "gradients" and trial.closed)
     for finding in findings:

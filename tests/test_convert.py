@@ -14,9 +14,9 @@ from flax.core import freeze
 from hypothesis.extra import numpy as hnp
 
 import compare
-from compare.cases import PRIME, PRIME_BIAS, Config
 from compare.errors import ConversionError
 from compare.mapping import ROWS
+from compare.proof.cases import PRIME, PRIME_BIAS, Config
 from compare.run import build_nnx, linen_template
 from compare.transfer import Untransferable, numpy_to_tensor, tensor_to_numpy, to_jax, to_torch
 

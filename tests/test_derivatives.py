@@ -10,11 +10,10 @@ import torch
 from flax import nnx
 from jax.test_util import check_grads
 
-from compare.cases import Config
 from compare.checks.gradients import exact_derivatives, problem_of
 from compare.derivatives import Problem
+from compare.proof.cases import Config, Trial, draw
 from compare.run import ready_linen, ready_nnx, ready_torch
-from compare.trials import Trial, draw
 
 from .support import normal, numpy_state_of
 

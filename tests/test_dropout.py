@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from compare.checks.dropout import SHAPE
-from compare.limits import binomial_distance
+from compare.proof.tolerances import binomial_distance
 
 RATE = 0.3
 

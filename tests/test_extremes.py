@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 
-from compare.agreement import agreement
-from compare.cases import Config
 from compare.dtypes import numpy_dtype
-from compare.parity import against_reference
-from compare.reference import attention_stages
-from compare.rounding import PRECISIONS, overflow
-from compare.run import IMPLEMENTATIONS, run
-from compare.trials import Trial, draw
+from compare.proof.agreement import agreement
+from compare.proof.cases import IMPLEMENTATIONS, Config, Trial, draw
+from compare.proof.parity import against_reference
+from compare.proof.reference import attention_stages
+from compare.proof.rounding_bound import PRECISIONS, overflow
+from compare.run import run
 
 hypothesis = pytest.importorskip("hypothesis")
 assume, given, st = hypothesis.assume, hypothesis.given, hypothesis.strategies

@@ -15,9 +15,9 @@ import torch
 from flax import nnx
 
 import compare
-from compare.cases import PRIME
 from compare.checkpoint.convert_file import convert_checkpoint
 from compare.errors import CheckpointError, UnverifiedCheckpoint
+from compare.proof.cases import PRIME
 from compare.run import build_nnx
 
 from .faults import DATA_FAULTS, FAULTS
@@ -80,7 +80,7 @@ def test_a_conversion_refuses_it_too(name: str, tmp_path: Path) -> None:
 SCRIPT = """
 import json, sys, warnings
 from pathlib import Path
-from compare.cases import PRIME
+from compare.proof.cases import PRIME
 from compare.checkpoint import load_checkpoint
 from compare.errors import CheckpointError
 from tests.faults import DATA_FAULTS

@@ -21,23 +21,22 @@ from flax import nnx
 import compare
 import flax_impl
 import torch_impl
-from compare import limits
-from compare.agreement import agreement
-from compare.bounded import Bounded
-from compare.cases import Config
 from compare.checkpoint import load_checkpoint, save_checkpoint
 from compare.checks.fused import masks
 from compare.convert import linen_to_torch, nnx_to_torch
 from compare.dtypes import numpy_dtype
 from compare.mapping import ROWS
-from compare.reference import masked_attention as exact_attention
-from compare.reference_gradient import attention_forward, attention_gradient
-from compare.rounding import PRECISIONS, attention_bounds, most_tiles
+from compare.proof import tolerances
+from compare.proof.agreement import agreement
+from compare.proof.cases import Config, draw
+from compare.proof.reference import masked_attention as exact_attention
+from compare.proof.reference_gradient import attention_forward, attention_gradient
+from compare.proof.rounding_bound import PRECISIONS, attention_bounds, most_tiles
+from compare.proof.running_error import Bounded
 from compare.run import build_nnx, build_torch, linen_template
 from compare.scripts import attention
 from compare.subprocesses import child_environment
 from compare.transfer import numpy_to_tensor, tensor_to_numpy, torch_state
-from compare.trials import draw
 from flax_impl.mask_tiles import is_causal
 from torch_impl import mask_layout
 
@@ -127,7 +126,7 @@ def judge_gradients(found: list[np.ndarray], heads: np.ndarray, mask: np.ndarray
     lifted = {name: Bounded.exact(array) for name, array in given.items()}
     cotangent = Bounded.exact(np.where(closed[:, None], 0.0, heads[3]))
     exact = attention_gradient(lifted, attention_forward(lifted, opened), cotangent)["inputs"]
-    parts = np.split(exact.value, 3, axis=-1), np.split(limits.regrouped(exact), 3, axis=-1)
+    parts = np.split(exact.value, 3, axis=-1), np.split(tolerances.regrouped(exact), 3, axis=-1)
     for name, got, expected, limit in zip("qkv", found, *parts, strict=True):
         if name == "v" and closed.any():
             assert np.isnan(got).all()

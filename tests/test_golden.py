@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import compare
-from compare.cases import NOTEBOOK
 from compare.golden import PRINT_ROUNDING, figures, initial_states, match_rows
-from compare.run import IMPLEMENTATIONS, build_nnx, linen_template
+from compare.proof.cases import IMPLEMENTATIONS, NOTEBOOK
+from compare.run import build_nnx, linen_template
 from compare.scripts import notebook
 from compare.transfer import torch_state
 

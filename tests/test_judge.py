@@ -6,14 +6,14 @@ import mpmath
 import numpy as np
 import pytest
 
-from compare.agreement import agreement
-from compare.cases import CASES, Config
 from compare.dtypes import numpy_dtype
 from compare.mutants import MUTANTS, planted
-from compare.parity import against_reference, exact_and_limit
-from compare.reference import attention_stages, masked_attention
-from compare.rounding import EXP_ULPS, PRECISIONS, overflow
-from compare.run import IMPLEMENTATIONS, run
+from compare.proof.agreement import agreement
+from compare.proof.cases import CASES, IMPLEMENTATIONS, Config
+from compare.proof.parity import against_reference, exact_and_limit
+from compare.proof.reference import attention_stages, masked_attention
+from compare.proof.rounding_bound import EXP_ULPS, PRECISIONS, overflow
+from compare.run import run
 from compare.scripts import bound, outputs
 
 from .support import normal, numpy_state_of

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import compare
-from compare.cases import PRIME
 from compare.checkpoint.convert_file import convert_checkpoint
 from compare.checkpoint.formats import open_checkpoint
 from compare.convert import torch_to_linen, torch_to_nnx
 from compare.dtypes import numpy_dtype
 from compare.errors import CheckpointError
-from compare.run import IMPLEMENTATIONS, build_nnx, build_torch, linen_template
+from compare.proof.cases import IMPLEMENTATIONS, PRIME
+from compare.run import build_nnx, build_torch, linen_template
 from compare.subprocesses import ON_CPU, run_module
 from compare.transfer import numpy_to_tensor, tensor_to_numpy
 

@@ -13,9 +13,9 @@ import torch
 from flax import nnx
 
 import compare
-from compare.cases import PRIME_BIAS
 from compare.errors import ConversionError
 from compare.mapping import LINEN, NNX, Left, Mapping, Row
+from compare.proof.cases import PRIME_BIAS
 from compare.run import build_nnx, linen_template
 
 from .support import torch_module

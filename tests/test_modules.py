@@ -12,10 +12,10 @@ from flax import nnx
 
 import flax_impl
 import torch_impl
-from compare.cases import PRIME_BIAS
 from compare.convert import torch_to_linen, torch_to_nnx
-from compare.parity import against_reference
-from compare.rounding import FLOAT64_RELATIVE
+from compare.proof.cases import PRIME_BIAS
+from compare.proof.parity import against_reference
+from compare.proof.rounding_bound import FLOAT64_RELATIVE
 from compare.run import linen_template
 from compare.subprocesses import run_module
 

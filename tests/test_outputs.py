@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from compare.agreement import agreement
-from compare.cases import CASES, PRIME, PRIME_BIAS, Case
-from compare.rounding import FLOAT64_RELATIVE
-from compare.run import IMPLEMENTATIONS, run
+from compare.proof.agreement import agreement
+from compare.proof.cases import CASES, IMPLEMENTATIONS, PRIME, PRIME_BIAS, Case
+from compare.proof.rounding_bound import FLOAT64_RELATIVE
+from compare.run import run
 
 from .support import judge, normal, numpy_state_of
 

@@ -2,18 +2,18 @@
 
 import pytest
 
-from compare import limits, trials
 from compare.checks import CHECKS
 from compare.processor import machine
 from compare.products import leaking_dtypes
+from compare.proof import cases, tolerances
+from compare.proof.cases import Trial
 from compare.scripts import checks
-from compare.trials import Trial
 
 from .products import LeakingProducts
 
 
 def trial(implementation: str) -> Trial:
-    (closed,) = [each for each in trials.fixed() if each.closed]
+    (closed,) = [each for each in cases.fixed_trials() if each.closed]
     return closed._replace(config=type(closed.config)(**{**closed.config.arguments, "implementation": implementation}))
 
 
@@ -39,7 +39,7 @@ def test_the_check_tells_torchs_fault_from_ours() -> None:
     assert not last.held
     assert last.check == "outputs in bfloat16"
     assert "this processor's bfloat16 product leaks" in str(last)
-    assert f"{limits.LEAKING.format(dtype='bfloat16')}." in sections[0].blocks
+    assert f"{tolerances.LEAKING.format(dtype='bfloat16')}." in sections[0].blocks
     assert all(check.held for check in sections[0].checks)
 
 

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Iterator
 
-from ..agreement import Finding
-from ..run import Implementation
-from ..trials import Trial
+from ..proof.agreement import Finding
+from ..proof.cases import Implementation, Trial
 from .causality import causality
 from .determinism import determinism
 from .dropout import dropout

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .. import limits
-from ..agreement import Finding, agreement, identical
-from ..reference import causal_mask
-from ..run import Implementation, compiled
-from ..trials import Trial
+from ..proof import tolerances
+from ..proof.agreement import Finding, agreement, identical
+from ..proof.cases import Implementation, Trial
+from ..proof.reference import causal_mask
+from ..run import compiled
 
 LATER = {"another token": 3.0, "a huge token": -1e30}
 
@@ -31,8 +31,8 @@ def causality(implementation: Implementation, trial: Trial, device: str = "cpu")
     before = outputs(None)
     for name, later in LATER.items():
         agreed = identical(outputs(later)[:, :first], before[:, :first])
-        yield Finding(f"causality: {name}", implementation, trial.name, agreed, limits.BITS)
+        yield Finding(f"causality: {name}", implementation, trial.name, agreed, tolerances.BITS)
     nowhere = np.full_like(before, np.nan)
     for later in (np.nan, np.inf):
         agreed = agreement(outputs(later), nowhere, 0.0)
-        yield Finding(f"causality: {later} reaches all", implementation, trial.name, agreed, limits.BITS)
+        yield Finding(f"causality: {later} reaches all", implementation, trial.name, agreed, tolerances.BITS)

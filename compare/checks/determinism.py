@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import torch
 
-from .. import limits
-from ..agreement import Finding, agreement, identical
-from ..parity import exact_and_limit
-from ..run import Implementation, compiled, flax_forward, flax_state, jax_on, ready_torch, run
+from ..proof import tolerances
+from ..proof.agreement import Finding, agreement, identical
+from ..proof.cases import Implementation, Trial
+from ..proof.parity import exact_and_limit
+from ..run import compiled, flax_forward, flax_state, jax_on, ready_torch, run
 from ..transfer import numpy_to_tensor, tensor_to_numpy
-from ..trials import Trial
 
 
 def determinism(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
@@ -28,7 +28,7 @@ def determinism(implementation: Implementation, trial: Trial, device: str = "cpu
 
     eager = outputs(given.inputs)
     again = identical(outputs(given.inputs), eager)
-    yield Finding("determinism: twice", implementation, trial.name, again, limits.BITS)
+    yield Finding("determinism: twice", implementation, trial.name, again, tolerances.BITS)
     _, limit = exact_and_limit(given.config, given.state, given.inputs, given.keep)
     if given.keep is not None:  # the pattern of dropout is the batch's, not one for each of its entries
         return
@@ -40,7 +40,7 @@ def determinism(implementation: Implementation, trial: Trial, device: str = "cpu
     found["a loop as the batch"] = np.concatenate([call(given.state, one[None]) for one in given.inputs])
     for name, transformed in found.items():
         agreed = agreement(transformed, eager, 2.0 * limit)
-        yield Finding(f"determinism: {name}", implementation, trial.name, agreed, limits.TWICE)
+        yield Finding(f"determinism: {name}", implementation, trial.name, agreed, tolerances.TWICE)
 
 
 def compiled_by_torch(trial: Trial, device: str = "cpu") -> Finding:
@@ -49,7 +49,7 @@ def compiled_by_torch(trial: Trial, device: str = "cpu") -> Finding:
     eager = run("torch", given.config, given.state, given.inputs, device=device, keep=given.keep)
     _, limit = exact_and_limit(given.config, given.state, given.inputs, given.keep)
     agreed = agreement(_run_compiled(given, device), eager, 2.0 * limit)
-    return Finding("determinism: torch.compile as eager", "torch", trial.name, agreed, limits.TWICE)
+    return Finding("determinism: torch.compile as eager", "torch", trial.name, agreed, tolerances.TWICE)
 
 
 def _run_compiled(trial: Trial, device: str) -> np.ndarray:

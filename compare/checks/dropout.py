@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from .. import limits
-from ..agreement import Agreement, Finding, agreement, identical
-from ..run import Implementation, build_linen, build_nnx, build_torch, linen_template
+from ..proof import tolerances
+from ..proof.agreement import Agreement, Finding, agreement, identical
+from ..proof.cases import Implementation, Trial
+from ..run import build_linen, build_nnx, build_torch, linen_template
 from ..transfer import tensor_to_numpy
-from ..trials import Trial
 
 SHAPE = (64, 64, 128)
 AXES = ("batch", "queries", "keys")
@@ -26,21 +26,21 @@ def dropout(implementation: Implementation, trial: Trial, device: str = "cpu") -
     def finding(what: str, agreed: Agreement, why: str) -> Finding:
         return Finding(f"dropout: {what}", implementation, f"rate {rate}", agreed, why)
 
-    yield finding("keep rate", _counted(kept, 1.0 - rate), limits.BINOMIAL)
+    yield finding("keep rate", _counted(kept, 1.0 - rate), tolerances.BINOMIAL)
     if kept.any():
         scaled = dropped[kept].astype(np.float64) * (1.0 - rate)
-        yield finding("scale", agreement(scaled, np.ones_like(scaled), limits.dropout_scale()), limits.SCALE)
+        yield finding("scale", agreement(scaled, np.ones_like(scaled), tolerances.dropout_scale()), tolerances.SCALE)
     alike = rate**2 + (1.0 - rate) ** 2
     for axis, name in enumerate(AXES):
         # Disjoint neighbors, so that the pairs are independent of each other too.
         first, second = (np.take(kept, range(start, kept.shape[axis], 2), axis=axis) for start in (0, 1))
-        yield finding(f"neighbors along the {name}", _counted(first == second, alike), limits.BINOMIAL)
+        yield finding(f"neighbors along the {name}", _counted(first == second, alike), tolerances.BINOMIAL)
     evaluated = _drop(implementation, trial, device, training=False)
-    yield finding("none in eval", identical(evaluated, np.ones(SHAPE, dtype=np.float32)), limits.BITS)
+    yield finding("none in eval", identical(evaluated, np.ones(SHAPE, dtype=np.float32)), tolerances.BITS)
 
 
 def _counted(events: np.ndarray, probability: float) -> Agreement:
-    count, expected, limit = limits.binomial_distance(int(events.sum()), events.size, probability)
+    count, expected, limit = tolerances.binomial_distance(int(events.sum()), events.size, probability)
     return agreement(np.array([count]), np.array([expected]), limit)
 
 

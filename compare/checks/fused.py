@@ -5,15 +5,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from .. import limits
-from ..agreement import Finding, agreement, identical
-from ..cases import Config
 from ..derivatives import gradient
-from ..parity import exact_and_limit
-from ..rounding import most_tiles
-from ..run import Implementation, compiled, ready_torch
+from ..proof import tolerances
+from ..proof.agreement import Finding, agreement, identical
+from ..proof.cases import Config, Implementation, Trial, draw
+from ..proof.parity import exact_and_limit
+from ..proof.rounding_bound import most_tiles
+from ..run import compiled, ready_torch
 from ..transfer import numpy_to_tensor, tensor_to_numpy
-from ..trials import Trial, draw
 from .gradients import exact_derivatives, problem_of
 
 # The last strip of queries and the last tile of keys are not whole ones.
@@ -32,7 +31,7 @@ def fused(implementation: Implementation, trial: Trial, device: str = "cpu") -> 
             given = causal.masked(f"fused, {name}", mask).rounded(dtype)
             exact, limit = exact_and_limit(config, given.state, given.inputs, tiles=tiles)
             agreed = agreement(call(given.state, given.inputs), exact, limit)
-            yield Finding(f"fused in {dtype}", implementation, given.name, agreed, limits.OUTPUT)
+            yield Finding(f"fused in {dtype}", implementation, given.name, agreed, tolerances.OUTPUT)
     yield from _gradients(implementation, causal.masked("fused, blocks", masks()["blocks"]), device)
     if implementation == "torch":  # which has a kernel for each of them, and remembers what it looked at
         yield from _gradients(implementation, causal, device)
@@ -70,8 +69,8 @@ def _gradients(implementation: Implementation, trial: Trial, device: str) -> Ite
     found = gradient(implementation, problem, device)
     for name, entry in exact_derivatives(problem).items():
         # The weights come out of one more logarithm and exponential than the formula has.
-        agreed = agreement(found[name], entry.value.value, limits.regrouped(entry.value))
-        yield Finding("fused gradients", implementation, f"{trial.name}, {name}", agreed, limits.FUSED_GRADIENT)
+        agreed = agreement(found[name], entry.value.value, tolerances.regrouped(entry.value))
+        yield Finding("fused gradients", implementation, f"{trial.name}, {name}", agreed, tolerances.FUSED_GRADIENT)
 
 
 def _edits(trial: Trial, device: str) -> Iterator[Finding]:
@@ -102,4 +101,4 @@ def _edits(trial: Trial, device: str) -> Iterator[Finding]:
             found = tensor_to_numpy(module(inputs))
             module.mask = module.mask.clone()
             agreed = identical(found, tensor_to_numpy(module(inputs)))
-            yield Finding(f"fused: mask {name}", "torch", trial.name, agreed, limits.BITS)
+            yield Finding(f"fused: mask {name}", "torch", trial.name, agreed, tolerances.BITS)

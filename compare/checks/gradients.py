@@ -4,16 +4,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .. import limits
-from ..agreement import Finding, agreement, same_names
-from ..bounded import Bounded
-from ..cases import Config
 from ..derivatives import Problem, derivatives
-from ..dual import Dual
-from ..reference_gradient import attention_forward, attention_gradient
-from ..remembered import remembered
-from ..run import Implementation
-from ..trials import Trial
+from ..proof import tolerances
+from ..proof.agreement import Finding, agreement, same_names
+from ..proof.cases import Config, Implementation, Trial
+from ..proof.dual_numbers import Dual
+from ..proof.reference_gradient import attention_forward, attention_gradient
+from ..proof.remembered import remembered
+from ..proof.running_error import Bounded
 
 
 def gradients(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
@@ -27,13 +25,13 @@ def gradients(implementation: Implementation, trial: Trial, device: str = "cpu")
     expected = exact_derivatives(problem)
     found = derivatives(implementation, problem, device)
     names = same_names(found.gradient, expected)
-    yield Finding("gradients: of what", implementation, trial.name, names, limits.NAMES)
+    yield Finding("gradients: of what", implementation, trial.name, names, tolerances.NAMES)
     for name in sorted(expected.keys() & found.gradient.keys()):
         first, second = expected[name].value, expected[name].tangent
-        agreed = agreement(found.gradient[name], first.value, limits.both_sides(first))
-        yield Finding("gradients", implementation, f"{trial.name}, {name}", agreed, limits.GRADIENT)
-        agreed = agreement(found.hessian_vector[name], second.value, limits.regrouped(second))
-        yield Finding("Hessian-vector products", implementation, f"{trial.name}, {name}", agreed, limits.HESSIAN)
+        agreed = agreement(found.gradient[name], first.value, tolerances.both_sides(first))
+        yield Finding("gradients", implementation, f"{trial.name}, {name}", agreed, tolerances.GRADIENT)
+        agreed = agreement(found.hessian_vector[name], second.value, tolerances.regrouped(second))
+        yield Finding("Hessian-vector products", implementation, f"{trial.name}, {name}", agreed, tolerances.HESSIAN)
 
 
 def problem_of(trial: Trial) -> Problem:

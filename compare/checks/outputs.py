@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .. import limits
-from ..agreement import Finding
-from ..parity import against_reference
 from ..products import leaking_dtypes
-from ..rounding import PRECISIONS, overflow
-from ..run import Implementation, compiled
-from ..trials import Trial
+from ..proof import tolerances
+from ..proof.agreement import Finding
+from ..proof.cases import Implementation, Trial
+from ..proof.parity import against_reference
+from ..proof.rounding_bound import PRECISIONS, overflow
+from ..run import compiled
 
 
 def outputs(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
@@ -23,5 +23,5 @@ def outputs(implementation: Implementation, trial: Trial, device: str = "cpu") -
         found = call(given.state, given.inputs, given.keep)
         agreed = against_reference(found, given.config, given.state, given.inputs, given.keep)
         is_leak = implementation == "torch" and np.isnan(agreed.found) and not np.isnan(agreed.expected)
-        why = limits.LEAKING.format(dtype=dtype) if is_leak and dtype in leaking_dtypes() else limits.OUTPUT
+        why = tolerances.LEAKING.format(dtype=dtype) if is_leak and dtype in leaking_dtypes() else tolerances.OUTPUT
         yield Finding(f"outputs in {dtype}", implementation, trial.name, agreed, why)

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 
-from .. import limits
-from ..agreement import Finding, agreement
-from ..reference import attention_stages
-from ..rounding import PRECISIONS, stage_bounds
-from ..run import Implementation
+from ..proof import tolerances
+from ..proof.agreement import Finding, agreement
+from ..proof.cases import Implementation, Trial
+from ..proof.reference import attention_stages
+from ..proof.rounding_bound import PRECISIONS, stage_bounds
 from ..stages import record_stages
-from ..trials import Trial
 
 
 def stages(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
@@ -21,7 +20,7 @@ def stages(implementation: Implementation, trial: Trial, device: str = "cpu") ->
     for name in exact._fields:
         # -inf, where scores are blocked, is compared as such; both sides round.
         agreed = agreement(getattr(found, name), getattr(exact, name), 2.0 * getattr(bound, name))
-        yield Finding(f"stage: {name}", implementation, trial.name, agreed, limits.OUTPUT)
+        yield Finding(f"stage: {name}", implementation, trial.name, agreed, tolerances.OUTPUT)
 
 
 def first_parted(findings: Iterable[Finding]) -> str:

@@ -13,17 +13,16 @@ from flax.traverse_util import flatten_dict
 
 import flax_impl
 
-from .. import limits
-from ..agreement import Agreement, Finding, agreement, identical, same_names
-from ..cases import State
 from ..checkpoint import load_checkpoint, save_checkpoint
 from ..convert import linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
 from ..errors import ConversionError
-from ..parity import exact_and_limit
-from ..reference import causal_mask
-from ..run import Implementation, build_linen, build_nnx, build_torch, jax_on, linen_template
+from ..proof import tolerances
+from ..proof.agreement import Agreement, Finding, agreement, identical, same_names
+from ..proof.cases import Implementation, State, Trial
+from ..proof.parity import exact_and_limit
+from ..proof.reference import causal_mask
+from ..run import build_linen, build_nnx, build_torch, jax_on, linen_template
 from ..transfer import numpy_state, numpy_to_tensor, tensor_to_numpy, torch_state
-from ..trials import Trial
 
 SUFFIXES = (".pth", ".safetensors", ".msgpack")
 
@@ -37,18 +36,18 @@ def state(implementation: Implementation, trial: Trial, device: str = "cpu") -> 
         return Finding(f"state: {what}", implementation, trial.name, agreed, why)
 
     trained, saved = _kinds(implementation, given)
-    yield finding("what is trained", same_names(trained, given.state.keys() - {"mask"}), limits.NAMES)
-    yield finding("what is saved", same_names(saved, given.state), limits.NAMES)
-    yield finding("the mask when built", _built(implementation, given), limits.BITS)
+    yield finding("what is trained", same_names(trained, given.state.keys() - {"mask"}), tolerances.NAMES)
+    yield finding("what is saved", same_names(saved, given.state), tolerances.NAMES)
+    yield finding("the mask when built", _built(implementation, given), tolerances.BITS)
     holder = _filled(implementation, edited.state, edited)
-    yield finding("through the converter", _same_state(_state_of(holder), edited.state), limits.BITS)
+    yield finding("through the converter", _same_state(_state_of(holder), edited.state), tolerances.BITS)
     with tempfile.TemporaryDirectory() as folder:
         for suffix in SUFFIXES:
             path = save_checkpoint(Path(folder) / f"state{suffix}", holder)
             loaded = load_checkpoint(path, _empty(implementation, given))
-            yield finding(f"through {suffix}", _same_state(_state_of(loaded), edited.state), limits.BITS)
-    yield finding("64 bits refused or kept", _wide(implementation, given), limits.BITS)
-    yield finding("an edit is obeyed", _edit_obeyed(implementation, given, device), limits.OUTPUT)
+            yield finding(f"through {suffix}", _same_state(_state_of(loaded), edited.state), tolerances.BITS)
+    yield finding("64 bits refused or kept", _wide(implementation, given), tolerances.BITS)
+    yield finding("an edit is obeyed", _edit_obeyed(implementation, given, device), tolerances.OUTPUT)
 
 
 def _empty(implementation: Implementation, trial: Trial) -> Any:

@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator
 
-from .. import limits
-from ..agreement import Agreement, Finding, agreement, identical, same_names
-from ..courses import RECIPES, course
-from ..reference_training import Limited, reference_training
-from ..run import Implementation
+from ..proof import tolerances
+from ..proof.agreement import Agreement, Finding, agreement, identical, same_names
+from ..proof.cases import Implementation, Trial
+from ..proof.reference_training import RECIPES, Limited, course, reference_training
 from ..training import Trained, train
-from ..trials import Trial
 
 
 def training(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
@@ -26,8 +24,8 @@ def judged(implementation: Implementation, name: str, found: Trained, expected: 
 
     run, limit = expected
     names = same_names(found.run.parameters, run.parameters)
-    yield finding("what is trained", names, limits.NAMES)
-    yield finding("losses", agreement(found.run.losses, run.losses, limit.losses), limits.TRAINING)
+    yield finding("what is trained", names, tolerances.NAMES)
+    yield finding("losses", agreement(found.run.losses, run.losses, limit.losses), tolerances.TRAINING)
     each = [agreement(found.run.parameters[key], run.parameters[key], limit.parameters[key]) for key in run.parameters]
-    yield finding("parameters", max(each, key=lambda agreed: agreed.ratio), limits.TRAINING)
-    yield finding("mask untouched", identical(found.mask, course().start.mask), limits.BITS)
+    yield finding("parameters", max(each, key=lambda agreed: agreed.ratio), tolerances.TRAINING)
+    yield finding("mask untouched", identical(found.mask, course().start.mask), tolerances.BITS)

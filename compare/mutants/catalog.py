@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ..run import IMPLEMENTATIONS, Implementation
+from ..proof.cases import IMPLEMENTATIONS, Implementation
 
 Change = tuple[str, str]
 

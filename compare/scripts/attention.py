@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..agreement import agreement
 from ..contestants import Contestant, Problem, Step, contestants, draw
 from ..dtypes import numpy_dtype
 from ..findings import Block, Cell, Check, Curves, Section, Table
-from ..reference import masked_attention
-from ..rounding import PRECISIONS, attention_bounds, most_tiles
+from ..proof.agreement import agreement
+from ..proof.reference import masked_attention
+from ..proof.rounding_bound import PRECISIONS, attention_bounds, most_tiles
 from ..subprocesses import ON_CPU, run_module
 
 TOKENS: tuple[int, ...] = (6, 256, 512, 1024, 2048, 4096)
@@ -185,7 +185,10 @@ def _times_section(times: Times, mask: str, dtype: str, backward: bool) -> Secti
     blocks += ["Half the distance of the quartiles, in percent of the median.", Table(["spread, %", *sizes], spreads)]
     blocks += ["Seconds of the first call, with compilation.", Table(["s", *sizes], first)]
     if not backward:
-        blocks += ["Error over rounding bound (compare/rounding.py), first head.", Table(["ratio", *sizes], errors)]
+        blocks += [
+            "Error over rounding bound (compare/proof/rounding_bound.py), first head.",
+            Table(["ratio", *sizes], errors),
+        ]
     if skipped:
         blocks.append("Not run: " + "; ".join(f"{name} ({why})" for name, why in skipped.items()) + ".")
     section.blocks = [*blocks, *_curves(times, runs, names, section.title)]

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import torch
 
-from ..cases import NOTEBOOK, Config, State
 from ..checkpoint import save_checkpoint
 from ..convert import torch_to_linen, torch_to_nnx
 from ..findings import Check, Section, Table
 from ..golden import initial_states
-from ..run import IMPLEMENTATIONS, TITLES, build_nnx, build_torch, linen_template
+from ..proof.cases import IMPLEMENTATIONS, NOTEBOOK, TITLES, Config, State
+from ..run import build_nnx, build_torch, linen_template
 from ..subprocesses import ON_CPU, run_module
 from ..transfer import torch_state
 from .reload import checksum

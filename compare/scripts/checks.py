@@ -4,17 +4,17 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .. import limits, trials
-from ..agreement import Finding
 from ..checks import CHECKS
 from ..checks.determinism import compiled_by_torch
 from ..checks.stages import first_parted
 from ..checks.training import judged
-from ..courses import RECIPES, STEPS, Recipe, course
 from ..findings import Block, Curves, Panels, Section
 from ..products import leaking_dtypes
-from ..reference_training import Run, reference_training
-from ..run import IMPLEMENTATIONS, TITLES, places
+from ..proof import cases, tolerances
+from ..proof.agreement import Finding
+from ..proof.cases import IMPLEMENTATIONS, TITLES
+from ..proof.reference_training import RECIPES, STEPS, Recipe, Run, course, reference_training
+from ..run import places
 from ..settle import ratio_table, settle
 from ..stages import record_stages
 from ..training import train
@@ -64,15 +64,15 @@ def sections(names: Sequence[str] = (), device: str | None = None, *, slow: bool
             else:
                 for implementation in IMPLEMENTATIONS:
                     yield f"{name}: {TITLES[implementation]} on {place}"
-                    given = trials.fixed()
+                    given = cases.fixed_trials()
                     some = {"state": [given[0], given[-1]], "dropout": [given[0], given[-1]], "fused": [given[0]]}
                     for trial in some.get(name, given):
                         section.findings += CHECKS[name](implementation, trial, place)
             if name == "determinism" and slow:
                 yield "determinism: torch.compile"
-                section.findings.append(compiled_by_torch(trials.fixed()[0], place))
+                section.findings.append(compiled_by_torch(cases.fixed_trials()[0], place))
             if name == "outputs":
-                section.blocks += [f"{limits.LEAKING.format(dtype=dtype)}." for dtype in leaking_dtypes()]
+                section.blocks += [f"{tolerances.LEAKING.format(dtype=dtype)}." for dtype in leaking_dtypes()]
             section.blocks.append(ratio_table(section.findings))
             if name == "stages":
                 section.blocks += [_parted(section.findings), *_weights(place)]
@@ -91,7 +91,7 @@ def _parted(findings: Sequence[Finding]) -> str:
 
 def _weights(device: str) -> Iterator[Panels]:
     """Yield the mask and the attention weights of the first two trials, first of the batch."""
-    for trial in trials.fixed()[:2]:
+    for trial in cases.fixed_trials()[:2]:
         recorded = {TITLES[name]: record_stages(name, trial, device) for name in IMPLEMENTATIONS}
         matrices = {name: found.weights[0].tolist() for name, found in recorded.items()}
         tokens = trial.inputs.shape[1]

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..cases import NOTEBOOK
 from ..convert import torch_to_linen, torch_to_nnx
 from ..golden import initial_states, inputs
+from ..proof.cases import NOTEBOOK
 from ..run import NnxAttention, build_linen, build_nnx, linen_mask, linen_template
 from ..transfer import torch_state
 

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .. import trials
-from ..agreement import Finding
 from ..checks import CHECKS, ON_THEIR_OWN
 from ..findings import Cell, Check, Grid, Section, Table
 from ..mutants import MUTANTS, Mutant, planted
-from ..run import IMPLEMENTATIONS, TITLES, Implementation
+from ..proof import cases
+from ..proof.agreement import Finding
+from ..proof.cases import IMPLEMENTATIONS, TITLES, Implementation
 from ..settle import worst_of
 from .bound import SHAPES
 
@@ -65,8 +65,8 @@ def judge(mutant: Mutant, names: Iterable[str] = tuple(CHECKS), *, first: bool =
 
 
 def fixed_findings(check: str, implementation: Implementation) -> Iterator[Finding]:
-    """Yield all findings of a check on the fixed trials."""
-    for trial in trials.fixed()[:1] if check in ON_THEIR_OWN else trials.fixed():
+    """Yield all findings of a check on the fixed cases."""
+    for trial in cases.fixed_trials()[:1] if check in ON_THEIR_OWN else cases.fixed_trials():
         yield from CHECKS[check](implementation, trial, "cpu")
 
 
@@ -122,11 +122,11 @@ def _honest(configurations: int) -> Generator[Section | str, None, float]:
     return max(largest.values())
 
 
-def drawn(random: np.random.Generator) -> trials.Trial:
+def drawn(random: np.random.Generator) -> cases.Trial:
     """Draw a trial: one of few sizes, so that compiling does not take the time, and everything else."""
     config, tokens = SHAPES[random.integers(len(SHAPES))]
     rate = float(random.choice([0.1, 0.4, 0.75]))
-    trial = trials.draw(replace(config, dropout=rate), tokens, random, keep=bool(random.random() < 0.5))
+    trial = cases.draw(replace(config, dropout=rate), tokens, random, keep=bool(random.random() < 0.5))
     if random.random() < 0.5:
         return trial
     size = config.context_length

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..agreement import Agreement, agreement
-from ..cases import CASES, Case, State
 from ..findings import Cell, Check, Histogram, Section, Table
-from ..parity import exact_and_limit
-from ..rounding import FLOAT64_RELATIVE, PRECISIONS, TF32
-from ..run import IMPLEMENTATIONS, TITLES, Implementation, build_torch, compiled, missing_cuda, places, run
+from ..proof.agreement import Agreement, agreement
+from ..proof.cases import CASES, IMPLEMENTATIONS, TITLES, Case, Implementation, State
+from ..proof.parity import exact_and_limit
+from ..proof.rounding_bound import FLOAT64_RELATIVE, PRECISIONS, TF32
+from ..run import build_torch, compiled, missing_cuda, places, run
 from ..transfer import numpy_state
 
 SEED = 211
@@ -109,7 +109,7 @@ def _section(device: str) -> Section:
         [
             *([f"On {torch.cuda.get_device_name()}."] if device == "cuda" else []),
             "Each implementation against a float64 reference: worst error over the rounding bound, entry by entry "
-            "(at most 1 holds; compare/rounding.py derives it). Then Flax, the worse of Linen and NNX, against "
+            "(at most 1 holds; see compare/proof/rounding_bound.py). Then Flax, the worse of Linen and NNX, against "
             "PyTorch: largest absolute difference, and the same over the largest output.",
             Table(["case", "dtype", "torch", "linen", "nnx", "max abs", "max rel"], rows),
         ],

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ..cases import NOTEBOOK, State
 from ..checkpoint import load_checkpoint
 from ..convert import linen_to_torch, nnx_to_torch
+from ..proof.cases import NOTEBOOK, State
 from ..run import build_nnx, build_torch, linen_mask, linen_template
 from ..transfer import numpy_state
 

@@ -3,20 +3,26 @@
 import numpy as np
 from scipy.stats import binom, chi2
 
-from .bounded import Bounded
-from .rounding import PRECISIONS
+from .rounding_bound import PRECISIONS
+from .running_error import Bounded
 
-OUTPUT = "the rounding bound of this dtype, entry by entry, plus that of the float64 reference (compare/rounding.py)"
+OUTPUT = (
+    "the rounding bound of this dtype, entry by entry, plus the reference's (compare/proof/rounding_bound.py)"
+)
 LEAKING = "this processor's {dtype} product leaks: NaN of one row reaches another (torch's fault, oneDNN issue 5717)"
 BITS = "none: the bits are the same"
 NAMES = "none: the names are the same"
-GRADIENT = "the running error bound of the written-out gradient, for both sides (compare/bounded.py)"
-FUSED_GRADIENT = "the same, and twice for weights that come from the logarithm of their sum (compare/bounded.py)"
-HESSIAN = "the running error bound, for both sides, and twice for terms grouped otherwise (compare/bounded.py)"
+GRADIENT = "the running error bound of the written-out gradient, for both sides (compare/proof/running_error.py)"
+FUSED_GRADIENT = (
+    "the same, and twice for weights that come from the logarithm of their sum (compare/proof/running_error.py)"
+)
+HESSIAN = (
+    "the running error bound, for both sides, and twice for terms grouped otherwise (compare/proof/running_error.py)"
+)
 TWICE = "twice the rounding bound: each side lies within it of the exact value"
 BINOMIAL = "exact binomial limits, two-sided; an honest dropout passes but for one time in 10^10"
 SCALE = "1 / (1 - rate) and the product with it: three roundings"
-TRAINING = "each step's running error bound, carried on by the training itself (compare/reference_training.py)"
+TRAINING = "each step's running error bound, carried on by the training itself (compare/proof/reference_training.py)"
 
 # The chance that an honest dropout is accused, for each count.
 FALSE_ALARM = 1e-10

@@ -42,7 +42,7 @@ from .reference import Stages, attention_stages, merge_heads, split_heads
 EXP_ULPS = 4
 
 # Beside the bound, a ceiling for float64, relative to the largest output: a slip of 0.01 % in any factor is nine
-# orders above it, the rounding seen at the sizes of `compare.cases` (3e-16) two and a half below.
+# orders above it, the rounding seen at the sizes of `compare.proof.cases` (3e-16) two and a half below.
 FLOAT64_RELATIVE = 1e-13
 
 # No fused path has tiles or strips of fewer keys than this, but the last.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .bounded import Bounded
+from .running_error import Bounded
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from .bounded import Bounded
-from .dual import Dual
+from .dual_numbers import Dual
+from .running_error import Bounded
 
 Number = TypeVar("Number", Bounded, Dual)
 

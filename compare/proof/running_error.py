@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .reference import merge_heads, split_heads
-from .rounding import EXP_ULPS, PRECISIONS, gamma
+from .rounding_bound import EXP_ULPS, PRECISIONS, gamma
 
 _U, _, _SMALLEST, _ = PRECISIONS["float64"]
 

@@ -6,7 +6,7 @@ from .agreement import Agreement, agreement
 from .cases import Config, State
 from .reference import attention_stages, causal_mask
 from .remembered import remembered
-from .rounding import PRECISIONS, Precision, stage_bounds
+from .rounding_bound import PRECISIONS, Precision, stage_bounds
 
 
 def against_reference(
