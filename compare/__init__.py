@@ -9,29 +9,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import load_checkpoint, open_checkpoint, read_checkpoint, save_checkpoint
     from .checkpoint.convert_file import convert_checkpoint
+    from .checkpoint.errors import CheckpointError, UnverifiedCheckpoint
     from .checkpoint.verify_file import verify_checkpoint
-    from .convert import linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
-    from .errors import CheckpointError, ConversionError, MappingError, Mismatch, UnverifiedCheckpoint
-    from .mapping import Mapping
-    from .matching import match
+    from .conversion.convert import linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
+    from .conversion.errors import ConversionError, MappingError, Mismatch
+    from .conversion.mapping import Mapping
+    from .conversion.match import match
+
+__version__ = "0.1.0"
 
 _HOMES = {
-    "CheckpointError": ".errors",
-    "ConversionError": ".errors",
-    "Mapping": ".mapping",
-    "MappingError": ".errors",
-    "Mismatch": ".errors",
-    "UnverifiedCheckpoint": ".errors",
+    "CheckpointError": ".checkpoint.errors",
+    "ConversionError": ".conversion.errors",
+    "Mapping": ".conversion.mapping",
+    "MappingError": ".conversion.errors",
+    "Mismatch": ".conversion.errors",
+    "UnverifiedCheckpoint": ".checkpoint.errors",
     "convert_checkpoint": ".checkpoint.convert_file",
-    "linen_to_torch": ".convert",
+    "linen_to_torch": ".conversion.convert",
     "load_checkpoint": ".checkpoint",
-    "match": ".matching",
+    "match": ".conversion.match",
+    "nnx_to_torch": ".conversion.convert",
     "open_checkpoint": ".checkpoint",
-    "nnx_to_torch": ".convert",
     "read_checkpoint": ".checkpoint",
     "save_checkpoint": ".checkpoint",
-    "torch_to_linen": ".convert",
-    "torch_to_nnx": ".convert",
+    "torch_to_linen": ".conversion.convert",
+    "torch_to_nnx": ".conversion.convert",
     "verify_checkpoint": ".checkpoint.verify_file",
 }
 
@@ -60,3 +63,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -19,7 +19,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from typer.core import TyperGroup
 
-from .errors import CheckpointError, MappingError
 from .findings import Report, Section
 from .jobs import Job
 from .processor import machine
@@ -329,7 +328,9 @@ def _run_jobs(
 def _found(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
     """Yield the sections of each job in turn, and show what is being done."""
     from .ahead import Ahead
+    from .checkpoint.errors import CheckpointError
     from .compile_cache import compilation_cache
+    from .conversion.errors import MappingError
     from .run import sees_accelerator
 
     # Two processes would each reserve most of an accelerator's memory.

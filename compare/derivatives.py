@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from .convert import linen_to_torch, torch_to_linen
+from .conversion.convert import linen_to_torch, torch_to_linen
+from .conversion.tensors import numpy_state, torch_state
 from .proof.cases import Config, Implementation, State
 from .run import flax_forward, flax_state, jax_on, linen_template, ready_torch
-from .transfer import numpy_state, torch_state
 
 
 class Derivatives(NamedTuple):

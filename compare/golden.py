@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .conversion.tensors import numpy_state
 from .proof.cases import NOTEBOOK, Implementation, State
 from .proof.reference import causal_mask
 from .proof.rounding_bound import PRECISIONS, stage_bounds
 from .run import build_torch, run
-from .transfer import numpy_state
 
 # The notebook prints four decimals, so a figure lies within half a unit of the last one printed.
 PRINT_ROUNDING = 0.5e-4

@@ -10,10 +10,10 @@ import torch
 from flax import linen
 from torch.overrides import TorchFunctionMode
 
+from .conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from .proof.cases import Implementation, Trial
 from .proof.reference import Stages
 from .run import NnxFunction, flax_forward, flax_state, jax_on, ready_torch
-from .transfer import numpy_to_tensor, tensor_to_numpy
 
 # Where each stage comes out of a module; scores are what the softmax is given.
 PRODUCERS = {

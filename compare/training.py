@@ -10,11 +10,11 @@ import optax
 import torch
 from flax import nnx
 
-from .convert import linen_to_torch
+from .conversion.convert import linen_to_torch
+from .conversion.tensors import numpy_state, numpy_to_tensor, tensor_to_numpy
 from .proof.cases import Implementation
 from .proof.reference_training import CLIP_EPS, SGD, Course, Recipe, Run
 from .run import TorchFunction, jax_on, linen_apply, ready_linen, ready_nnx, ready_torch
-from .transfer import numpy_state, numpy_to_tensor, tensor_to_numpy
 
 
 class Trained(NamedTuple):

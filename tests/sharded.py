@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from compare.convert import linen_to_torch, torch_to_linen
-from compare.errors import ConversionError
+from compare.conversion.convert import linen_to_torch, torch_to_linen
+from compare.conversion.errors import ConversionError
+from compare.conversion.tensors import numpy_state
 from compare.proof.cases import Config
 from compare.proof.parity import against_reference
 from compare.run import build_linen, build_torch, linen_template
-from compare.transfer import numpy_state
 
 CONFIG = Config(6, 4, 8, 0.1)
 

@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from compare.convert import StateDict, torch_to_linen, torch_to_nnx
+from compare.conversion.convert import StateDict, torch_to_linen, torch_to_nnx
+from compare.conversion.tensors import numpy_state
 from compare.proof.agreement import Agreement
 from compare.proof.cases import PRIME_BIAS, Config, Implementation, State
 from compare.proof.parity import against_reference
 from compare.run import NnxAttention, TorchAttention, build_nnx, build_torch, linen_template, run
-from compare.transfer import numpy_state
 
 
 def torch_module(config: Config = PRIME_BIAS, *, buffer: bool = True, seed: int = 0) -> TorchAttention:

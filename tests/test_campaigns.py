@@ -16,8 +16,8 @@ from orbax.checkpoint import StandardCheckpointer
 import compare
 from compare import files
 from compare.checkpoint import orbax_folder
+from compare.checkpoint.errors import CheckpointError, UnverifiedCheckpoint
 from compare.checkpoint.formats import open_checkpoint
-from compare.errors import CheckpointError, UnverifiedCheckpoint
 from compare.mutate import FORMATS, seeds, state
 from compare.scripts import fuzz, kill
 from compare.scripts.fuzz_worker import Input, WrongTensorsError, outcome
@@ -208,7 +208,7 @@ def test_a_target_that_may_not_be_written(suffix: str, tmp_path: Path) -> None:
         compare.save_checkpoint(f"/proc/state{suffix}", torch_module())
 
 
-@pytest.mark.filterwarnings("ignore::compare.errors.UnverifiedCheckpoint")
+@pytest.mark.filterwarnings("ignore::compare.checkpoint.errors.UnverifiedCheckpoint")
 def test_a_folder_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reader that began with the old one begins again, and never mixes the two."""
     path = compare.save_checkpoint(tmp_path / "state.orbax", kill.state(1))

@@ -21,15 +21,15 @@ from flax import nnx, serialization
 import compare
 from compare import files
 from compare.checkpoint import orbax_folder
-from compare.errors import CheckpointError
+from compare.checkpoint.errors import CheckpointError
+from compare.conversion.tensors import tensor_to_numpy
 from compare.proof.cases import IMPLEMENTATIONS, PRIME, PRIME_BIAS, Config
 from compare.run import build_nnx, build_torch, linen_template
 from compare.scripts import checkpoints
-from compare.transfer import tensor_to_numpy
 
 from .support import linen_variables, nnx_model, numpy_state_of, same_bits, state_of, torch_module
 
-pytestmark = pytest.mark.filterwarnings("ignore::compare.errors.UnverifiedCheckpoint")
+pytestmark = pytest.mark.filterwarnings("ignore::compare.checkpoint.errors.UnverifiedCheckpoint")
 
 SUFFIXES = checkpoints.SUFFIXES
 FILES = (".pth", ".safetensors", ".msgpack")

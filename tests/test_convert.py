@@ -14,11 +14,11 @@ from flax.core import freeze
 from hypothesis.extra import numpy as hnp
 
 import compare
-from compare.errors import ConversionError
-from compare.mapping import ROWS
+from compare.conversion.errors import ConversionError
+from compare.conversion.mapping import ROWS
+from compare.conversion.tensors import Untransferable, numpy_to_tensor, tensor_to_numpy, to_jax, to_torch
 from compare.proof.cases import PRIME, PRIME_BIAS, Config
 from compare.run import build_nnx, linen_template
-from compare.transfer import Untransferable, numpy_to_tensor, tensor_to_numpy, to_jax, to_torch
 
 from .support import linen_variables, nnx_model, same_bits, state_of, torch_module
 

@@ -15,15 +15,16 @@ from flax.core import freeze
 
 import compare
 from compare.checkpoint.convert_file import convert_checkpoint
+from compare.checkpoint.errors import CheckpointError
 from compare.checkpoint.formats import open_checkpoint
 from compare.checkpoint.manifest import KEY, Manifest
 from compare.checkpoint.verify_file import verify_checkpoint
+from compare.conversion.errors import ConversionError
+from compare.conversion.mapping import Mapping, Row
+from compare.conversion.unmatched import objection
 from compare.dtypes import FLOAT8, numpy_dtype
-from compare.errors import CheckpointError, ConversionError
-from compare.left import objection
-from compare.mapping import Mapping, Row
 
-pytestmark = pytest.mark.filterwarnings("ignore::compare.errors.UnverifiedCheckpoint")
+pytestmark = pytest.mark.filterwarnings("ignore::compare.checkpoint.errors.UnverifiedCheckpoint")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

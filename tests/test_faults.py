@@ -16,7 +16,7 @@ from flax import nnx
 
 import compare
 from compare.checkpoint.convert_file import convert_checkpoint
-from compare.errors import CheckpointError, UnverifiedCheckpoint
+from compare.checkpoint.errors import CheckpointError, UnverifiedCheckpoint
 from compare.proof.cases import PRIME
 from compare.run import build_nnx
 
@@ -82,7 +82,7 @@ import json, sys, warnings
 from pathlib import Path
 from compare.proof.cases import PRIME
 from compare.checkpoint import load_checkpoint
-from compare.errors import CheckpointError
+from compare.conversion.errors import CheckpointError
 from tests.faults import DATA_FAULTS
 from tests.support import torch_module
 warnings.simplefilter("ignore")

@@ -23,9 +23,10 @@ import flax_impl
 import torch_impl
 from compare.checkpoint import load_checkpoint, save_checkpoint
 from compare.checks.fused import masks
-from compare.convert import linen_to_torch, nnx_to_torch
+from compare.conversion.convert import linen_to_torch, nnx_to_torch
+from compare.conversion.mapping import ROWS
+from compare.conversion.tensors import numpy_to_tensor, tensor_to_numpy, torch_state
 from compare.dtypes import numpy_dtype
-from compare.mapping import ROWS
 from compare.proof import tolerances
 from compare.proof.agreement import agreement
 from compare.proof.cases import Config, draw
@@ -36,7 +37,6 @@ from compare.proof.running_error import Bounded
 from compare.run import build_nnx, build_torch, linen_template
 from compare.scripts import attention
 from compare.subprocesses import child_environment
-from compare.transfer import numpy_to_tensor, tensor_to_numpy, torch_state
 from flax_impl.mask_tiles import is_causal
 from torch_impl import mask_layout
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 import compare
+from compare.conversion.tensors import torch_state
 from compare.golden import PRINT_ROUNDING, figures, initial_states, match_rows
 from compare.proof.cases import IMPLEMENTATIONS, NOTEBOOK
 from compare.run import build_nnx, linen_template
 from compare.scripts import notebook
-from compare.transfer import torch_state
 
 CELLS = {
     "3": (0, figures()["without_buffer"]["output_cell_3_cpu"]),

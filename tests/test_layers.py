@@ -14,11 +14,11 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 import compare
-from compare.errors import ConversionError
-from compare.layouts import ALL, layout, to_flax, to_torch
-from compare.mapping import Left
-from compare.mapping import Mapping as Table
-from compare.walk import flax_from_torch
+from compare.conversion.apply_mapping import flax_from_torch
+from compare.conversion.errors import ConversionError
+from compare.conversion.layouts import ALL, layout, to_flax, to_torch
+from compare.conversion.mapping import Left
+from compare.conversion.mapping import Mapping as Table
 
 from .layer_cases import LAYERS, Case
 

@@ -11,14 +11,14 @@ import torch
 
 import compare
 from compare.checkpoint.convert_file import convert_checkpoint
+from compare.checkpoint.errors import CheckpointError
 from compare.checkpoint.formats import open_checkpoint
-from compare.convert import torch_to_linen, torch_to_nnx
+from compare.conversion.convert import torch_to_linen, torch_to_nnx
+from compare.conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from compare.dtypes import numpy_dtype
-from compare.errors import CheckpointError
 from compare.proof.cases import IMPLEMENTATIONS, PRIME
 from compare.run import build_nnx, build_torch, linen_template
 from compare.subprocesses import ON_CPU, run_module
-from compare.transfer import numpy_to_tensor, tensor_to_numpy
 
 from .mask_reader import digest
 from .support import linen_variables, nnx_model, same_bits, state_of, torch_module

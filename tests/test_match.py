@@ -13,8 +13,8 @@ import torch
 from flax import nnx
 
 import compare
-from compare.errors import ConversionError
-from compare.mapping import LINEN, NNX, Left, Mapping, Row
+from compare.conversion.errors import ConversionError
+from compare.conversion.mapping import LINEN, NNX, Left, Mapping, Row
 from compare.proof.cases import PRIME_BIAS
 from compare.run import build_nnx, linen_template
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 import flax_impl
 import torch_impl
-from compare.convert import torch_to_linen, torch_to_nnx
+from compare.conversion.convert import torch_to_linen, torch_to_nnx
 from compare.proof.cases import PRIME_BIAS
 from compare.proof.parity import against_reference
 from compare.proof.rounding_bound import FLOAT64_RELATIVE

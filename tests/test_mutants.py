@@ -14,7 +14,7 @@ from compare.scripts.mutants import judge
 # Linen runs the same lines; `python -m compare mutants` plants them in NNX too.
 SHARED = (
     *("flax_impl.attention", "flax_impl.fused", "flax_impl.mask_tiles"),
-    *("compare.matching", "compare.transfer", "compare.walk"),
+    *("compare.conversion.match", "compare.conversion.tensors", "compare.conversion.apply_mapping"),
 )
 PLANTED = [mutant for mutant in MUTANTS if mutant.implementation != "nnx" or mutant.module not in SHARED]
 

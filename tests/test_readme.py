@@ -12,7 +12,7 @@ import pytest
 import torch
 from flax import nnx
 
-from compare.mapping import ROWS
+from compare.conversion.mapping import ROWS
 from compare.mutants import MUTANTS
 
 from .support import linen_variables, nnx_model, torch_module

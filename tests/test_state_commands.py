@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 import compare
 from compare.__main__ import app
 from compare.checkpoint import convert_file
+from compare.conversion.mapping import LINEN
+from compare.conversion.state_kinds import entries
 from compare.findings import Check, Section
-from compare.mapping import LINEN
-from compare.taxonomy import entries
 
 from .support import linen_variables, nnx_model, torch_module
 

@@ -17,14 +17,14 @@ from hypothesis.extra import numpy as hnp
 import compare
 from compare.checkpoint import blocks, safetensors_file, torch_file
 from compare.checkpoint.convert_file import convert_checkpoint
+from compare.checkpoint.errors import CheckpointError, UnverifiedCheckpoint
 from compare.checkpoint.formats import format_of, open_checkpoint
 from compare.checkpoint.manifest import checksum
 from compare.checkpoint.spec import spec_of
 from compare.checkpoint.stored import PART_BYTES, Held
 from compare.checkpoint.verify_file import verify_checkpoint
+from compare.conversion.mapping import Mapping, Row
 from compare.dtypes import DTYPES, numpy_dtype
-from compare.errors import CheckpointError, UnverifiedCheckpoint
-from compare.mapping import Mapping, Row
 
 from .faults import change_manifest
 from .support import same_bits
@@ -177,7 +177,7 @@ def test_a_tied_weight_is_stored_once_and_tied_again(suffix: str, tmp_path: Path
     compare.load_checkpoint(back, Tied(4))
 
 
-@pytest.mark.filterwarnings("ignore::compare.errors.UnverifiedCheckpoint")
+@pytest.mark.filterwarnings("ignore::compare.checkpoint.errors.UnverifiedCheckpoint")
 def test_names_that_a_module_ties_must_agree(tmp_path: Path) -> None:
     apart = {**Tied(1).state_dict(), "head.weight": torch.zeros(4, 3)}
     target, before = Tied(2), Tied(2).embed.weight

@@ -6,10 +6,11 @@ from pathlib import Path as FilePath
 
 import numpy as np
 
+from ..conversion.errors import shown
+from ..conversion.mapping import Mapping as Table
+from ..conversion.mapping import Path
 from ..dtypes import FLOATING, FLOATS, numpy_dtype
-from ..errors import CheckpointError, shown
-from ..mapping import Mapping as Table
-from ..mapping import Path
+from .errors import CheckpointError
 from .manifest import LayoutName, is_mask
 from .spec import Spec
 from .stored import Tensors

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
-from ..errors import CheckpointError, shown
-from ..mapping import Path
-from ..taxonomy import linen_kind
+from ..conversion.errors import shown
+from ..conversion.mapping import Path
+from ..conversion.state_kinds import linen_kind
+from .errors import CheckpointError
 from .manifest import PENDING, LayoutName, Manifest, Record
 from .spec import Spec
 from .stored import Tensors

@@ -7,13 +7,14 @@ from os import PathLike
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
-from .. import mapping as tables
-from ..errors import CheckpointError, ConversionError
-from ..mapping import Left, Path
-from ..mapping import Mapping as Table
-from ..matching import match
+from ..conversion import mapping as tables
+from ..conversion.errors import ConversionError
+from ..conversion.mapping import Left, Path
+from ..conversion.mapping import Mapping as Table
+from ..conversion.match import match
 from . import sharded_folder
 from .cast import Cast
+from .errors import CheckpointError
 from .formats import KNOWN, exists, format_of, open_checkpoint
 from .load import named, side_of, steady
 from .progress import Progress, Watched, silent

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ..convert import StateDict
-from ..errors import ConversionError, Entry, Mismatch
-from ..left import decided, host_values, may_lack, objection
-from ..mapping import Policy
-from ..taxonomy import one_trained, same_memory, torch_kinds
-from ..walk import same_bits
+from ..conversion.apply_mapping import same_bits
+from ..conversion.convert import StateDict
+from ..conversion.errors import ConversionError, Entry, Mismatch
+from ..conversion.mapping import Policy
+from ..conversion.state_kinds import one_trained, same_memory, torch_kinds
+from ..conversion.unmatched import decided, host_values, may_lack, objection
 from .spec import Spec
 
 

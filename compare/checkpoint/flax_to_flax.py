@@ -8,14 +8,13 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
+from ..conversion.apply_mapping import place_like
+from ..conversion.errors import ConversionError, Entry, Mismatch
+from ..conversion.mapping import Path, Policy
+from ..conversion.state_kinds import FlaxSide, linen_entries, one_trained, specs_side
+from ..conversion.tensors import Untransferable, numpy_to_tensor, to_jax
+from ..conversion.unmatched import decided, may_lack, objection
 from ..dtypes import FLOATING
-from ..errors import ConversionError, Entry, Mismatch
-from ..left import decided, may_lack, objection
-from ..mapping import Path, Policy
-from ..sides import FlaxSide, specs_side
-from ..taxonomy import linen_entries, one_trained
-from ..transfer import Untransferable, numpy_to_tensor, to_jax
-from ..walk import place_like
 from .cast import cast_array
 from .stored import Stored
 

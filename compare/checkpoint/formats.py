@@ -6,8 +6,8 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import CheckpointError
 from . import msgpack_file, orbax_folder, safetensors_file, sharded_folder, torch_file
+from .errors import CheckpointError
 from .stored import Stored, Tensors
 
 

@@ -12,18 +12,19 @@ import numpy as np
 import torch
 from flax import nnx
 
-from .. import mapping as tables
-from ..convert import StateDict, Variables
+from ..conversion import mapping as tables
+from ..conversion.apply_mapping import flax_from_torch
+from ..conversion.convert import StateDict, Variables
+from ..conversion.errors import ConversionError, shown
+from ..conversion.mapping import Mapping as Table
+from ..conversion.mapping import Path as Steps
+from ..conversion.mapping import Policy
+from ..conversion.match import allowing, match
+from ..conversion.state_kinds import FlaxSide, flax_side, specs_side
+from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from ..dtypes import numpy_dtype
-from ..errors import CheckpointError, ConversionError, UnverifiedCheckpoint, shown
-from ..mapping import Mapping as Table
-from ..mapping import Path as Steps
-from ..mapping import Policy
-from ..matching import allowing, match
-from ..sides import FlaxSide, flax_side, specs_side
-from ..transfer import numpy_to_tensor, tensor_to_numpy
-from ..walk import flax_from_torch
 from .cast import cast_array
+from .errors import CheckpointError, UnverifiedCheckpoint
 from .fill import fill_torch, require_fit
 from .flax_to_flax import flax_leaves, install
 from .formats import open_checkpoint

@@ -19,8 +19,8 @@ try:
 except ImportError:  # the same numbers, seven times slower
     from zlib import crc32
 
-from ..mapping import Mapping as Table
-from ..mapping import Path
+from ..conversion.mapping import Mapping as Table
+from ..conversion.mapping import Path
 from .blocks import blocks
 from .spec import Spec, checked
 

@@ -10,11 +10,12 @@ import numpy as np
 from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ..errors import CheckpointError, shown
+from ..conversion.errors import shown
+from ..conversion.mapping import Path
 from ..files import atomic_file
-from ..mapping import Path
 from .blocks import blocks
 from .content import in_manifests_order, linen_or_nnx, manifest_of, no_name_twice
+from .errors import CheckpointError
 from .manifest import KEY, Manifest, start
 from .spec import Spec, checked, spec_of
 from .stored import Stored, Tensors, fetch_each

@@ -15,11 +15,12 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ..errors import CheckpointError, shown
+from ..conversion.errors import shown
+from ..conversion.mapping import Path
 from ..files import atomic_folder
-from ..mapping import Path
 from .blocks import BATCH_BYTES, in_batches
 from .content import in_manifests_order, linen_or_nnx, manifest_of
+from .errors import CheckpointError
 from .manifest import KEY, Manifest, checksum
 from .msgpack_file import tree_of
 from .spec import checked

@@ -5,7 +5,7 @@ from threading import Lock
 
 import numpy as np
 
-from ..mapping import Path
+from ..conversion.mapping import Path
 from .stored import Tensors
 
 Progress = Callable[[int, int], None]

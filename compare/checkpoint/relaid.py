@@ -6,12 +6,13 @@ from pathlib import Path as FilePath
 
 import numpy as np
 
-from ..errors import CheckpointError, ConversionError, Entry, Mismatch
-from ..layouts import flax_shape, layout, to_flax, to_torch
-from ..left import objection
-from ..mapping import Left, Path, Row
-from ..mapping import Mapping as Table
-from ..walk import combined, torch_shape, unfit
+from ..conversion.apply_mapping import combined, torch_shape, unfit
+from ..conversion.errors import ConversionError, Entry, Mismatch
+from ..conversion.layouts import flax_shape, layout, to_flax, to_torch
+from ..conversion.mapping import Left, Path, Row
+from ..conversion.mapping import Mapping as Table
+from ..conversion.unmatched import objection
+from .errors import CheckpointError
 from .manifest import LayoutName
 from .spec import Spec
 from .stored import Tensors, whole

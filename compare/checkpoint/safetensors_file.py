@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import CheckpointError, shown
+from ..conversion.errors import shown
+from ..conversion.mapping import Path
 from ..files import atomic_file
-from ..mapping import Path
 from .blocks import BATCH_BYTES, blocks, in_batches
 from .content import in_manifests_order, manifest_of, no_name_twice, torch_or_flax
+from .errors import CheckpointError
 from .manifest import KEY, LayoutName, Manifest, start
 from .spec import Spec, checked
 from .stored import PART_BYTES, Stored, Tensors, fetch_each, read_in_parts

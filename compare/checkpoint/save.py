@@ -13,13 +13,13 @@ import torch
 from flax import nnx
 from torch import Tensor
 
-from .. import mapping as tables
-from ..convert import StateDict, linen_to_torch, nnx_to_torch
-from ..errors import CheckpointError, ConversionError, shown
-from ..mapping import Mapping as Table
-from ..sides import flax_side
-from ..taxonomy import entries, same_memory, torch_kinds
-from ..transfer import Untransferable, dense, tensor_to_numpy, to_host
+from ..conversion import mapping as tables
+from ..conversion.convert import StateDict, linen_to_torch, nnx_to_torch
+from ..conversion.errors import ConversionError, shown
+from ..conversion.mapping import Mapping as Table
+from ..conversion.state_kinds import entries, flax_side, same_memory, torch_kinds
+from ..conversion.tensors import Untransferable, dense, tensor_to_numpy, to_host
+from .errors import CheckpointError
 from .formats import Format, exists, format_of
 from .relaid import relaid
 from .spec import spec_of

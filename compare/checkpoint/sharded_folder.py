@@ -8,11 +8,12 @@ import os
 from contextlib import ExitStack
 from pathlib import Path as FilePath
 
-from ..errors import CheckpointError, shown
+from ..conversion.errors import shown
+from ..conversion.mapping import Path
 from ..files import atomic_file, atomic_folder
-from ..mapping import Path
 from . import safetensors_file
 from .content import manifest_of, no_name_twice
+from .errors import CheckpointError
 from .manifest import KEY, Manifest
 from .safetensors_file import Header, read_header, read_tensor, stored_from
 from .spec import Spec

@@ -7,10 +7,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..errors import CheckpointError, shown
-from ..mapping import Mapping as Table
-from ..mapping import Path
+from ..conversion.errors import shown
+from ..conversion.mapping import Mapping as Table
+from ..conversion.mapping import Path
 from .blocks import contiguous, in_batches
+from .errors import CheckpointError
 from .manifest import Algorithm, LayoutName, Manifest, checksum, start
 from .spec import Spec
 

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, shown
+from ..conversion.errors import shown
+from ..conversion.mapping import Path
+from ..conversion.state_kinds import same_memory
+from ..conversion.tensors import Untransferable, dense, numpy_to_tensor, tensor_to_numpy
 from ..files import atomic_file, read_ahead
-from ..mapping import Path
-from ..taxonomy import same_memory
-from ..transfer import Untransferable, dense, numpy_to_tensor, tensor_to_numpy
 from .blocks import WORKERS, contiguous
 from .content import in_manifests_order, manifest_of
+from .errors import CheckpointError
 from .manifest import KEY, Manifest, checksum
 from .spec import Spec, checked
 from .stored import Fetched, Stored, Tensors, fetch_each, read_in_parts, whole

@@ -6,8 +6,8 @@ from os import PathLike
 
 import numpy as np
 
-from ..mapping import Mapping as Table
-from ..mapping import Path
+from ..conversion.mapping import Mapping as Table
+from ..conversion.mapping import Path
 from .blocks import blocks
 from .convert_file import planned
 from .formats import open_checkpoint

@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import torch
 
+from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from ..proof import tolerances
 from ..proof.agreement import Finding, agreement, identical
 from ..proof.cases import Implementation, Trial
 from ..proof.parity import exact_and_limit
 from ..run import compiled, flax_forward, flax_state, jax_on, ready_torch, run
-from ..transfer import numpy_to_tensor, tensor_to_numpy
 
 
 def determinism(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:

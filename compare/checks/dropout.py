@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from ..conversion.tensors import tensor_to_numpy
 from ..proof import tolerances
 from ..proof.agreement import Agreement, Finding, agreement, identical
 from ..proof.cases import Implementation, Trial
 from ..run import build_linen, build_nnx, build_torch, linen_template
-from ..transfer import tensor_to_numpy
 
 SHAPE = (64, 64, 128)
 AXES = ("batch", "queries", "keys")

@@ -14,15 +14,15 @@ from flax.traverse_util import flatten_dict
 import flax_impl
 
 from ..checkpoint import load_checkpoint, save_checkpoint
-from ..convert import linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
-from ..errors import ConversionError
+from ..conversion.convert import linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
+from ..conversion.errors import ConversionError
+from ..conversion.tensors import numpy_state, numpy_to_tensor, tensor_to_numpy, torch_state
 from ..proof import tolerances
 from ..proof.agreement import Agreement, Finding, agreement, identical, same_names
 from ..proof.cases import Implementation, State, Trial
 from ..proof.parity import exact_and_limit
 from ..proof.reference import causal_mask
 from ..run import build_linen, build_nnx, build_torch, jax_on, linen_template
-from ..transfer import numpy_state, numpy_to_tensor, tensor_to_numpy, torch_state
 
 SUFFIXES = (".pth", ".safetensors", ".msgpack")
 

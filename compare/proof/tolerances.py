@@ -6,9 +6,7 @@ from scipy.stats import binom, chi2
 from .rounding_bound import PRECISIONS
 from .running_error import Bounded
 
-OUTPUT = (
-    "the rounding bound of this dtype, entry by entry, plus the reference's (compare/proof/rounding_bound.py)"
-)
+OUTPUT = "the rounding bound of this dtype, entry by entry, plus the reference's (compare/proof/rounding_bound.py)"
 LEAKING = "this processor's {dtype} product leaks: NaN of one row reaches another (torch's fault, oneDNN issue 5717)"
 BITS = "none: the bits are the same"
 NAMES = "none: the names are the same"

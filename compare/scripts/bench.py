@@ -24,9 +24,9 @@ from flax import serialization
 
 from ..checkpoint import load_checkpoint, save_checkpoint
 from ..checkpoint.convert_file import convert_checkpoint
+from ..conversion.mapping import Mapping, Row
 from ..files import forget
 from ..findings import Cell, Check, Section, Table
-from ..mapping import Mapping, Row
 
 SIDE = 2048
 MATRIX_BYTES = 4 * SIDE * SIDE

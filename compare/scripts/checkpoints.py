@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import torch
 
 from ..checkpoint import save_checkpoint
-from ..convert import torch_to_linen, torch_to_nnx
+from ..conversion.convert import torch_to_linen, torch_to_nnx
+from ..conversion.tensors import torch_state
 from ..findings import Check, Section, Table
 from ..golden import initial_states
 from ..proof.cases import IMPLEMENTATIONS, NOTEBOOK, TITLES, Config, State
 from ..run import build_nnx, build_torch, linen_template
 from ..subprocesses import ON_CPU, run_module
-from ..transfer import torch_state
 from .reload import checksum
 
 SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")

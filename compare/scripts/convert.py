@@ -6,8 +6,8 @@ from pathlib import Path
 from ..checkpoint.convert_file import Conversion, Line, Wanted, convert_checkpoint
 from ..checkpoint.progress import Progress, silent
 from ..checkpoint.verify_file import Difference, verify_checkpoint
+from ..conversion.mapping import Mapping
 from ..findings import Block, Cell, Check, Section, Table
-from ..mapping import Mapping
 
 
 def sections(

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import shown
+from ..conversion.errors import shown
 from ..findings import Cell, Check, Section, Table
 from ..mutate import FORMATS
 from ..subprocesses import ON_CPU, child_environment

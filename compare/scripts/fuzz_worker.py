@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..checkpoint.errors import CheckpointError
 from ..checkpoint.formats import open_checkpoint
-from ..errors import CheckpointError
+from ..conversion.tensors import tensor_to_numpy
 from ..mutate import mutated, seeds, state
-from ..transfer import tensor_to_numpy
 
 SLOW_SECONDS = 5.0
 # Beyond what the process has when it begins.

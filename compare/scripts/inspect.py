@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from flax import nnx
 
+from ..checkpoint.errors import CheckpointError
 from ..checkpoint.formats import open_checkpoint
 from ..checkpoint.manifest import is_mask
 from ..checkpoint.progress import Progress, silent
 from ..checkpoint.spec import Spec, spec_of
-from ..errors import CheckpointError, shown
+from ..conversion.errors import shown
+from ..conversion.state_kinds import entries
+from ..conversion.unmatched import host_values
 from ..findings import Block, Cell, Check, Panels, Section, Table
-from ..left import host_values
-from ..taxonomy import entries
 
 _PICTURE = 16
 

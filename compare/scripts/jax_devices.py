@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..convert import torch_to_linen, torch_to_nnx
+from ..conversion.convert import torch_to_linen, torch_to_nnx
+from ..conversion.tensors import torch_state
 from ..golden import initial_states, inputs
 from ..proof.cases import NOTEBOOK
 from ..run import NnxAttention, build_linen, build_nnx, linen_mask, linen_template
-from ..transfer import torch_state
 
 HERE, THERE = jax.devices("cpu")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoint import read_checkpoint, save_checkpoint
-from ..errors import CheckpointError
+from ..checkpoint.errors import CheckpointError
 from ..findings import Cell, Check, Section, Table
 from ..subprocesses import ON_CPU, child_environment
 from .kill_writer import NAMES, state

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint import load_checkpoint
-from ..convert import linen_to_torch, nnx_to_torch
+from ..conversion.convert import linen_to_torch, nnx_to_torch
+from ..conversion.tensors import numpy_state
 from ..proof.cases import NOTEBOOK, State
 from ..run import build_nnx, build_torch, linen_mask, linen_template
-from ..transfer import numpy_state
 
 
 def checksum(state: State) -> str:

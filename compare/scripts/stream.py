@@ -11,8 +11,8 @@ from ..checkpoint import safetensors_file
 from ..checkpoint.spec import Spec
 from ..checkpoint.stored import Held
 from ..checkpoint.verify_file import verify_checkpoint
+from ..conversion.mapping import Mapping, Path, Row
 from ..findings import Cell, Check, Section, Table
-from ..mapping import Mapping, Path, Row
 from ..subprocesses import ON_CPU, run_module
 
 # Allowed beyond the largest tensor: for blocks, batches of small tensors, the libraries' buffers.

@@ -9,8 +9,8 @@ from pathlib import Path
 import orbax.checkpoint  # noqa: F401  so that its import is in the base
 
 from ..checkpoint.convert_file import Wanted, convert_checkpoint
-from ..errors import UnverifiedCheckpoint
-from ..mapping import Mapping
+from ..checkpoint.errors import UnverifiedCheckpoint
+from ..conversion.mapping import Mapping
 
 
 def kilobytes(name: str) -> int:

@@ -6,8 +6,8 @@ from pathlib import Path
 from ..checkpoint.formats import open_checkpoint
 from ..checkpoint.progress import Progress, silent
 from ..checkpoint.verify_file import verify_checkpoint
+from ..conversion.mapping import Mapping
 from ..findings import Section, Table
-from ..mapping import Mapping
 from .convert import compared
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from .errors import Entry, Mismatch, Shape
 from .layouts import Layout, layout, to_flax
 from .layouts import to_torch as laid_for_torch
-from .left import host_values, objection
 from .mapping import Left, Path, Row
 from .mapping import Mapping as Table
-from .transfer import Untransferable, dense, tensor_to_numpy, to_host, to_jax, to_torch
+from .tensors import Untransferable, dense, tensor_to_numpy, to_host, to_jax, to_torch
+from .unmatched import host_values, objection
 
 
 def flax_from_torch(

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from .mapping import Policy
-from .transfer import tensor_to_numpy
+from .tensors import tensor_to_numpy
 
 # What a legacy `masked_bias` held: the number that blocked scores were set to.
 _FILLS = (-1e4, -1e9, -1e10, float(np.finfo(np.float32).min), float(np.finfo(np.float16).min), -np.inf)
@@ -29,7 +29,7 @@ def objection(policy: str, array: np.ndarray | None) -> str:
     """Say why the entry may not be dropped under that policy, or nothing.
 
     Args:
-        policy: `ignore`, `verify` or `zero:I/N`, see `compare.mapping.Left`.
+        policy: `ignore`, `verify` or `zero:I/N`, see `compare.conversion.mapping.Left`.
         array: its values; None if there are none, as in an abstract template.
     """
     if policy == "ignore" or array is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .dtypes import is_extended, numpy_dtype
+from ..dtypes import is_extended, numpy_dtype
 
 # The dtypes that NumPy lacks travel as unsigned integers of the same width.
 _CARRIER = {1: (torch.uint8, np.uint8), 2: (torch.uint16, np.uint16)}

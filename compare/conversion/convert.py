@@ -16,13 +16,12 @@ from flax.traverse_util import unflatten_dict
 from torch import Tensor
 
 from . import mapping as tables
+from .apply_mapping import flax_from_torch, torch_from_flax
 from .errors import ConversionError, Mismatch
 from .mapping import Mapping as Table
 from .mapping import Path
-from .matching import pair
-from .sides import FlaxSide, flax_side
-from .taxonomy import SAVED, linen_entries, linen_kind
-from .walk import flax_from_torch, torch_from_flax
+from .match import pair
+from .state_kinds import SAVED, FlaxSide, flax_side, linen_entries, linen_kind
 
 StateDict = dict[str, Tensor]
 Variables = dict[str, Any]
@@ -58,7 +57,7 @@ def torch_to_linen(
         template: the variables of the Linen module, or their `jax.eval_shape`: its entries are the
             ones wanted. A template on chosen devices (committed or with a sharding) places the result.
         mapping: which entry lies where; without, what `compare.match` finds.
-        copy: False shares memory with the torch tensors (see `compare.transfer.to_jax`): editing a
+        copy: False shares memory with the torch tensors (see `compare.conversion.tensors.to_jax`): editing a
             tensor in place then changes the "immutable" JAX array.
         strict: False converts what fits. What does not keeps the template's value, or is left out
             where the template is abstract.
@@ -101,7 +100,7 @@ def torch_to_nnx(
             devices. Of an abstract model (`nnx.eval_shape`) Params and Buffers are filled, and its random
             streams and plain arrays stay abstract: build a real one to train it.
         mapping: which entry lies where; without, what `compare.match` finds.
-        copy: False shares memory with the torch tensors (see `compare.transfer.to_jax`).
+        copy: False shares memory with the torch tensors (see `compare.conversion.tensors.to_jax`).
         strict: False converts what fits and leaves the rest of the model as it was.
 
     Returns:
@@ -135,7 +134,7 @@ def linen_to_torch(
     Args:
         variables: `{"params": ..., "buffers": ...}`; the leaves may be sharded.
         mapping: which entry lies where, as `compare.match` found it; without, the attention classes'.
-        copy: False shares memory with the JAX arrays (see `compare.transfer.to_torch`): an in-place
+        copy: False shares memory with the JAX arrays (see `compare.conversion.tensors.to_torch`): an in-place
             edit of the tensor then changes the "immutable" JAX array.
         strict: False converts what fits.
 
@@ -171,7 +170,7 @@ def nnx_to_torch(
     Args:
         model: the model; its arrays may be sharded.
         mapping: which entry lies where, as `compare.match` found it; without, the attention classes'.
-        copy: False shares memory with the JAX arrays (see `compare.transfer.to_torch`).
+        copy: False shares memory with the JAX arrays (see `compare.conversion.tensors.to_torch`).
         strict: False converts what fits.
 
     Returns:

@@ -10,15 +10,13 @@ import torch
 from flax import nnx
 from torch import Tensor
 
-from .compound import compound_rows
+from .apply_mapping import unfit
 from .errors import ConversionError, Entry, Mismatch
-from .layers import layer_types, nnx_layouts, refusal
+from .layers import compound_rows, layer_types, nnx_layouts, refusal
 from .layouts import layout
 from .mapping import Left, Path, Policy, Row
 from .mapping import Mapping as Table
-from .sides import FlaxSide, flax_side
-from .taxonomy import one_trained, same_memory, torch_kinds
-from .walk import unfit
+from .state_kinds import FlaxSide, flax_side, one_trained, same_memory, torch_kinds
 
 # What a torch leaf may be called in Flax.
 LEAVES = {
@@ -47,7 +45,7 @@ def match(
         template: Linen variables or their `jax.eval_shape`, or an NNX model.
         rename: torch name to Flax name, dotted, each the whole name of an entry or of a module above it; `*`
             stands for one step: `{"h.*.attn": "blocks.*.attention"}`. The longest rule that fits is taken.
-        layouts: torch key (a pattern) to one of `compare.layouts`, where neither side says it:
+        layouts: torch key (a pattern) to one of `compare.conversion.layouts`, where neither side says it:
             `{"head.weight": "flatten:8,4,4"}` for a Linear behind a flattened image.
         policy: torch key or Flax path (a pattern) to what may happen if the other side lacks it: `ignore`,
             `verify` (only if it is the causal mask that anyone would recompute) or `refuse`, the default.

@@ -24,7 +24,7 @@ class Row:
     Attributes:
         torch_key: its name in the state dict.
         path: where Flax keeps it: the collection and the names (Linen), or the names alone (NNX).
-        layout: how the two lie to each other, by the names of `compare.layouts`.
+        layout: how the two lie to each other, by the names of `compare.conversion.layouts`.
         kind: what it is. An `alias` is a second torch key for one array: a tied weight.
         required: False where the absence of both sides is no error.
         part: (i, n) if only the i-th of n equal parts of the torch tensor, along its first axis, is meant.
@@ -149,7 +149,7 @@ class Mapping:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the table to a JSON file, atomically."""
-        from .files import atomic_file
+        from ..files import atomic_file
 
         with atomic_file(FilePath(path)) as stream:
             stream.write(json.dumps(self.as_json(), indent=1).encode())

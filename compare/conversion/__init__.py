@@ -1,0 +1,1 @@
+"""State from one framework to another, in memory."""
