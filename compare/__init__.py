@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import load_checkpoint, open_checkpoint, read_checkpoint, save_checkpoint
-    from .checkpoint.convert_file import convert_checkpoint
+    from .checkpoint.convert import convert_checkpoint
     from .checkpoint.errors import CheckpointError, UnverifiedCheckpoint
-    from .checkpoint.verify_file import verify_checkpoint
+    from .checkpoint.verify import verify_checkpoint
     from .conversion.convert import linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
     from .conversion.errors import ConversionError, MappingError, Mismatch
     from .conversion.mapping import Mapping
@@ -25,7 +25,7 @@ _HOMES = {
     "MappingError": ".conversion.errors",
     "Mismatch": ".conversion.errors",
     "UnverifiedCheckpoint": ".checkpoint.errors",
-    "convert_checkpoint": ".checkpoint.convert_file",
+    "convert_checkpoint": ".checkpoint.convert",
     "linen_to_torch": ".conversion.convert",
     "load_checkpoint": ".checkpoint",
     "match": ".conversion.match",
@@ -35,7 +35,7 @@ _HOMES = {
     "save_checkpoint": ".checkpoint",
     "torch_to_linen": ".conversion.convert",
     "torch_to_nnx": ".conversion.convert",
-    "verify_checkpoint": ".checkpoint.verify_file",
+    "verify_checkpoint": ".checkpoint.verify",
 }
 
 __all__ = [

@@ -21,7 +21,7 @@ from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compare
-from compare.checkpoint.convert_file import convert_checkpoint
+from compare.checkpoint.convert import convert_checkpoint
 from compare.checkpoint.manifest import KEY
 from compare.proof.cases import PRIME
 

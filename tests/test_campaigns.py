@@ -15,9 +15,8 @@ from orbax.checkpoint import StandardCheckpointer
 
 import compare
 from compare import files
-from compare.checkpoint import orbax_folder
 from compare.checkpoint.errors import CheckpointError, UnverifiedCheckpoint
-from compare.checkpoint.formats import open_checkpoint
+from compare.checkpoint.formats import open_checkpoint, orbax
 from compare.mutate import FORMATS, seeds, state
 from compare.scripts import fuzz, kill
 from compare.scripts.fuzz_worker import Input, WrongTensorsError, outcome
@@ -47,11 +46,11 @@ def test_some_mutated_checkpoints(kind: str, inputs: int, tmp_path: Path) -> Non
 def test_the_fuzzer_sees_what_it_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that lets another exception out, and one that lets other values through."""
     made = Input("safetensors", "suite", tmp_path)
-    monkeypatch.setattr("compare.checkpoint.stored.Stored.check", lambda self, path, array, *_: array)
+    monkeypatch.setattr("compare.checkpoint.reader.Stored.check", lambda self, path, array, *_: array)
     with pytest.raises(WrongTensorsError, match="its checksum vouches for them"):
         for number in range(1500):
             outcome(made.make(number))
-    monkeypatch.setattr("compare.checkpoint.stored.Stored.check", lambda self, path, array, *_: array[None][1])
+    monkeypatch.setattr("compare.checkpoint.reader.Stored.check", lambda self, path, array, *_: array[None][1])
     with pytest.raises(IndexError):
         for number in range(500):
             outcome(made.make(number))
@@ -144,8 +143,8 @@ def test_a_failed_read_waits_for_the_others(
         with pytest.raises(CheckpointError, match="an array in it cannot be opened"):
             compare.read_checkpoint(path)
         with pytest.raises(CheckpointError, match="not a whole Orbax checkpoint"):
-            orbax_folder._restore(path, [("gone",), *names])
-    assert len(orbax_folder._restore(path, names)) == 12
+            orbax._restore(path, [("gone",), *names])
+    assert len(orbax._restore(path, names)) == 12
     assert not too_late
 
 

@@ -20,8 +20,8 @@ from flax import nnx, serialization
 
 import compare
 from compare import files
-from compare.checkpoint import orbax_folder
 from compare.checkpoint.errors import CheckpointError
+from compare.checkpoint.formats import orbax
 from compare.conversion.tensors import tensor_to_numpy
 from compare.proof.cases import IMPLEMENTATIONS, PRIME, PRIME_BIAS, Config
 from compare.run import build_nnx, build_torch, linen_template
@@ -462,7 +462,7 @@ def test_an_interrupted_start_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        orbax_folder._in_a_thread(work)
+        orbax._in_a_thread(work)
     assert ended
 
 

@@ -14,11 +14,11 @@ from flax import nnx, serialization
 from flax.core import freeze
 
 import compare
-from compare.checkpoint.convert_file import convert_checkpoint
+from compare.checkpoint.convert import convert_checkpoint
 from compare.checkpoint.errors import CheckpointError
 from compare.checkpoint.formats import open_checkpoint
 from compare.checkpoint.manifest import KEY, Manifest
-from compare.checkpoint.verify_file import verify_checkpoint
+from compare.checkpoint.verify import verify_checkpoint
 from compare.conversion.errors import ConversionError
 from compare.conversion.mapping import Mapping, Row
 from compare.conversion.unmatched import objection

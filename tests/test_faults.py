@@ -15,7 +15,7 @@ import torch
 from flax import nnx
 
 import compare
-from compare.checkpoint.convert_file import convert_checkpoint
+from compare.checkpoint.convert import convert_checkpoint
 from compare.checkpoint.errors import CheckpointError, UnverifiedCheckpoint
 from compare.proof.cases import PRIME
 from compare.run import build_nnx

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import compare
-from compare.checkpoint.convert_file import convert_checkpoint
+from compare.checkpoint.convert import convert_checkpoint
 from compare.checkpoint.errors import CheckpointError
 from compare.checkpoint.formats import open_checkpoint
 from compare.conversion.convert import torch_to_linen, torch_to_nnx

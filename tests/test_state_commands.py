@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import compare
 from compare.__main__ import app
-from compare.checkpoint import convert_file
+from compare.checkpoint import convert
 from compare.conversion.mapping import LINEN
 from compare.conversion.state_kinds import entries
 from compare.findings import Check, Section
@@ -152,7 +152,7 @@ def test_what_is_no_module_ends_with_2(tmp_path: Path) -> None:
 
 def test_a_conversion_that_went_wrong_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = compare.save_checkpoint(tmp_path / "state.pth", torch_module())
-    true = convert_file.planned
+    true = convert.planned
 
     def wrong(*arguments: Any, **options: Any) -> Any:
         tensors, lines = true(*arguments, **options)
@@ -167,7 +167,7 @@ def test_a_conversion_that_went_wrong_is_seen(tmp_path: Path, monkeypatch: pytes
 
         return Wrong(), lines
 
-    monkeypatch.setattr(convert_file, "planned", wrong)
+    monkeypatch.setattr(convert, "planned", wrong)
     code, printed = run("convert", str(source), str(tmp_path / "state.msgpack"))
     assert code == 1
     assert "6 differ; params/W_query/kernel differs in" in printed

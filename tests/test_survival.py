@@ -15,14 +15,14 @@ from flax import nnx
 from hypothesis.extra import numpy as hnp
 
 import compare
-from compare.checkpoint import blocks, safetensors_file, torch_file
-from compare.checkpoint.convert_file import convert_checkpoint
+from compare.checkpoint import blocks
+from compare.checkpoint.convert import convert_checkpoint
 from compare.checkpoint.errors import CheckpointError, UnverifiedCheckpoint
-from compare.checkpoint.formats import format_of, open_checkpoint
+from compare.checkpoint.formats import format_of, open_checkpoint, safetensors, torch_zip
 from compare.checkpoint.manifest import checksum
-from compare.checkpoint.spec import spec_of
-from compare.checkpoint.stored import PART_BYTES, Held
-from compare.checkpoint.verify_file import verify_checkpoint
+from compare.checkpoint.reader import PART_BYTES
+from compare.checkpoint.tensors import Held, spec_of
+from compare.checkpoint.verify import verify_checkpoint
 from compare.conversion.mapping import Mapping, Row
 from compare.dtypes import DTYPES, numpy_dtype
 
@@ -231,7 +231,7 @@ def test_our_safetensors_are_the_librarys(tmp_path: Path) -> None:
     length = int.from_bytes(theirs[:8], "little")
     assert ours.endswith(theirs[8 + length :])
     assert len(ours) % 8 == len(theirs) % 8
-    assert safetensors_file._DTYPES.keys() == set(DTYPES) - {"complex128"}
+    assert safetensors._DTYPES.keys() == set(DTYPES) - {"complex128"}
 
 
 def test_a_reader_keeps_what_it_opened(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_reading_ends_with_the_checkpoint(suffix: str, tmp_path: Path, monkeypat
 
 
 def test_a_mapped_torch_file_that_is_removed_stays_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_file, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(torch_zip, "_SMALL_BYTES", 0)
     path = compare.save_checkpoint(tmp_path / "state.pth", {"x": torch.ones(1000)})
     with open_checkpoint(path) as stored:
         path.unlink()

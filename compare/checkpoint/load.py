@@ -23,15 +23,15 @@ from ..conversion.match import allowing, match
 from ..conversion.state_kinds import FlaxSide, flax_side, specs_side
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from ..dtypes import numpy_dtype
-from .cast import cast_array
 from .errors import CheckpointError, UnverifiedCheckpoint
-from .fill import fill_torch, require_fit
-from .flax_to_flax import flax_leaves, install
 from .formats import open_checkpoint
+from .formats.shards import index_in
+from .load_flax import flax_leaves, install
+from .load_torch import fill_torch, require_fit
 from .manifest import is_mask
-from .relaid import relaid
-from .sharded_folder import index_in
-from .stored import Stored, Tensors, whole
+from .reader import Stored
+from .tensors import Tensors, whole
+from .transforms import cast_array, relaid
 
 Module = TypeVar("Module", bound=torch.nn.Module | nnx.Module)
 Result = TypeVar("Result")

@@ -21,9 +21,8 @@ from ..conversion.state_kinds import entries, flax_side, same_memory, torch_kind
 from ..conversion.tensors import Untransferable, dense, tensor_to_numpy, to_host
 from .errors import CheckpointError
 from .formats import Format, exists, format_of
-from .relaid import relaid
-from .spec import spec_of
-from .stored import Held, Tensors
+from .tensors import Held, Tensors, spec_of
+from .transforms import relaid
 
 Source = torch.nn.Module | nnx.Module | Mapping[str, Any]
 _MEND = "of other modules than the attention classes give mapping=compare.match(module, template)"

@@ -215,10 +215,10 @@ _STATE = [
     *_flax("int64 narrowed", "compare.conversion.tensors",
            (r"tensor = _fit_x64\(dense\(tensor\), copy=copy\)",
             "tensor = dense(tensor)\n    tensor = tensor.int() if tensor.dtype == torch.int64 else tensor")),
-    *[Mutant("checkpoint in half precision", place, "compare.checkpoint.stored",
+    *[Mutant("checkpoint in half precision", place, "compare.checkpoint.tensors",
              ((WRITTEN, "return [self.arrays[path].astype('float16').astype(self.arrays[path].dtype)]"),))
       for place in IMPLEMENTATIONS],
-    *[Mutant("checkpoint stores a bool mask", place, "compare.checkpoint.stored",
+    *[Mutant("checkpoint stores a bool mask", place, "compare.checkpoint.tensors",
              ((WRITTEN, "mask, array = str(path[-1]) == 'mask', self.arrays[path]; "
                         "return [(array != 0).astype(array.dtype) if mask else array]"),))
       for place in IMPLEMENTATIONS],

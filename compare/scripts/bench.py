@@ -23,7 +23,7 @@ import torch
 from flax import serialization
 
 from ..checkpoint import load_checkpoint, save_checkpoint
-from ..checkpoint.convert_file import convert_checkpoint
+from ..checkpoint.convert import convert_checkpoint
 from ..conversion.mapping import Mapping, Row
 from ..files import forget
 from ..findings import Cell, Check, Section, Table

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..checkpoint.convert_file import Conversion, Line, Wanted, convert_checkpoint
-from ..checkpoint.progress import Progress, silent
-from ..checkpoint.verify_file import Difference, verify_checkpoint
+from ..checkpoint.convert import Conversion, Line, Wanted, convert_checkpoint
+from ..checkpoint.transforms import Progress, silent
+from ..checkpoint.verify import Difference, verify_checkpoint
 from ..conversion.mapping import Mapping
 from ..findings import Block, Cell, Check, Section, Table
 

@@ -13,8 +13,8 @@ from flax import nnx
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.formats import open_checkpoint
 from ..checkpoint.manifest import is_mask
-from ..checkpoint.progress import Progress, silent
-from ..checkpoint.spec import Spec, spec_of
+from ..checkpoint.tensors import Spec, spec_of
+from ..checkpoint.transforms import Progress, silent
 from ..conversion.errors import shown
 from ..conversion.state_kinds import entries
 from ..conversion.unmatched import host_values

@@ -7,10 +7,9 @@ from pathlib import Path as FilePath
 import ml_dtypes
 import numpy as np
 
-from ..checkpoint import safetensors_file
-from ..checkpoint.spec import Spec
-from ..checkpoint.stored import Held
-from ..checkpoint.verify_file import verify_checkpoint
+from ..checkpoint.formats import safetensors
+from ..checkpoint.tensors import Held, Spec
+from ..checkpoint.verify import verify_checkpoint
 from ..conversion.mapping import Mapping, Path, Row
 from ..findings import Cell, Check, Section, Table
 from ..subprocesses import ON_CPU, run_module
@@ -57,7 +56,7 @@ def sections(megabytes: int) -> Iterator[Section | str]:
     with tempfile.TemporaryDirectory() as name:
         folder = FilePath(name)
         yield "making the checkpoint"
-        safetensors_file.write(folder / "torch.safetensors", synthetic)
+        safetensors.write(folder / "torch.safetensors", synthetic)
         synthetic.table().save(folder / "map.json")
         for source, target, layout in (
             ("torch.safetensors", "flax.safetensors", "flax"),

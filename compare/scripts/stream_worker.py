@@ -8,7 +8,7 @@ from pathlib import Path
 
 import orbax.checkpoint  # noqa: F401  so that its import is in the base
 
-from ..checkpoint.convert_file import Wanted, convert_checkpoint
+from ..checkpoint.convert import Wanted, convert_checkpoint
 from ..checkpoint.errors import UnverifiedCheckpoint
 from ..conversion.mapping import Mapping
 

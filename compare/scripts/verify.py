@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..checkpoint.formats import open_checkpoint
-from ..checkpoint.progress import Progress, silent
-from ..checkpoint.verify_file import verify_checkpoint
+from ..checkpoint.transforms import Progress, silent
+from ..checkpoint.verify import verify_checkpoint
 from ..conversion.mapping import Mapping
 from ..findings import Section, Table
 from .convert import compared

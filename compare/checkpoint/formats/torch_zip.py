@@ -17,17 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..conversion.errors import shown
-from ..conversion.mapping import Path
-from ..conversion.state_kinds import same_memory
-from ..conversion.tensors import Untransferable, dense, numpy_to_tensor, tensor_to_numpy
-from ..files import atomic_file, read_ahead
-from .blocks import WORKERS, contiguous
-from .content import in_manifests_order, manifest_of
-from .errors import CheckpointError
-from .manifest import KEY, Manifest, checksum
-from .spec import Spec, checked
-from .stored import Fetched, Stored, Tensors, fetch_each, read_in_parts, whole
+from ...conversion.errors import shown
+from ...conversion.mapping import Path
+from ...conversion.state_kinds import same_memory
+from ...conversion.tensors import Untransferable, dense, numpy_to_tensor, tensor_to_numpy
+from ...files import atomic_file, read_ahead
+from ..blocks import WORKERS, contiguous
+from ..errors import CheckpointError
+from ..manifest import KEY, Manifest, checksum, in_manifests_order, manifest_of
+from ..reader import Fetched, Stored, fetch_each, read_in_parts
+from ..tensors import Spec, Tensors, checked, whole
 
 _SMALL_BYTES = 64 << 20
 # A view may show each stored entry more than once, but not without end.

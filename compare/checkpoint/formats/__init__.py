@@ -6,9 +6,10 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from . import msgpack_file, orbax_folder, safetensors_file, sharded_folder, torch_file
-from .errors import CheckpointError
-from .stored import Stored, Tensors
+from ..errors import CheckpointError
+from ..reader import Stored
+from ..tensors import Tensors
+from . import msgpack, orbax, safetensors, shards, torch_zip
 
 
 class Format(NamedTuple):
@@ -26,12 +27,12 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "torch": Format((".pth", ".pt", ".bin"), "torch", False, ("torch",), torch_file.write, torch_file.open_),
+    "torch": Format((".pth", ".pt", ".bin"), "torch", False, ("torch",), torch_zip.write, torch_zip.open_),
     "safetensors": Format(
-        (".safetensors",), "numpy", False, ("torch", "linen", "nnx"), safetensors_file.write, safetensors_file.open_
+        (".safetensors",), "numpy", False, ("torch", "linen", "nnx"), safetensors.write, safetensors.open_
     ),
-    "msgpack": Format((".msgpack",), "flax", False, ("linen", "nnx"), msgpack_file.write, msgpack_file.open_),
-    "orbax": Format((".orbax", ""), "orbax.checkpoint", True, ("linen", "nnx"), orbax_folder.write, orbax_folder.open_),
+    "msgpack": Format((".msgpack",), "flax", False, ("linen", "nnx"), msgpack.write, msgpack.open_),
+    "orbax": Format((".orbax", ""), "orbax.checkpoint", True, ("linen", "nnx"), orbax.write, orbax.open_),
 }
 
 KNOWN = [suffix for known in FORMATS.values() for suffix in known.suffixes if suffix]
@@ -75,8 +76,8 @@ def open_checkpoint(path: str | PathLike[str]) -> Stored:
     path = Path(path)
     if not exists(path):
         raise CheckpointError(path, "no such file or folder")
-    if sharded_folder.index_in(path) is not None:
-        return _opened(path, sharded_folder.open_)
+    if shards.index_in(path) is not None:
+        return _opened(path, shards.open_)
     chosen = format_of(path)
     if chosen.is_folder and not path.is_dir():
         raise CheckpointError(path, "is a file; an Orbax checkpoint is a folder")

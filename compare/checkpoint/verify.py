@@ -9,12 +9,12 @@ import numpy as np
 from ..conversion.mapping import Mapping as Table
 from ..conversion.mapping import Path
 from .blocks import blocks
-from .convert_file import planned
+from .convert import planned
 from .formats import open_checkpoint
 from .load import steady
-from .manifest import LayoutName
-from .progress import Progress, silent
-from .stored import Stored, Tensors
+from .reader import Stored
+from .tensors import LayoutName, Tensors
+from .transforms import Progress, silent
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,14 @@ import numpy as np
 from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ..conversion.errors import shown
-from ..conversion.mapping import Path
-from ..files import atomic_file
-from .blocks import blocks
-from .content import in_manifests_order, linen_or_nnx, manifest_of, no_name_twice
-from .errors import CheckpointError
-from .manifest import KEY, Manifest, start
-from .spec import Spec, checked, spec_of
-from .stored import Stored, Tensors, fetch_each
+from ...conversion.errors import shown
+from ...conversion.mapping import Path
+from ...files import atomic_file
+from ..blocks import blocks
+from ..errors import CheckpointError
+from ..manifest import KEY, Manifest, in_manifests_order, linen_or_nnx, manifest_of, no_name_twice, start
+from ..reader import Stored, fetch_each
+from ..tensors import Spec, Tensors, checked, spec_of
 
 _NDARRAY, _SCALAR = 1, 3  # the extension types of flax.serialization
 _BIN_32 = b"\xc6"  # begins bytes of a length in four

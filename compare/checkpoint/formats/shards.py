@@ -8,16 +8,15 @@ import os
 from contextlib import ExitStack
 from pathlib import Path as FilePath
 
-from ..conversion.errors import shown
-from ..conversion.mapping import Path
-from ..files import atomic_file, atomic_folder
-from . import safetensors_file
-from .content import manifest_of, no_name_twice
-from .errors import CheckpointError
-from .manifest import KEY, Manifest
-from .safetensors_file import Header, read_header, read_tensor, stored_from
-from .spec import Spec
-from .stored import Held, Stored, Tensors, fetch_each
+from ...conversion.errors import shown
+from ...conversion.mapping import Path
+from ...files import atomic_file, atomic_folder
+from ..errors import CheckpointError
+from ..manifest import KEY, Manifest, manifest_of, no_name_twice
+from ..reader import Stored, fetch_each
+from ..tensors import Held, Spec, Tensors
+from . import safetensors
+from .safetensors import Header, read_header, read_tensor, stored_from
 
 INDEX = ".safetensors.index.json"
 _MAX_INDEX_BYTES = 256 << 20
@@ -90,8 +89,8 @@ def write(path: FilePath, tensors: Tensors, shard_bytes: int) -> None:
         for number, keys in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             part = _Part(tensors, keys)
-            safetensors_file.write(folder / name, part)
-            with safetensors_file.open_(folder / name) as written:
+            safetensors.write(folder / name, part)
+            with safetensors.open_(folder / name) as written:
                 assert written.manifest is not None
                 sums |= {key: record.checksum for key, record in written.manifest.records.items()}
             weight_map |= {"/".join(map(str, key)): name for key in keys}

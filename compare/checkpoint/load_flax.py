@@ -15,8 +15,8 @@ from ..conversion.state_kinds import FlaxSide, linen_entries, one_trained, specs
 from ..conversion.tensors import Untransferable, numpy_to_tensor, to_jax
 from ..conversion.unmatched import decided, may_lack, objection
 from ..dtypes import FLOATING
-from .cast import cast_array
-from .stored import Stored
+from .reader import Stored
+from .transforms import cast_array
 
 
 def flax_leaves(stored: Stored, side: FlaxSide, policy: Mapping[str, Policy], cast: bool) -> dict[Path, jax.Array]:

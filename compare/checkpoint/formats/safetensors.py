@@ -15,15 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..conversion.errors import shown
-from ..conversion.mapping import Path
-from ..files import atomic_file
-from .blocks import BATCH_BYTES, blocks, in_batches
-from .content import in_manifests_order, manifest_of, no_name_twice, torch_or_flax
-from .errors import CheckpointError
-from .manifest import KEY, LayoutName, Manifest, start
-from .spec import Spec, checked
-from .stored import PART_BYTES, Stored, Tensors, fetch_each, read_in_parts
+from ...conversion.errors import shown
+from ...conversion.mapping import Path
+from ...files import atomic_file
+from ..blocks import BATCH_BYTES, blocks, in_batches
+from ..errors import CheckpointError
+from ..manifest import KEY, Manifest, in_manifests_order, manifest_of, no_name_twice, start, torch_or_flax
+from ..reader import PART_BYTES, Stored, fetch_each, read_in_parts
+from ..tensors import LayoutName, Spec, Tensors, checked
 
 _DTYPES = {
     **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL", "complex64": "C64"},

@@ -3,61 +3,19 @@
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from ..conversion.errors import shown
 from ..conversion.mapping import Mapping as Table
 from ..conversion.mapping import Path
-from .blocks import contiguous, in_batches
+from .blocks import in_batches
 from .errors import CheckpointError
-from .manifest import Algorithm, LayoutName, Manifest, checksum, start
-from .spec import Spec
+from .manifest import Algorithm, Manifest, checksum, start
+from .tensors import LayoutName, Spec
 
 PART_BYTES = 1 << 20  # less than a processor's cache
-
-
-class Tensors(Protocol):
-    """Named tensors that can be written: in memory, in a file, or in another layout than their file's.
-
-    Attributes:
-        layout: whose names and shapes these are.
-        specs: shape and dtype by path. A torch name is a path of one step.
-        kinds: what each is, as far as it is known.
-        aliases: further names of tensors, to the first.
-        mapping: how torch and Flax names pair, if that is known.
-    """
-
-    @property
-    def layout(self) -> LayoutName: ...  # noqa: D102
-    @property
-    def specs(self) -> Mapping[Path, Spec]: ...  # noqa: D102
-    @property
-    def kinds(self) -> Mapping[Path, str]: ...  # noqa: D102
-    @property
-    def aliases(self) -> Mapping[Path, Path]: ...  # noqa: D102
-    @property
-    def mapping(self) -> Table | None: ...  # noqa: D102
-
-    def pieces(self, path: Path) -> Iterable[np.ndarray]:
-        """Return the tensor in pieces, one behind the other along the first axis; each may be any view."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """Tensors in memory."""
-
-    layout: LayoutName
-    arrays: Mapping[Path, np.ndarray]
-    specs: Mapping[Path, Spec]
-    kinds: Mapping[Path, str] = field(default_factory=dict)
-    aliases: Mapping[Path, Path] = field(default_factory=dict)
-    mapping: Table | None = None
-
-    def pieces(self, path: Path) -> Iterable[np.ndarray]:
-        """Return the array, whole."""
-        return [self.arrays[path]]
 
 
 @dataclass
@@ -229,13 +187,6 @@ def read_in_parts(
         if digest:
             digest.update(part)
     return array, digest.hexdigest() if digest else None
-
-
-def whole(tensors: Tensors, key: Path) -> np.ndarray:
-    """Return the tensor in one contiguous, native array."""
-    pieces = list(tensors.pieces(key))
-    array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-    return contiguous(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def available_bytes() -> int:

@@ -13,7 +13,7 @@ from ..conversion.errors import ConversionError, Entry, Mismatch
 from ..conversion.mapping import Policy
 from ..conversion.state_kinds import one_trained, same_memory, torch_kinds
 from ..conversion.unmatched import decided, host_values, may_lack, objection
-from .spec import Spec
+from .tensors import Spec
 
 
 def require_fit(

@@ -15,16 +15,15 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ..conversion.errors import shown
-from ..conversion.mapping import Path
-from ..files import atomic_folder
-from .blocks import BATCH_BYTES, in_batches
-from .content import in_manifests_order, linen_or_nnx, manifest_of
-from .errors import CheckpointError
-from .manifest import KEY, Manifest, checksum
-from .msgpack_file import tree_of
-from .spec import checked
-from .stored import Fetched, Held, Stored, Tensors, whole
+from ...conversion.errors import shown
+from ...conversion.mapping import Path
+from ...files import atomic_folder
+from ..blocks import BATCH_BYTES, in_batches
+from ..errors import CheckpointError
+from ..manifest import KEY, Manifest, checksum, in_manifests_order, linen_or_nnx, manifest_of
+from ..reader import Fetched, Stored
+from ..tensors import Held, Tensors, checked, whole
+from .msgpack import tree_of
 
 _METADATA = "_CHECKPOINT_METADATA"
 # What Orbax itself puts into the folder of a checkpoint.

@@ -12,16 +12,13 @@ from ..conversion.errors import ConversionError
 from ..conversion.mapping import Left, Path
 from ..conversion.mapping import Mapping as Table
 from ..conversion.match import match
-from . import sharded_folder
-from .cast import Cast
 from .errors import CheckpointError
-from .formats import KNOWN, exists, format_of, open_checkpoint
+from .formats import KNOWN, exists, format_of, open_checkpoint, shards
 from .load import named, side_of, steady
-from .progress import Progress, Watched, silent
-from .relaid import relaid
+from .reader import Stored
 from .save import writable, write
-from .spec import Spec
-from .stored import Stored, Tensors
+from .tensors import Spec, Tensors
+from .transforms import Cast, Progress, Watched, relaid, silent
 
 Wanted = Literal["torch", "flax"]
 _MEND = "give --map FILE, or --like a checkpoint of the other framework's; in Python mapping=compare.match(...)"
@@ -108,7 +105,7 @@ def convert_checkpoint(
                 write(path, resolved, chosen, watched)
             else:
                 assert shard_bytes is not None
-                put = partial(sharded_folder.write, shard_bytes=shard_bytes)
+                put = partial(shards.write, shard_bytes=shard_bytes)
                 write(path, resolved, format_of("x.safetensors")._replace(write=put), watched)
         left = tensors.mapping.left if tensors.layout != stored.layout and tensors.mapping else ()
         return Conversion(lines, stored.checked, left)
