@@ -19,9 +19,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from typer.core import TyperGroup
 
-from .findings import Report, Section
 from .jobs import Job
-from .processor import machine
+from .report.machine import machine
+from .report.model import Report, Section
 from .report.terminal import print_section, print_summary
 
 STATE = ("inspect", "convert", "verify", "kill", "fuzz", "bench", "stream", "attention")
@@ -329,9 +329,9 @@ def _found(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
     """Yield the sections of each job in turn, and show what is being done."""
     from .ahead import Ahead
     from .checkpoint.errors import CheckpointError
-    from .compile_cache import compilation_cache
     from .conversion.errors import MappingError
-    from .run import sees_accelerator
+    from .runners.compile_cache import compilation_cache
+    from .runners.run import sees_accelerator
 
     # Two processes would each reserve most of an accelerator's memory.
     alone = sees_accelerator() or all(job.ahead is None for job in jobs)
@@ -381,7 +381,7 @@ def _require(*packages: str) -> None:
 
 
 def _require_device(device: str) -> None:
-    from .run import missing_cuda
+    from .runners.run import missing_cuda
 
     if device == "cuda" and (missing := missing_cuda()):
         raise typer.BadParameter(f"--device cuda: {missing}")

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .findings import Section
 from .jobs import Job
+from .report.model import Section
 
 
 class Ahead:

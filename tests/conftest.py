@@ -8,9 +8,9 @@ import jax
 import pytest
 
 from compare.__main__ import versions
-from compare.compile_cache import compilation_cache
-from compare.processor import machine
-from compare.run import missing_cuda
+from compare.report.machine import machine
+from compare.runners.compile_cache import compilation_cache
+from compare.runners.run import missing_cuda
 
 if find_spec("hypothesis"):
     from hypothesis import settings

@@ -15,7 +15,7 @@ import torch
 from compare.checkpoint import load_checkpoint
 from compare.conversion.tensors import tensor_to_numpy
 from compare.proof.cases import PRIME
-from compare.run import build_nnx, build_torch, linen_template
+from compare.runners.run import build_nnx, build_torch, linen_template
 
 
 def mask_of(implementation: str, path: Path) -> np.ndarray:

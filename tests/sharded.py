@@ -12,7 +12,7 @@ from compare.conversion.errors import ConversionError
 from compare.conversion.tensors import numpy_state
 from compare.proof.cases import Config
 from compare.proof.parity import against_reference
-from compare.run import build_linen, build_torch, linen_template
+from compare.runners.run import build_linen, build_torch, linen_template
 
 CONFIG = Config(6, 4, 8, 0.1)
 

@@ -10,7 +10,7 @@ from compare.conversion.tensors import numpy_state
 from compare.proof.agreement import Agreement
 from compare.proof.cases import PRIME_BIAS, Config, Implementation, State
 from compare.proof.parity import against_reference
-from compare.run import NnxAttention, TorchAttention, build_nnx, build_torch, linen_template, run
+from compare.runners.run import NnxAttention, TorchAttention, build_nnx, build_torch, linen_template, run
 
 
 def torch_module(config: Config = PRIME_BIAS, *, buffer: bool = True, seed: int = 0) -> TorchAttention:

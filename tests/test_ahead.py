@@ -12,10 +12,10 @@ import torch
 
 from compare.__main__ import AHEAD, CHECKS
 from compare.ahead import Ahead
-from compare.compile_cache import compilation_cache
-from compare.findings import Section
 from compare.jobs import Job
 from compare.proof.remembered import MAX_RESULTS, remembered
+from compare.report.model import Section
+from compare.runners.compile_cache import compilation_cache
 
 
 @pytest.fixture

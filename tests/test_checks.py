@@ -11,8 +11,8 @@ from compare.mutants import MUTANTS, planted
 from compare.proof import cases
 from compare.proof.agreement import Finding, agreement
 from compare.proof.cases import IMPLEMENTATIONS
+from compare.report.verdicts import settle
 from compare.scripts.checks import sections
-from compare.settle import settle
 
 ON_EACH = [name for name in CHECKS if name not in ON_THEIR_OWN]
 TRIALS = cases.fixed_trials()

@@ -18,9 +18,9 @@ import torch_impl.causal_attention
 from compare.__main__ import CHECKS as NAMED
 from compare.__main__ import app
 from compare.checks import CHECKS
-from compare.findings import Check, Panels, Report, Section
 from compare.report.html import html
-from compare.run import missing_cuda
+from compare.report.model import Check, Panels, Report, Section
+from compare.runners.run import missing_cuda
 from compare.subprocesses import ChildError, run_module
 from torch_impl import masked_attention
 

@@ -18,7 +18,7 @@ from compare.conversion.errors import ConversionError
 from compare.conversion.mapping import ROWS
 from compare.conversion.tensors import Untransferable, numpy_to_tensor, tensor_to_numpy, to_jax, to_torch
 from compare.proof.cases import PRIME, PRIME_BIAS, Config
-from compare.run import build_nnx, linen_template
+from compare.runners.run import build_nnx, linen_template
 
 from .support import linen_variables, nnx_model, same_bits, state_of, torch_module
 

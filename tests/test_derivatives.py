@@ -11,9 +11,9 @@ from flax import nnx
 from jax.test_util import check_grads
 
 from compare.checks.gradients import exact_derivatives, problem_of
-from compare.derivatives import Problem
 from compare.proof.cases import Config, Trial, draw
-from compare.run import ready_linen, ready_nnx, ready_torch
+from compare.runners.differentiate import Problem
+from compare.runners.run import ready_linen, ready_nnx, ready_torch
 
 from .support import normal, numpy_state_of
 

@@ -9,7 +9,7 @@ from compare.proof.cases import IMPLEMENTATIONS, Config, Trial, draw
 from compare.proof.parity import against_reference
 from compare.proof.reference import attention_stages
 from compare.proof.rounding_bound import PRECISIONS, overflow
-from compare.run import run
+from compare.runners.run import run
 
 hypothesis = pytest.importorskip("hypothesis")
 assume, given, st = hypothesis.assume, hypothesis.given, hypothesis.strategies

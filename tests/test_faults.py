@@ -18,7 +18,7 @@ import compare
 from compare.checkpoint.convert import convert_checkpoint
 from compare.checkpoint.errors import CheckpointError, UnverifiedCheckpoint
 from compare.proof.cases import PRIME
-from compare.run import build_nnx
+from compare.runners.run import build_nnx
 
 from .faults import DATA_FAULTS, FAULTS
 from .support import linen_variables, torch_module

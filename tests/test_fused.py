@@ -34,7 +34,7 @@ from compare.proof.reference import masked_attention as exact_attention
 from compare.proof.reference_gradient import attention_forward, attention_gradient
 from compare.proof.rounding_bound import PRECISIONS, attention_bounds, most_tiles
 from compare.proof.running_error import Bounded
-from compare.run import build_nnx, build_torch, linen_template
+from compare.runners.run import build_nnx, build_torch, linen_template
 from compare.scripts import attention
 from compare.subprocesses import child_environment
 from flax_impl.mask_tiles import is_causal

@@ -6,9 +6,9 @@ import torch
 
 import compare
 from compare.conversion.tensors import torch_state
-from compare.golden import PRINT_ROUNDING, figures, initial_states, match_rows
 from compare.proof.cases import IMPLEMENTATIONS, NOTEBOOK
-from compare.run import build_nnx, linen_template
+from compare.runners.notebook_figures import PRINT_ROUNDING, figures, initial_states, match_rows
+from compare.runners.run import build_nnx, linen_template
 from compare.scripts import notebook
 
 CELLS = {

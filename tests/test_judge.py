@@ -13,7 +13,7 @@ from compare.proof.cases import CASES, IMPLEMENTATIONS, Config
 from compare.proof.parity import against_reference, exact_and_limit
 from compare.proof.reference import attention_stages, masked_attention
 from compare.proof.rounding_bound import EXP_ULPS, PRECISIONS, overflow
-from compare.run import run
+from compare.runners.run import run
 from compare.scripts import bound, outputs
 
 from .support import normal, numpy_state_of

@@ -17,7 +17,7 @@ from compare.conversion.convert import torch_to_linen, torch_to_nnx
 from compare.conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from compare.dtypes import numpy_dtype
 from compare.proof.cases import IMPLEMENTATIONS, PRIME
-from compare.run import build_nnx, build_torch, linen_template
+from compare.runners.run import build_nnx, build_torch, linen_template
 from compare.subprocesses import ON_CPU, run_module
 
 from .mask_reader import digest

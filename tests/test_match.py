@@ -16,7 +16,7 @@ import compare
 from compare.conversion.errors import ConversionError
 from compare.conversion.mapping import LINEN, NNX, Left, Mapping, Row
 from compare.proof.cases import PRIME_BIAS
-from compare.run import build_nnx, linen_template
+from compare.runners.run import build_nnx, linen_template
 
 from .support import torch_module
 

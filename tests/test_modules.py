@@ -16,7 +16,7 @@ from compare.conversion.convert import torch_to_linen, torch_to_nnx
 from compare.proof.cases import PRIME_BIAS
 from compare.proof.parity import against_reference
 from compare.proof.rounding_bound import FLOAT64_RELATIVE
-from compare.run import linen_template
+from compare.runners.run import linen_template
 from compare.subprocesses import run_module
 
 from .support import linen_variables, nnx_model, normal, numpy_state_of, torch_module

@@ -7,7 +7,7 @@ import torch
 from compare.proof.agreement import agreement
 from compare.proof.cases import CASES, IMPLEMENTATIONS, PRIME, PRIME_BIAS, Case
 from compare.proof.rounding_bound import FLOAT64_RELATIVE
-from compare.run import run
+from compare.runners.run import run
 
 from .support import judge, normal, numpy_state_of
 

@@ -3,10 +3,10 @@
 import pytest
 
 from compare.checks import CHECKS
-from compare.processor import machine
-from compare.products import leaking_dtypes
 from compare.proof import cases, tolerances
 from compare.proof.cases import Trial
+from compare.report.machine import machine
+from compare.runners.products import leaking_dtypes
 from compare.scripts import checks
 
 from .products import LeakingProducts

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from compare.processor import machine
+from compare.report.machine import machine
 
 ROOT = Path(__file__).parent.parent
 NUMERIC = ("outputs", "fused", "closed_rows", "dropout", "extremes", "golden", "masks", "derivatives", "checks")

@@ -14,7 +14,7 @@ from compare.__main__ import app
 from compare.checkpoint import convert
 from compare.conversion.mapping import LINEN
 from compare.conversion.state_kinds import entries
-from compare.findings import Check, Section
+from compare.report.model import Check, Section
 
 from .support import linen_variables, nnx_model, torch_module
 

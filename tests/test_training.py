@@ -7,7 +7,7 @@ import optax
 import pytest
 import torch
 
-from compare.training import clip_grad_norm
+from compare.runners.train import clip_grad_norm
 
 MAX_NORM = 0.5
 

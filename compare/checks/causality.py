@@ -8,7 +8,7 @@ from ..proof import tolerances
 from ..proof.agreement import Finding, agreement, identical
 from ..proof.cases import Implementation, Trial
 from ..proof.reference import causal_mask
-from ..run import compiled
+from ..runners.run import compiled
 
 LATER = {"another token": 3.0, "a huge token": -1e30}
 

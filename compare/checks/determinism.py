@@ -16,7 +16,7 @@ from ..proof import tolerances
 from ..proof.agreement import Finding, agreement, identical
 from ..proof.cases import Implementation, Trial
 from ..proof.parity import exact_and_limit
-from ..run import compiled, flax_forward, flax_state, jax_on, ready_torch, run
+from ..runners.run import compiled, flax_forward, flax_state, jax_on, ready_torch, run
 
 
 def determinism(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:

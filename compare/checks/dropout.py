@@ -11,7 +11,7 @@ from ..conversion.tensors import tensor_to_numpy
 from ..proof import tolerances
 from ..proof.agreement import Agreement, Finding, agreement, identical
 from ..proof.cases import Implementation, Trial
-from ..run import build_linen, build_nnx, build_torch, linen_template
+from ..runners.run import build_linen, build_nnx, build_torch, linen_template
 
 SHAPE = (64, 64, 128)
 AXES = ("batch", "queries", "keys")

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
-from ..derivatives import gradient
 from ..proof import tolerances
 from ..proof.agreement import Finding, agreement, identical
 from ..proof.cases import Config, Implementation, Trial, draw
 from ..proof.parity import exact_and_limit
 from ..proof.rounding_bound import most_tiles
-from ..run import compiled, ready_torch
+from ..runners.differentiate import gradient
+from ..runners.run import compiled, ready_torch
 from .gradients import exact_derivatives, problem_of
 
 # The last strip of queries and the last tile of keys are not whole ones.

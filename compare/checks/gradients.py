@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..derivatives import Problem, derivatives
 from ..proof import tolerances
 from ..proof.agreement import Finding, agreement, same_names
 from ..proof.cases import Config, Implementation, Trial
@@ -12,6 +11,7 @@ from ..proof.dual_numbers import Dual
 from ..proof.reference_gradient import attention_forward, attention_gradient
 from ..proof.remembered import remembered
 from ..proof.running_error import Bounded
+from ..runners.differentiate import Problem, derivatives
 
 
 def gradients(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..products import leaking_dtypes
 from ..proof import tolerances
 from ..proof.agreement import Finding
 from ..proof.cases import Implementation, Trial
 from ..proof.parity import against_reference
 from ..proof.rounding_bound import PRECISIONS, overflow
-from ..run import compiled
+from ..runners.products import leaking_dtypes
+from ..runners.run import compiled
 
 
 def outputs(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:

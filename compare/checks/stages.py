@@ -7,7 +7,7 @@ from ..proof.agreement import Finding, agreement
 from ..proof.cases import Implementation, Trial
 from ..proof.reference import attention_stages
 from ..proof.rounding_bound import PRECISIONS, stage_bounds
-from ..stages import record_stages
+from ..runners.record_stages import record_stages
 
 
 def stages(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:

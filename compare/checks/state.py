@@ -22,7 +22,7 @@ from ..proof.agreement import Agreement, Finding, agreement, identical, same_nam
 from ..proof.cases import Implementation, State, Trial
 from ..proof.parity import exact_and_limit
 from ..proof.reference import causal_mask
-from ..run import build_linen, build_nnx, build_torch, jax_on, linen_template
+from ..runners.run import build_linen, build_nnx, build_torch, jax_on, linen_template
 
 SUFFIXES = (".pth", ".safetensors", ".msgpack")
 

@@ -6,7 +6,7 @@ from ..proof import tolerances
 from ..proof.agreement import Agreement, Finding, agreement, identical, same_names
 from ..proof.cases import Implementation, Trial
 from ..proof.reference_training import RECIPES, Limited, course, reference_training
-from ..training import Trained, train
+from ..runners.train import Trained, train
 
 
 def training(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:

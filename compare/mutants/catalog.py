@@ -64,7 +64,7 @@ def _flax(name: str, module: str, *changes: Change) -> list[Mutant]:
 def _training(name: str, torch: Change | None, flax: Change | None) -> list[Mutant]:
     """Plant changes in the training loops."""
     places: dict[Implementation, Change | None] = {"torch": torch, "linen": flax, "nnx": flax}
-    return [Mutant(name, place, "compare.training", (change,)) for place, change in places.items() if change]
+    return [Mutant(name, place, "compare.runners.train", (change,)) for place, change in places.items() if change]
 
 
 _SCALING = [
@@ -246,12 +246,12 @@ _OPTIMIZING = [
     *_training("loss summed",
                (r"mse_loss\(module\(inputs\), targets", 'mse_loss(module(inputs), targets, reduction="sum"'),
                (r"jnp\.mean\(", "jnp.sum(")),
-    Mutant("mask decayed", "torch", "compare.training",
+    Mutant("mask decayed", "torch", "compare.runners.train",
            ((r"optimizer\.step\(\)", "optimizer.step(); module.mask.mul_(1 - 1e-3)"),)),
-    Mutant("mask decayed", "linen", "compare.training",
+    Mutant("mask decayed", "linen", "compare.runners.train",
            ((r"losses\.append\(float\(loss\)\)",
              "losses.append(float(loss)); buffers = jax.tree.map(lambda mask: mask * (1 - 1e-3), buffers)"),)),
-    Mutant("mask decayed", "nnx", "compare.training",
+    Mutant("mask decayed", "nnx", "compare.runners.train",
            ((r"pattern\[\.\.\.\] = jnp\.asarray\(keep\)",
              "pattern[...] = jnp.asarray(keep); model.mask[...] = model.mask[...] * (1 - 1e-3)"),)),
 ]  # fmt: skip

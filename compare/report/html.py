@@ -5,8 +5,8 @@ from itertools import count
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..findings import VERDICTS, Grid, Report, Table
-from .pictures import picture
+from .model import VERDICTS, Grid, Report, Table
+from .plots import picture
 from .terminal import cell_text
 
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from ..findings import VERDICTS, Cell, Check, Curves, Grid, Histogram, Panels, Report, Section, Table
+from .model import VERDICTS, Cell, Check, Curves, Grid, Histogram, Panels, Report, Section, Table
 
 _STYLES = {"held": "green", "FAILED": "bold red", "not run": "yellow"}
 

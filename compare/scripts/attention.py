@@ -11,10 +11,10 @@ import numpy as np
 
 from ..contestants import Contestant, Problem, Step, contestants, draw
 from ..dtypes import numpy_dtype
-from ..findings import Block, Cell, Check, Curves, Section, Table
 from ..proof.agreement import agreement
 from ..proof.reference import masked_attention
 from ..proof.rounding_bound import PRECISIONS, attention_bounds, most_tiles
+from ..report.model import Block, Cell, Check, Curves, Section, Table
 from ..subprocesses import ON_CPU, run_module
 
 TOKENS: tuple[int, ...] = (6, 256, 512, 1024, 2048, 4096)
@@ -80,7 +80,7 @@ def sections(quick: bool, rounds: int, device: str | None = None, plot: Path | N
 
 def _draw(section: Section, plot: Path, backward: bool) -> None:
     """Save the section's curves: those of the forward pass under the name given, the others beside it."""
-    from ..report.pictures import save  # matplotlib, which nothing else here needs
+    from ..report.plots import save  # matplotlib, which nothing else here needs
 
     for curves in section.blocks:
         if isinstance(curves, Curves):

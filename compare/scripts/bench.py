@@ -26,7 +26,7 @@ from ..checkpoint import load_checkpoint, save_checkpoint
 from ..checkpoint.convert import convert_checkpoint
 from ..conversion.mapping import Mapping, Row
 from ..files import forget
-from ..findings import Cell, Check, Section, Table
+from ..report.model import Cell, Check, Section, Table
 
 SIDE = 2048
 MATRIX_BYTES = 4 * SIDE * SIDE

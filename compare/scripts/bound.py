@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..dtypes import numpy_dtype
-from ..findings import Cell, Check, Section, Table
 from ..proof.agreement import agreement
 from ..proof.cases import IMPLEMENTATIONS, TITLES, Config, State, draw_parameters
 from ..proof.parity import exact_and_limit
 from ..proof.reference import attention_stages, causal_mask
 from ..proof.rounding_bound import PRECISIONS, overflow
-from ..run import compiled
+from ..report.model import Cell, Check, Section, Table
+from ..runners.run import compiled
 
 # Few shapes, so that compiling does not take the time; tokens < context_length in most.
 SHAPES = (

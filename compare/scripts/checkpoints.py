@@ -14,10 +14,10 @@ import torch
 from ..checkpoint import save_checkpoint
 from ..conversion.convert import torch_to_linen, torch_to_nnx
 from ..conversion.tensors import torch_state
-from ..findings import Check, Section, Table
-from ..golden import initial_states
 from ..proof.cases import IMPLEMENTATIONS, NOTEBOOK, TITLES, Config, State
-from ..run import build_nnx, build_torch, linen_template
+from ..report.model import Check, Section, Table
+from ..runners.notebook_figures import initial_states
+from ..runners.run import build_nnx, build_torch, linen_template
 from ..subprocesses import ON_CPU, run_module
 from .reload import checksum
 

@@ -8,16 +8,16 @@ from ..checks import CHECKS
 from ..checks.determinism import compiled_by_torch
 from ..checks.stages import first_parted
 from ..checks.training import judged
-from ..findings import Block, Curves, Panels, Section
-from ..products import leaking_dtypes
 from ..proof import cases, tolerances
 from ..proof.agreement import Finding
 from ..proof.cases import IMPLEMENTATIONS, TITLES
 from ..proof.reference_training import RECIPES, STEPS, Recipe, Run, course, reference_training
-from ..run import places
-from ..settle import ratio_table, settle
-from ..stages import record_stages
-from ..training import train
+from ..report.model import Block, Curves, Panels, Section
+from ..report.verdicts import ratio_table, settle
+from ..runners.products import leaking_dtypes
+from ..runners.record_stages import record_stages
+from ..runners.run import places
+from ..runners.train import train
 
 TITLE = {
     "state": "State: the mask is saved, moved, obeyed, and never trained",

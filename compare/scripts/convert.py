@@ -7,7 +7,7 @@ from ..checkpoint.convert import Conversion, Line, Wanted, convert_checkpoint
 from ..checkpoint.transforms import Progress, silent
 from ..checkpoint.verify import Difference, verify_checkpoint
 from ..conversion.mapping import Mapping
-from ..findings import Block, Cell, Check, Section, Table
+from ..report.model import Block, Cell, Check, Section, Table
 
 
 def sections(

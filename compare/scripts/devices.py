@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from ..findings import Check, Section, Table
-from ..golden import figures, inputs
 from ..proof.cases import NOTEBOOK, TITLES
-from ..run import TorchAttention, build_torch
+from ..report.model import Check, Section, Table
+from ..runners.notebook_figures import figures, inputs
+from ..runners.run import TorchAttention, build_torch
 from ..subprocesses import ON_CPU, run_module
 
 TWO_HOST_DEVICES = {**ON_CPU, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

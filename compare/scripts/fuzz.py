@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..conversion.errors import shown
-from ..findings import Cell, Check, Section, Table
 from ..mutate import FORMATS
+from ..report.model import Cell, Check, Section, Table
 from ..subprocesses import ON_CPU, child_environment
 
 HANG_SECONDS = 60.0

@@ -18,7 +18,7 @@ from ..checkpoint.transforms import Progress, silent
 from ..conversion.errors import shown
 from ..conversion.state_kinds import entries
 from ..conversion.unmatched import host_values
-from ..findings import Block, Cell, Check, Panels, Section, Table
+from ..report.model import Block, Cell, Check, Panels, Section, Table
 
 _PICTURE = 16
 

@@ -14,9 +14,9 @@ from flax import nnx
 
 from ..conversion.convert import torch_to_linen, torch_to_nnx
 from ..conversion.tensors import torch_state
-from ..golden import initial_states, inputs
 from ..proof.cases import NOTEBOOK
-from ..run import NnxAttention, build_linen, build_nnx, linen_mask, linen_template
+from ..runners.notebook_figures import initial_states, inputs
+from ..runners.run import NnxAttention, build_linen, build_nnx, linen_mask, linen_template
 
 HERE, THERE = jax.devices("cpu")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..checkpoint import read_checkpoint, save_checkpoint
 from ..checkpoint.errors import CheckpointError
-from ..findings import Cell, Check, Section, Table
+from ..report.model import Cell, Check, Section, Table
 from ..subprocesses import ON_CPU, child_environment
 from .kill_writer import NAMES, state
 

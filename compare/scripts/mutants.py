@@ -8,12 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ..checks import CHECKS, ON_THEIR_OWN
-from ..findings import Cell, Check, Grid, Section, Table
 from ..mutants import MUTANTS, Mutant, planted
 from ..proof import cases
 from ..proof.agreement import Finding
 from ..proof.cases import IMPLEMENTATIONS, TITLES, Implementation
-from ..settle import worst_of
+from ..report.model import Cell, Check, Grid, Section, Table
+from ..report.verdicts import worst_of
 from .bound import SHAPES
 
 

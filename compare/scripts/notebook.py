@@ -10,10 +10,10 @@ import numpy as np
 from ..checkpoint import load_checkpoint, save_checkpoint
 from ..conversion.convert import linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
 from ..conversion.tensors import numpy_state, torch_state
-from ..findings import Check, Panels, Section, Table
-from ..golden import PRINT_ROUNDING, RowMatch, figures, initial_states, inputs, match_rows
 from ..proof.cases import IMPLEMENTATIONS, NOTEBOOK, TITLES, Implementation, State
-from ..run import build_nnx, build_torch, linen_mask, linen_template, run
+from ..report.model import Check, Panels, Section, Table
+from ..runners.notebook_figures import PRINT_ROUNDING, RowMatch, figures, initial_states, inputs, match_rows
+from ..runners.run import build_nnx, build_torch, linen_mask, linen_template, run
 from .checkpoints import edited_sources
 from .devices import here, mismatch_check
 

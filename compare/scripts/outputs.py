@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from ..conversion.tensors import numpy_state
-from ..findings import Cell, Check, Histogram, Section, Table
 from ..proof.agreement import Agreement, agreement
 from ..proof.cases import CASES, IMPLEMENTATIONS, TITLES, Case, Implementation, State
 from ..proof.parity import exact_and_limit
 from ..proof.rounding_bound import FLOAT64_RELATIVE, PRECISIONS, TF32
-from ..run import build_torch, compiled, missing_cuda, places, run
+from ..report.model import Cell, Check, Histogram, Section, Table
+from ..runners.run import build_torch, compiled, missing_cuda, places, run
 
 SEED = 211
 DTYPES = ("float64", "float32")

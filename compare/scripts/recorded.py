@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
-from ..findings import Grid, Section
+from ..report.model import Grid, Section
 
 
 def sections() -> Iterator[Section]:

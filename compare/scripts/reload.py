@@ -17,7 +17,7 @@ from ..checkpoint import load_checkpoint
 from ..conversion.convert import linen_to_torch, nnx_to_torch
 from ..conversion.tensors import numpy_state
 from ..proof.cases import NOTEBOOK, State
-from ..run import build_nnx, build_torch, linen_mask, linen_template
+from ..runners.run import build_nnx, build_torch, linen_mask, linen_template
 
 
 def checksum(state: State) -> str:

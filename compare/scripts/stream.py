@@ -11,7 +11,7 @@ from ..checkpoint.formats import safetensors
 from ..checkpoint.tensors import Held, Spec
 from ..checkpoint.verify import verify_checkpoint
 from ..conversion.mapping import Mapping, Path, Row
-from ..findings import Cell, Check, Section, Table
+from ..report.model import Cell, Check, Section, Table
 from ..subprocesses import ON_CPU, run_module
 
 # Allowed beyond the largest tensor: for blocks, batches of small tensors, the libraries' buffers.

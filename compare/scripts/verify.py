@@ -7,7 +7,7 @@ from ..checkpoint.formats import open_checkpoint
 from ..checkpoint.transforms import Progress, silent
 from ..checkpoint.verify import verify_checkpoint
 from ..conversion.mapping import Mapping
-from ..findings import Section, Table
+from ..report.model import Section, Table
 from .convert import compared
 
 

@@ -10,9 +10,9 @@ import torch
 from flax import linen
 from torch.overrides import TorchFunctionMode
 
-from .conversion.tensors import numpy_to_tensor, tensor_to_numpy
-from .proof.cases import Implementation, Trial
-from .proof.reference import Stages
+from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
+from ..proof.cases import Implementation, Trial
+from ..proof.reference import Stages
 from .run import NnxFunction, flax_forward, flax_state, jax_on, ready_torch
 
 # Where each stage comes out of a module; scores are what the softmax is given.

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from .findings import Cell, Check, Table
-from .proof.agreement import Finding
-from .proof.cases import IMPLEMENTATIONS, TITLES
+from ..proof.agreement import Finding
+from ..proof.cases import IMPLEMENTATIONS, TITLES
+from .model import Cell, Check, Table
 
 
 def ratio_table(findings: Sequence[Finding]) -> Table:

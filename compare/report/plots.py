@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..findings import Curves, Histogram, Panels
+from .model import Curves, Histogram, Panels
 
 # Stands for the page's text color until the SVG is written.
 _INK = "#010203"

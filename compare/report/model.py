@@ -8,7 +8,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # `--help` answers without NumPy
-    from .proof.agreement import Finding
+    from ..proof.agreement import Finding
 
 VERDICTS = {True: "held", False: "FAILED", None: "not run"}
 

@@ -10,10 +10,10 @@ import optax
 import torch
 from flax import nnx
 
-from .conversion.convert import linen_to_torch
-from .conversion.tensors import numpy_state, numpy_to_tensor, tensor_to_numpy
-from .proof.cases import Implementation
-from .proof.reference_training import CLIP_EPS, SGD, Course, Recipe, Run
+from ..conversion.convert import linen_to_torch
+from ..conversion.tensors import numpy_state, numpy_to_tensor, tensor_to_numpy
+from ..proof.cases import Implementation
+from ..proof.reference_training import CLIP_EPS, SGD, Course, Recipe, Run
 from .run import TorchFunction, jax_on, linen_apply, ready_linen, ready_nnx, ready_torch
 
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .conversion.tensors import numpy_state
-from .proof.cases import NOTEBOOK, Implementation, State
-from .proof.reference import causal_mask
-from .proof.rounding_bound import PRECISIONS, stage_bounds
+from ..conversion.tensors import numpy_state
+from ..proof.cases import NOTEBOOK, Implementation, State
+from ..proof.reference import causal_mask
+from ..proof.rounding_bound import PRECISIONS, stage_bounds
 from .run import build_torch, run
 
 # The notebook prints four decimals, so a figure lies within half a unit of the last one printed.

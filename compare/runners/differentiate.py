@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from .conversion.convert import linen_to_torch, torch_to_linen
-from .conversion.tensors import numpy_state, torch_state
-from .proof.cases import Config, Implementation, State
+from ..conversion.convert import linen_to_torch, torch_to_linen
+from ..conversion.tensors import numpy_state, torch_state
+from ..proof.cases import Config, Implementation, State
 from .run import flax_forward, flax_state, jax_on, linen_template, ready_torch
 
 

@@ -14,9 +14,9 @@ from flax import linen, nnx
 import flax_impl
 import torch_impl
 
-from .conversion.convert import torch_to_linen, torch_to_nnx
-from .conversion.tensors import numpy_to_tensor, tensor_to_numpy, torch_state
-from .proof.cases import Config, Implementation, State
+from ..conversion.convert import torch_to_linen, torch_to_nnx
+from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy, torch_state
+from ..proof.cases import Config, Implementation, State
 
 TorchAttention = (
     torch_impl.CausalAttentionWithBuffer

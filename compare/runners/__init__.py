@@ -1,0 +1,1 @@
+"""Run one of the three implementations, NumPy in and out."""
