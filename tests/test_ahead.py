@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from compare.__main__ import AHEAD, CHECKS
-from compare.ahead import Ahead
-from compare.jobs import Job
+from compare.cli import AHEAD, CHECKS
+from compare.commands.ahead import Ahead
+from compare.commands.jobs import Job
 from compare.proof.remembered import MAX_RESULTS, remembered
 from compare.report.model import Section
 from compare.runners.compile_cache import compilation_cache

@@ -17,9 +17,9 @@ import compare
 from compare import files
 from compare.checkpoint.errors import CheckpointError, UnverifiedCheckpoint
 from compare.checkpoint.formats import open_checkpoint, orbax
-from compare.mutate import FORMATS, seeds, state
-from compare.scripts import fuzz, kill
-from compare.scripts.fuzz_worker import Input, WrongTensorsError, outcome
+from compare.stress import fuzz, kill
+from compare.stress.corrupt import FORMATS, seeds, state
+from compare.stress.fuzz_worker import Input, WrongTensorsError, outcome
 
 from .support import torch_module
 
@@ -62,7 +62,7 @@ def test_the_fuzzer_asks_for_every_tensor(kind: str, tmp_path: Path, monkeypatch
     path = seeds(tmp_path, kind)[0]
     assert outcome(path) == "the same"
     for other in ({**state(), "W_out.weight": torch.ones(3, 3)}, {"mask": state()["mask"]}):
-        monkeypatch.setattr("compare.scripts.fuzz_worker.state", lambda other=other: other)
+        monkeypatch.setattr("compare.stress.fuzz_worker.state", lambda other=other: other)
         with pytest.raises(WrongTensorsError, match=r"W_.*: in what was saved or in what was read, not in both"):
             outcome(path)
 

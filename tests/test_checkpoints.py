@@ -22,10 +22,10 @@ import compare
 from compare import files
 from compare.checkpoint.errors import CheckpointError
 from compare.checkpoint.formats import orbax
+from compare.commands import checkpoints
 from compare.conversion.tensors import tensor_to_numpy
 from compare.proof.cases import IMPLEMENTATIONS, PRIME, PRIME_BIAS, Config
 from compare.runners.run import build_nnx, build_torch, linen_template
-from compare.scripts import checkpoints
 
 from .support import linen_variables, nnx_model, numpy_state_of, same_bits, state_of, torch_module
 

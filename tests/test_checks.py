@@ -7,12 +7,12 @@ from compare.checks import CHECKS, ON_THEIR_OWN
 from compare.checks.causality import causality
 from compare.checks.determinism import compiled_by_torch
 from compare.checks.stages import first_parted, stages
+from compare.commands.checks import sections
 from compare.mutants import MUTANTS, planted
 from compare.proof import cases
 from compare.proof.agreement import Finding, agreement
 from compare.proof.cases import IMPLEMENTATIONS
 from compare.report.verdicts import settle
-from compare.scripts.checks import sections
 
 ON_EACH = [name for name in CHECKS if name not in ON_THEIR_OWN]
 TRIALS = cases.fixed_trials()

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import compare
 import torch_impl.causal_attention
-from compare.__main__ import CHECKS as NAMED
-from compare.__main__ import app
 from compare.checks import CHECKS
+from compare.cli import CHECKS as NAMED
+from compare.cli import app
 from compare.report.html import html
 from compare.report.model import Check, Panels, Report, Section
 from compare.runners.run import missing_cuda

@@ -21,6 +21,7 @@ from flax import nnx
 import compare
 import flax_impl
 import torch_impl
+from compare.bench import attention
 from compare.checkpoint import load_checkpoint, save_checkpoint
 from compare.checks.fused import masks
 from compare.conversion.convert import linen_to_torch, nnx_to_torch
@@ -35,7 +36,6 @@ from compare.proof.reference_gradient import attention_forward, attention_gradie
 from compare.proof.rounding_bound import PRECISIONS, attention_bounds, most_tiles
 from compare.proof.running_error import Bounded
 from compare.runners.run import build_nnx, build_torch, linen_template
-from compare.scripts import attention
 from compare.subprocesses import child_environment
 from flax_impl.mask_tiles import is_causal
 from torch_impl import mask_layout

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 import compare
+from compare.commands import notebook
 from compare.conversion.tensors import torch_state
 from compare.proof.cases import IMPLEMENTATIONS, NOTEBOOK
 from compare.runners.notebook_figures import PRINT_ROUNDING, figures, initial_states, match_rows
 from compare.runners.run import build_nnx, linen_template
-from compare.scripts import notebook
 
 CELLS = {
     "3": (0, figures()["without_buffer"]["output_cell_3_cpu"]),

@@ -6,6 +6,7 @@ import mpmath
 import numpy as np
 import pytest
 
+from compare.commands import bound, outputs
 from compare.dtypes import numpy_dtype
 from compare.mutants import MUTANTS, planted
 from compare.proof.agreement import agreement
@@ -14,7 +15,6 @@ from compare.proof.parity import against_reference, exact_and_limit
 from compare.proof.reference import attention_stages, masked_attention
 from compare.proof.rounding_bound import EXP_ULPS, PRECISIONS, overflow
 from compare.runners.run import run
-from compare.scripts import bound, outputs
 
 from .support import normal, numpy_state_of
 

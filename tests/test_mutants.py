@@ -7,9 +7,9 @@ import pytest
 
 import flax_impl.attention
 import torch_impl
+from compare.commands import mutants
+from compare.commands.mutants import judge
 from compare.mutants import MUTANTS, Mutant, planted
-from compare.scripts import mutants as script
-from compare.scripts.mutants import judge
 
 # Linen runs the same lines; `python -m compare mutants` plants them in NNX too.
 SHARED = (
@@ -61,9 +61,9 @@ def test_the_table_names_what_was_missed(monkeypatch: pytest.MonkeyPatch) -> Non
     """A change that changes nothing is seen by no check, and the verdict says so."""
     harmless = Mutant("harmless", "torch", "torch_impl.attention", (("queries @", "queries  @"),))
     seen = next(mutant for mutant in MUTANTS if mutant.name == "no scale")
-    monkeypatch.setattr(script, "MUTANTS", (harmless, seen))
-    monkeypatch.setattr(script, "CHECKS", {"stages": script.CHECKS["stages"]})
-    honest, planted_bugs = [found for found in script.sections(configurations=2) if not isinstance(found, str)]
+    monkeypatch.setattr(mutants, "MUTANTS", (harmless, seen))
+    monkeypatch.setattr(mutants, "CHECKS", {"stages": mutants.CHECKS["stages"]})
+    honest, planted_bugs = [found for found in mutants.sections(configurations=2) if not isinstance(found, str)]
     assert [check.held for check in honest.checks] == [True]
     (verdict,) = planted_bugs.checks
     assert (verdict.held, verdict.measured, verdict.count) == (False, "missed: harmless", "1/2")

@@ -3,11 +3,11 @@
 import pytest
 
 from compare.checks import CHECKS
+from compare.commands import checks
 from compare.proof import cases, tolerances
 from compare.proof.cases import Trial
 from compare.report.machine import machine
 from compare.runners.products import leaking_dtypes
-from compare.scripts import checks
 
 from .products import LeakingProducts
 

@@ -10,8 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 import compare
-from compare.__main__ import app
 from compare.checkpoint import convert
+from compare.cli import app
 from compare.conversion.mapping import LINEN
 from compare.conversion.state_kinds import entries
 from compare.report.model import Check, Section
@@ -186,7 +186,7 @@ def test_the_record_has_the_whole_command(tmp_path: Path) -> None:
 
 def test_what_bench_misses_ends_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Section("State", checks=[Check("save .pth", "all", False, "ratio 0.10", "at least 0.80")])
-    monkeypatch.setattr("compare.scripts.bench.sections", lambda megabytes, rounds: iter([slow]))
+    monkeypatch.setattr("compare.bench.checkpoints.sections", lambda megabytes, rounds: iter([slow]))
     code, printed = run("bench", "--state", "--json", str(tmp_path / "report.json"))
     assert code == 1
     assert "FAILED save .pth (all): ratio 0.10; expected at least 0.80" in printed

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..contestants import Contestant, Problem, Step, contestants, draw
 from ..dtypes import numpy_dtype
 from ..proof.agreement import agreement
 from ..proof.reference import masked_attention
 from ..proof.rounding_bound import PRECISIONS, attention_bounds, most_tiles
 from ..report.model import Block, Cell, Check, Curves, Section, Table
 from ..subprocesses import ON_CPU, run_module
+from .contestants import Contestant, Problem, Step, contestants, draw
 
 TOKENS: tuple[int, ...] = (6, 256, 512, 1024, 2048, 4096)
 WINDOW = "window 256"
@@ -278,7 +278,7 @@ def _memory() -> Section:
         cells: list[Cell] = [name]
         for backward, limit in ((False, MEMORY_FORWARD), (True, MEMORY_BACKWARD)):
             arguments = [name, str(MEMORY_TOKENS), str(backward)]
-            used = run_module("compare.scripts.memory_worker", arguments, ON_CPU)["bytes"]
+            used = run_module("compare.bench.attention_worker", arguments, ON_CPU)["bytes"]
             cells.append(f"{used / 1e6:.0f} MB")
             if name.endswith("ours"):
                 check = Check(f"memory, {name}, {_pass(backward)}", "all", used < limit, f"{used / 1e6:.0f} MB",

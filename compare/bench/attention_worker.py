@@ -16,8 +16,8 @@ import torch
 import flax_impl
 import torch_impl
 
-from ..contestants import jitted
-from .stream_worker import kilobytes
+from .contestants import jitted
+from .streaming_worker import kilobytes
 
 HEAD_DIM = 64
 

@@ -7,14 +7,13 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
+from ..report.model import Section
 from .jobs import Job
-from .report.model import Section
 
 
 class Ahead:
@@ -89,7 +88,7 @@ def _work(jobs: Sequence[Job], claimed: Any, results: Connection) -> None:
         job = jobs[index]
         if _claim(claimed, index):
             try:
-                found = list(import_module(f"compare.scripts.{job.part}").sections(**job.options))
+                found = list(job.sections())
             except Exception:
                 return
             results.send((index, [section for section in found if isinstance(section, Section)]))

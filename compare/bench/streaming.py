@@ -66,7 +66,7 @@ def sections(megabytes: int) -> Iterator[Section | str]:
         ):
             yield f"{source} to {target}"
             arguments = [str(folder / source), str(folder / target), str(folder / "map.json"), layout]
-            done = run_module("compare.scripts.stream_worker", arguments, ON_CPU)
+            done = run_module("compare.bench.streaming_worker", arguments, ON_CPU)
             above = 1024 * (done["peak"] - done["base"])
             rows.append(
                 [source, target, f"{above / 1e6:,.0f}", f"{done['base'] / 1000:,.0f}", f"{done['seconds']:.1f}"]

@@ -16,7 +16,7 @@ from ..checkpoint import read_checkpoint, save_checkpoint
 from ..checkpoint.errors import CheckpointError
 from ..report.model import Cell, Check, Section, Table
 from ..subprocesses import ON_CPU, child_environment
-from .kill_writer import NAMES, state
+from .kill_worker import NAMES, state
 
 SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")
 # Several saves of any format fall into this, the first of a child among them.
@@ -70,7 +70,7 @@ def sections(tries: int, seed: int = 0) -> Iterator[Section | str]:
 def _campaign(suffix: str, tally: Tally, tries: int, draw: random.Random) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = save_checkpoint(Path(folder) / f"state{suffix}", state(1))
-        command = [sys.executable, "-m", "compare.scripts.kill_writer", str(path)]
+        command = [sys.executable, "-m", "compare.stress.kill_worker", str(path)]
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
             env=child_environment(ON_CPU),

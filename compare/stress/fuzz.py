@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..conversion.errors import shown
-from ..mutate import FORMATS
 from ..report.model import Cell, Check, Section, Table
 from ..subprocesses import ON_CPU, child_environment
+from .corrupt import FORMATS
 
 HANG_SECONDS = 60.0
 # Of the time; Orbax takes a hundred times as long to read as the others.
@@ -70,7 +70,7 @@ class _Reader:
     """A process that reads inputs."""
 
     def __init__(self, kind: str, seed: str, first: int, folder: Path) -> None:
-        command = [sys.executable, "-m", "compare.scripts.fuzz_worker", kind, seed, str(first), str(folder)]
+        command = [sys.executable, "-m", "compare.stress.fuzz_worker", kind, seed, str(first), str(folder)]
         quiet = child_environment({**ON_CPU, "TF_CPP_MIN_LOG_LEVEL": "3"})
         folder.mkdir(parents=True, exist_ok=True)
         self.errors = folder / "stderr"
@@ -154,7 +154,7 @@ def _culprit(kind: str, seed: str, first: int, folder: Path) -> int:
         code = (
             "import sys, warnings; warnings.simplefilter('ignore')\n"
             "from pathlib import Path\n"
-            "from compare.scripts.fuzz_worker import Input, outcome\n"
+            "from compare.stress.fuzz_worker import Input, outcome\n"
             "print(outcome(Input(sys.argv[1], sys.argv[2], Path(sys.argv[4])).make(int(sys.argv[3]))))\n"
         )
         try:

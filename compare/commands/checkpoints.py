@@ -76,7 +76,7 @@ def _load_all(paths: list[Path]) -> Loaded:
     """Load every path in one new process for each implementation, two at a time."""
 
     def load(reader: str) -> list[dict[str, Any]]:
-        return run_module("compare.scripts.reload", [reader, *map(str, paths)], ON_CPU)
+        return run_module("compare.commands.reload", [reader, *map(str, paths)], ON_CPU)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         found = pool.map(load, IMPLEMENTATIONS)

@@ -1,4 +1,4 @@
-"""Read mutated checkpoints: `python -m compare.scripts.fuzz_worker KIND SEED FIRST FOLDER`, until it is ended.
+"""Read mutated checkpoints: `python -m compare.stress.fuzz_worker KIND SEED FIRST FOLDER`, until it is ended.
 
 Input number N of a seed is always the same. A line is printed for each hundred inputs, and one for each that did
 what no input may do.
@@ -20,7 +20,7 @@ import numpy as np
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.formats import open_checkpoint
 from ..conversion.tensors import tensor_to_numpy
-from ..mutate import mutated, seeds, state
+from .corrupt import mutated, seeds, state
 
 SLOW_SECONDS = 5.0
 # Beyond what the process has when it begins.

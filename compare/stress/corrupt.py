@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .checkpoint import save_checkpoint
-from .checkpoint.convert import convert_checkpoint
+from ..checkpoint import save_checkpoint
+from ..checkpoint.convert import convert_checkpoint
 
 FORMATS = ("safetensors", "msgpack", "torch", "sharded", "orbax")
 _NAMES = ("mask", "W_query.weight", "W_key.weight", "W_value.weight")

@@ -1,6 +1,6 @@
 """What JAX does when the mask and the weights are on two devices.
 
-`XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m compare.scripts.jax_devices` prints the
+`XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m compare.commands.jax_devices` prints the
 observations as JSON. The two devices are real to JAX: one on each side of a `device_put`.
 """
 

@@ -24,7 +24,7 @@ JAX_CASES = {
 def sections() -> Iterator[Section]:
     """Yield what PyTorch's `.to` moves, then what JAX's `device_put` moves."""
     yield _torch_section()
-    yield _jax_section(run_module("compare.scripts.jax_devices", environment=TWO_HOST_DEVICES))
+    yield _jax_section(run_module("compare.commands.jax_devices", environment=TWO_HOST_DEVICES))
 
 
 def mismatch_check() -> Check:

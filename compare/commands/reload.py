@@ -1,6 +1,6 @@
 """Load checkpoints into fresh modules, in a process that knows nothing of the one that saved them.
 
-`python -m compare.scripts.reload IMPLEMENTATION PATH...` prints, for each path, what was loaded: the mask
+`python -m compare.commands.reload IMPLEMENTATION PATH...` prints, for each path, what was loaded: the mask
 that the module now works with, and a checksum of the parameters' bits. The class with the buffer is
 used where the path's name begins with `with`.
 """

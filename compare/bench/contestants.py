@@ -14,7 +14,7 @@ from flax import linen, nnx
 import flax_impl
 import torch_impl
 
-from .dtypes import numpy_dtype
+from ..dtypes import numpy_dtype
 
 Step = Callable[[], Any]
 

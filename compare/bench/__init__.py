@@ -1,0 +1,1 @@
+"""How fast: attention beside its peers, and checkpoints beside plain library calls."""

@@ -1,0 +1,1 @@
+"""Crash it, corrupt it: what checkpoints survive."""
