@@ -1,15 +1,19 @@
-"""`python -m compare`: the notebook in both frameworks, and each part of it as a command."""
+"""The command line: `python -m compare` runs the main job, and each part of it is a command of its own.
+
+Nothing here imports a framework before it is needed, so that `--help` and wrong usage answer at once.
+"""
 
 import importlib.util
 import json
+import os
 import shlex
+import stat
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from datetime import datetime
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -19,58 +23,83 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from typer.core import TyperGroup
 
+from . import __version__
 from .commands.jobs import Job
 from .report.machine import machine
 from .report.model import Report, Section
-from .report.terminal import print_section, print_summary
+from .report.terminal import ReportConsole, print_header, print_section, print_summary
 
-STATE = ("inspect", "convert", "verify", "kill", "fuzz", "state", "stream", "attention")
 CHECKS = ("state", "stages", "outputs", "causality", "determinism", "gradients", "fused", "dropout", "training")
-# What a second process does meanwhile, in this order: the longest first.
+# Parts that prove nothing about outputs, and so need neither SciPy nor Optax.
+STATE = ("inspect", "convert", "verify", "kill", "fuzz", "state", "stream", "attention")
+# The jobs that a second process takes over, the longest first.
 AHEAD = {"fused": 1, "checkpoints": 2, "devices": 3, "training": 4, "gradients": 5}
 PACKAGES = ("torch", "jax", "flax", "optax", "orbax-checkpoint", "safetensors", "numpy")
 
-Json = Annotated[
-    Path | None,
-    typer.Option("--json", metavar="FILE", dir_okay=False, help="Also write everything shown to FILE."),
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", dir_okay=False, help="Also write the report to FILE as JSON.")
 ]
-
-Html = Annotated[
+HtmlOption = Annotated[
     Path | None,
-    typer.Option("--html", metavar="FILE", dir_okay=False, help="Also write it, with pictures, as one page to FILE."),
+    typer.Option("--html", metavar="FILE", dir_okay=False, help="Also write the report to FILE as one HTML page."),
 ]
-Place = Annotated[
+DeviceOption = Annotated[
     Literal["cpu", "cuda"] | None,
-    typer.Option("--device", help="Run on this device alone; without, on the CPU, and on CUDA if there is one."),
+    typer.Option("--device", help="Run on this device only. Default: the CPU, and CUDA if both frameworks see it."),
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Random seed.")]
+RoundsOption = Annotated[int, typer.Option(min=1, help="How many times each contestant is timed, in turn.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(help="A checkpoint: a file, an Orbax folder, or a folder of shards with their index.")
+]
+MapOption = Annotated[
+    Path | None,
+    typer.Option("--map", metavar="FILE", help="A mapping from torch to Flax names: JSON written by `Mapping.save`."),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Cast floating tensors, except masks, to float64, float32, float16 or bfloat16."),
 ]
 
 
-class _AsTyped(TyperGroup):
-    """The commands; `line` is the last one as it was given, for the record: "compare bound --cases 10"."""
+class _Commands(TyperGroup):
+    """The commands. `line` is the last command line, for the report: "compare bound --cases 10"."""
 
     line = "compare"
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
-        """Keep the arguments before parsing takes one after the other."""
-        _AsTyped.line = shlex.join(["compare", *args])
+        """Keep the arguments before they are parsed."""
+        _Commands.line = shlex.join(["compare", *args])
         return super().make_context(info_name, args, *rest, **extra)
 
 
-app = typer.Typer(
-    cls=_AsTyped,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(cls=_Commands, pretty_exceptions_enable=False, context_settings=HELP)
+bench = typer.Typer(help="Time attention or checkpoints beside their peers, in turn.", context_settings=HELP)
+app.add_typer(bench, name="bench", no_args_is_help=True)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"attention-parity {__version__}")
+        raise typer.Exit
 
 
 @app.callback(invoke_without_command=True)
-def everything(context: typer.Context, device: Place = None, json_file: Json = None, html_file: Html = None) -> None:
-    """Causal attention whose mask is state: PyTorch, Flax Linen and Flax NNX side by side.
+def main_job(
+    context: typer.Context,
+    device: DeviceOption = None,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Compare causal attention in PyTorch, Flax Linen and Flax NNX.
 
-    Without a command: the source notebook cell by cell in all three, then every other part, then a summary.
+    Without a command: run the source notebook in all three, then every check, and print a summary.
 
-    Exit code 0 if everything held, 1 if something did not, 2 for bad usage.
+    Exit code: 0 if everything held, 1 if something did not, 2 for wrong usage.
     """
     if context.invoked_subcommand is None:
         on_device = [Job("outputs", {"device": device})]
@@ -78,240 +107,238 @@ def everything(context: typer.Context, device: Place = None, json_file: Json = N
         others = [
             Job("devices", ahead=AHEAD["devices"]),
             Job("checkpoints", ahead=AHEAD["checkpoints"]),
-            Job("recorded"),
+            Job("mutants", {"recorded": True}),
         ]
         jobs = on_device if device else [Job("notebook"), *on_device, *others]
-        _run_jobs(jobs, json_file, html_file, device=device)
-        return
+        _run(jobs, json_file, html_file, device=device)
     for option, value in (("--json", json_file), ("--html", html_file), ("--device", device)):
         if value is not None:
             raise typer.BadParameter(f"write it after the command: {context.invoked_subcommand} {option} {value}")
 
 
 @app.command()
-def notebook(json_file: Json = None, html_file: Html = None) -> None:
-    """Tell the notebook's story, and match every figure that it printed."""
-    _run("notebook", json_file, html_file)
+def notebook(json_file: JsonOption = None, html_file: HtmlOption = None) -> None:
+    """Run the source notebook cell by cell, and match every figure that it printed."""
+    _run([Job("notebook")], json_file, html_file)
 
 
 @app.command()
-def outputs(device: Place = None, json_file: Json = None, html_file: Html = None) -> None:
-    """Same weights, same inputs: how far the outputs are apart, in float64 and float32."""
-    _run("outputs", json_file, html_file, device=device)
+def outputs(device: DeviceOption = None, json_file: JsonOption = None, html_file: HtmlOption = None) -> None:
+    """Compare the outputs in float64 and float32, given the same weights and inputs."""
+    _run([Job("outputs", {"device": device})], json_file, html_file, device=device)
 
 
 @app.command()
 def checks(
-    names: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(CHECKS)}; none: all.")] = None,
-    device: Place = None,
-    json_file: Json = None,
-    html_file: Html = None,
+    names: Annotated[list[str] | None, typer.Argument(help=f"Default: all of {', '.join(CHECKS)}.")] = None,
+    device: DeviceOption = None,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
 ) -> None:
-    """State, stages, outputs, causality, determinism, gradients, fused, dropout, training: each against its limit."""
+    """Run the checks, or only those named: each compares every result with its derived limit."""
     for name in names or ():
         if name not in CHECKS:
             raise typer.BadParameter(f"there is no check {name!r}; there are {', '.join(CHECKS)}")
-    _run("checks", json_file, html_file, device=device, names=names or (), slow=True)
+    options = {"names": names or (), "device": device, "slow": True}
+    _run([Job("checks", options)], json_file, html_file, device=device)
 
 
 @app.command()
-def devices(json_file: Json = None, html_file: Html = None) -> None:
-    """What `.to()` and `device_put` move, and what a mask left behind does."""
-    _run("devices", json_file, html_file)
+def devices(json_file: JsonOption = None, html_file: HtmlOption = None) -> None:
+    """Show what `.to()` and `device_put` move, and what happens to a mask that is left behind."""
+    _run([Job("devices")], json_file, html_file)
 
 
 @app.command()
-def checkpoints(json_file: Json = None, html_file: Html = None) -> None:
-    """Edit the mask, save it in every format, load it in new processes of every implementation."""
-    _run("checkpoints", json_file, html_file)
+def checkpoints(json_file: JsonOption = None, html_file: HtmlOption = None) -> None:
+    """Edit the mask, save it in every format, and load it in new processes of every framework."""
+    _run([Job("checkpoints")], json_file, html_file)
 
 
 @app.command()
 def bound(
-    cases: Annotated[int, typer.Option(min=4, help="How many cases to draw, a fourth in each dtype.")] = 400,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
-    json_file: Json = None,
-    html_file: Html = None,
+    cases: Annotated[int, typer.Option(min=4, help="Number of random cases, a quarter in each dtype.")] = 400,
+    seed: SeedOption = 0,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
 ) -> None:
-    """Draw weights, inputs and masks in every dtype: does any implementation exceed the rounding bound?"""
-    _run("bound", json_file, html_file, cases=cases, seed=seed)
+    """Test the rounding bound with random weights, inputs and masks in every dtype."""
+    _run([Job("bound", {"cases": cases, "seed": seed})], json_file, html_file)
 
 
 @app.command()
 def mutants(
-    configurations: Annotated[int, typer.Option(min=1, help="How many unbroken ones to draw.")] = 1000,
-    first: Annotated[bool, typer.Option("--first", help="End with the first check that sees a bug.")] = False,
-    json_file: Json = None,
-    html_file: Html = None,
+    configurations: Annotated[int, typer.Option(min=1, help="Number of random configurations without a bug.")] = 1000,
+    first: Annotated[bool, typer.Option("--first", help="Stop at the first check that catches a bug.")] = False,
+    recorded: Annotated[
+        bool, typer.Option("--recorded", help="Show the recorded run instead of repeating it, which takes an hour.")
+    ] = False,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
 ) -> None:
-    """Plant bugs in every implementation, one at a time: which check sees each, and with what margin?"""
-    _run("mutants", json_file, html_file, configurations=configurations, first=first)
+    """Plant bugs one at a time, and show which checks catch each, and by what margin."""
+    options = {"configurations": configurations, "first": first, "recorded": recorded}
+    _run([Job("mutants", options)], json_file, html_file, only_shows=recorded)
 
 
 @app.command()
 def kill(
-    tries: Annotated[int, typer.Option(min=1, help="How often to kill a process that saves, in each format.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Of the moments.")] = 0,
-    json_file: Json = None,
-    html_file: Html = None,
+    tries: Annotated[int, typer.Option(min=1, help="How many saves to kill in each format.")] = 200,
+    seed: SeedOption = 0,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
 ) -> None:
-    """Kill a process at random moments of saving while another reads: is a whole checkpoint always there?"""
-    _run("kill", json_file, html_file, tries=tries, seed=seed)
+    """Kill a process while it saves and another reads: a whole checkpoint must always be there."""
+    _run([Job("kill", {"tries": tries, "seed": seed})], json_file, html_file)
 
 
 @app.command()
 def fuzz(
-    seconds: Annotated[int, typer.Option(min=10, help="How long to read mutated checkpoints.")] = 60,
-    seed: Annotated[int, typer.Option(min=0, help="Of the mutations: the same seed makes the same inputs.")] = 0,
+    seconds: Annotated[int, typer.Option(min=10, help="How long to read damaged checkpoints.")] = 60,
+    seed: SeedOption = 0,
     keep: Annotated[
-        Path | None, typer.Option("--keep", metavar="FOLDER", help="For inputs that did what none may: ./fuzz-cases.")
+        Path | None,
+        typer.Option("--keep", metavar="FOLDER", help="Where to keep the inputs that fail. Default: ./fuzz-cases."),
     ] = None,
-    json_file: Json = None,
-    html_file: Html = None,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
 ) -> None:
-    """Mutate valid checkpoints of every format: does anything but CheckpointError come out?"""
-    _run("fuzz", json_file, html_file, seconds=seconds, seed=seed, keep=keep)
+    """Damage valid checkpoints of every format and read them: only CheckpointError may be raised."""
+    _run([Job("fuzz", {"seconds": seconds, "seed": seed, "keep": keep})], json_file, html_file)
 
 
-@app.command()
-def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="Of attention: a minute instead of twenty.")] = False,
-    state: Annotated[bool, typer.Option("--state", help="Instead: saving, loading, converting.")] = False,
-    stream: Annotated[
-        bool, typer.Option("--stream", help="Instead: memory of converting what is larger than memory.")
-    ] = False,
-    megabytes: Annotated[
-        int | None, typer.Option(min=1, help="Of state: 1000, or 4000 with --stream.", show_default=False)
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each is timed, in turn.")] = 5,
-    device: Place = None,
+@bench.command("attention")
+def bench_attention(
+    quick: Annotated[bool, typer.Option("--quick", help="Quick run: 1 minute instead of 20.")] = False,
+    rounds: RoundsOption = 5,
+    device: DeviceOption = None,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", metavar="FILE", dir_okay=False, help="Draw causal float32, .png or .svg, log-log."),
+        typer.Option("--plot", metavar="FILE", dir_okay=False, help="Plot causal float32 as .png or .svg."),
     ] = None,
-    json_file: Json = None,
-    html_file: Html = None,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
 ) -> None:
-    """Time of attention beside its peers, or of state beside plain library calls, in turn in one run, as ratios."""
-    if state and stream:
-        raise typer.BadParameter("one at a time: compare bench --state, or compare bench --stream")
-    if state or stream:
-        if quick or plot or device:
-            raise typer.BadParameter("--quick, --plot and --device are of attention: leave --state and --stream away")
-        size = megabytes or (4000 if stream else 1000)
-        part = "stream" if stream else "state"
-        _run(part, json_file, html_file, megabytes=size, rounds=rounds)
-    if megabytes:
-        raise typer.BadParameter("--megabytes is of state: add --state or --stream")
+    """Time attention and its gradients beside the libraries' own."""
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise typer.BadParameter(f"--plot {plot}: name a .png or .svg file")
     if plot is not None:
-        _require("matplotlib")
-    _run("attention", json_file, html_file, quick=quick, rounds=rounds, device=device, plot=plot)
+        _require_packages("matplotlib")
+        _require_writable(plot)
+    options = {"quick": quick, "rounds": rounds, "device": device, "plot": plot}
+    _run([Job("attention", options)], json_file, html_file, device=device)
 
 
-Source = Annotated[Path, typer.Argument(help="A checkpoint: a file, an Orbax folder, or shards with their index.")]
-Map = Annotated[
-    Path | None, typer.Option("--map", metavar="FILE", help="How torch and Flax names pair: JSON of `compare.match`.")
-]
-Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="Cast floating tensors but masks: float64, float32, float16, bfloat16.")
-]
+@bench.command("checkpoints")
+def bench_checkpoints(
+    megabytes: Annotated[int, typer.Option(min=1, help="Size of the checkpoint.")] = 1000,
+    rounds: RoundsOption = 5,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
+) -> None:
+    """Time saving, loading and converting beside plain library calls."""
+    _run([Job("state", {"megabytes": megabytes, "rounds": rounds})], json_file, html_file)
+
+
+@bench.command("streaming")
+def bench_streaming(
+    megabytes: Annotated[int, typer.Option(min=1, help="Size of the checkpoint.")] = 4000,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
+) -> None:
+    """Measure the peak memory of converting a large checkpoint."""
+    _run([Job("stream", {"megabytes": megabytes})], json_file, html_file)
 
 
 @app.command()
 def inspect(
     source: Annotated[str, typer.Argument(help="A file, a folder, or package.module:name of a module.")],
-    other: Annotated[str | None, typer.Argument(help="With a second one: what differs.")] = None,
-    json_file: Json = None,
-    html_file: Html = None,
+    other: Annotated[str | None, typer.Argument(help="A second one, to show the differences.")] = None,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
 ) -> None:
-    """What a module, a file or a folder holds: names, kinds, shapes, statistics, masks; of two, what differs."""
-    _run("inspect", json_file, html_file, look=other is None, source=source, other=other)
+    """Show what a module or checkpoint holds: names, kinds, shapes, statistics, masks."""
+    for name in (source, *([other] if other is not None else [])):
+        if ":" not in name:
+            _require_exists(Path(name))
+    job = Job("inspect", {"source": source, "other": other}, counts_bytes=True)
+    _run([job], json_file, html_file, only_shows=other is None)
 
 
 @app.command()
 def convert(
-    source: Source,
-    target: Annotated[Path, typer.Argument(help="What to write: the suffix names the format.")],
-    mapping: Map = None,
+    source: Checkpoint,
+    target: Annotated[Path, typer.Argument(help="What to write; its suffix names the format.")],
+    mapping: MapOption = None,
     like: Annotated[
-        Path | None, typer.Option("--like", metavar="CHECKPOINT", help="Pair with the names of this one instead.")
+        Path | None,
+        typer.Option(
+            "--like", metavar="CHECKPOINT", help="Take the names from this checkpoint, of the other framework."
+        ),
     ] = None,
     layout: Annotated[
         Literal["torch", "flax"] | None,
-        typer.Option("--layout", help="Of a .safetensors target; without, the source's."),
+        typer.Option("--layout", help="Layout of a .safetensors target. Default: the layout of the source."),
     ] = None,
-    dtype: Dtype = None,
+    dtype: DtypeOption = None,
     shard_megabytes: Annotated[
-        int | None, typer.Option("--shard-size", min=1, help="Write a folder of shards of at most so many MB.")
+        int | None, typer.Option("--shard-size", min=1, help="Write a folder of shards of at most this many MB each.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the table.")] = False,
     verify: Annotated[bool, typer.Option(help="Read both again afterwards and compare every element.")] = True,
-    json_file: Json = None,
-    html_file: Html = None,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
 ) -> None:
-    """Carry a checkpoint into another format, layout or dtype: torch, safetensors, msgpack, Orbax, each to each."""
-    _run(
-        "convert", json_file, html_file, look=dry_run, source=source,
-        target=target, mapping=mapping, like=like, layout=layout, dtype=dtype, dry_run=dry_run, verify=verify,
-        shard_bytes=shard_megabytes * 1_000_000 if shard_megabytes else None,
-    )  # fmt: skip
+    """Convert a checkpoint to another format, layout or dtype."""
+    _require_exists(source, mapping, like)
+    options = {
+        "source": source,
+        "target": target,
+        "mapping": mapping,
+        "like": like,
+        "layout": layout,
+        "dtype": dtype,
+        "dry_run": dry_run,
+        "verify": verify,
+        "shard_bytes": shard_megabytes * 1_000_000 if shard_megabytes else None,
+    }
+    _run([Job("convert", options, counts_bytes=True)], json_file, html_file, only_shows=dry_run)
 
 
 @app.command()
 def verify(
-    source: Source,
-    target: Source,
-    mapping: Map = None,
-    dtype: Dtype = None,
-    json_file: Json = None,
-    html_file: Html = None,
+    source: Checkpoint,
+    target: Checkpoint,
+    mapping: MapOption = None,
+    dtype: DtypeOption = None,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
 ) -> None:
-    """Compare two checkpoints of the same state, in whatever formats and layouts, bit for bit."""
-    _run(
-        "verify", json_file, html_file, source=source, target=target,
-        mapping=mapping, dtype=dtype,
-    )  # fmt: skip
+    """Compare two checkpoints of the same state bit for bit, in any formats and layouts."""
+    _require_exists(source, target, mapping)
+    options = {"source": source, "target": target, "mapping": mapping, "dtype": dtype}
+    _run([Job("verify", options, counts_bytes=True)], json_file, html_file)
 
 
 def _run(
-    part: str,
-    json_file: Path | None,
-    html_file: Path | None,
-    look: bool = False,
-    device: str | None = None,
-    **options: Any,
-) -> NoReturn:
-    """Run one part with those of the options that it takes."""
-    _require(*_packages(part))
-    parameters = signature(import_module(Job(part).module).sections).parameters
-    given = {name: value for name, value in {**options, "device": device}.items() if name in parameters}
-    _run_jobs([Job(part, given)], json_file, html_file, look, device)
-
-
-def _run_jobs(
     jobs: Sequence[Job],
     json_file: Path | None,
     html_file: Path | None,
-    look: bool = False,
+    *,
     device: str | None = None,
+    only_shows: bool = False,
 ) -> NoReturn:
-    """Run the jobs, printing each section as it is found; exit with the verdict, or with 0 if nothing is claimed."""
-    _require(*_packages(jobs[0].part))
-    if device is not None:
-        _require_device(device)
-    for file in filter(None, (json_file, html_file)):
-        if not file.absolute().parent.is_dir():
-            raise typer.BadParameter(f"{file}: the folder {file.absolute().parent} does not exist; make it first")
+    """Run the jobs, print each section when it is ready, and exit with the verdict."""
+    _require_packages("torch", "jax", "flax", *(() if jobs[0].part in STATE else ("scipy", "optax")))
     if html_file is not None:
-        _require("jinja2", "matplotlib")
-    console = Console(highlight=False)
+        _require_packages("jinja2", "matplotlib")
+    _require_writable(json_file, html_file)
+    _require_device(device)
+    console = ReportConsole()
     date = datetime.now().astimezone().isoformat(timespec="seconds")
-    report = Report(_AsTyped.line, date, versions(), look=look, machine=machine())
-    console.print(", ".join(f"{name} {number}" for name, number in report.versions.items()))
-    console.print(escape("{processor}, {cores} cores, {features}".format_map(report.machine)))
-    for section in _found(jobs, console):
+    report = Report(_Commands.line, date, versions(), look=only_shows, machine=machine())
+    print_header(console, report)
+    for section in _sections(jobs, console):
         report.sections.append(section)
         print_section(console, section)
     if report.claims:
@@ -322,11 +349,12 @@ def _run_jobs(
         from .report.html import html
 
         _write(console, html_file, html(report))
+    console.end_if_pipe_closed()
     raise typer.Exit(1 if report.claims and not report.held else 0)
 
 
-def _found(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
-    """Yield the sections of each job in turn, and show what is being done."""
+def _sections(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
+    """Yield the sections of each job in turn, and show the progress."""
     from .checkpoint.errors import CheckpointError
     from .commands.ahead import Ahead
     from .conversion.errors import MappingError
@@ -336,12 +364,16 @@ def _found(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
     # Two processes would each reserve most of an accelerator's memory.
     alone = sees_accelerator() or all(job.ahead is None for job in jobs)
     live = Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"),
-        console=console if console.is_terminal else Console(stderr=True), transient=True,
-    )  # fmt: skip
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}"),
+        console=console if console.is_terminal else Console(stderr=True),
+        transient=True,
+    )
     with ExitStack() as stack:
         stack.enter_context(live)
-        if jobs[0].part not in STATE:  # of which one times what is compiled
+        if jobs[0].part not in STATE:  # one of these measures compilation
             stack.enter_context(compilation_cache())
         task = live.add_task("starting", total=None, amount="")
 
@@ -354,25 +386,19 @@ def _found(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
             if second is not None and (sections := second.take(job)) is not None:
                 yield from sections
                 continue
-            run_part = import_module(job.module).sections
-            more = {"progress": show_bytes} if "progress" in signature(run_part).parameters else {}
             try:
-                for found in run_part(**job.options, **more):
-                    if isinstance(found, str):
-                        live.update(task, description=f"{job.part}: {escape(found)}", total=None, amount="")
+                for item in job.sections(**({"progress": show_bytes} if job.counts_bytes else {})):
+                    if isinstance(item, str):
+                        live.update(task, description=f"{job.part}: {escape(item)}", total=None, amount="")
                         continue
-                    yield found
+                    yield item
                     if second is None and not alone:  # the first section is on the screen
                         second = stack.enter_context(closing(Ahead(jobs)))
-            except (CheckpointError, MappingError) as error:  # a missing package, a full disk: nothing was found out
+            except (CheckpointError, MappingError) as error:  # nothing was compared: a missing package, a full disk
                 raise typer.BadParameter(str(error)) from error
 
 
-def _packages(part: str) -> tuple[str, ...]:
-    return ("torch", "jax", "flax", *(() if part in STATE else ("scipy", "optax")))
-
-
-def _require(*packages: str) -> None:
+def _require_packages(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise typer.BadParameter(
@@ -380,22 +406,49 @@ def _require(*packages: str) -> None:
         )
 
 
-def _require_device(device: str) -> None:
-    from .runners.run import missing_cuda
+def _require_device(device: str | None) -> None:
+    if device == "cuda":
+        from .runners.run import missing_cuda
 
-    if device == "cuda" and (missing := missing_cuda()):
-        raise typer.BadParameter(f"--device cuda: {missing}")
+        if missing := missing_cuda():
+            raise typer.BadParameter(f"--device cuda: {missing}")
+
+
+def _require_exists(*paths: Path | None) -> None:
+    for path in filter(None, paths):
+        if not os.path.lexists(path):
+            raise typer.BadParameter(f"{path}: no such file or folder")
+
+
+def _require_writable(*files: Path | None) -> None:
+    """Refuse a file that could not be written before the work is done for it."""
+    for file in filter(None, files):
+        folder = file.absolute().parent
+        if not folder.is_dir():
+            raise typer.BadParameter(f"{file}: the folder {folder} does not exist; make it first")
+        try:
+            if not stat.S_ISREG(file.stat().st_mode):
+                continue  # a pipe or a device
+        except FileNotFoundError:
+            pass
+        except OSError as error:  # a name that is too long
+            raise typer.BadParameter(f"{file} could not be written: {error}") from error
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise typer.BadParameter(f"{file} could not be written: {error}") from error
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that the figures depend on."""
-    found = {"python": sys.version.split()[0]}
+    """Return the versions of Python and of the packages that the results depend on."""
+    numbers = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            numbers[name] = "not installed"
+    return numbers
 
 
 def _write(console: Console, path: Path, text: str) -> None:

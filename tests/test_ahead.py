@@ -27,7 +27,11 @@ def threads() -> Iterator[int]:
 
 
 def test_jobs_are_done_once_by_either(threads: int) -> None:
-    jobs = [Job("no_such_part"), Job("recorded", ahead=2), Job("checks", {"names": ["dropout"]}, ahead=1)]
+    jobs = [
+        Job("no_such_part"),
+        Job("mutants", {"recorded": True}, ahead=2),
+        Job("checks", {"names": ["dropout"]}, ahead=1),
+    ]
     with closing(Ahead(jobs)) as second:
         assert torch.get_num_threads() == 1
         assert "OMP_NUM_THREADS" not in os.environ
@@ -44,7 +48,7 @@ def test_jobs_are_done_once_by_either(threads: int) -> None:
 
 
 def test_what_fails_there_is_done_here() -> None:
-    jobs = [Job("no_such_part", ahead=1), Job("recorded", ahead=2)]
+    jobs = [Job("no_such_part", ahead=1), Job("mutants", {"recorded": True}, ahead=2)]
     with closing(Ahead(jobs)) as second:
         second._process.join(60)
         assert second.take(jobs[0]) is None

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from markupsafe import escape
 from typer.testing import CliRunner
 
@@ -79,6 +81,31 @@ def _is_whole(page: str, titles: list[str]) -> None:
     assert all(ids.count(name) == 1 for name in used)
 
 
+def test_a_closed_pipe_is_no_failed_check(tmp_path: Path) -> None:
+    """As `notebook --json FILE | head -1`: the file is written, and the command ends by SIGPIPE."""
+    command = [sys.executable, "-m", "compare", "notebook", "--json", str(tmp_path / "report.json")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(b"python ")
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read().strip() == b""
+    assert process.returncode == -signal.SIGPIPE
+    assert json.loads((tmp_path / "report.json").read_text())["held"] is True
+
+
+def test_a_name_is_never_broken(tmp_path: Path) -> None:
+    name = ".".join(["encoder", *(f"layer_{number}" for number in range(20)), "in_proj_weight"])
+    path = compare.save_checkpoint(tmp_path / "state.safetensors", {name: torch.ones(2)})
+    for environment in ({}, {"COLUMNS": "80"}):
+        assert name in compare_command("inspect", str(path), **environment).stdout.decode()
+
+
+def test_the_version() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"attention-parity {compare.__version__}\n")
+
+
 def test_output_without_unicode(tmp_path: Path) -> None:
     for name in ("state", "a long name " * 10):
         path = compare.save_checkpoint(tmp_path / f"{name}.safetensors", torch_module())
@@ -128,6 +155,7 @@ def test_a_report_goes_into_a_pipe_and_not_in_its_place(tmp_path: Path) -> None:
 
 
 def test_a_report_that_cannot_be_written_ends_with_2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("compare.cli._sections", lambda *_: pytest.fail("the work was begun"))
     done = CliRunner().invoke(app, ["devices", "--json", str(tmp_path / ("long" * 80))])
     assert done.exit_code == 2
     assert "could not be written" in " ".join(done.output.replace("│", " ").split())

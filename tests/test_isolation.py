@@ -70,6 +70,15 @@ def test_help_needs_no_framework() -> None:
         assert command in done.stdout
 
 
+@pytest.mark.parametrize(
+    "arguments", [["inspect", "no.pth"], ["convert", "no.pth", "a.msgpack"], ["verify", "no.pth", "b"]]
+)
+def test_a_missing_file_is_named_before_a_framework_is_imported(arguments: list[str]) -> None:
+    done = python(HELP.replace('"--help"', ", ".join(map(repr, arguments))), {"torch", "jax", "flax", "numpy"})
+    assert done.returncode == 2
+    assert "no.pth: no such file or folder" in " ".join(done.stderr.replace("│", " ").split())
+
+
 @pytest.mark.parametrize("missing", ["torch", "jax", "flax"])
 def test_a_missing_framework_is_named(missing: str) -> None:
     """As if never installed: `sys.modules[name] = None` is what `find_spec` takes for absent."""

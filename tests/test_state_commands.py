@@ -1,4 +1,4 @@
-"""`inspect`, `convert`, `verify` and `bench --state`: what they show, write, and how they end."""
+"""`inspect`, `convert`, `verify` and `bench checkpoints`: what they show, write, and how they end."""
 
 import json
 import shlex
@@ -127,7 +127,7 @@ def test_convert_with_a_table_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "map.json").write_text("{}")
     for arguments, message in (
         (["--map", str(tmp_path / "map.json")], "this is no mapping"),
-        (["--map", str(tmp_path / "none.json")], "No such file"),
+        (["--map", str(tmp_path / "none.json")], "no such file or folder"),
         (["--like", str(tmp_path / "none.orbax")], "no such file or folder"),
         (["--dtype", "int8"], "cannot be cast to int8"),
     ):
@@ -187,7 +187,7 @@ def test_the_record_has_the_whole_command(tmp_path: Path) -> None:
 def test_what_bench_misses_ends_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Section("State", checks=[Check("save .pth", "all", False, "ratio 0.10", "at least 0.80")])
     monkeypatch.setattr("compare.bench.checkpoints.sections", lambda megabytes, rounds: iter([slow]))
-    code, printed = run("bench", "--state", "--json", str(tmp_path / "report.json"))
+    code, printed = run("bench", "checkpoints", "--json", str(tmp_path / "report.json"))
     assert code == 1
     assert "FAILED save .pth (all): ratio 0.10; expected at least 0.80" in printed
     assert json.loads((tmp_path / "report.json").read_text())["held"] is False
@@ -195,7 +195,7 @@ def test_what_bench_misses_ends_with_1(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_bench_prints_ratios(tmp_path: Path) -> None:
     arguments = ["--megabytes", "1", "--rounds", "1", "--json", str(tmp_path / "report.json")]
-    code, printed = run("bench", "--state", *arguments)
+    code, printed = run("bench", "checkpoints", *arguments)
     report = json.loads((tmp_path / "report.json").read_text())
     assert code == (0 if report["held"] else 1), printed
     (section,) = report["sections"]
@@ -203,10 +203,10 @@ def test_bench_prints_ratios(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--state", "--stream"], "one at a time: compare bench --state"),
-    (["--state", "--quick"], "--quick, --plot and --device are of attention"),
-    (["--megabytes", "1"], "--megabytes is of state"),
-    (["--plot", "times.gif"], "name a .png or .svg file"),
+    (["attention", "--plot", "times.gif"], "name a .png or .svg file"),
+    (["attention", "--plot", "no/such/folder/times.png"], "does not exist; make it first"),
+    (["checkpoints", "--quick"], "No such option"),
+    (["speed"], "No such command 'speed'"),
 ])  # fmt: skip
 def test_what_bench_refuses(arguments: list[str], said: str) -> None:
     code, printed = run("bench", *arguments)

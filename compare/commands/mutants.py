@@ -1,9 +1,11 @@
 """Plant every bug, run every check: which one sees it, by how much, and how far that is from honest rounding."""
 
+import json
 import warnings
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from importlib.resources import files
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,8 +37,17 @@ class Verdict(NamedTuple):
         return max(self.ratios.values())
 
 
-def sections(configurations: int = 1000, *, first: bool = False) -> Iterator[Section | str]:
-    """Yield the honest configurations, then the mutants; `first` ends with the first check that catches one."""
+def sections(configurations: int = 1000, *, first: bool = False, recorded: bool = False) -> Iterator[Section | str]:
+    """Yield the configurations without a bug, then the mutants.
+
+    Args:
+        configurations: how many configurations without a bug to draw.
+        first: stop at the first check that catches a mutant.
+        recorded: yield what the recorded run found instead; it settles nothing about this run.
+    """
+    if recorded:
+        yield _recorded()
+        return
     honest = yield from _honest(configurations)
     verdicts = []
     for index, mutant in enumerate(MUTANTS):
@@ -177,3 +188,21 @@ def _section(verdicts: list[Verdict], honest: float) -> Section:
 
 def _shown(verdict: Verdict) -> Cell:
     return "error" if verdict.errors and not verdict.margin > 1.0 else verdict.margin
+
+
+def _recorded() -> Section:
+    """Return the recorded run, with its date and versions."""
+    record: dict[str, Any] = json.loads(files("compare").joinpath("records/mutants-cpu.json").read_text("utf-8"))
+    *_, campaign = record["sections"]
+    words = [block for block in campaign["blocks"] if isinstance(block, str)]
+    (grid,) = [block for block in campaign["blocks"] if isinstance(block, dict) and isinstance(block["rows"], dict)]
+    rows = {name: [float(value) if value is not None else None for value in row] for name, row in grid["rows"].items()}
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    return Section(
+        f"Recorded: {campaign['title']}",
+        [
+            f"`python -m {record['command']}` on {record['date'][:10]}, on the CPU, with {versions}; not run now.",
+            words[-1],
+            Grid(grid["title"], grid["columns"], rows),
+        ],
+    )

@@ -1,15 +1,54 @@
-"""Print findings: tables and matrices that fit 80 columns, with color only on a terminal."""
+"""Print reports: text wrapped at 80 columns, names never broken, color only on a terminal."""
 
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.rule import Rule
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from .model import VERDICTS, Cell, Check, Curves, Grid, Histogram, Panels, Report, Section, Table
 
+TEXT_WIDTH = 80
+# Wide enough for any table: a pipe has no width.
+_PIPE_WIDTH = 100_000
+_WHOLE_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
 _STYLES = {"held": "green", "FAILED": "bold red", "not run": "yellow"}
+
+
+class ReportConsole(Console):
+    """A console without a limit of width in a pipe, which a report outlives when its reader closes it."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False)
+        self.is_pipe_closed = False
+        if not self.is_terminal and "COLUMNS" not in os.environ:
+            self.width = _PIPE_WIDTH
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing more; the files that were asked for are still written."""
+        self.is_pipe_closed = self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def end_if_pipe_closed(self) -> None:
+        """End as every other program does whose reader has gone."""
+        if self.is_pipe_closed:
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGPIPE)
+
+
+def print_header(console: Console, report: Report) -> None:
+    """Print the versions and the machine."""
+    _print_text(console, ", ".join(f"{name} {number}" for name, number in report.versions.items()))
+    _print_text(console, escape("{processor}, {cores} cores, {features}".format_map(report.machine)))
 
 
 def print_section(console: Console, section: Section) -> None:
@@ -18,31 +57,45 @@ def print_section(console: Console, section: Section) -> None:
     for block in section.blocks:
         match block:
             case str():
-                console.print(escape(block))
+                _print_text(console, escape(block))
             case Table():
                 _print_table(console, block)
             case Panels():
                 _print_panels(console, block)
             case Curves(log_x=True):
-                console.print(escape(f"{block.title}: drawn in the HTML."))
+                _print_text(console, escape(f"{block.title}: drawn in the HTML."))
             case Curves():
                 _print_table(console, _marked(block), block.title)
             case Histogram():
                 _print_table(console, _counted(block), block.title)
             case Grid():
-                console.print(escape(f"{block.title}: {len(block.rows)} rows, in the JSON and the HTML."))
+                _print_text(console, escape(f"{block.title}: {len(block.rows)} rows, in the JSON and the HTML."))
     for check in section.checks:
         if check.held is False:
             _print_check(console, check)
     console.print()
 
 
+def _print_text(console: Console, markup: str) -> None:
+    """Print text wrapped between words; a word that is longer than a line stays whole."""
+    text = Text.from_markup(markup)
+    starts, end = [], 0
+    for paragraph in text.plain.splitlines():
+        for line in textwrap.wrap(paragraph, min(TEXT_WIDTH, console.width), **_WHOLE_WORDS) or [""]:
+            starts.append(text.plain.index(line, end))
+            end = starts[-1] + len(line)
+    for part in text.divide(starts[1:]):
+        part.rstrip()
+        console.print(part, crop=False, no_wrap=True, overflow="ignore")
+
+
 def _print_heading(console: Console, title: str) -> None:
     """Print the title with a rule, or alone if it is longer than a line: a rule would cut it off."""
-    if len(title) + 2 < console.width:
-        console.rule(f"[bold]{escape(title)}", align="left")
+    width = min(TEXT_WIDTH, console.width)
+    if len(title) + 2 < width:
+        console.print(Rule(f"[bold]{escape(title)}", align="left"), width=width)
     else:
-        console.print(f"[bold]{escape(title)}")
+        _print_text(console, f"[bold]{escape(title)}")
 
 
 def print_summary(console: Console, report: Report) -> None:
@@ -69,7 +122,7 @@ def print_summary(console: Console, report: Report) -> None:
 def _print_check(console: Console, check: Check) -> None:
     verdict = VERDICTS[check.held]
     line = f"{check.name} ({check.implementation}): {check.measured}; expected {check.expected}"
-    console.print(f"[{_STYLES[verdict]}]{verdict}[/] {escape(line)}")
+    _print_text(console, f"[{_STYLES[verdict]}]{verdict}[/] {escape(line)}")
 
 
 def _marked(curves: Curves) -> Table:
@@ -92,11 +145,15 @@ def _print_table(console: Console, table: Table, title: str | None = None) -> No
         box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title and escape(title), title_justify="left"
     )
     for index, column in enumerate(table.columns):
-        numeric = any(isinstance(row[index], int | float) for row in table.rows)
-        rich.add_column(escape(column), justify="right" if numeric else "left", overflow="fold")
+        cells = [row[index] for row in table.rows]
+        is_number = any(isinstance(cell, int | float) for cell in cells)
+        is_text = any(isinstance(cell, str) and " " in cell.strip() for cell in cells)
+        rich.add_column(escape(column), justify="right" if is_number else "left", no_wrap=not is_text, overflow="fold")
     for row in table.rows:
         rich.add_row(*(_cell(cell) for cell in row))
-    console.print(rich)
+    needed = console.measure(rich, options=console.options.update(width=_PIPE_WIDTH)).minimum
+    rich.width = needed if needed > console.width else None
+    console.print(rich, crop=False, no_wrap=True)
 
 
 def cell_text(cell: Cell) -> str:
@@ -121,19 +178,30 @@ def _cell(cell: Cell) -> str:
 
 
 def _print_panels(console: Console, panels: Panels) -> None:
-    """Print the matrices side by side."""
-    blocks = {
-        name: [" ".join(f"{entry:{_width(panels)}.{panels.decimals}f}" for entry in row) for row in matrix]
-        for name, matrix in panels.matrices.items()
-    }
-    widths = [max(len(name), *(len(line) for line in lines)) for name, lines in blocks.items()]
+    """Print the matrices side by side, as many as a line holds, and the others below."""
+    blocks = {name: _rows(matrix, panels.decimals) for name, matrix in panels.matrices.items()}
+    widths = {name: max(len(name), *map(len, rows)) for name, rows in blocks.items()}
     console.print(f"[italic]{escape(panels.title)}")
-    console.print("  ".join(f"{name:{width}}" for name, width in zip(blocks, widths, strict=True)).rstrip())
-    for lines in zip_longest(*blocks.values(), fillvalue=""):
-        padded = (f"{line:{width}}" for line, width in zip(lines, widths, strict=True))
-        console.print("  ".join(padded).rstrip())
+    line: list[str] = []
+    for name in blocks:
+        if line and sum(widths[other] + 2 for other in line) + widths[name] > min(TEXT_WIDTH, console.width):
+            _print_beside(console, {other: blocks[other] for other in line}, widths)
+            line = []
+        line.append(name)
+    _print_beside(console, {name: blocks[name] for name in line}, widths)
     console.print()
 
 
-def _width(panels: Panels) -> int:
-    return panels.decimals + 3 if panels.decimals else 1
+def _rows(matrix: Sequence[Sequence[float]], decimals: int) -> list[str]:
+    """Return the rows as text; a matrix of whole numbers has no decimals."""
+    decimals = 0 if all(float(entry).is_integer() for row in matrix for entry in row) else decimals
+    texts = [[f"{entry:.{decimals}f}" for entry in row] for row in matrix]
+    width = max((len(text) for row in texts for text in row), default=0)
+    return [" ".join(text.rjust(width) for text in row) for row in texts]
+
+
+def _print_beside(console: Console, blocks: Mapping[str, list[str]], widths: Mapping[str, int]) -> None:
+    lines = [list(blocks), *zip_longest(*blocks.values(), fillvalue="")]
+    for line in lines:
+        padded = (f"{text:{widths[name]}}" for name, text in zip(blocks, line, strict=True))
+        console.print("  ".join(padded).rstrip(), crop=False, no_wrap=True, overflow="ignore")
