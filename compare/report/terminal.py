@@ -1,4 +1,4 @@
-"""Print reports: text wrapped at 80 columns, names never broken, color only on a terminal."""
+"""Print reports: lines of 80 columns where they fit, names never broken, color only on a terminal."""
 
 import os
 import signal
@@ -146,13 +146,14 @@ def _print_table(console: Console, table: Table, title: str | None = None) -> No
     )
     for index, column in enumerate(table.columns):
         cells = [row[index] for row in table.rows]
+        longest = max(len(word) for cell in [column, *cells] for word in cell_text(cell).split() or [""])
         is_number = any(isinstance(cell, int | float) for cell in cells)
-        is_text = any(isinstance(cell, str) and " " in cell.strip() for cell in cells)
-        rich.add_column(escape(column), justify="right" if is_number else "left", no_wrap=not is_text, overflow="fold")
+        rich.add_column(escape(column), justify="right" if is_number else "left", min_width=longest, overflow="fold")
     for row in table.rows:
         rich.add_row(*(_cell(cell) for cell in row))
-    needed = console.measure(rich, options=console.options.update(width=_PIPE_WIDTH)).minimum
-    rich.width = needed if needed > console.width else None
+    width = TEXT_WIDTH if console.width == _PIPE_WIDTH else console.width
+    if console.measure(rich).maximum > width:
+        rich.width = width
     console.print(rich, crop=False, no_wrap=True)
 
 
