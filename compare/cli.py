@@ -1,6 +1,7 @@
 """The command line: `python -m compare` runs the main job, and each part of it is a command of its own.
 
-Nothing here imports a framework before it is needed, so that `--help` and wrong usage answer at once.
+Nothing here imports a framework before it is needed, so that `--help` and wrong usage answer at
+once.
 """
 
 import importlib.util
@@ -29,7 +30,17 @@ from .report.machine import machine
 from .report.model import Report, Section
 from .report.terminal import ReportConsole, print_header, print_section, print_summary
 
-CHECKS = ("state", "stages", "outputs", "causality", "determinism", "gradients", "fused", "dropout", "training")
+CHECKS = (
+    "state",
+    "stages",
+    "outputs",
+    "causality",
+    "determinism",
+    "gradients",
+    "fused",
+    "dropout",
+    "training",
+)
 # Parts that prove nothing about outputs, and so need neither SciPy nor Optax.
 STATE = ("inspect", "convert", "verify", "kill", "fuzz", "state", "stream", "attention")
 # The jobs that a second process takes over, the longest first.
@@ -37,28 +48,51 @@ AHEAD = {"fused": 1, "checkpoints": 2, "devices": 3, "training": 4, "gradients":
 PACKAGES = ("torch", "jax", "flax", "optax", "orbax-checkpoint", "safetensors", "numpy")
 
 JsonOption = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", dir_okay=False, help="Also write the report to FILE as JSON.")
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", dir_okay=False, help="Also write the report to FILE as JSON."
+    ),
 ]
 HtmlOption = Annotated[
     Path | None,
-    typer.Option("--html", metavar="FILE", dir_okay=False, help="Also write the report to FILE as one HTML page."),
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        dir_okay=False,
+        help="Also write the report to FILE as one HTML page.",
+    ),
 ]
 DeviceOption = Annotated[
     Literal["cpu", "cuda"] | None,
-    typer.Option("--device", help="Run on this device only. Default: the CPU, and CUDA if both frameworks see it."),
+    typer.Option(
+        "--device",
+        help="Run on this device only. Default: the CPU, and CUDA if both frameworks see it.",
+    ),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Random seed.")]
-RoundsOption = Annotated[int, typer.Option(min=1, help="How many times each contestant is timed, in turn.")]
+RoundsOption = Annotated[
+    int, typer.Option(min=1, help="How many times each contestant is timed, in turn.")
+]
 Checkpoint = Annotated[
-    Path, typer.Argument(help="A checkpoint: a file, an Orbax folder, or a folder of shards with their index.")
+    Path,
+    typer.Argument(
+        help="A checkpoint: a file, an Orbax folder, or a folder of shards with their index."
+    ),
 ]
 MapOption = Annotated[
     Path | None,
-    typer.Option("--map", metavar="FILE", help="A mapping from torch to Flax names: JSON written by `Mapping.save`."),
+    typer.Option(
+        "--map",
+        metavar="FILE",
+        help="A mapping from torch to Flax names: JSON written by `Mapping.save`.",
+    ),
 ]
 DtypeOption = Annotated[
     str | None,
-    typer.Option("--dtype", help="Cast floating tensors, except masks, to float64, float32, float16 or bfloat16."),
+    typer.Option(
+        "--dtype",
+        help="Cast floating tensors, except masks, to float64, float32, float16 or bfloat16.",
+    ),
 ]
 
 
@@ -75,7 +109,9 @@ class _Commands(TyperGroup):
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(cls=_Commands, pretty_exceptions_enable=False, context_settings=HELP)
-bench = typer.Typer(help="Time attention or checkpoints beside their peers, in turn.", context_settings=HELP)
+bench = typer.Typer(
+    help="Time attention or checkpoints beside their peers, in turn.", context_settings=HELP
+)
 app.add_typer(bench, name="bench", no_args_is_help=True)
 
 
@@ -92,7 +128,10 @@ def main_job(
     json_file: JsonOption = None,
     html_file: HtmlOption = None,
     _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Compare causal attention in PyTorch, Flax Linen and Flax NNX.
@@ -103,7 +142,9 @@ def main_job(
     """
     if context.invoked_subcommand is None:
         on_device = [Job("outputs", {"device": device})]
-        on_device += [Job("checks", {"names": [name], "device": device}, AHEAD.get(name)) for name in CHECKS]
+        on_device += [
+            Job("checks", {"names": [name], "device": device}, AHEAD.get(name)) for name in CHECKS
+        ]
         others = [
             Job("devices", ahead=AHEAD["devices"]),
             Job("checkpoints", ahead=AHEAD["checkpoints"]),
@@ -113,7 +154,9 @@ def main_job(
         _run(jobs, json_file, html_file, device=device)
     for option, value in (("--json", json_file), ("--html", html_file), ("--device", device)):
         if value is not None:
-            raise typer.BadParameter(f"write it after the command: {context.invoked_subcommand} {option} {value}")
+            raise typer.BadParameter(
+                f"write it after the command: {context.invoked_subcommand} {option} {value}"
+            )
 
 
 @app.command()
@@ -123,14 +166,18 @@ def notebook(json_file: JsonOption = None, html_file: HtmlOption = None) -> None
 
 
 @app.command()
-def outputs(device: DeviceOption = None, json_file: JsonOption = None, html_file: HtmlOption = None) -> None:
+def outputs(
+    device: DeviceOption = None, json_file: JsonOption = None, html_file: HtmlOption = None
+) -> None:
     """Compare the outputs in float64 and float32, given the same weights and inputs."""
     _run([Job("outputs", {"device": device})], json_file, html_file, device=device)
 
 
 @app.command()
 def checks(
-    names: Annotated[list[str] | None, typer.Argument(help=f"Default: all of {', '.join(CHECKS)}.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help=f"Default: all of {', '.join(CHECKS)}.")
+    ] = None,
     device: DeviceOption = None,
     json_file: JsonOption = None,
     html_file: HtmlOption = None,
@@ -157,7 +204,9 @@ def checkpoints(json_file: JsonOption = None, html_file: HtmlOption = None) -> N
 
 @app.command()
 def bound(
-    cases: Annotated[int, typer.Option(min=4, help="Number of random cases, a quarter in each dtype.")] = 400,
+    cases: Annotated[
+        int, typer.Option(min=4, help="Number of random cases, a quarter in each dtype.")
+    ] = 400,
     seed: SeedOption = 0,
     json_file: JsonOption = None,
     html_file: HtmlOption = None,
@@ -168,10 +217,17 @@ def bound(
 
 @app.command()
 def mutants(
-    configurations: Annotated[int, typer.Option(min=1, help="Number of random configurations without a bug.")] = 1000,
-    first: Annotated[bool, typer.Option("--first", help="Stop at the first check that catches a bug.")] = False,
+    configurations: Annotated[
+        int, typer.Option(min=1, help="Number of random configurations without a bug.")
+    ] = 1000,
+    first: Annotated[
+        bool, typer.Option("--first", help="Stop at the first check that catches a bug.")
+    ] = False,
     recorded: Annotated[
-        bool, typer.Option("--recorded", help="Show the recorded run instead of repeating it, which takes an hour.")
+        bool,
+        typer.Option(
+            "--recorded", help="Show the recorded run instead of repeating it, which takes an hour."
+        ),
     ] = False,
     json_file: JsonOption = None,
     html_file: HtmlOption = None,
@@ -194,11 +250,17 @@ def kill(
 
 @app.command()
 def fuzz(
-    seconds: Annotated[int, typer.Option(min=10, help="How long to read damaged checkpoints.")] = 60,
+    seconds: Annotated[
+        int, typer.Option(min=10, help="How long to read damaged checkpoints.")
+    ] = 60,
     seed: SeedOption = 0,
     keep: Annotated[
         Path | None,
-        typer.Option("--keep", metavar="FOLDER", help="Where to keep the inputs that fail. Default: ./fuzz-cases."),
+        typer.Option(
+            "--keep",
+            metavar="FOLDER",
+            help="Where to keep the inputs that fail. Default: ./fuzz-cases.",
+        ),
     ] = None,
     json_file: JsonOption = None,
     html_file: HtmlOption = None,
@@ -209,12 +271,16 @@ def fuzz(
 
 @bench.command("attention")
 def bench_attention(
-    quick: Annotated[bool, typer.Option("--quick", help="Quick run: 1 minute instead of 20.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Quick run: 1 minute instead of 20.")
+    ] = False,
     rounds: RoundsOption = 5,
     device: DeviceOption = None,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", metavar="FILE", dir_okay=False, help="Plot causal float32 as .png or .svg."),
+        typer.Option(
+            "--plot", metavar="FILE", dir_okay=False, help="Plot causal float32 as .png or .svg."
+        ),
     ] = None,
     json_file: JsonOption = None,
     html_file: HtmlOption = None,
@@ -252,8 +318,12 @@ def bench_streaming(
 
 @app.command()
 def inspect(
-    source: Annotated[str, typer.Argument(help="A file, a folder, or package.module:name of a module.")],
-    other: Annotated[str | None, typer.Argument(help="A second one, to show the differences.")] = None,
+    source: Annotated[
+        str, typer.Argument(help="A file, a folder, or package.module:name of a module.")
+    ],
+    other: Annotated[
+        str | None, typer.Argument(help="A second one, to show the differences.")
+    ] = None,
     json_file: JsonOption = None,
     html_file: HtmlOption = None,
 ) -> None:
@@ -273,19 +343,28 @@ def convert(
     like: Annotated[
         Path | None,
         typer.Option(
-            "--like", metavar="CHECKPOINT", help="Take the names from this checkpoint, of the other framework."
+            "--like",
+            metavar="CHECKPOINT",
+            help="Take the names from this checkpoint, of the other framework.",
         ),
     ] = None,
     layout: Annotated[
         Literal["torch", "flax"] | None,
-        typer.Option("--layout", help="Layout of a .safetensors target. Default: the layout of the source."),
+        typer.Option(
+            "--layout", help="Layout of a .safetensors target. Default: the layout of the source."
+        ),
     ] = None,
     dtype: DtypeOption = None,
     shard_megabytes: Annotated[
-        int | None, typer.Option("--shard-size", min=1, help="Write a folder of shards of at most this many MB each.")
+        int | None,
+        typer.Option(
+            "--shard-size", min=1, help="Write a folder of shards of at most this many MB each."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the table.")] = False,
-    verify: Annotated[bool, typer.Option(help="Read both again afterwards and compare every element.")] = True,
+    verify: Annotated[
+        bool, typer.Option(help="Read both again afterwards and compare every element.")
+    ] = True,
     json_file: JsonOption = None,
     html_file: HtmlOption = None,
 ) -> None:
@@ -329,7 +408,9 @@ def _run(
     only_shows: bool = False,
 ) -> NoReturn:
     """Run the jobs, print each section when it is ready, and exit with the verdict."""
-    _require_packages("torch", "jax", "flax", *(() if jobs[0].part in STATE else ("scipy", "optax")))
+    _require_packages(
+        "torch", "jax", "flax", *(() if jobs[0].part in STATE else ("scipy", "optax"))
+    )
     if html_file is not None:
         _require_packages("jinja2", "matplotlib")
     _require_writable(json_file, html_file)
@@ -378,7 +459,12 @@ def _sections(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
         task = live.add_task("starting", total=None, amount="")
 
         def show_bytes(done: int, total: int) -> None:
-            live.update(task, completed=done, total=total, amount=f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+            live.update(
+                task,
+                completed=done,
+                total=total,
+                amount=f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB",
+            )
 
         second: Ahead | None = None
         for job in jobs:
@@ -389,12 +475,17 @@ def _sections(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
             try:
                 for item in job.sections(**({"progress": show_bytes} if job.counts_bytes else {})):
                     if isinstance(item, str):
-                        live.update(task, description=f"{job.part}: {escape(item)}", total=None, amount="")
+                        live.update(
+                            task, description=f"{job.part}: {escape(item)}", total=None, amount=""
+                        )
                         continue
                     yield item
                     if second is None and not alone:  # the first section is on the screen
                         second = stack.enter_context(closing(Ahead(jobs)))
-            except (CheckpointError, MappingError) as error:  # nothing was compared: a missing package, a full disk
+            except (
+                CheckpointError,
+                MappingError,
+            ) as error:  # nothing was compared: a missing package, a full disk
                 raise typer.BadParameter(str(error)) from error
 
 

@@ -1,10 +1,10 @@
 """Write beside the target, flush to the disk, rename: there is the old or the new, whole.
 
-A file that is open stays readable as it was. A folder is read file by file, so a reader that began with the
-old one may find it gone: `compare.open_checkpoint` notices and begins again.
+A file that is open stays readable as it was. A folder is read file by file, so a reader that began
+with the old one may find it gone: `compare.open_checkpoint` notices and begins again.
 
-Each temporary name is locked by the process that writes it. A process that was killed holds no lock, so the
-next save of the same path can tell what it left behind, and removes it.
+Each temporary name is locked by the process that writes it. A process that was killed holds no
+lock, so the next save of the same path can tell what it left behind, and removes it.
 """
 
 import ctypes
@@ -29,12 +29,15 @@ _FLUSH_SECONDS, _FLUSH_BYTES = 0.05, 1 << 20
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file in the folder of `path` that becomes `path` when the block succeeds.
 
-    The new file gets the old one's permissions. If the block raises, the temporary file is removed and `path` is
-    as it was.
+    The new file gets the old one's permissions. If the block raises, the temporary file is removed
+    and `path` is as it was.
     """
     sweep(path)
     forget(path)
-    with _own(path, lambda temporary: temporary.touch(exist_ok=False)) as temporary, temporary.open("r+b") as stream:
+    with (
+        _own(path, lambda temporary: temporary.touch(exist_ok=False)) as temporary,
+        temporary.open("r+b") as stream,
+    ):
         if path.exists():
             temporary.chmod(path.stat().st_mode & 0o7777)
         with _flushing(stream.fileno()):
@@ -75,12 +78,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path` that becomes `path` when the block succeeds.
 
     An old folder is exchanged for the new one in a single step where the system can (Linux,
-    renameat2); elsewhere there is an instant between two renames when neither is there. The old one stays in the
-    system's cache: who reads it meanwhile goes from file to file, and is not to be slowed down.
+    renameat2); elsewhere there is an instant between two renames when neither is there. The old one
+    stays in the system's cache: who reads it meanwhile goes from file to file, and is not to be
+    slowed down.
     """
     sweep(path)
     with _own(path, Path.mkdir) as temporary:
-        # Within the locked folder, for Orbax puts another one, without the lock, in the place of what it is given.
+        # Within the locked folder, for Orbax puts another one, without the lock, in the place of
+        # what it is given.
         folder = temporary / "new"
         folder.mkdir()
         yield folder
@@ -167,7 +172,11 @@ def _install(new: Path, path: Path) -> None:
 def _exchange(new: Path, path: Path) -> None:
     """Swap the two folders, so that `new` holds what was at `path`."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 and renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(path), _RENAME_EXCHANGE) == 0:
+    if (
+        renameat2
+        and renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(path), _RENAME_EXCHANGE)
+        == 0
+    ):
         return
     old = new.with_name(f"{new.name}.old")
     path.rename(old)
@@ -178,8 +187,8 @@ def _exchange(new: Path, path: Path) -> None:
 def forget(path: Path) -> None:
     """Ask for a file or folder to be dropped; what is not yet on the disk stays.
 
-    What is to be replaced leaves room so for the new. A virtual machine would have to ask its host for that room,
-    which can take longer than the writing.
+    What is to be replaced leaves room so for the new. A virtual machine would have to ask its host
+    for that room, which can take longer than the writing.
     """
     _advise(path, "POSIX_FADV_DONTNEED")
 

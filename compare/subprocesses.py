@@ -26,7 +26,9 @@ def child_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**os.environ, **(more or {}), "PYTHONPATH": paths}
 
 
-def run_module(module: str, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Any:
+def run_module(
+    module: str, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None
+) -> Any:
     """Run `python -m module` and return its standard output, parsed as JSON.
 
     Raises:
@@ -44,5 +46,7 @@ def run_module(module: str, arguments: Sequence[str] = (), environment: Mapping[
     except subprocess.TimeoutExpired as error:
         raise ChildError(f"{' '.join(command)} did not end within {TIMEOUT_SECONDS} s") from error
     if done.returncode:
-        raise ChildError(f"{' '.join(command)} exited with {done.returncode}:\n{done.stderr[-2000:]}")
+        raise ChildError(
+            f"{' '.join(command)} exited with {done.returncode}:\n{done.stderr[-2000:]}"
+        )
     return json.loads(done.stdout)

@@ -3,7 +3,11 @@
 from . import linen, nnx
 from .attention import causal_mask, reference_attention
 from .dispatch import masked_attention
-from .linen import CausalAttentionWithBuffer, CausalAttentionWithoutBuffers, CausalMultiHeadAttention
+from .linen import (
+    CausalAttentionWithBuffer,
+    CausalAttentionWithoutBuffers,
+    CausalMultiHeadAttention,
+)
 
 __all__ = [
     "CausalAttentionWithBuffer",

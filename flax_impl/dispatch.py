@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import Float, Shaped
 
 from .attention import reference_attention
-from .checks import check_covered
+from .validation import check_covered
 from .fused import fused_attention
 
 Implementation = Literal["reference", "fused", "auto"]
@@ -28,19 +28,24 @@ def masked_attention(
         queries: any leading dimensions, such as (batch, heads, tokens, head_dim).
         keys: as the queries.
         values: as the queries.
-        mask: any nonzero entry [i, j] keeps token i from looking at token j; its first tokens are used.
+        mask: any nonzero entry [i, j] keeps token i from looking at token j; its first tokens are
+            used.
         dropout: applied to the weights, which only the formula has: with it, the formula is used.
-        implementation: "reference" is the formula, `reference_attention`; "fused" is `fused_attention`,
-            the same function by other steps; "auto" is "fused" where that is faster.
+        implementation: "reference" is the formula, `reference_attention`; "fused" is
+            `fused_attention`, the same function by other steps; "auto" is "fused" where that is
+            faster.
 
     Raises:
-        ValueError: an implementation of another name, or a mask that is smaller than the tokens are many.
+        ValueError: an implementation of another name, or a mask that is smaller than the tokens are
+            many.
     """
     check_implementation(implementation)
     check_covered(mask.shape, queries.shape[-2])
     if dropout is not None:
         return reference_attention(queries, keys, values, mask, dropout)
-    if implementation == "fused" or (implementation == "auto" and queries.shape[-2] >= FEWEST_TOKENS):
+    if implementation == "fused" or (
+        implementation == "auto" and queries.shape[-2] >= FEWEST_TOKENS
+    ):
         return fused_attention(queries, keys, values, mask)
     return reference_attention(queries, keys, values, mask)
 
@@ -48,4 +53,6 @@ def masked_attention(
 def check_implementation(implementation: str) -> None:
     """Raise ValueError unless there is an implementation of that name."""
     if implementation not in get_args(Implementation):
-        raise ValueError(f"implementation is {implementation!r}; expected one of {get_args(Implementation)}")
+        raise ValueError(
+            f"implementation is {implementation!r}; expected one of {get_args(Implementation)}"
+        )

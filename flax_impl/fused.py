@@ -40,10 +40,10 @@ def fused_attention(
 ) -> Float[Array, "*batch tokens head_dim"]:
     """Return what `reference_attention` does, in memory that grows with the tokens and not with their square.
 
-    The mask is looked at on the device: one compiled program serves every mask. bfloat16 and float16 are
-    computed in float32, or on a GPU by cuDNN where the mask is causal. A NaN or inf behind the mask may
-    stay out of the rows that the formula's 0 * NaN brings it to. Second derivatives, forward over reverse
-    or reverse twice, are those of the reference; cuDNN has none.
+    The mask is looked at on the device: one compiled program serves every mask. bfloat16 and
+    float16 are computed in float32, or on a GPU by cuDNN where the mask is causal. A NaN or inf
+    behind the mask may stay out of the rows that the formula's 0 * NaN brings it to. Second
+    derivatives, forward over reverse or reverse twice, are those of the reference; cuDNN has none.
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", and Dao et al.,
     "FlashAttention", algorithms 1 and 4.
@@ -55,27 +55,38 @@ def fused_attention(
         return reference_attention(queries, keys, values, mask)
     flat = [jnp.reshape(array, (-1, *array.shape[-2:])) for array in (queries, keys, values)]
     attend = _cudnn_if_causal if _takes_cudnn(queries, values) else _attend
-    return jnp.reshape(attend(flat[0], flat[1], flat[2], mask), (*queries.shape[:-1], values.shape[-1]))
+    return jnp.reshape(
+        attend(flat[0], flat[1], flat[2], mask), (*queries.shape[:-1], values.shape[-1])
+    )
 
 
 def _takes_cudnn(queries: Array, values: Array) -> bool:
     """Tell whether cuDNN's flash attention, where there is one, takes the dtype and the width of the heads."""
     width = queries.shape[-1]
     is_half = queries.dtype in (jnp.bfloat16, jnp.float16)
-    return jax.default_backend() == "gpu" and is_half and values.shape[-1] == width <= 128 and width % 8 == 0
+    return (
+        jax.default_backend() == "gpu"
+        and is_half
+        and values.shape[-1] == width <= 128
+        and width % 8 == 0
+    )
 
 
 def _cudnn_if_causal(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
     """Decide on the device: both are in the compiled program, and on another device than a GPU only tiles."""
 
     def decide(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
-        return lax.cond(is_causal(mask, queries.shape[1]), _cudnn, _attend, queries, keys, values, mask)
+        return lax.cond(
+            is_causal(mask, queries.shape[1]), _cudnn, _attend, queries, keys, values, mask
+        )
 
     return lax.platform_dependent(queries, keys, values, mask, cuda=decide, default=_attend)
 
 
 def _cudnn(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
-    heads = (array[:, :, None] for array in (queries, keys, values))  # (batch, tokens, heads, head_dim)
+    heads = (
+        array[:, :, None] for array in (queries, keys, values)
+    )  # (batch, tokens, heads, head_dim)
     return jax.nn.dot_product_attention(*heads, is_causal=True, implementation="cudnn")[:, :, 0]
 
 
@@ -84,7 +95,9 @@ def _attend(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
     return _forward(queries, keys, values, mask)[0]
 
 
-def _attend_forward(queries: Array, keys: Array, values: Array, mask: Array) -> tuple[Array, tuple[Array, ...]]:
+def _attend_forward(
+    queries: Array, keys: Array, values: Array, mask: Array
+) -> tuple[Array, tuple[Array, ...]]:
     out, logsumexp = _forward(queries, keys, values, mask)
     return out, (queries, keys, values, mask, out, logsumexp)
 
@@ -105,11 +118,19 @@ def _forward_heads(queries: Array, keys: Array, values: Array, mask: Array) -> t
 
 @jax.jit
 def _backward_heads(
-    queries: Array, keys: Array, values: Array, mask: Array, out: Array, logsumexp: Array, grad: Array
+    queries: Array,
+    keys: Array,
+    values: Array,
+    mask: Array,
+    out: Array,
+    logsumexp: Array,
+    grad: Array,
 ) -> tuple[Array, Array, Array]:
     """Return the gradients of queries, keys and values."""
     tiles = tilings(mask, queries.shape[1])
-    return _by_heads(partial(_backward_head, mask, tiles), (queries, keys, values, out, logsumexp, grad))
+    return _by_heads(
+        partial(_backward_head, mask, tiles), (queries, keys, values, out, logsumexp, grad)
+    )
 
 
 @jax.custom_jvp
@@ -119,7 +140,13 @@ def _forward(queries: Array, keys: Array, values: Array, mask: Array) -> tuple[A
 
 @jax.custom_jvp
 def _backward(
-    queries: Array, keys: Array, values: Array, mask: Array, out: Array, logsumexp: Array, grad: Array
+    queries: Array,
+    keys: Array,
+    values: Array,
+    mask: Array,
+    out: Array,
+    logsumexp: Array,
+    grad: Array,
 ) -> tuple[Array, Array, Array]:
     return _backward_heads(queries, keys, values, mask, out, logsumexp, grad)
 
@@ -163,10 +190,17 @@ def _forward_head(
     values: Float[Array, "tokens head_dim"],
 ) -> tuple[Float[Array, "tokens head_dim"], Float[Array, " tokens"]]:
     dtype = _work_dtype(queries)
-    head = Head(queries.astype(dtype) * queries.shape[-1] ** -0.5, keys.astype(dtype), values.astype(dtype), mask)
+    head = Head(
+        queries.astype(dtype) * queries.shape[-1] ** -0.5,
+        keys.astype(dtype),
+        values.astype(dtype),
+        mask,
+    )
     found = jnp.zeros_like(head.values), jnp.zeros_like(head.queries[:, 0])
     for shape, tiling in zip(tile_shapes(queries.shape[0]), tiles, strict=True):
-        found = lax.fori_loop(0, tiling.num_strips, partial(_forward_strip, head, shape, tiling), found)
+        found = lax.fori_loop(
+            0, tiling.num_strips, partial(_forward_strip, head, shape, tiling), found
+        )
     return found[0].astype(values.dtype), found[1]
 
 
@@ -177,7 +211,9 @@ def _forward_strip(
     at, is_new = _strip(head, shape, number)
     queries = _take(head.queries, at, shape.queries)
 
-    def add(at_key: Int[Array, ""], blocked: Array | None, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+    def add(
+        at_key: Int[Array, ""], blocked: Array | None, sums: tuple[Array, ...]
+    ) -> tuple[Array, ...]:
         largest, divisor, context = sums
         scores = _scores(queries, _take(head.keys, at_key, shape.keys), blocked)
         new_largest = jnp.maximum(largest, scores.max(axis=1))
@@ -213,14 +249,25 @@ def _backward_head(
     rows = Rows(logsumexp, grad, (grad * out.astype(dtype)).sum(axis=1))
     grads = jnp.zeros_like(head.queries), jnp.zeros_like(head.keys), jnp.zeros_like(head.values)
     for shape, tiling in zip(tile_shapes(queries.shape[0]), tiles, strict=True):
-        grads = lax.fori_loop(0, tiling.num_strips, partial(_backward_strip, head, rows, shape, tiling), grads)
+        grads = lax.fori_loop(
+            0, tiling.num_strips, partial(_backward_strip, head, rows, shape, tiling), grads
+        )
     # As the formula's: the weights of a row that is blocked everywhere are NaN for every key.
     grad_values = jnp.where((logsumexp > -jnp.inf).all(), grads[2], jnp.nan)
-    return (grads[0] * scale).astype(queries.dtype), grads[1].astype(keys.dtype), grad_values.astype(values.dtype)
+    return (
+        (grads[0] * scale).astype(queries.dtype),
+        grads[1].astype(keys.dtype),
+        grad_values.astype(values.dtype),
+    )
 
 
 def _backward_strip(
-    head: Head, rows: Rows, shape: Shape, tiling: Tiling, number: Int[Array, ""], grads: tuple[Array, Array, Array]
+    head: Head,
+    rows: Rows,
+    shape: Shape,
+    tiling: Tiling,
+    number: Int[Array, ""],
+    grads: tuple[Array, Array, Array],
 ) -> tuple[Array, Array, Array]:
     """Add the gradients through one strip of queries."""
     at, is_new = _strip(head, shape, number)
@@ -229,7 +276,9 @@ def _backward_strip(
     # Rows that the strip before has done add nothing again.
     grad, inner = jnp.where(is_new[:, None], grad, 0.0), jnp.where(is_new, inner, 0.0)
 
-    def add(at_key: Int[Array, ""], blocked: Array | None, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+    def add(
+        at_key: Int[Array, ""], blocked: Array | None, sums: tuple[Array, ...]
+    ) -> tuple[Array, ...]:
         grad_queries, grad_keys, grad_values = sums
         keys, values = _take(head.keys, at_key, shape.keys), _take(head.values, at_key, shape.keys)
         weights = jnp.exp(_scores(queries, keys, blocked) - logsumexp[:, None])
@@ -237,8 +286,12 @@ def _backward_strip(
         if blocked is not None:
             grad_scores = jnp.where(blocked, 0.0, grad_scores)
         grad_queries = grad_queries + grad_scores @ keys
-        grad_keys = _put(grad_keys, _take(grad_keys, at_key, shape.keys) + grad_scores.T @ queries, at_key)
-        grad_values = _put(grad_values, _take(grad_values, at_key, shape.keys) + weights.T @ grad, at_key)
+        grad_keys = _put(
+            grad_keys, _take(grad_keys, at_key, shape.keys) + grad_scores.T @ queries, at_key
+        )
+        grad_values = _put(
+            grad_values, _take(grad_values, at_key, shape.keys) + weights.T @ grad, at_key
+        )
         return grad_queries, grad_keys, grad_values
 
     sums = (jnp.zeros_like(queries), *grads[1:])
@@ -246,7 +299,9 @@ def _backward_strip(
     return _put(grads[0], grad_queries, at, is_new), grad_keys, grad_values
 
 
-def _strip(head: Head, shape: Shape, number: Int[Array, ""]) -> tuple[Int[Array, ""], Bool[Array, " queries"]]:
+def _strip(
+    head: Head, shape: Shape, number: Int[Array, ""]
+) -> tuple[Int[Array, ""], Bool[Array, " queries"]]:
     """Return where the strip begins, and which of its queries no strip before it has: the last is moved to fit."""
     start = number.astype(jnp.int32) * shape.queries
     at = jnp.minimum(start, head.queries.shape[0] - shape.queries)
@@ -275,7 +330,9 @@ def _over_tiles(
         is_seen = at_key + jnp.arange(shape.keys, dtype=jnp.int32) < first
         return is_nonzero(lax.dynamic_slice(head.mask, (at, at_key), shape)) | is_seen[None]
 
-    def add_mixed(tile: Int[Array, ""], carried: tuple[Array, tuple[Array, ...]]) -> tuple[Array, tuple[Array, ...]]:
+    def add_mixed(
+        tile: Int[Array, ""], carried: tuple[Array, tuple[Array, ...]]
+    ) -> tuple[Array, tuple[Array, ...]]:
         here, sums = carried
         # Handed on, so that it is made once and not once for each head.
         return blocked(tile + 1), add(place(tile)[1], here, sums)
@@ -297,7 +354,9 @@ def _take(array: Array, at: Int[Array, ""], size: int) -> Array:
     return lax.dynamic_slice_in_dim(array, at, size)
 
 
-def _put(array: Array, part: Array, at: Int[Array, ""], is_new: Bool[Array, " rows"] | None = None) -> Array:
+def _put(
+    array: Array, part: Array, at: Int[Array, ""], is_new: Bool[Array, " rows"] | None = None
+) -> Array:
     """Put the part where it belongs, of its rows only the new ones."""
     if is_new is not None:
         is_new = is_new.reshape(-1, *[1] * (part.ndim - 1))

@@ -21,7 +21,8 @@ class Shape(NamedTuple):
 class Tiling(NamedTuple):
     """The tiles of one shape that have an open entry, in strips of queries; those open everywhere come first.
 
-    Tile `t` of strip `i` begins at query `i * shape.queries` and at key `first[i] + order[i, t] * shape.keys`.
+    Tile `t` of strip `i` begins at query `i * shape.queries` and at key `first[i] + order[i, t] *
+    shape.keys`.
     """
 
     num_strips: Int[Array, ""]
@@ -33,10 +34,16 @@ class Tiling(NamedTuple):
 
 def tile_shapes(num_tokens: int) -> tuple[Shape, ...]:
     """Return the shapes to choose from: a smaller product of matrices is not spread over the CPU's cores."""
-    return (Shape(512, 256), Shape(256, 512)) if num_tokens >= 512 else (Shape(num_tokens, num_tokens),)
+    return (
+        (Shape(512, 256), Shape(256, 512))
+        if num_tokens >= 512
+        else (Shape(num_tokens, num_tokens),)
+    )
 
 
-def tilings(mask: Shaped[Array, "context_length context_length"], num_tokens: int) -> tuple[Tiling, ...]:
+def tilings(
+    mask: Shaped[Array, "context_length context_length"], num_tokens: int
+) -> tuple[Tiling, ...]:
     """Return a tiling for each shape; only the one with the fewest tiles has strips."""
     shapes = tile_shapes(num_tokens)
     some_open, some_blocked = _blocks(mask, num_tokens)
@@ -48,13 +55,17 @@ def tilings(mask: Shaped[Array, "context_length context_length"], num_tokens: in
     )
 
 
-def is_causal(mask: Shaped[Array, "context_length context_length"], num_tokens: int) -> Bool[Array, ""]:
+def is_causal(
+    mask: Shaped[Array, "context_length context_length"], num_tokens: int
+) -> Bool[Array, ""]:
     """Tell whether the mask's first rows and columns block what a causal one does, looking at some rows at a time."""
     height = min(ROWS, num_tokens)
 
     def look(start: Int[Array, ""]) -> Bool[Array, ""]:
         start = jnp.minimum(start, num_tokens - height)
-        blocked = is_nonzero(lax.dynamic_slice(mask, (start, jnp.zeros_like(start)), (height, num_tokens)))
+        blocked = is_nonzero(
+            lax.dynamic_slice(mask, (start, jnp.zeros_like(start)), (height, num_tokens))
+        )
         behind = start + lax.broadcasted_iota(start.dtype, blocked.shape, 0)
         return (blocked == (lax.broadcasted_iota(start.dtype, blocked.shape, 1) > behind)).all()
 
@@ -73,14 +84,19 @@ def _blocks(
         rows = lax.dynamic_slice(mask, (start, jnp.zeros_like(start)), (height, num_tokens))
         count = is_nonzero(rows).sum(axis=0, dtype=jnp.int16)
         some_open = jnp.pad(count < height, (0, beyond)).reshape(-1, COLUMNS).any(axis=1)
-        some_blocked = jnp.pad(count > 0, (0, beyond), constant_values=True).reshape(-1, COLUMNS).any(axis=1)
+        some_blocked = (
+            jnp.pad(count > 0, (0, beyond), constant_values=True).reshape(-1, COLUMNS).any(axis=1)
+        )
         return some_open, some_blocked
 
     return lax.map(look, jnp.arange(0, num_tokens, height))
 
 
 def _tiling(
-    shape: Shape, num_tokens: int, some_open: Bool[Array, "rows columns"], some_blocked: Bool[Array, "rows columns"]
+    shape: Shape,
+    num_tokens: int,
+    some_open: Bool[Array, "rows columns"],
+    some_blocked: Bool[Array, "rows columns"],
 ) -> Tiling:
     num_strips, num_tiles = -(-num_tokens // shape.queries), -(-num_tokens // shape.keys)
     rows = -(-shape.queries // ROWS)

@@ -15,7 +15,8 @@ from compare.runners.run import missing_cuda
 if find_spec("hypothesis"):
     from hypothesis import settings
 
-    # The same examples at every run; `--hypothesis-profile=wide` draws many more, other ones each time.
+    # The same examples at every run; `--hypothesis-profile=wide` draws many more, other ones each
+    # time.
     settings.register_profile("fixed", derandomize=True, deadline=None)
     settings.register_profile("wide", max_examples=2000, deadline=None)
     settings.load_profile("fixed")
@@ -25,7 +26,9 @@ _cache = compilation_cache()
 _cache.__enter__()
 
 # Inductor's own cache does not know for which instruction set it has compiled.
-_inductor = tempfile.TemporaryDirectory(prefix="attention-parity-inductor-", ignore_cleanup_errors=True)
+_inductor = tempfile.TemporaryDirectory(
+    prefix="attention-parity-inductor-", ignore_cleanup_errors=True
+)
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor.name
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -34,7 +37,9 @@ jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU the def
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    if not find_spec("pytest_timeout"):  # then its setting in pyproject.toml has no effect, and is no error
+    if not find_spec(
+        "pytest_timeout"
+    ):  # then its setting in pyproject.toml has no effect, and is no error
         parser.addini("timeout", "see pytest-timeout")
 
 

@@ -134,7 +134,10 @@ class Planted:
 def rezipped(change: Callable[[zipfile.ZipFile, zipfile.ZipFile], None]) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         torch.save(state(), folder / "whole.pth")
-        with zipfile.ZipFile(folder / "whole.pth") as old, zipfile.ZipFile(folder / "state.pth", "w") as new:
+        with (
+            zipfile.ZipFile(folder / "whole.pth") as old,
+            zipfile.ZipFile(folder / "state.pth", "w") as new,
+        ):
             change(old, new)
         (folder / "whole.pth").unlink()
         return folder / "state.pth"
@@ -144,7 +147,11 @@ def rezipped(change: Callable[[zipfile.ZipFile, zipfile.ZipFile], None]) -> Call
 
 def _deflated(old: zipfile.ZipFile, new: zipfile.ZipFile) -> None:
     for name in old.namelist():
-        new.writestr(name, b"\0" * (64 << 20) if name.endswith("/0") else old.read(name), zipfile.ZIP_DEFLATED)
+        new.writestr(
+            name,
+            b"\0" * (64 << 20) if name.endswith("/0") else old.read(name),
+            zipfile.ZIP_DEFLATED,
+        )
 
 
 def _doubled(old: zipfile.ZipFile, new: zipfile.ZipFile) -> None:
@@ -191,7 +198,9 @@ def msgpacked(change: Callable[[Any], Any]) -> Callable[[Path], Path]:
 
 
 def _tree() -> dict[str, Any]:
-    return unflatten_dict({path: np.asarray(leaf) for path, leaf in flatten_dict(linen_variables(PRIME)).items()})
+    return unflatten_dict(
+        {path: np.asarray(leaf) for path, leaf in flatten_dict(linen_variables(PRIME)).items()}
+    )
 
 
 def packed(shape: list[int], dtype: str, values: bytes, kind: int = 1) -> Callable[[Path], Path]:
@@ -228,7 +237,8 @@ def _outside(path: Path, content: dict[str, Any]) -> None:
     first = next(iter(content["weight_map"].values()))
     (path / first).rename(path.parent / "outside.safetensors")
     content["weight_map"] = {
-        key: "../outside.safetensors" if name == first else name for key, name in content["weight_map"].items()
+        key: "../outside.safetensors" if name == first else name
+        for key, name in content["weight_map"].items()
     }
 
 
@@ -248,7 +258,9 @@ def _shard_missing(path: Path, content: dict[str, Any]) -> None:
 
 def _exchanged(path: Path, content: dict[str, Any]) -> None:
     names = list(content["weight_map"].values())
-    content["weight_map"] = dict(zip(content["weight_map"], [names[-1], *names[1:-1], names[0]], strict=True))
+    content["weight_map"] = dict(
+        zip(content["weight_map"], [names[-1], *names[1:-1], names[0]], strict=True)
+    )
 
 
 def orbaxed(change: Callable[[Path], Any]) -> Callable[[Path], Path]:
@@ -334,8 +346,11 @@ def _bool(folder: Path) -> Path:
     blocked = state()["mask"].bool().numpy().view(np.uint8).copy()
     blocked[0, 1], blocked[0, 2] = 2, 255
     begin, end = header["mask"]["data_offsets"]
-    rest = {key: {**entry, "data_offsets": [at - end + 49 for at in entry["data_offsets"]]}
-            for key, entry in header.items() if key != "mask"}  # fmt: skip
+    rest = {
+        key: {**entry, "data_offsets": [at - end + 49 for at in entry["data_offsets"]]}
+        for key, entry in header.items()
+        if key != "mask"
+    }
     mask = {"dtype": "BOOL", "shape": [7, 7], "data_offsets": [0, 49]}
     assert begin == 0
     return put(path, {"mask": mask, **rest}, blocked.tobytes() + data[end:])
@@ -365,205 +380,562 @@ def _sparse() -> Any:
 
 
 def _many(folder: Path) -> Path:
-    header = {f"x{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_001)}
+    header = {
+        f"x{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_001)
+    }
     return put(folder / "state.safetensors", header, b"")
 
 
 SAFETENSORS = [
     Fault("empty file", replaced(".safetensors", lambda _: b""), r"is empty.*take another copy"),
-    Fault("seven bytes", replaced(".safetensors", lambda data: data[:7]), r"its length; expected at least 10 bytes; found 7"),
-    Fault("cut in the header", replaced(".safetensors", lambda data: data[:99]), r"its header's length"),
-    Fault("cut before the data", replaced(".safetensors", lambda data: data[: 8 + int.from_bytes(data[:8], "little")]),
-          r"its data; expected tensors end to end|its length"),
-    Fault("last byte missing", replaced(".safetensors", lambda data: data[:-1]), r"tensors end to end|its length"),
-    Fault("trailing bytes", replaced(".safetensors", lambda data: data + b"PK"), r"end before the file does"),
-    Fault("header of 2**64 - 1 bytes", length_of_header(2**64 - 1), r"its header's length; .*18,446,744,073,709,551,615"),
+    Fault(
+        "seven bytes",
+        replaced(".safetensors", lambda data: data[:7]),
+        r"its length; expected at least 10 bytes; found 7",
+    ),
+    Fault(
+        "cut in the header",
+        replaced(".safetensors", lambda data: data[:99]),
+        r"its header's length",
+    ),
+    Fault(
+        "cut before the data",
+        replaced(".safetensors", lambda data: data[: 8 + int.from_bytes(data[:8], "little")]),
+        r"its data; expected tensors end to end|its length",
+    ),
+    Fault(
+        "last byte missing",
+        replaced(".safetensors", lambda data: data[:-1]),
+        r"tensors end to end|its length",
+    ),
+    Fault(
+        "trailing bytes",
+        replaced(".safetensors", lambda data: data + b"PK"),
+        r"end before the file does",
+    ),
+    Fault(
+        "header of 2**64 - 1 bytes",
+        length_of_header(2**64 - 1),
+        r"its header's length; .*18,446,744,073,709,551,615",
+    ),
     Fault("header of 100,000,001 bytes", length_of_header(100_000_001), r"its header's length"),
     Fault("header of 99,999,999 bytes", length_of_header(99_999_999), r"its header's length"),
     Fault("header of no bytes", length_of_header(0), r"its header's length"),
-    Fault("header in another encoding", lambda folder: put(folder / "state.safetensors", b'{"\xff\xfe":1}  ', b""),
-          r"its header; .*codec can't decode"),
-    Fault("header that is no JSON", lambda folder: put(folder / "state.safetensors", b'{"mask":', b""), r"its header;"),
-    Fault("header that is a list", lambda folder: put(folder / "state.safetensors", b"[1,2,3]", b""),
-          r"the start of its header; expected a JSON object"),
-    Fault("space before the header", lambda folder: put(folder / "state.safetensors", b' {"a":1}', b""),
-          r"the start of its header"),
+    Fault(
+        "header in another encoding",
+        lambda folder: put(folder / "state.safetensors", b'{"\xff\xfe":1}  ', b""),
+        r"its header; .*codec can't decode",
+    ),
+    Fault(
+        "header that is no JSON",
+        lambda folder: put(folder / "state.safetensors", b'{"mask":', b""),
+        r"its header;",
+    ),
+    Fault(
+        "header that is a list",
+        lambda folder: put(folder / "state.safetensors", b"[1,2,3]", b""),
+        r"the start of its header; expected a JSON object",
+    ),
+    Fault(
+        "space before the header",
+        lambda folder: put(folder / "state.safetensors", b' {"a":1}', b""),
+        r"the start of its header",
+    ),
     Fault("name twice, other offsets", twice(False), r"the name mask twice"),
     Fault("name twice, same offsets", twice(True), r"the name mask twice"),
-    Fault("overlapping offsets", header_with(lambda h: h["W_key.weight"].update(data_offsets=h["mask"]["data_offsets"],
-                                                                               shape=[7, 7])), r"overlap|hole"),
-    Fault("reversed offsets", header_with(lambda h: h["mask"].update(data_offsets=[196, 0])), r"mask has the offsets 196"),
-    Fault("offsets beyond the file", header_with(lambda h: h["W_value.weight"].update(data_offsets=[10**9, 10**9 + 572])),
-          r"hole|its length"),
-    Fault("negative offset", header_with(lambda h: h["mask"].update(data_offsets=[-196, 0])), r"mask has the offsets -196"),
-    Fault("offset that is a fraction", header_with(lambda h: h["mask"].update(data_offsets=[0.0, 196.0])),
-          r"mask has the offsets 0.0"),
-    Fault("shape that is not the bytes", header_with(lambda h: h["mask"].update(shape=[7, 8])),
-          r"mask of 224 bytes has the offsets 0 and 196"),
-    Fault("shape that overflows", header_with(lambda h: h["mask"].update(shape=[2**33, 2**33])), r"more than any array has"),
-    Fault("negative size", header_with(lambda h: h["mask"].update(shape=[-7, -7])), r"is no list of sizes"),
-    Fault("size that is true", header_with(lambda h: h["mask"].update(shape=[True, 49])), r"is no list of sizes"),
-    Fault("empty, 2**62 wide", header_with(lambda h: h.update(x={"dtype": "F32", "shape": [0, 2**62],
-                                                               "data_offsets": [0, 0]})), r"more than any array has"),
-    Fault("33 axes", header_with(lambda h: h["mask"].update(shape=[49] + [1] * 32)), r"more than any array has"),
-    Fault("unknown dtype", header_with(lambda h: h["mask"].update(dtype="F4")), r"mask has the dtype F4"),
-    Fault("a field of its own", header_with(lambda h: h["mask"].update(code="x")), r"mask has the fields"),
+    Fault(
+        "overlapping offsets",
+        header_with(
+            lambda h: h["W_key.weight"].update(data_offsets=h["mask"]["data_offsets"], shape=[7, 7])
+        ),
+        r"overlap|hole",
+    ),
+    Fault(
+        "reversed offsets",
+        header_with(lambda h: h["mask"].update(data_offsets=[196, 0])),
+        r"mask has the offsets 196",
+    ),
+    Fault(
+        "offsets beyond the file",
+        header_with(lambda h: h["W_value.weight"].update(data_offsets=[10**9, 10**9 + 572])),
+        r"hole|its length",
+    ),
+    Fault(
+        "negative offset",
+        header_with(lambda h: h["mask"].update(data_offsets=[-196, 0])),
+        r"mask has the offsets -196",
+    ),
+    Fault(
+        "offset that is a fraction",
+        header_with(lambda h: h["mask"].update(data_offsets=[0.0, 196.0])),
+        r"mask has the offsets 0.0",
+    ),
+    Fault(
+        "shape that is not the bytes",
+        header_with(lambda h: h["mask"].update(shape=[7, 8])),
+        r"mask of 224 bytes has the offsets 0 and 196",
+    ),
+    Fault(
+        "shape that overflows",
+        header_with(lambda h: h["mask"].update(shape=[2**33, 2**33])),
+        r"more than any array has",
+    ),
+    Fault(
+        "negative size",
+        header_with(lambda h: h["mask"].update(shape=[-7, -7])),
+        r"is no list of sizes",
+    ),
+    Fault(
+        "size that is true",
+        header_with(lambda h: h["mask"].update(shape=[True, 49])),
+        r"is no list of sizes",
+    ),
+    Fault(
+        "empty, 2**62 wide",
+        header_with(
+            lambda h: h.update(x={"dtype": "F32", "shape": [0, 2**62], "data_offsets": [0, 0]})
+        ),
+        r"more than any array has",
+    ),
+    Fault(
+        "33 axes",
+        header_with(lambda h: h["mask"].update(shape=[49] + [1] * 32)),
+        r"more than any array has",
+    ),
+    Fault(
+        "unknown dtype",
+        header_with(lambda h: h["mask"].update(dtype="F4")),
+        r"mask has the dtype F4",
+    ),
+    Fault(
+        "a field of its own",
+        header_with(lambda h: h["mask"].update(code="x")),
+        r"mask has the fields",
+    ),
     Fault("entry that is a list", header_with(lambda h: h.update(mask=[1, 2])), r"its header;"),
-    Fault("100,001 empty tensors", _many, r"the number of its tensors; expected at most 100,000; found 100,001"),
-    Fault("2 MB of metadata", header_with(lambda h: h.update(__metadata__={"x": "y" * (2 << 20)})),
-          r"2,097,153 characters of metadata"),
-    Fault("metadata of numbers", header_with(lambda h: h.update(__metadata__={"x": 1})), r"metadata that is no string"),
-    Fault("nesting of 100,000", lambda folder: put(folder / "state.safetensors", b'{"a":' + b"[" * 100_000, b""),
-          r"its header; expected tensors; found lists within lists"),
-    Fault("bool bytes 2 and 255", _bool, r"mask: is torch.bool|mask is bool and holds other bytes than 0 and 1"),
-    Fault("flipped byte in the data", flipped(".safetensors", weight_in),
-          r"the values of W_key.weight are not those that were saved; expected crc32"),
-    Fault("flipped byte in the header", flipped(".safetensors", lambda data: data.index(b"W_key.weight") + 2), r"W_"),
-    Fault("names with control characters", header_with(lambda h: h.update({"../../etc/x\0\n": h.pop("mask")})),
-          r"unexpected ../../etc/x\\x00\\n"),
+    Fault(
+        "100,001 empty tensors",
+        _many,
+        r"the number of its tensors; expected at most 100,000; found 100,001",
+    ),
+    Fault(
+        "2 MB of metadata",
+        header_with(lambda h: h.update(__metadata__={"x": "y" * (2 << 20)})),
+        r"2,097,153 characters of metadata",
+    ),
+    Fault(
+        "metadata of numbers",
+        header_with(lambda h: h.update(__metadata__={"x": 1})),
+        r"metadata that is no string",
+    ),
+    Fault(
+        "nesting of 100,000",
+        lambda folder: put(folder / "state.safetensors", b'{"a":' + b"[" * 100_000, b""),
+        r"its header; expected tensors; found lists within lists",
+    ),
+    Fault(
+        "bool bytes 2 and 255",
+        _bool,
+        r"mask: is torch.bool|mask is bool and holds other bytes than 0 and 1",
+    ),
+    Fault(
+        "flipped byte in the data",
+        flipped(".safetensors", weight_in),
+        r"the values of W_key.weight are not those that were saved; expected crc32",
+    ),
+    Fault(
+        "flipped byte in the header",
+        flipped(".safetensors", lambda data: data.index(b"W_key.weight") + 2),
+        r"W_",
+    ),
+    Fault(
+        "names with control characters",
+        header_with(lambda h: h.update({"../../etc/x\0\n": h.pop("mask")})),
+        r"unexpected ../../etc/x\\x00\\n",
+    ),
     Fault("pipe", _fifo, r"is no regular file"),
     Fault("folder", _folder, r"is no regular file"),
     Fault("no such file", lambda folder: folder / "none.safetensors", r"no such file or folder"),
-]  # fmt: skip
+]
 
 TORCH = [
     Fault("empty file", replaced(".pth", lambda _: b""), r"is empty"),
-    Fault("neither zip nor pickle", replaced(".pth", lambda _: b"neither" * 9), r"it begins with b'neit'"),
-    *(Fault(f"cut after {share} %", replaced(".pth", lambda data, share=share: data[: len(data) * share // 100]),
-            r"not a whole torch file") for share in (1, 10, 30, 50, 70, 90, 99)),
+    Fault(
+        "neither zip nor pickle",
+        replaced(".pth", lambda _: b"neither" * 9),
+        r"it begins with b'neit'",
+    ),
+    *(
+        Fault(
+            f"cut after {share} %",
+            replaced(".pth", lambda data, share=share: data[: len(data) * share // 100]),
+            r"not a whole torch file",
+        )
+        for share in (1, 10, 30, 50, 70, 90, 99)
+    ),
     Fault("last byte missing", replaced(".pth", lambda data: data[:-1]), r"not a whole torch file"),
-    Fault("flipped byte in the data", flipped(".pth", weight_in), r"the values of W_key.weight are not those"),
-    Fault("pickled code in a zip", torch_saved(lambda: {"mask": Planted()}), r"more than a state dict .* was not run"),
+    Fault(
+        "flipped byte in the data",
+        flipped(".pth", weight_in),
+        r"the values of W_key.weight are not those",
+    ),
+    Fault(
+        "pickled code in a zip",
+        torch_saved(lambda: {"mask": Planted()}),
+        r"more than a state dict .* was not run",
+    ),
     Fault("pickled code", _old_pickle, r"more than a state dict .* was not run"),
-    Fault("whole module", torch_saved(lambda: torch.nn.Linear(2, 2)), r"more than a state dict .* was not run"),
-    Fault("a namespace in the state", torch_saved(lambda: {**state(), "options": argparse.Namespace(a=1)}),
-          r"more than a state dict .* was not run"),
+    Fault(
+        "whole module",
+        torch_saved(lambda: torch.nn.Linear(2, 2)),
+        r"more than a state dict .* was not run",
+    ),
+    Fault(
+        "a namespace in the state",
+        torch_saved(lambda: {**state(), "options": argparse.Namespace(a=1)}),
+        r"more than a state dict .* was not run",
+    ),
     Fault("tar", _tar, r"it begins with"),
     Fault("TorchScript", _script, r"not a whole torch file|more than a state dict"),
     Fault("a list", torch_saved(lambda: [torch.zeros(2)]), r"holds a list; expected a state dict"),
-    Fault("numbers as keys", torch_saved(lambda: {1: torch.zeros(2)}), r"holds a dict; expected a state dict"),
-    Fault("a word for the mask", torch_saved(lambda: {**state(), "mask": "causal"}), r"mask is a str; expected a tensor"),
-    Fault("100,000 lists within lists", rezipped(_nested), r"holds a list|more than a state dict|not a whole"),
+    Fault(
+        "numbers as keys",
+        torch_saved(lambda: {1: torch.zeros(2)}),
+        r"holds a dict; expected a state dict",
+    ),
+    Fault(
+        "a word for the mask",
+        torch_saved(lambda: {**state(), "mask": "causal"}),
+        r"mask is a str; expected a tensor",
+    ),
+    Fault(
+        "100,000 lists within lists",
+        rezipped(_nested),
+        r"holds a list|more than a state dict|not a whole",
+    ),
     Fault("deflated record", rezipped(_deflated), r"is compressed, which torch never does"),
     Fault("record twice", rezipped(_doubled), r"the record .* twice"),
     Fault("record larger than the file", _lying, r"not a whole torch file"),
-    Fault("expanded to 4 TiB", torch_saved(lambda: {**state(), "mask": torch.zeros(1, 1).expand(2**20, 2**20)}),
-          r"mask shows its stored bytes again and again"),
+    Fault(
+        "expanded to 4 TiB",
+        torch_saved(lambda: {**state(), "mask": torch.zeros(1, 1).expand(2**20, 2**20)}),
+        r"mask shows its stored bytes again and again",
+    ),
     Fault("string of 2 GB", _quoted, r"not a whole torch file|more than a state dict"),
-    Fault("byte order said to be big", _byteorder, r"are not those that were saved|not a whole torch file"),
-    Fault("meta tensor", torch_saved(lambda: {**state(), "mask": torch.zeros(7, 7, device="meta")}), r"mask: a meta tensor"),
+    Fault(
+        "byte order said to be big",
+        _byteorder,
+        r"are not those that were saved|not a whole torch file",
+    ),
+    Fault(
+        "meta tensor",
+        torch_saved(lambda: {**state(), "mask": torch.zeros(7, 7, device="meta")}),
+        r"mask: a meta tensor",
+    ),
     Fault("sparse tensor", torch_saved(_sparse), r"mask: a sparse or quantized tensor"),
-]  # fmt: skip
+]
 
 MSGPACK = [
     Fault("empty file", replaced(".msgpack", lambda _: b""), r"is empty"),
-    *(Fault(f"cut after {share} %", replaced(".msgpack", lambda data, share=share: data[: len(data) * share // 100]),
-            r"not a whole Flax msgpack file") for share in (1, 25, 50, 75, 99)),
-    Fault("trailing bytes", replaced(".msgpack", lambda data: data + b"\0"), r"not a whole Flax msgpack file"),
-    Fault("flipped byte in the data", flipped(".msgpack", lambda data: data.index(
-        state()["W_key.weight"].numpy().T.tobytes()[:16]) + 5), r"the values of params/W_key/kernel are not those"),
+    *(
+        Fault(
+            f"cut after {share} %",
+            replaced(".msgpack", lambda data, share=share: data[: len(data) * share // 100]),
+            r"not a whole Flax msgpack file",
+        )
+        for share in (1, 25, 50, 75, 99)
+    ),
+    Fault(
+        "trailing bytes",
+        replaced(".msgpack", lambda data: data + b"\0"),
+        r"not a whole Flax msgpack file",
+    ),
+    Fault(
+        "flipped byte in the data",
+        flipped(
+            ".msgpack",
+            lambda data: data.index(state()["W_key.weight"].numpy().T.tobytes()[:16]) + 5,
+        ),
+        r"the values of params/W_key/kernel are not those",
+    ),
     Fault("a list", msgpacked(lambda _: [1, 2]), r"holds a list; expected Linen variables"),
-    Fault("a word for the mask", msgpacked(lambda tree: {**tree, "buffers": {"mask": "causal"}}), r"mask: is a str"),
-    Fault("a dict for the mask", msgpacked(lambda tree: {**tree, "buffers": {"mask": {"a": np.zeros(2)}}}),
-          r"(unexpected|missing) .*mask[./]a"),
-    Fault("extra collection", msgpacked(lambda tree: {**tree, "cache": {"index": np.zeros(2)}}), r"(unexpected|missing) .*index"),
+    Fault(
+        "a word for the mask",
+        msgpacked(lambda tree: {**tree, "buffers": {"mask": "causal"}}),
+        r"mask: is a str",
+    ),
+    Fault(
+        "a dict for the mask",
+        msgpacked(lambda tree: {**tree, "buffers": {"mask": {"a": np.zeros(2)}}}),
+        r"(unexpected|missing) .*mask[./]a",
+    ),
+    Fault(
+        "extra collection",
+        msgpacked(lambda tree: {**tree, "cache": {"index": np.zeros(2)}}),
+        r"(unexpected|missing) .*index",
+    ),
     Fault("a list within a list", raw_msgpack(b"\x91" * 100_000), r"not a whole Flax msgpack file"),
-    Fault("an array of 2**32 - 1", raw_msgpack(b"\xdd\xff\xff\xff\xff"), r"not a whole Flax msgpack file"),
-    Fault("bytes of 2**32 - 1", raw_msgpack(b"\xc6\xff\xff\xff\xff"), r"not a whole Flax msgpack file"),
+    Fault(
+        "an array of 2**32 - 1",
+        raw_msgpack(b"\xdd\xff\xff\xff\xff"),
+        r"not a whole Flax msgpack file",
+    ),
+    Fault(
+        "bytes of 2**32 - 1", raw_msgpack(b"\xc6\xff\xff\xff\xff"), r"not a whole Flax msgpack file"
+    ),
     Fault("name twice", raw_msgpack(b"\x82\xa1a\x01\xa1a\x02"), r"the name a twice"),
-    Fault("a number and its word", raw_msgpack(msgpack.packb({name: msgpack.ExtType(
-        1, msgpack.packb(([1], "int8", bytes(1)))) for name in (0, "0")})),
-          r"a name that stands twice, as a number and as a word"),
+    Fault(
+        "a number and its word",
+        raw_msgpack(
+            msgpack.packb(
+                {
+                    name: msgpack.ExtType(1, msgpack.packb(([1], "int8", bytes(1))))
+                    for name in (0, "0")
+                }
+            )
+        ),
+        r"a name that stands twice, as a number and as a word",
+    ),
     Fault("inferred size", packed([-1, 7], "float32", b"\0" * 196), r"is no list of sizes"),
-    Fault("size that is not the bytes", packed([7, 8], "float32", b"\0" * 196), r"an array float32 \(7, 8\) in 196 bytes"),
-    Fault("bytes beyond the size", packed([7, 8], "float32", b"\0" * 70_000), r"an array float32 \(7, 8\) in 70000 bytes"),
-    Fault("an array of four parts", raw_msgpack(msgpack.packb({"mask": msgpack.ExtType(
-        1, b"\x94" + msgpack.packb([150, 150]) + msgpack.packb("float32") + msgpack.packb(b"\0" * 90_000))})),
-        r"not a whole Flax msgpack file"),
-    Fault("an array of no parts", raw_msgpack(msgpack.packb({"mask": msgpack.ExtType(1, b"")})),
-          r"not a whole Flax msgpack file"),
+    Fault(
+        "size that is not the bytes",
+        packed([7, 8], "float32", b"\0" * 196),
+        r"an array float32 \(7, 8\) in 196 bytes",
+    ),
+    Fault(
+        "bytes beyond the size",
+        packed([7, 8], "float32", b"\0" * 70_000),
+        r"an array float32 \(7, 8\) in 70000 bytes",
+    ),
+    Fault(
+        "an array of four parts",
+        raw_msgpack(
+            msgpack.packb(
+                {
+                    "mask": msgpack.ExtType(
+                        1,
+                        b"\x94"
+                        + msgpack.packb([150, 150])
+                        + msgpack.packb("float32")
+                        + msgpack.packb(b"\0" * 90_000),
+                    )
+                }
+            )
+        ),
+        r"not a whole Flax msgpack file",
+    ),
+    Fault(
+        "an array of no parts",
+        raw_msgpack(msgpack.packb({"mask": msgpack.ExtType(1, b"")})),
+        r"not a whole Flax msgpack file",
+    ),
     Fault("dtype object", packed([7, 7], "object", b"\0" * 196), r"dtype object is none of"),
-    Fault("unknown extension", packed([7, 7], "float32", b"\0" * 196, kind=42), r"an entry of the extension type 42"),
-]  # fmt: skip
+    Fault(
+        "unknown extension",
+        packed([7, 7], "float32", b"\0" * 196, kind=42),
+        r"an entry of the extension type 42",
+    ),
+]
 
 SHARDED = [
-    Fault("index leads out of the folder", sharded(_outside), r"its index leads to ../outside.safetensors"),
+    Fault(
+        "index leads out of the folder",
+        sharded(_outside),
+        r"its index leads to ../outside.safetensors",
+    ),
     Fault("index leads to an absolute path", sharded(_absolute), r"its index leads to /etc/passwd"),
     Fault("shard is a link", sharded(_linked), r"its index leads to model-00001.*copy the shards"),
     Fault("shard is missing", sharded(_shard_missing), r"the shard model-00001-of-.* is missing"),
-    Fault("tensor in another shard", sharded(_exchanged), r"is in model-000.*; expected where the index has it"),
-    Fault("tensor in no shard", sharded(lambda _, index: index["weight_map"].update(extra="model-00001-of-00003.safetensors")),
-          r"extra is not in model-00001|is missing"),
-    Fault("index without a map", sharded(lambda _, index: index.pop("weight_map")), r"not a whole index of shards"),
-    Fault("index of numbers", sharded(lambda _, index: index.update(weight_map={"mask": 3})), r"a file that is no name"),
-]  # fmt: skip
+    Fault(
+        "tensor in another shard",
+        sharded(_exchanged),
+        r"is in model-000.*; expected where the index has it",
+    ),
+    Fault(
+        "tensor in no shard",
+        sharded(
+            lambda _, index: index["weight_map"].update(extra="model-00001-of-00003.safetensors")
+        ),
+        r"extra is not in model-00001|is missing",
+    ),
+    Fault(
+        "index without a map",
+        sharded(lambda _, index: index.pop("weight_map")),
+        r"not a whole index of shards",
+    ),
+    Fault(
+        "index of numbers",
+        sharded(lambda _, index: index.update(weight_map={"mask": 3})),
+        r"a file that is no name",
+    ),
+]
 
 ORBAX = [
     Fault("link in the folder", orbaxed(_link_in_orbax), r"holds a link, _sharding"),
-    Fault("empty folder", lambda folder: (folder / "state.orbax").mkdir() or folder / "state.orbax",
-          r"is not a finished Orbax checkpoint"),
-    Fault("a file", lambda folder: (folder / "state.orbax").write_bytes(b"1") and folder / "state.orbax",
-          r"is a file; an Orbax checkpoint is a folder"),
-    Fault("metadata cut", orbaxed(lambda path: (path / "_METADATA").write_text('{"tree')), r"not a whole Orbax checkpoint"),
-    Fault("our metadata cut", orbaxed(lambda path: (path / "_CHECKPOINT_METADATA").write_text('{"cus')),
-          r"not a whole Orbax checkpoint \(_CHECKPOINT_METADATA"),
-    Fault("another tensor in the manifest", _manifest_of_orbax(lambda found: found["tensors"].pop()),
-          r"the manifest does not know"),
-    Fault("another checksum in the manifest", _manifest_of_orbax(lambda found: found["tensors"][0].update(crc32="f" * 8)),
-          r"are not those that were saved"),
-]  # fmt: skip
+    Fault(
+        "empty folder",
+        lambda folder: (folder / "state.orbax").mkdir() or folder / "state.orbax",
+        r"is not a finished Orbax checkpoint",
+    ),
+    Fault(
+        "a file",
+        lambda folder: (folder / "state.orbax").write_bytes(b"1") and folder / "state.orbax",
+        r"is a file; an Orbax checkpoint is a folder",
+    ),
+    Fault(
+        "metadata cut",
+        orbaxed(lambda path: (path / "_METADATA").write_text('{"tree')),
+        r"not a whole Orbax checkpoint",
+    ),
+    Fault(
+        "our metadata cut",
+        orbaxed(lambda path: (path / "_CHECKPOINT_METADATA").write_text('{"cus')),
+        r"not a whole Orbax checkpoint \(_CHECKPOINT_METADATA",
+    ),
+    Fault(
+        "another tensor in the manifest",
+        _manifest_of_orbax(lambda found: found["tensors"].pop()),
+        r"the manifest does not know",
+    ),
+    Fault(
+        "another checksum in the manifest",
+        _manifest_of_orbax(lambda found: found["tensors"][0].update(crc32="f" * 8)),
+        r"are not those that were saved",
+    ),
+]
 
 # Tried in a process of its own: TensorStore's callbacks complain after Orbax has raised its error.
 ORBAX_DATA = [
-    Fault("flipped byte in the data", orbaxed(_flip_in_orbax), r"not a whole Orbax checkpoint|are not those that were"),
-    Fault("data cut", orbaxed(_cut_in_orbax), r"not a whole Orbax checkpoint|are not those that were"),
-    Fault("no data", orbaxed(lambda path: shutil.rmtree(path / "d")), r"not a whole Orbax checkpoint"),
-    Fault("no manifest of the database", orbaxed(lambda path: (path / "manifest.ocdbt").unlink()),
-          r"not a whole Orbax checkpoint"),
-]  # fmt: skip
+    Fault(
+        "flipped byte in the data",
+        orbaxed(_flip_in_orbax),
+        r"not a whole Orbax checkpoint|are not those that were",
+    ),
+    Fault(
+        "data cut", orbaxed(_cut_in_orbax), r"not a whole Orbax checkpoint|are not those that were"
+    ),
+    Fault(
+        "no data", orbaxed(lambda path: shutil.rmtree(path / "d")), r"not a whole Orbax checkpoint"
+    ),
+    Fault(
+        "no manifest of the database",
+        orbaxed(lambda path: (path / "manifest.ocdbt").unlink()),
+        r"not a whole Orbax checkpoint",
+    ),
+]
 
 MANIFEST = [
-    Fault("unknown version", manifest_of_safetensors(lambda found: found.update(version=9)), r"has version 9"),
-    Fault("unknown layout", manifest_of_safetensors(lambda found: found.update(layout="keras")), r"layout 'keras'"),
-    Fault("tensor it lacks", manifest_of_safetensors(lambda found: found["tensors"].pop()), r"does not know W_value.weight"),
-    Fault("tensor the file lacks", manifest_of_safetensors(
-        lambda found: found["tensors"].append({**found["tensors"][0], "path": ["more"]})), r"the manifest declares more"),
-    Fault("other dtype", manifest_of_safetensors(lambda found: found["tensors"][0].update(dtype="int32")),
-          r"mask is not as its manifest declares; expected int32"),
-    Fault("other polarity", manifest_of_safetensors(lambda found: found["tensors"][0].update(polarity="nonzero keeps")),
-          r"says of mask 'nonzero keeps'; in these modules nonzero blocks"),
-    Fault("no checksum", manifest_of_safetensors(lambda found: found["tensors"][0].update(crc32=None)),
-          r"its manifest is broken"),
-    Fault("alias of nothing", manifest_of_safetensors(lambda found: found.update(aliases=[[["x"], ["y"]]])),
-          r"an alias of nothing"),
-    Fault("mapping of nothing", manifest_of_safetensors(lambda found: found.update(mapping={"rows": 3})),
-          r"this is no mapping"),
-]  # fmt: skip
+    Fault(
+        "unknown version",
+        manifest_of_safetensors(lambda found: found.update(version=9)),
+        r"has version 9",
+    ),
+    Fault(
+        "unknown layout",
+        manifest_of_safetensors(lambda found: found.update(layout="keras")),
+        r"layout 'keras'",
+    ),
+    Fault(
+        "tensor it lacks",
+        manifest_of_safetensors(lambda found: found["tensors"].pop()),
+        r"does not know W_value.weight",
+    ),
+    Fault(
+        "tensor the file lacks",
+        manifest_of_safetensors(
+            lambda found: found["tensors"].append({**found["tensors"][0], "path": ["more"]})
+        ),
+        r"the manifest declares more",
+    ),
+    Fault(
+        "other dtype",
+        manifest_of_safetensors(lambda found: found["tensors"][0].update(dtype="int32")),
+        r"mask is not as its manifest declares; expected int32",
+    ),
+    Fault(
+        "other polarity",
+        manifest_of_safetensors(lambda found: found["tensors"][0].update(polarity="nonzero keeps")),
+        r"says of mask 'nonzero keeps'; in these modules nonzero blocks",
+    ),
+    Fault(
+        "no checksum",
+        manifest_of_safetensors(lambda found: found["tensors"][0].update(crc32=None)),
+        r"its manifest is broken",
+    ),
+    Fault(
+        "alias of nothing",
+        manifest_of_safetensors(lambda found: found.update(aliases=[[["x"], ["y"]]])),
+        r"an alias of nothing",
+    ),
+    Fault(
+        "mapping of nothing",
+        manifest_of_safetensors(lambda found: found.update(mapping={"rows": 3})),
+        r"this is no mapping",
+    ),
+]
 
 STATE = [
     Fault("missing mask", changed_state(".pth", lambda found: found.pop("mask")), r"missing mask"),
-    Fault("extra entry", changed_state(".pth", lambda found: found.update(head=torch.zeros(2))), r"unexpected head \(2,\)"),
-    Fault("prefix", changed_state(".pth", lambda found: [found.update({f"module.{key}": found.pop(key)}) for key in list(found)]),
-          r"unexpected module.W_key.weight .*did you mean W_key.weight"),
-    Fault("case", changed_state(".pth", lambda found: found.update({"w_key.weight": found.pop("W_key.weight")})),
-          r"unexpected w_key.weight .*did you mean W_key.weight"),
-    Fault("wrong context length", changed_state(".safetensors", lambda found: found.update(mask=torch.zeros(8, 8))),
-          r"mask has shape \(8, 8\).*context_length=8"),
-    Fault("1x1 mask", changed_state(".safetensors", lambda found: found.update(mask=torch.zeros(1, 1))),
-          r"mask has shape \(1, 1\)"),
-    Fault("NaN in the mask", changed_state(".safetensors", lambda found: found["mask"].__setitem__((0, 1), torch.nan)),
-          r"mask holds NaN, .*found 1 NaN"),
-    Fault("numbers into a mask of bool", changed_state(".pth", lambda found: found.update(mask=found["mask"].double())),
-          r"mask: is torch.float64; the module has torch.float32|JAX would narrow torch.float64"),
-    Fault("weight not transposed", changed_state(".safetensors", lambda found: found.update(
-        {"W_key.weight": found["W_key.weight"].T.contiguous()})), r"W_key.weight has shape \(13, 11\)"),
-]  # fmt: skip
+    Fault(
+        "extra entry",
+        changed_state(".pth", lambda found: found.update(head=torch.zeros(2))),
+        r"unexpected head \(2,\)",
+    ),
+    Fault(
+        "prefix",
+        changed_state(
+            ".pth",
+            lambda found: [found.update({f"module.{key}": found.pop(key)}) for key in list(found)],
+        ),
+        r"unexpected module.W_key.weight .*did you mean W_key.weight",
+    ),
+    Fault(
+        "case",
+        changed_state(
+            ".pth", lambda found: found.update({"w_key.weight": found.pop("W_key.weight")})
+        ),
+        r"unexpected w_key.weight .*did you mean W_key.weight",
+    ),
+    Fault(
+        "wrong context length",
+        changed_state(".safetensors", lambda found: found.update(mask=torch.zeros(8, 8))),
+        r"mask has shape \(8, 8\).*context_length=8",
+    ),
+    Fault(
+        "1x1 mask",
+        changed_state(".safetensors", lambda found: found.update(mask=torch.zeros(1, 1))),
+        r"mask has shape \(1, 1\)",
+    ),
+    Fault(
+        "NaN in the mask",
+        changed_state(".safetensors", lambda found: found["mask"].__setitem__((0, 1), torch.nan)),
+        r"mask holds NaN, .*found 1 NaN",
+    ),
+    Fault(
+        "numbers into a mask of bool",
+        changed_state(".pth", lambda found: found.update(mask=found["mask"].double())),
+        r"mask: is torch.float64; the module has torch.float32|JAX would narrow torch.float64",
+    ),
+    Fault(
+        "weight not transposed",
+        changed_state(
+            ".safetensors",
+            lambda found: found.update({"W_key.weight": found["W_key.weight"].T.contiguous()}),
+        ),
+        r"W_key.weight has shape \(13, 11\)",
+    ),
+]
 
 DATA_FAULTS = {f"orbax: {fault.name}": fault for fault in ORBAX_DATA}
 FAULTS = {
     f"{kind}: {fault.name}": fault
     for kind, table in (
-        *(("safetensors", SAFETENSORS), ("torch", TORCH), ("msgpack", MSGPACK), ("sharded", SHARDED)),
+        *(
+            ("safetensors", SAFETENSORS),
+            ("torch", TORCH),
+            ("msgpack", MSGPACK),
+            ("sharded", SHARDED),
+        ),
         *(("orbax", ORBAX), ("manifest", MANIFEST), ("state", STATE)),
     )
     for fault in table

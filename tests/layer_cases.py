@@ -24,18 +24,25 @@ class Case:
     nnx: Any
     inputs: tuple[np.ndarray, ...]
     call_torch: Callable[..., torch.Tensor] = lambda module, *inputs: module(*inputs)
-    call_linen: Callable[..., Any] = lambda module, variables, *inputs: module.apply(variables, *inputs)
+    call_linen: Callable[..., Any] = lambda module, variables, *inputs: module.apply(
+        variables, *inputs
+    )
     call_nnx: Callable[..., Any] = lambda model, *inputs: model(*inputs)
     layouts: Mapping[str, str] = field(default_factory=dict)
 
 
 def channels_last(module: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    # Contiguous: torch 2.13 ends the process in the backward pass of a GroupNorm whose gradient is strided.
+    # Contiguous: torch 2.13 ends the process in the backward pass of a GroupNorm whose gradient is
+    # strided.
     return module(inputs.movedim(-1, 1).contiguous()).movedim(1, -1).contiguous()
 
 
 def linear(random: np.random.Generator) -> Case:
-    fan_in, fan_out, bias = int(random.integers(1, 9)), int(random.integers(1, 9)), bool(random.integers(2))
+    fan_in, fan_out, bias = (
+        int(random.integers(1, 9)),
+        int(random.integers(1, 9)),
+        bool(random.integers(2)),
+    )
     return Case(
         torch.nn.Linear(fan_in, fan_out, bias),
         nn.Dense(fan_out, use_bias=bias, **F64),
@@ -116,9 +123,14 @@ def convolution(rank: int, random: np.random.Generator) -> Case:
     bias = bool(random.integers(2))
     kind = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}[rank]
     options: Any = dict(
-        padding=[(size, size) for size in padding], kernel_dilation=dilation, feature_group_count=groups, use_bias=bias
+        padding=[(size, size) for size in padding],
+        kernel_dilation=dilation,
+        feature_group_count=groups,
+        use_bias=bias,
     )
-    sizes = [dilation[axis] * (window[axis] - 1) + 1 + int(random.integers(1, 4)) for axis in range(rank)]
+    sizes = [
+        dilation[axis] * (window[axis] - 1) + 1 + int(random.integers(1, 4)) for axis in range(rank)
+    ]
     return Case(
         kind(fan_in, fan_out, window, stride, padding, dilation, groups, bias),
         nn.Conv(fan_out, window, stride, **options, **F64),
@@ -134,10 +146,15 @@ def convolution_transposed(rank: int, random: np.random.Generator) -> Case:
     extent = [dilation[axis] * (window[axis] - 1) for axis in range(rank)]
     padding = [int(random.integers(0, size + 1)) for size in extent]
     more = [int(random.integers(0, max(stride[axis], dilation[axis]))) for axis in range(rank)]
-    kind = {1: torch.nn.ConvTranspose1d, 2: torch.nn.ConvTranspose2d, 3: torch.nn.ConvTranspose3d}[rank]
+    kind = {1: torch.nn.ConvTranspose1d, 2: torch.nn.ConvTranspose2d, 3: torch.nn.ConvTranspose3d}[
+        rank
+    ]
     flipped = bool(random.integers(2))
     options: Any = dict(
-        padding=[(extent[axis] - padding[axis], extent[axis] - padding[axis] + more[axis]) for axis in range(rank)],
+        padding=[
+            (extent[axis] - padding[axis], extent[axis] - padding[axis] + more[axis])
+            for axis in range(rank)
+        ],
         kernel_dilation=dilation,
         transpose_kernel=flipped,
     )
@@ -174,7 +191,10 @@ class NnxFlattened(nnx.Module):
 def flattened(random: np.random.Generator) -> Case:
     """A Linear behind a flattened image: torch flattens (C, H, W), Flax (H, W, C)."""
     fan_in, features = int(random.integers(1, 4)), int(random.integers(2, 5))
-    window, image = tuple(map(int, random.integers(1, 4, 2))), tuple(map(int, random.integers(4, 7, 2)))
+    window, image = (
+        tuple(map(int, random.integers(1, 4, 2))),
+        tuple(map(int, random.integers(4, 7, 2))),
+    )
     maps = [image[axis] - window[axis] + 1 for axis in range(2)]
     size = features * maps[0] * maps[1]
     module = torch.nn.Sequential()
@@ -212,7 +232,11 @@ def rms_norm(random: np.random.Generator) -> Case:
 
 
 def group_norm(random: np.random.Generator) -> Case:
-    groups, each, eps = int(random.integers(1, 4)), int(random.integers(1, 4)), 10.0 ** -random.uniform(3, 6)
+    groups, each, eps = (
+        int(random.integers(1, 4)),
+        int(random.integers(1, 4)),
+        10.0 ** -random.uniform(3, 6),
+    )
     options: Any = dict(num_groups=groups, epsilon=eps, use_fast_variance=False)
     return Case(
         torch.nn.GroupNorm(groups, groups * each, eps),
@@ -252,7 +276,9 @@ def instance_norm(random: np.random.Generator) -> Case:
 
 
 def prelu(random: np.random.Generator) -> Case:
-    return Case(torch.nn.PReLU(), nn.PReLU(**F64), nnx.PReLU(**F64), (random.standard_normal((3, 4)),))
+    return Case(
+        torch.nn.PReLU(), nn.PReLU(**F64), nnx.PReLU(**F64), (random.standard_normal((3, 4)),)
+    )
 
 
 def wide_attention(query: Any, key: Any, value: Any, mask: Any = None, **_: Any) -> Any:
@@ -263,29 +289,46 @@ def wide_attention(query: Any, key: Any, value: Any, mask: Any = None, **_: Any)
 
 def attention(separate: bool, random: np.random.Generator) -> Case:
     """Fused in one matrix, or separate ones: then keys and values come from others, of another width in torch."""
-    heads, each, bias = int(random.integers(1, 4)), int(random.integers(1, 4)), bool(random.integers(2))
+    heads, each, bias = (
+        int(random.integers(1, 4)),
+        int(random.integers(1, 4)),
+        bool(random.integers(2)),
+    )
     size = heads * each
     module = torch.nn.MultiheadAttention(size, heads, bias=bias, batch_first=True)
     if separate:
-        module = torch.nn.MultiheadAttention(size, heads, bias=bias, kdim=size + 1, vdim=size + 2, batch_first=True)
+        module = torch.nn.MultiheadAttention(
+            size, heads, bias=bias, kdim=size + 1, vdim=size + 2, batch_first=True
+        )
     queries, keys, values = (
         random.standard_normal((2, 5, width))
         for width in ((size, size + 1, size + 2) if separate else (size, size, size))
     )
-    blocked = np.triu(np.ones((5, 5), dtype=bool), 1) if random.integers(2) else np.eye(5, k=1, dtype=bool)
+    blocked = (
+        np.triu(np.ones((5, 5), dtype=bool), 1)
+        if random.integers(2)
+        else np.eye(5, k=1, dtype=bool)
+    )
     options: Any = dict(num_heads=heads, qkv_features=size, out_features=size, use_bias=bias)
     flax_nnx = None
     if not separate:  # NNX has one width for keys and values
         # Its own attention takes the softmax in float32, whatever the dtype.
         flax_nnx = nnx.MultiHeadAttention(
-            in_features=size, **options, attention_fn=wide_attention, decode=False, rngs=nnx.Rngs(0), **F64
+            in_features=size,
+            **options,
+            attention_fn=wide_attention,
+            decode=False,
+            rngs=nnx.Rngs(0),
+            **F64,
         )
     return Case(
         module,
         nn.MultiHeadDotProductAttention(**options, **F64),
         flax_nnx,
         (queries, keys, values),
-        lambda module, *inputs: module(*inputs, attn_mask=torch.from_numpy(blocked), need_weights=False)[0],
+        lambda module, *inputs: module(
+            *inputs, attn_mask=torch.from_numpy(blocked), need_weights=False
+        )[0],
         lambda module, variables, queries, keys, values: module.apply(
             variables, queries, inputs_k=keys, inputs_v=values, mask=~blocked
         ),
@@ -300,12 +343,18 @@ def lstm(optimized: bool, random: np.random.Generator) -> Case:
         torch.nn.LSTMCell(fan_in, size),
         (nn.OptimizedLSTMCell if optimized else nn.LSTMCell)(size, **F64),
         cell(fan_in, size, rngs=nnx.Rngs(0), **F64),
-        (random.standard_normal((3, fan_in)), random.standard_normal((3, size)), random.standard_normal((3, size))),
+        (
+            random.standard_normal((3, fan_in)),
+            random.standard_normal((3, size)),
+            random.standard_normal((3, size)),
+        ),
         lambda module, inputs, hidden, memory: torch.cat(module(inputs, (hidden, memory)), dim=-1),
         lambda module, variables, inputs, hidden, memory: jnp.concatenate(
             module.apply(variables, (memory, hidden), inputs)[0][::-1], axis=-1
         ),
-        lambda model, inputs, hidden, memory: jnp.concatenate(model((memory, hidden), inputs)[0][::-1], axis=-1),
+        lambda model, inputs, hidden, memory: jnp.concatenate(
+            model((memory, hidden), inputs)[0][::-1], axis=-1
+        ),
     )
 
 
@@ -317,7 +366,9 @@ def gru(random: np.random.Generator) -> Case:
         nn.GRUCell(size, **F64),
         nnx.GRUCell(fan_in, size, rngs=nnx.Rngs(0), **F64),
         (random.standard_normal((3, fan_in)), random.standard_normal((3, size))),
-        call_linen=lambda module, variables, inputs, hidden: module.apply(variables, hidden, inputs)[0],
+        call_linen=lambda module, variables, inputs, hidden: module.apply(
+            variables, hidden, inputs
+        )[0],
         call_nnx=lambda model, inputs, hidden: model(hidden, inputs)[0],
     )
 
@@ -360,11 +411,31 @@ def tied(random: np.random.Generator) -> Case:
 
 
 LAYERS: dict[str, Callable[[np.random.Generator], Case]] = {
-    **{"linear": linear, "bilinear": bilinear, "einsum": einsum, "embedding": embedding, "flattened": flattened},
+    **{
+        "linear": linear,
+        "bilinear": bilinear,
+        "einsum": einsum,
+        "embedding": embedding,
+        "flattened": flattened,
+    },
     **{f"conv{rank}d": partial(convolution, rank) for rank in (1, 2, 3)},
     **{f"conv_transpose{rank}d": partial(convolution_transposed, rank) for rank in (1, 2, 3)},
     **{f"batch_norm{rank}d": partial(batch_norm, rank) for rank in (1, 2, 3)},
-    **{"layer_norm": layer_norm, "rms_norm": rms_norm, "group_norm": group_norm, "instance_norm": instance_norm},
-    **{"prelu": prelu, "attention": partial(attention, False), "attention_separate": partial(attention, True)},
-    **{"lstm": partial(lstm, False), "lstm_optimized": partial(lstm, True), "gru": gru, "tied": tied},
+    **{
+        "layer_norm": layer_norm,
+        "rms_norm": rms_norm,
+        "group_norm": group_norm,
+        "instance_norm": instance_norm,
+    },
+    **{
+        "prelu": prelu,
+        "attention": partial(attention, False),
+        "attention_separate": partial(attention, True),
+    },
+    **{
+        "lstm": partial(lstm, False),
+        "lstm_optimized": partial(lstm, True),
+        "gru": gru,
+        "tied": tied,
+    },
 }

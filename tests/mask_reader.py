@@ -1,6 +1,7 @@
 """Run in a process of its own: load each checkpoint into a fresh module, and print the bits of its mask.
 
-`python -m tests.mask_reader IMPLEMENTATION PATH...`; the name of each path begins with the dtype of its mask.
+`python -m tests.mask_reader IMPLEMENTATION PATH...`; the name of each path begins with the dtype of
+its mask.
 """
 
 import hashlib
@@ -24,7 +25,11 @@ def mask_of(implementation: str, path: Path) -> np.ndarray:
         module = build_torch(PRIME, buffer=True)
         module.mask = module.mask.to(getattr(torch, path.name.split("-")[0]))
         return tensor_to_numpy(load_checkpoint(path, module).mask)
-    target: Any = linen_template(PRIME, buffer=True) if implementation == "linen" else build_nnx(PRIME, buffer=True)
+    target: Any = (
+        linen_template(PRIME, buffer=True)
+        if implementation == "linen"
+        else build_nnx(PRIME, buffer=True)
+    )
     loaded = load_checkpoint(path, target)
     return np.asarray(loaded["buffers"]["mask"] if implementation == "linen" else loaded.mask[...])
 

@@ -8,7 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # The position of the left and right operand in the arguments.
 PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
-KERNELS = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward")
+KERNELS = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+)
 
 
 class WatchedProducts(TorchDispatchMode):
@@ -19,7 +22,9 @@ class WatchedProducts(TorchDispatchMode):
         self.count = 0
         self.not_finite: list[tuple[str, Tensor]] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         name = function._schema.name.removeprefix("aten::")
         positions = range(len(args)) if name in KERNELS else PRODUCTS.get(name, ())
         operands = [args[position] for position in positions if isinstance(args[position], Tensor)]
@@ -31,7 +36,9 @@ class WatchedProducts(TorchDispatchMode):
 class LeakingProducts(TorchDispatchMode):
     """Let a NaN in a row of the left operand reach the row before it, in bfloat16, as oneDNN's issue 5717 does."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         found = function(*args, **(kwargs or {}))
         positions = PRODUCTS.get(function._schema.name.removeprefix("aten::"))
         if positions is None or found.dtype != torch.bfloat16:

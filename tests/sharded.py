@@ -19,7 +19,9 @@ CONFIG = Config(6, 4, 8, 0.1)
 
 def main() -> None:
     mesh = Mesh(np.array(jax.devices()), ("x",))
-    by_row, by_column = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("x",), (None, "x")))
+    by_row, by_column = (
+        NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("x",), (None, "x"))
+    )
     torch.manual_seed(0)
     state = build_torch(CONFIG, buffer=True).state_dict()
     variables = torch_to_linen(state, linen_template(CONFIG, buffer=True))
@@ -28,7 +30,9 @@ def main() -> None:
         "buffers": jax.device_put(variables["buffers"], by_row),
     }
     inputs = np.random.default_rng(0).standard_normal((4, 5, 6), dtype=np.float32)
-    outputs = jax.jit(build_linen(CONFIG, buffer=True).apply)(sharded, jax.device_put(inputs, by_row))
+    outputs = jax.jit(build_linen(CONFIG, buffer=True).apply)(
+        sharded, jax.device_put(inputs, by_row)
+    )
     back = linen_to_torch(sharded)
     placed = torch_to_linen(state, sharded)
     try:
@@ -42,7 +46,9 @@ def main() -> None:
                 "round_trip": all(torch.equal(back[key], state[key]) for key in state),
                 "placed_like_the_template": placed["buffers"]["mask"].sharding == by_row,
                 "sharing_refused": refused,
-                "error_over_bound": against_reference(np.asarray(outputs), CONFIG, numpy_state(state), inputs).ratio,
+                "error_over_bound": against_reference(
+                    np.asarray(outputs), CONFIG, numpy_state(state), inputs
+                ).ratio,
             }
         )
     )

@@ -10,16 +10,27 @@ from compare.conversion.tensors import numpy_state
 from compare.proof.agreement import Agreement
 from compare.proof.cases import PRIME_BIAS, Config, Implementation, State
 from compare.proof.parity import against_reference
-from compare.runners.run import NnxAttention, TorchAttention, build_nnx, build_torch, linen_template, run
+from compare.runners.run import (
+    NnxAttention,
+    TorchAttention,
+    build_nnx,
+    build_torch,
+    linen_template,
+    run,
+)
 
 
-def torch_module(config: Config = PRIME_BIAS, *, buffer: bool = True, seed: int = 0) -> TorchAttention:
+def torch_module(
+    config: Config = PRIME_BIAS, *, buffer: bool = True, seed: int = 0
+) -> TorchAttention:
     torch.manual_seed(seed)
     return build_torch(config, buffer=buffer).eval()
 
 
 def linen_variables(config: Config = PRIME_BIAS, *, buffer: bool = True) -> dict[str, Any]:
-    return torch_to_linen(torch_module(config, buffer=buffer), linen_template(config, buffer=buffer))
+    return torch_to_linen(
+        torch_module(config, buffer=buffer), linen_template(config, buffer=buffer)
+    )
 
 
 def nnx_model(config: Config = PRIME_BIAS, *, buffer: bool = True) -> NnxAttention:
@@ -59,4 +70,8 @@ def judge(
 def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
     """Equal in dtype, shape and every bit: NaN payloads, -0.0 and subnormals included."""
     left, right = np.asarray(left), np.asarray(right)
-    return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
+    return (
+        left.dtype == right.dtype
+        and left.shape == right.shape
+        and left.tobytes() == right.tobytes()
+    )

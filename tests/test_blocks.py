@@ -14,13 +14,26 @@ from compare.checkpoint.blocks import blocks, contiguous, in_batches
 hypothesis = pytest.importorskip("hypothesis")
 given, st = hypothesis.given, hypothesis.strategies
 
-DTYPES = ("float32", ">f4", "float64", "float16", ml_dtypes.bfloat16, "bool", "int8", "complex64", "complex128")
+DTYPES = (
+    "float32",
+    ">f4",
+    "float64",
+    "float16",
+    ml_dtypes.bfloat16,
+    "bool",
+    "int8",
+    "complex64",
+    "complex128",
+)
 
 
 @st.composite
 def views(draw: st.DrawFn) -> np.ndarray:
     """Return a view of an array: axes in any order, some of them backwards, with steps, or repeated."""
-    dtype, shape = np.dtype(draw(st.sampled_from(DTYPES))), draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0))
+    dtype, shape = (
+        np.dtype(draw(st.sampled_from(DTYPES))),
+        draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0)),
+    )
     data = np.arange(int(np.prod(shape)) * dtype.itemsize) * 37 % (2 if dtype == np.bool_ else 251)
     array = data.astype(np.uint8).view(dtype).reshape(shape)
     array = array.transpose(draw(st.permutations(range(array.ndim))))
@@ -29,11 +42,22 @@ def views(draw: st.DrawFn) -> np.ndarray:
     return np.broadcast_to(array, (3, *array.shape)) if draw(st.booleans()) else array
 
 
-@given(views(), st.sampled_from([16, 50, 1 << 20]), st.sampled_from([16, 256]), st.sampled_from([40, 8 << 20]))
-def test_pieces_are_the_array_in_c_order(array: np.ndarray, part: int, columns: int, block: int) -> None:
+@given(
+    views(),
+    st.sampled_from([16, 50, 1 << 20]),
+    st.sampled_from([16, 256]),
+    st.sampled_from([40, 8 << 20]),
+)
+def test_pieces_are_the_array_in_c_order(
+    array: np.ndarray, part: int, columns: int, block: int
+) -> None:
     expected = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))).tobytes()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"_PART_BYTES": part, "_COLUMNS_BYTES": columns, "BLOCK_BYTES": block}.items():
+        for name, value in {
+            "_PART_BYTES": part,
+            "_COLUMNS_BYTES": columns,
+            "BLOCK_BYTES": block,
+        }.items():
             patch.setattr(module, name, value)
         for alone in (False, True):
             assert b"".join(block.tobytes() for block in blocks(array, alone=alone)) == expected
@@ -42,7 +66,9 @@ def test_pieces_are_the_array_in_c_order(array: np.ndarray, part: int, columns: 
     assert found.astype(found.dtype.newbyteorder("=")).tobytes() == expected
 
 
-@pytest.mark.parametrize("shape", [(3000, 700), (700, 3000), (2, 3_000_000), (3_000_000, 2), (640, 3, 3, 1000)])
+@pytest.mark.parametrize(
+    "shape", [(3000, 700), (700, 3000), (2, 3_000_000), (3_000_000, 2), (640, 3, 3, 1000)]
+)
 def test_a_large_matrix_comes_in_small_pieces(shape: tuple[int, ...]) -> None:
     array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape).T
     pieces = list(blocks(array))

@@ -46,36 +46,50 @@ def test_some_mutated_checkpoints(kind: str, inputs: int, tmp_path: Path) -> Non
 def test_the_fuzzer_sees_what_it_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that lets another exception out, and one that lets other values through."""
     made = Input("safetensors", "suite", tmp_path)
-    monkeypatch.setattr("compare.checkpoint.reader.Stored.check", lambda self, path, array, *_: array)
+    monkeypatch.setattr(
+        "compare.checkpoint.reader.Stored.check", lambda self, path, array, *_: array
+    )
     with pytest.raises(WrongTensorsError, match="its checksum vouches for them"):
         for number in range(1500):
             outcome(made.make(number))
-    monkeypatch.setattr("compare.checkpoint.reader.Stored.check", lambda self, path, array, *_: array[None][1])
+    monkeypatch.setattr(
+        "compare.checkpoint.reader.Stored.check", lambda self, path, array, *_: array[None][1]
+    )
     with pytest.raises(IndexError):
         for number in range(500):
             outcome(made.make(number))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_fuzzer_asks_for_every_tensor(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fuzzer_asks_for_every_tensor(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that the file lost, and one that nobody saved."""
     path = seeds(tmp_path, kind)[0]
     assert outcome(path) == "the same"
     for other in ({**state(), "W_out.weight": torch.ones(3, 3)}, {"mask": state()["mask"]}):
         monkeypatch.setattr("compare.stress.fuzz_worker.state", lambda other=other: other)
-        with pytest.raises(WrongTensorsError, match=r"W_.*: in what was saved or in what was read, not in both"):
+        with pytest.raises(
+            WrongTensorsError, match=r"W_.*: in what was saved or in what was read, not in both"
+        ):
             outcome(path)
 
 
-def test_a_short_fuzz_in_processes_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_fuzz_in_processes_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fuzz, "SHARES", {**dict.fromkeys(FORMATS, 0.0), "msgpack": 1.0})
     monkeypatch.setattr(fuzz, "FORMATS", ("msgpack",))
-    (section,) = [found for found in fuzz.sections(3, keep=tmp_path / "cases") if not isinstance(found, str)]
+    (section,) = [
+        found for found in fuzz.sections(3, keep=tmp_path / "cases") if not isinstance(found, str)
+    ]
     assert [check.held for check in section.checks] == [True], section.checks
     assert not (tmp_path / "cases").exists()
 
 
-def test_the_fuzzers_clock_starts_when_its_readers_are_ready(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_fuzzers_clock_starts_when_its_readers_are_ready(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     tally = fuzz.Tally()
     for _ in fuzz._campaign("msgpack", 0, 0.0, tally, tmp_path):
         pass
@@ -83,7 +97,9 @@ def test_the_fuzzers_clock_starts_when_its_readers_are_ready(monkeypatch: pytest
     assert not tally.bad
     monkeypatch.setattr(fuzz, "FORMATS", ("msgpack",))
     monkeypatch.setattr(fuzz, "_campaign", lambda *_: iter(()))
-    (section,) = [found for found in fuzz.sections(1, keep=tmp_path / "cases") if not isinstance(found, str)]
+    (section,) = [
+        found for found in fuzz.sections(1, keep=tmp_path / "cases") if not isinstance(found, str)
+    ]
     assert [check.held for check in section.checks] == [None], "nothing was tried"
 
 
@@ -93,7 +109,9 @@ def test_a_short_kill_campaign(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [check.held for check in section.checks] == [True], section.checks
 
 
-def test_the_kill_campaign_sees_a_writer_that_overwrites(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_kill_campaign_sees_a_writer_that_overwrites(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A file that is cut short is what a plain `torch.save` leaves when it is killed."""
     path = compare.save_checkpoint(tmp_path / "state.pth", kill.state(3))
     tally = kill.Tally()
@@ -106,11 +124,17 @@ def test_the_kill_campaign_sees_a_writer_that_overwrites(monkeypatch: pytest.Mon
 
 def test_the_records_are_long_ones_without_a_loss() -> None:
     killed = json.loads((RECORDS / "kill-cpu.json").read_text(encoding="utf-8"))
-    rows = next(block for block in killed["sections"][0]["blocks"] if isinstance(block, dict))["rows"]
+    rows = next(block for block in killed["sections"][0]["blocks"] if isinstance(block, dict))[
+        "rows"
+    ]
     assert killed["held"] is True
-    assert [(row[0], row[1] >= 200, row[-1]) for row in rows] == [(suffix, True, 0) for suffix in SUFFIXES]
+    assert [(row[0], row[1] >= 200, row[-1]) for row in rows] == [
+        (suffix, True, 0) for suffix in SUFFIXES
+    ]
     fuzzed = json.loads((RECORDS / "fuzz-cpu.json").read_text(encoding="utf-8"))
-    rows = next(block for block in fuzzed["sections"][0]["blocks"] if isinstance(block, dict))["rows"]
+    rows = next(block for block in fuzzed["sections"][0]["blocks"] if isinstance(block, dict))[
+        "rows"
+    ]
     assert fuzzed["held"] is True
     assert sum(int(row[1].replace(",", "")) for row in rows) >= 1_000_000
     assert {row[-1] for row in rows} == {0}
@@ -123,11 +147,15 @@ def test_a_failed_read_waits_for_the_others(
     """Else TensorStore calls an event loop that Orbax has closed, and prints so on the user's terminal."""
     path = tmp_path / "state.orbax"
     with StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, {f"array_{number}": kind(np.ones((2000, 500))) for number in range(12)})
+        checkpointer.save(
+            path, {f"array_{number}": kind(np.ones((2000, 500))) for number in range(12)}
+        )
     content = json.loads((path / "_METADATA").read_text(encoding="utf-8"))
     entries = content["tree_metadata"]
     entry = next(name for name in entries if "array_3'" in name)
-    entries[entry.replace("array_3", "gone")] = json.loads(json.dumps(entries[entry]).replace("array_3", "gone"))
+    entries[entry.replace("array_3", "gone")] = json.loads(
+        json.dumps(entries[entry]).replace("array_3", "gone")
+    )
     (path / "_METADATA").write_text(json.dumps(content), encoding="utf-8")
     too_late = []
     call_soon_threadsafe = asyncio.BaseEventLoop.call_soon_threadsafe
@@ -151,7 +179,10 @@ def test_a_failed_read_waits_for_the_others(
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_what_a_killed_writer_left_is_swept_by_the_next(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"state{suffix}"
-    left, others = tmp_path / f".{path.name}.0123456789ab.tmp", tmp_path / ".other.pth.0123456789ab.tmp"
+    left, others = (
+        tmp_path / f".{path.name}.0123456789ab.tmp",
+        tmp_path / ".other.pth.0123456789ab.tmp",
+    )
     for name in (left, others):
         if suffix == ".orbax":
             name.mkdir()
@@ -193,7 +224,16 @@ def test_two_writers_and_a_reader(suffix: str, tmp_path: Path) -> None:
         writer.start()
     while any(writer.is_alive() for writer in writers):
         found = compare.read_checkpoint(path)
-        assert len({float(value) for tensor in found.values() for value in (tensor.min(), tensor.max())}) == 1
+        assert (
+            len(
+                {
+                    float(value)
+                    for tensor in found.values()
+                    for value in (tensor.min(), tensor.max())
+                }
+            )
+            == 1
+        )
     for writer in writers:
         writer.join()
     assert not failed
@@ -208,7 +248,9 @@ def test_a_target_that_may_not_be_written(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::compare.checkpoint.errors.UnverifiedCheckpoint")
-def test_a_folder_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_replaced_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The reader that began with the old one begins again, and never mixes the two."""
     path = compare.save_checkpoint(tmp_path / "state.orbax", kill.state(1))
     opened = []

@@ -43,11 +43,17 @@ def sources(config: Config = PRIME_BIAS) -> dict[str, Any]:
 def fresh(implementation: str, config: Config = PRIME_BIAS) -> Any:
     if implementation == "torch":
         return build_torch(config, buffer=True)
-    return build_nnx(config, buffer=True) if implementation == "nnx" else linen_template(config, buffer=True)
+    return (
+        build_nnx(config, buffer=True)
+        if implementation == "nnx"
+        else linen_template(config, buffer=True)
+    )
 
 
 def run_script(script: str, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -55,7 +61,11 @@ def run_script(script: str, *arguments: str) -> str:
 def as_state(loaded: Any) -> dict[str, torch.Tensor]:
     if isinstance(loaded, torch.nn.Module):
         return dict(loaded.state_dict())
-    return compare.nnx_to_torch(loaded) if isinstance(loaded, nnx.Module) else compare.linen_to_torch(loaded)
+    return (
+        compare.nnx_to_torch(loaded)
+        if isinstance(loaded, nnx.Module)
+        else compare.linen_to_torch(loaded)
+    )
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -67,8 +77,13 @@ def test_each_reads_what_each_wrote(writer: str, suffix: str, tmp_path: Path) ->
     for reader in IMPLEMENTATIONS:
         state = as_state(compare.load_checkpoint(path, fresh(reader)))
         assert list(state) == list(expected)
-        assert all(same_bits(tensor_to_numpy(state[key]), tensor_to_numpy(expected[key])) for key in expected)
-    assert [found.name for found in tmp_path.iterdir()] == [path.name], "a temporary file was left behind"
+        assert all(
+            same_bits(tensor_to_numpy(state[key]), tensor_to_numpy(expected[key]))
+            for key in expected
+        )
+    assert [found.name for found in tmp_path.iterdir()] == [path.name], (
+        "a temporary file was left behind"
+    )
 
 
 def test_the_edit_survives_into_new_processes_and_is_lost_without_the_buffer() -> None:
@@ -84,7 +99,9 @@ def test_the_bytes_depend_on_the_values_alone(suffix: str, tmp_path: Path) -> No
     written = set()
     for name, source in sources().items():
         for attempt in (1, 2):
-            written.add(compare.save_checkpoint(tmp_path / f"{name}{attempt}{suffix}", source).read_bytes())
+            written.add(
+                compare.save_checkpoint(tmp_path / f"{name}{attempt}{suffix}", source).read_bytes()
+            )
     assert len(written) == 1
 
 
@@ -95,14 +112,21 @@ def test_every_dtype_is_stored_without_x64(suffix: str, dtype: str, tmp_path: Pa
     state = state_of(PRIME_BIAS, dtype, mask)
     back = compare.read_checkpoint(compare.save_checkpoint(tmp_path / f"state{suffix}", state))
     assert all(same_bits(tensor_to_numpy(back[key]), tensor_to_numpy(state[key])) for key in state)
-    with pytest.raises(CheckpointError, match=r"mask: values from 1099511627776 to .* do not fit int32"):
-        compare.load_checkpoint(tmp_path / f"state{suffix}", linen_template(PRIME_BIAS, buffer=True))
+    with pytest.raises(
+        CheckpointError, match=r"mask: values from 1099511627776 to .* do not fit int32"
+    ):
+        compare.load_checkpoint(
+            tmp_path / f"state{suffix}", linen_template(PRIME_BIAS, buffer=True)
+        )
 
 
 def test_the_plain_libraries_read_our_files(tmp_path: Path) -> None:
     variables = sources()["linen"]
     state = compare.linen_to_torch(variables)
-    paths = {suffix: compare.save_checkpoint(tmp_path / f"state{suffix}", variables) for suffix in SUFFIXES}
+    paths = {
+        suffix: compare.save_checkpoint(tmp_path / f"state{suffix}", variables)
+        for suffix in SUFFIXES
+    }
     loaded = torch.load(paths[".pth"], weights_only=True)
     assert build_torch(PRIME_BIAS, buffer=True).load_state_dict(loaded)
     assert torch.equal(safetensors.torch.load_file(paths[".safetensors"])["mask"], state["mask"])
@@ -126,7 +150,9 @@ def test_we_read_the_plain_libraries_files(tmp_path: Path) -> None:
         assert all(torch.equal(back[key], state[key]) for key in state), name
 
 
-def test_a_file_saved_on_cuda_loads_without_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_saved_on_cuda_loads_without_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The file says `cuda:0` for every storage, as torch.save writes it there; plain torch.load refuses it."""
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
     torch.save(torch_module().state_dict(), tmp_path / "state.pth")
@@ -139,7 +165,9 @@ def test_a_file_saved_on_cuda_loads_without_cuda(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_state_on_the_device_is_saved_for_any_machine(suffix: str, device: str, tmp_path: Path) -> None:
+def test_state_on_the_device_is_saved_for_any_machine(
+    suffix: str, device: str, tmp_path: Path
+) -> None:
     module = torch_module().to(device)
     on_device = jax.device_put(linen_variables(), jax.devices(device)[0])
     torch_path = compare.save_checkpoint(tmp_path / f"torch{suffix}", module)
@@ -181,7 +209,9 @@ def _folder(path: Path) -> None:
         (_folder, "is no regular file; an Orbax folder is named without suffix"),
     ],
 )
-def test_unreadable_files(make: Callable[[Path], None], message: str, suffix: str, tmp_path: Path) -> None:
+def test_unreadable_files(
+    make: Callable[[Path], None], message: str, suffix: str, tmp_path: Path
+) -> None:
     path = tmp_path / f"state{suffix}"
     make(path)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -247,12 +277,17 @@ def test_torch_files_of_something_else(content: Any, message: str, tmp_path: Pat
     [
         (lambda tree: [1, 2], "holds a list; expected Linen variables"),
         (lambda tree: {**tree, "buffers": {"mask": "causal"}}, "mask: is a str, not an array"),
-        (lambda tree: {**tree, "buffers": {"mask": {"a": np.zeros(2)}}}, r"unexpected buffers/mask/a \(2,\)"),
+        (
+            lambda tree: {**tree, "buffers": {"mask": {"a": np.zeros(2)}}},
+            r"unexpected buffers/mask/a \(2,\)",
+        ),
         (lambda tree: {**tree, "cache": {"index": np.zeros(2)}}, r"unexpected cache/index \(2,\)"),
         (lambda tree: {"buffers": tree["buffers"]}, r"missing W_query.weight"),
     ],
 )
-def test_msgpack_files_of_something_else(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+def test_msgpack_files_of_something_else(
+    change: Callable[[Any], Any], message: str, tmp_path: Path
+) -> None:
     tree = jax.tree.map(np.asarray, linen_variables(PRIME))
     (tmp_path / "state.msgpack").write_bytes(serialization.msgpack_serialize(change(tree)))
     with pytest.raises(CheckpointError, match=message):
@@ -261,20 +296,28 @@ def test_msgpack_files_of_something_else(change: Callable[[Any], Any], message: 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("reader", IMPLEMENTATIONS)
-def test_a_state_that_does_not_fit_changes_nothing(reader: str, suffix: str, tmp_path: Path) -> None:
+def test_a_state_that_does_not_fit_changes_nothing(
+    reader: str, suffix: str, tmp_path: Path
+) -> None:
     longer = Config(13, 11, 11, 0.1, qkv_bias=True)
     path = compare.save_checkpoint(tmp_path / f"state{suffix}", torch_module(longer, seed=9))
     target = fresh(reader) if reader != "linen" else linen_variables()
     before = {key: tensor_to_numpy(tensor).copy() for key, tensor in as_state(target).items()}
-    with pytest.raises(CheckpointError, match=r"mask has shape \(11, 11\).*context_length=11") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"mask has shape \(11, 11\).*context_length=11"
+    ) as caught:
         compare.load_checkpoint(path, target)
     assert [entry.name for entry in caught.value.mismatch.misshaped] == ["mask"]
     for key, tensor in as_state(target).items():
         assert same_bits(tensor_to_numpy(tensor), before[key])
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch 2.11, of any sparse tensor it loads
-@pytest.mark.parametrize("value", [torch.zeros(11).to_sparse(), torch.zeros(11, device="meta")], ids=["sparse", "meta"])
+@pytest.mark.filterwarnings(
+    "ignore:Sparse invariant checks"
+)  # torch 2.11, of any sparse tensor it loads
+@pytest.mark.parametrize(
+    "value", [torch.zeros(11).to_sparse(), torch.zeros(11, device="meta")], ids=["sparse", "meta"]
+)
 def test_a_tensor_without_plain_values_changes_nothing(value: torch.Tensor, tmp_path: Path) -> None:
     torch.save({**state_of(PRIME_BIAS, "float32"), "W_value.bias": value}, tmp_path / "state.pth")
     module = torch_module(seed=9)
@@ -315,7 +358,9 @@ def test_links_permissions_and_views(tmp_path: Path) -> None:
     compare.save_checkpoint(tmp_path / "link.pth", torch_module(seed=2))
     assert (tmp_path / "link.pth").is_symlink()
     assert real.stat().st_mode & 0o777 == 0o600
-    assert torch.equal(compare.read_checkpoint(real)["W_key.weight"], torch_module(seed=2).W_key.weight)
+    assert torch.equal(
+        compare.read_checkpoint(real)["W_key.weight"], torch_module(seed=2).W_key.weight
+    )
     view = compare.save_checkpoint(tmp_path / "view.pth", {"mask": torch.zeros(1000, 1000)[:2, :2]})
     assert view.stat().st_size < 10_000, "the view took its whole storage along"
 
@@ -327,8 +372,12 @@ def test_torch_modules_are_never_cast_into(tmp_path: Path) -> None:
         match=r"mask: is torch.float32; the module has torch.float64: `module.to\(torch.float32\)` first",
     ):
         compare.load_checkpoint(path, torch_module(PRIME).double())
-    whole = compare.save_checkpoint(tmp_path / "bool.pth", {**state_of(PRIME, "float32"), "mask": torch.ones(7, 7) > 0})
-    with pytest.raises(CheckpointError, match=r"`module.mask = module.mask.to\(torch.bool\)` first"):
+    whole = compare.save_checkpoint(
+        tmp_path / "bool.pth", {**state_of(PRIME, "float32"), "mask": torch.ones(7, 7) > 0}
+    )
+    with pytest.raises(
+        CheckpointError, match=r"`module.mask = module.mask.to\(torch.bool\)` first"
+    ):
         compare.load_checkpoint(whole, torch_module(PRIME))
     with torch.device("meta"):
         unmade = build_torch(PRIME, buffer=True)
@@ -348,22 +397,62 @@ def test_weights_without_a_mask_do_not_load_into_the_class_with_one(tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "source", "error", "message"),
     [
-        ("state.h5", torch_module, CheckpointError, r"unknown suffix '.h5'; name it with one of .pth, .pt,"),
-        ("none/state.pth", torch_module, CheckpointError, "the folder .*none does not exist; make it first"),
+        (
+            "state.h5",
+            torch_module,
+            CheckpointError,
+            r"unknown suffix '.h5'; name it with one of .pth, .pt,",
+        ),
+        (
+            "none/state.pth",
+            torch_module,
+            CheckpointError,
+            "the folder .*none does not exist; make it first",
+        ),
         ("folder.pth", torch_module, CheckpointError, "is something else than a regular file"),
         ("file.orbax", torch_module, CheckpointError, "is something else than a folder"),
         ("pipe.pth", torch_module, CheckpointError, "is something else than a regular file"),
-        (".", torch_module, CheckpointError, "is a folder that Orbax did not write; it was left alone"),
+        (
+            ".",
+            torch_module,
+            CheckpointError,
+            "is a folder that Orbax did not write; it was left alone",
+        ),
         (".pth", torch_module, CheckpointError, "is a suffix without a name; say 'state.pth'"),
-        ("mixed", torch_module, CheckpointError, "holds thesis.tex beside an Orbax checkpoint; it was left alone"),
-        ("state.pth", lambda: {1: torch.zeros(2)}, CheckpointError, "the key 1 is a int; a state dict has names"),
+        (
+            "mixed",
+            torch_module,
+            CheckpointError,
+            "holds thesis.tex beside an Orbax checkpoint; it was left alone",
+        ),
+        (
+            "state.pth",
+            lambda: {1: torch.zeros(2)},
+            CheckpointError,
+            "the key 1 is a int; a state dict has names",
+        ),
         ("state.pth", lambda: nnx.state(nnx_model()), CheckpointError, "give the NNX model"),
-        ("folder", torch_module, CheckpointError, "is a folder that Orbax did not write; it was left alone"),
+        (
+            "folder",
+            torch_module,
+            CheckpointError,
+            "is a folder that Orbax did not write; it was left alone",
+        ),
         ("state.pth", dict, CheckpointError, "there is no state in a dict"),
         ("state.pth", lambda: 3, CheckpointError, "there is no state in a int"),
         ("state.pth", lambda: {"mask": 3}, CheckpointError, "mask is a int; expected a tensor"),
-        ("state.pth", lambda: {"mask": torch.zeros(2, device="meta")}, CheckpointError, "mask: a meta tensor"),
-        ("state.msgpack", lambda: {"head": torch.zeros(2)}, CheckpointError, r"unexpected head \(2,\)"),
+        (
+            "state.pth",
+            lambda: {"mask": torch.zeros(2, device="meta")},
+            CheckpointError,
+            "mask: a meta tensor",
+        ),
+        (
+            "state.msgpack",
+            lambda: {"head": torch.zeros(2)},
+            CheckpointError,
+            r"unexpected head \(2,\)",
+        ),
         (
             "state.orbax",
             lambda: {**state_of(PRIME, "float32"), "mask": torch.zeros(0, 0)},
@@ -372,7 +461,9 @@ def test_weights_without_a_mask_do_not_load_into_the_class_with_one(tmp_path: Pa
         ),
     ],
 )
-def test_what_cannot_be_saved(name: str, source: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_saved(
+    name: str, source: Any, error: type[Exception], message: str, tmp_path: Path
+) -> None:
     (tmp_path / "folder.pth").mkdir()
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.tex").write_text("x")
@@ -388,10 +479,13 @@ def test_what_cannot_be_saved(name: str, source: Any, error: type[Exception], me
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_missing_package_is_named(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        CheckpointError, match=r"needs .*, which is not installed: pip install 'attention-parity\[all\]'"
+        CheckpointError,
+        match=r"needs .*, which is not installed: pip install 'attention-parity\[all\]'",
     ):
         compare.save_checkpoint(tmp_path / f"state{suffix}", torch_module())
 
@@ -420,10 +514,14 @@ def test_a_full_disk_leaves_the_old_file(suffix: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seconds", [0.01, 0.03, 0.06, 0.1])
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_an_interrupt_is_one_and_leaves_nothing(suffix: str, seconds: float, tmp_path: Path) -> None:
+def test_an_interrupt_is_one_and_leaves_nothing(
+    suffix: str, seconds: float, tmp_path: Path
+) -> None:
     """Ctrl-C somewhere in a save: torch has another error in its place, Orbax writes on in threads of its own."""
     path = tmp_path / f"state{suffix}"
-    tree = {"params": {f"w{index}": np.full((1000, 1000), index, np.float32) for index in range(12)}}
+    tree = {
+        "params": {f"w{index}": np.full((1000, 1000), index, np.float32) for index in range(12)}
+    }
     tensors = {name: torch.from_numpy(array) for name, array in tree["params"].items()}
     source: Any = tensors if suffix in (".pth", ".safetensors") else tree
     compare.save_checkpoint(path, source)
@@ -443,7 +541,9 @@ def test_an_interrupt_is_one_and_leaves_nothing(suffix: str, seconds: float, tmp
     time.sleep(0.3)  # for who writes on
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
     with compare.open_checkpoint(path) as stored:
-        assert {str(key[-1]): float(array.mean()) for key, array in stored.read()} == {f"w{i}": i for i in range(12)}
+        assert {str(key[-1]): float(array.mean()) for key, array in stored.read()} == {
+            f"w{i}": i for i in range(12)
+        }
 
 
 def test_an_interrupted_start_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,7 +566,9 @@ def test_an_interrupted_start_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
     assert ended
 
 
-def test_an_interrupt_from_before_is_not_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_from_before_is_not_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("the writer gave up")
 
@@ -480,7 +582,10 @@ def test_an_interrupt_from_before_is_not_the_reason(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize(
     ("name", "key", "mend"),
-    [("a" * 240, "x", "choose a shorter name"), ("state", "\ud800", "rename the entry: its name is no text")],
+    [
+        ("a" * 240, "x", "choose a shorter name"),
+        ("state", "\ud800", "rename the entry: its name is no text"),
+    ],
 )
 def test_what_room_does_not_mend(name: str, key: str, mend: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=mend):
@@ -501,15 +606,21 @@ def test_a_failing_writer_leaves_the_old_checkpoint(
     with pytest.raises(CheckpointError, match=r"could not be written \(the disk went away\)"):
         compare.save_checkpoint(path, torch_module(seed=2))
     monkeypatch.undo()
-    assert torch.equal(compare.read_checkpoint(path)["W_key.weight"], torch_module(seed=1).W_key.weight)
+    assert torch.equal(
+        compare.read_checkpoint(path)["W_key.weight"], torch_module(seed=1).W_key.weight
+    )
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
-def test_folders_are_exchanged_where_the_system_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_are_exchanged_where_the_system_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: object())
     path = compare.save_checkpoint(tmp_path / "state.orbax", torch_module(seed=1))
     compare.save_checkpoint(path, torch_module(seed=2))
-    assert torch.equal(compare.read_checkpoint(path)["W_key.weight"], torch_module(seed=2).W_key.weight)
+    assert torch.equal(
+        compare.read_checkpoint(path)["W_key.weight"], torch_module(seed=2).W_key.weight
+    )
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
@@ -526,5 +637,7 @@ def test_saving_leaves_its_argument_alone(tmp_path: Path) -> None:
 def test_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for suffix in SUFFIXES:
-        assert compare.read_checkpoint(compare.save_checkpoint(f"state{suffix}", torch_module())).keys()
+        assert compare.read_checkpoint(
+            compare.save_checkpoint(f"state{suffix}", torch_module())
+        ).keys()
     assert {found.name for found in tmp_path.iterdir()} == {f"state{suffix}" for suffix in SUFFIXES}

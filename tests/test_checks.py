@@ -44,18 +44,30 @@ def test_torch_compile_computes_the_same(device: str) -> None:
 
 @pytest.mark.parametrize(
     ("bug", "stage"),
-    [("keys and values swapped", "scores"), ("softmax over the queries", "weights"), ("keys for values", "context")],
+    [
+        ("keys and values swapped", "scores"),
+        ("softmax over the queries", "weights"),
+        ("keys for values", "context"),
+    ],
 )
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_the_first_stage_that_parts_is_named(name: str, bug: str, stage: str) -> None:
-    mutant = next(mutant for mutant in MUTANTS if (mutant.name, mutant.implementation) == (bug, name))
+    mutant = next(
+        mutant for mutant in MUTANTS if (mutant.name, mutant.implementation) == (bug, name)
+    )
     assert first_parted(stages(name, TRIALS[0])) == ""
     with planted(mutant.module, mutant.changes):
         assert first_parted(stages(name, TRIALS[0])) == stage
 
 
 def test_a_failure_says_both_values_where_and_why() -> None:
-    finding = Finding("outputs", "torch", "a case", agreement(np.array([1.0, 2.5]), np.array([1.0, 2.0]), 0.25), "why")
+    finding = Finding(
+        "outputs",
+        "torch",
+        "a case",
+        agreement(np.array([1.0, 2.5]), np.array([1.0, 2.0]), 0.25),
+        "why",
+    )
     assert str(finding) == (
         "outputs (torch), a case: 2.5 where 2.0 is expected, at (1,): error/limit 2, limit 0.25. The limit: why"
     )

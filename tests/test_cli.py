@@ -32,25 +32,35 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 
 
-def compare_command(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[bytes]:
+def compare_command(
+    *arguments: str, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[bytes]:
     """Run `python -m compare` as a person would, its output piped."""
     command = [sys.executable, "-m", "compare", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, timeout=280, env={**os.environ, **environment})
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, timeout=280, env={**os.environ, **environment}
+    )
 
 
 def test_the_main_job(tmp_path: Path) -> None:
-    done = compare_command("--json", str(tmp_path / "report.json"), "--html", str(tmp_path / "report.html"))
+    done = compare_command(
+        "--json", str(tmp_path / "report.json"), "--html", str(tmp_path / "report.html")
+    )
     printed = done.stdout.decode()
     assert done.returncode == 0, printed + done.stderr.decode()
     assert max(map(len, printed.splitlines())) <= 80
     assert "\x1b" not in printed, "a pipe gets no color"
     assert "Reproduced: PyTorch 36/36, Flax Linen 36/36, Flax NNX 36/36." in printed
     assert "Everything held" in printed
-    summary = re.search(r"```text\n( check .*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    summary = re.search(
+        r"```text\n( check .*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
     assert summary
     shown = {" ".join(line.split()) for line in printed.splitlines()}
     if missing_cuda():
-        assert {" ".join(line.split()) for line in summary[1].splitlines()} <= shown, "the README shows another summary"
+        assert {" ".join(line.split()) for line in summary[1].splitlines()} <= shown, (
+            "the README shows another summary"
+        )
     if missing_cuda():
         assert f"Not yet run on a GPU: {missing_cuda()}." in printed
 
@@ -60,7 +70,9 @@ def test_the_main_job(tmp_path: Path) -> None:
     assert sum(title.startswith("Cell ") for title in titles) == 9
     for section in report["sections"]:
         assert section["title"] in printed
-    rows = next(section for section in report["sections"] if section["title"].startswith("Cell 3"))["blocks"][0]["rows"]
+    rows = next(section for section in report["sections"] if section["title"].startswith("Cell 3"))[
+        "blocks"
+    ][0]["rows"]
     assert len(rows) == 12
     assert set(report["versions"]) >= {"python", "torch", "jax", "flax"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
@@ -84,7 +96,9 @@ def _is_whole(page: str, titles: list[str]) -> None:
 def test_a_closed_pipe_is_no_failed_check(tmp_path: Path) -> None:
     """As `notebook --json FILE | head -1`: the file is written, and the command ends by SIGPIPE."""
     command = [sys.executable, "-m", "compare", "notebook", "--json", str(tmp_path / "report.json")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith(b"python ")
         process.stdout.close()
@@ -121,7 +135,9 @@ def test_each_part_is_a_command(part: str, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["command"] == f"compare {part} --json {tmp_path / 'report.json'}"
-    assert all(check["held"] is not False for section in report["sections"] for check in section["checks"])
+    assert all(
+        check["held"] is not False for section in report["sections"] for check in section["checks"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,11 +166,15 @@ def test_a_report_goes_into_a_pipe_and_not_in_its_place(tmp_path: Path) -> None:
     with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE) as reader:
         done = compare_command("inspect", str(path), "--json", str(tmp_path / "pipe"))
         assert done.returncode == 0, done.stderr.decode()
-        assert json.loads(reader.communicate(timeout=30)[0])["command"].startswith(f"compare inspect {path} ")
+        assert json.loads(reader.communicate(timeout=30)[0])["command"].startswith(
+            f"compare inspect {path} "
+        )
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_a_report_that_cannot_be_written_ends_with_2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_ends_with_2(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("compare.cli._sections", lambda *_: pytest.fail("the work was begun"))
     done = CliRunner().invoke(app, ["devices", "--json", str(tmp_path / ("long" * 80))])
     assert done.exit_code == 2
@@ -169,12 +189,20 @@ def test_a_device_that_is_not_there_ends_with_2() -> None:
 
 
 def test_a_check_is_a_command_with_findings(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["checks", "causality", "--device", "cpu", "--json", str(tmp_path / "report.json")])
+    done = CliRunner().invoke(
+        app, ["checks", "causality", "--device", "cpu", "--json", str(tmp_path / "report.json")]
+    )
     assert done.exit_code == 0, done.output
     (section,) = json.loads((tmp_path / "report.json").read_text())["sections"]
     assert len(section["findings"]) == 72
     assert set(section["findings"][0]) == {"check", "implementation", "case", "agreement", "why"}
-    assert set(section["findings"][0]["agreement"]) >= {"found", "expected", "limit", "ratio", "index"}
+    assert set(section["findings"][0]["agreement"]) >= {
+        "found",
+        "expected",
+        "limit",
+        "ratio",
+        "index",
+    }
 
 
 def test_the_commands_and_the_checks_have_the_same_names() -> None:
@@ -204,11 +232,18 @@ def test_what_does_not_hold_ends_with_1(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_a_report_in_which_nothing_ran_does_not_hold() -> None:
     skipped = Check("a", "torch", None, "no device", "a device")
     held, failed = Check("b", "torch", True, "1", "1"), Check("c", "torch", False, "1", "2")
-    for checks, verdict in (([], False), ([skipped], False), ([held, skipped], True), ([held, failed], False)):
+    for checks, verdict in (
+        ([], False),
+        ([skipped], False),
+        ([held, skipped], True),
+        ([held, failed], False),
+    ):
         report = Report("compare", "", {}, [Section("", checks=checks)])
         assert report.held is verdict
         assert report.as_json()["held"] is verdict
-        assert "verything held" in html(report), "a page that was to claim something says whether it held"
+        assert "verything held" in html(report), (
+            "a page that was to claim something says whether it held"
+        )
 
 
 def test_a_child_that_fails_says_why() -> None:

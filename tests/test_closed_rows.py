@@ -15,7 +15,9 @@ from .products import LeakingProducts, WatchedProducts
 BFLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64
 # On the formula's side of "auto", on the kernels', and with a last strip that is not whole.
 TOKENS = (5, 61, 127, 128, 330)
-MULTI_HEAD = dict(input_embedding_dim=7, output_embedding_dim=9, context_length=400, dropout=0.0, num_heads=3)
+MULTI_HEAD = dict(
+    input_embedding_dim=7, output_embedding_dim=9, context_length=400, dropout=0.0, num_heads=3
+)
 
 
 def closed_masks(tokens: int) -> dict[str, torch.Tensor]:
@@ -44,7 +46,9 @@ def drawn(tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.from_numpy(random.standard_normal((2, 2, tokens, 6))).to(dtype) for _ in range(4)]
 
 
-def everything(heads: list[torch.Tensor], mask: torch.Tensor, dropout: Any, implementation: Any) -> list[torch.Tensor]:
+def everything(
+    heads: list[torch.Tensor], mask: torch.Tensor, dropout: Any, implementation: Any
+) -> list[torch.Tensor]:
     """Outputs, gradients, and second derivatives; the loss is NaN in closed rows, as a loss of NaN outputs is."""
     torch.manual_seed(0)
     leaves = [tensor.clone().requires_grad_() for tensor in heads[:3]]
@@ -93,12 +97,15 @@ def test_a_leaking_product_reaches_no_other_row(tokens: int) -> None:
         with LeakingProducts():
             found = everything(heads, mask, None, implementation)
         assert all(
-            torch.equal(one.nan_to_num(7), other.nan_to_num(7)) for one, other in zip(found, expected, strict=True)
+            torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+            for one, other in zip(found, expected, strict=True)
         )
         assert torch.equal(found[0].isnan().all(dim=-1), closed.expand(2, 2, tokens))
     with LeakingProducts():
         formula = torch_impl.reference_attention(*heads[:3], mask)
-    assert int(formula.isnan().all(dim=-1).sum()) > 4 * int(closed.sum()), "the formula leaks: this test can fail"
+    assert int(formula.isnan().all(dim=-1).sum()) > 4 * int(closed.sum()), (
+        "the formula leaks: this test can fail"
+    )
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -110,7 +117,9 @@ def test_heads_are_joined_without_it(tokens: int) -> None:
     found = {}
     for implementation in ("auto", "fused", "reference"):
         torch.manual_seed(0)
-        module = torch_impl.CausalMultiHeadAttention(**MULTI_HEAD, implementation=implementation).double()  # type: ignore[arg-type]
+        module = torch_impl.CausalMultiHeadAttention(
+            **MULTI_HEAD, implementation=implementation
+        ).double()  # type: ignore[arg-type]
         module.mask.copy_(mask)
         with WatchedProducts() as watched:
             outputs = module(inputs)
@@ -122,14 +131,19 @@ def test_heads_are_joined_without_it(tokens: int) -> None:
                 halves = module.bfloat16()(inputs.bfloat16())
             assert torch.equal(halves.isnan(), outputs.isnan())
     for implementation in ("auto", "fused"):
-        assert all(same(one, other) for one, other in zip(found[implementation], found["reference"], strict=True))
+        assert all(
+            same(one, other)
+            for one, other in zip(found[implementation], found["reference"], strict=True)
+        )
 
 
 def test_a_projection_of_ones_own_is_called_as_it_is() -> None:
     module = torch_impl.CausalMultiHeadAttention(**MULTI_HEAD)  # type: ignore[arg-type]
     module.out_proj = torch.nn.Sequential(module.out_proj, torch.nn.Identity())  # type: ignore[assignment]
     module.mask[2] = 1.0
-    assert module(torch.ones(1, 5, 7)).isnan().all(dim=-1).tolist() == [[False, False, True, False, False]]
+    assert module(torch.ones(1, 5, 7)).isnan().all(dim=-1).tolist() == [
+        [False, False, True, False, False]
+    ]
 
 
 def test_under_transforms() -> None:
@@ -190,5 +204,8 @@ def test_a_mask_that_is_gone_is_forgotten() -> None:
 def test_without_tokens() -> None:
     for implementation in ("auto", "fused", "reference"):
         assert (
-            torch_impl.masked_attention(*torch.zeros(3, 2, 0, 4), torch.zeros(5, 5), None, implementation).numel() == 0
+            torch_impl.masked_attention(
+                *torch.zeros(3, 2, 0, 4), torch.zeros(5, 5), None, implementation
+            ).numel()
+            == 0
         )

@@ -16,7 +16,13 @@ from hypothesis.extra import numpy as hnp
 import compare
 from compare.conversion.errors import ConversionError
 from compare.conversion.mapping import ROWS
-from compare.conversion.tensors import Untransferable, numpy_to_tensor, tensor_to_numpy, to_jax, to_torch
+from compare.conversion.tensors import (
+    Untransferable,
+    numpy_to_tensor,
+    tensor_to_numpy,
+    to_jax,
+    to_torch,
+)
 from compare.proof.cases import PRIME, PRIME_BIAS, Config
 from compare.runners.run import build_nnx, linen_template
 
@@ -52,12 +58,21 @@ def test_each_entry_has_its_place() -> None:
 def test_round_trip_keeps_every_bit(dtype: str, copy: bool) -> None:
     state = state_of(PRIME_BIAS, dtype)
     for tensor in state.values():
-        carrier = tensor.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()])
-        carrier.view(-1)[: len(AWKWARD)] = torch.from_numpy(AWKWARD.view(np.int32)).to(carrier.dtype)
+        carrier = tensor.view(
+            {8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()]
+        )
+        carrier.view(-1)[: len(AWKWARD)] = torch.from_numpy(AWKWARD.view(np.int32)).to(
+            carrier.dtype
+        )
     with jax.enable_x64(dtype == "float64"):
-        variables = compare.torch_to_linen(state, linen_template(PRIME_BIAS, buffer=True), copy=copy)
+        variables = compare.torch_to_linen(
+            state, linen_template(PRIME_BIAS, buffer=True), copy=copy
+        )
         model = compare.torch_to_nnx(state, build_nnx(PRIME_BIAS, buffer=True), copy=copy)
-        for back in (compare.linen_to_torch(variables, copy=copy), compare.nnx_to_torch(model, copy=copy)):
+        for back in (
+            compare.linen_to_torch(variables, copy=copy),
+            compare.nnx_to_torch(model, copy=copy),
+        ):
             assert list(back) == list(state)
             for key, tensor in state.items():
                 assert same_bits(tensor_to_numpy(back[key]), tensor_to_numpy(tensor)), key
@@ -66,7 +81,10 @@ def test_round_trip_keeps_every_bit(dtype: str, copy: bool) -> None:
 @given(
     hnp.arrays(
         st.sampled_from(
-            [np.dtype(name) for name in ("f4", "f2", "i1", "u1", "i2", "i4", "?", "c8", ml_dtypes.bfloat16)]
+            [
+                np.dtype(name)
+                for name in ("f4", "f2", "i1", "u1", "i2", "i4", "?", "c8", ml_dtypes.bfloat16)
+            ]
         ),
         hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=7),
         elements=st.integers(0, 1),
@@ -88,7 +106,10 @@ def test_any_bits_survive_the_transfer(array: np.ndarray, random: Any, transpose
 
 def test_copies_are_independent() -> None:
     module, template = torch_module(), linen_template(PRIME_BIAS, buffer=True)
-    variables, model = compare.torch_to_linen(module, template), compare.torch_to_nnx(module, nnx_model())
+    variables, model = (
+        compare.torch_to_linen(module, template),
+        compare.torch_to_nnx(module, nnx_model()),
+    )
     before = jax.tree.map(np.array, variables)
     with torch.no_grad():
         for tensor in module.state_dict().values():
@@ -145,7 +166,9 @@ def test_one_error_lists_everything() -> None:
         *(("mask", (7, 7)), ("W_query.bias", (11,)), ("W_key.bias", (11,)), ("W_value.bias", (11,)))
     }
     assert [(entry.name, entry.found) for entry in mismatch.unexpected] == [("W_qeury.bias", (11,))]
-    assert [(e.name, e.found, e.expected) for e in mismatch.misshaped] == [("W_key.weight", (11, 12), (11, 13))]
+    assert [(e.name, e.found, e.expected) for e in mismatch.misshaped] == [
+        ("W_key.weight", (11, 12), (11, 13))
+    ]
     message = str(caught.value)
     for part in (
         "- missing mask: buffers/mask (7, 7) finds nothing",
@@ -170,13 +193,17 @@ def test_the_mask_is_never_invented() -> None:
     with pytest.raises(ConversionError, match="missing mask"):
         compare.torch_to_nnx(source, model)
     after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    assert jax.tree.all(jax.tree.map(np.array_equal, before, after)), "a refused conversion touched the model"
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, after)), (
+        "a refused conversion touched the model"
+    )
 
 
 def test_strict_false_converts_what_fits() -> None:
     source = {**torch_module(PRIME, buffer=False).state_dict(), "extra": torch.zeros(2)}
     del source["W_key.weight"]
-    abstract, mismatch = compare.torch_to_linen(source, linen_template(PRIME, buffer=True), strict=False)
+    abstract, mismatch = compare.torch_to_linen(
+        source, linen_template(PRIME, buffer=True), strict=False
+    )
     assert {entry.name for entry in mismatch.missing} == {"mask", "W_key.weight"}
     assert [entry.name for entry in mismatch.unexpected] == ["extra"]
     assert "buffers" not in abstract
@@ -200,7 +227,9 @@ def test_strict_false_converts_what_fits() -> None:
     variables["params"]["head"] = {"kernel": jnp.zeros((2, 3))}
     state, mismatch = compare.linen_to_torch(variables, strict=False)
     assert list(state) == ["mask", "W_query.weight", "W_key.weight", "W_value.weight"]
-    assert [(entry.name, entry.found) for entry in mismatch.unexpected] == [("params/head/kernel", (2, 3))]
+    assert [(entry.name, entry.found) for entry in mismatch.unexpected] == [
+        ("params/head/kernel", (2, 3))
+    ]
     model.head = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     state, mismatch = compare.nnx_to_torch(model, strict=False)
     assert {entry.name for entry in mismatch.unexpected} == {"head/kernel", "head/bias"}
@@ -211,8 +240,16 @@ def test_strict_false_converts_what_fits() -> None:
     [
         ("mask", torch.empty(7, 7, device="meta"), "mask: a meta tensor has no values"),
         ("mask", torch.zeros(7, 7).to_sparse(), "mask: a sparse or quantized tensor"),
-        ("mask", torch.zeros(7, 7, dtype=torch.float64), "mask: JAX would narrow torch.float64.*jax_enable_x64"),
-        ("mask", torch.full((7, 7), 2**31), "mask: values from 2147483648 to 2147483648 do not fit int32"),
+        (
+            "mask",
+            torch.zeros(7, 7, dtype=torch.float64),
+            "mask: JAX would narrow torch.float64.*jax_enable_x64",
+        ),
+        (
+            "mask",
+            torch.full((7, 7), 2**31),
+            "mask: values from 2147483648 to 2147483648 do not fit int32",
+        ),
         ("mask", [[0.0]], "mask: is a list, not a tensor"),
     ],
 )
@@ -240,17 +277,25 @@ def test_flax_values_that_torch_cannot_hold_are_refused() -> None:
     with pytest.raises(ConversionError, match=r"mask: dtype key<fry> has no torch counterpart"):
         compare.linen_to_torch({**variables, "buffers": {"mask": jax.random.key(0)}})
     variables["buffers"]["mask"].delete()
-    with pytest.raises(ConversionError, match="mask: the array was deleted, as a donated argument is"):
+    with pytest.raises(
+        ConversionError, match="mask: the array was deleted, as a donated argument is"
+    ):
         compare.linen_to_torch(variables)
-    with pytest.raises(ConversionError, match=r"W_key/kernel: .*transposed is of an array \(in, out\); .* \(13,\)"):
-        compare.linen_to_torch({"params": {**linen_variables(PRIME)["params"], "W_key": {"kernel": jnp.zeros(13)}}})
+    with pytest.raises(
+        ConversionError, match=r"W_key/kernel: .*transposed is of an array \(in, out\); .* \(13,\)"
+    ):
+        compare.linen_to_torch(
+            {"params": {**linen_variables(PRIME)["params"], "W_key": {"kernel": jnp.zeros(13)}}}
+        )
     with pytest.raises(ConversionError, match=r"missing W_query.weight"):
         compare.linen_to_torch({})
 
 
 def test_wrong_kinds_of_argument() -> None:
     variables, model = linen_variables(PRIME), nnx_model(PRIME)
-    with pytest.raises(TypeError, match=r"source is a list; expected a torch.nn.Module or its state dict"):
+    with pytest.raises(
+        TypeError, match=r"source is a list; expected a torch.nn.Module or its state dict"
+    ):
         compare.torch_to_linen([1], variables)
     with pytest.raises(TypeError, match="expected Linen variables"):
         compare.linen_to_torch(model)
@@ -258,7 +303,9 @@ def test_wrong_kinds_of_argument() -> None:
         compare.linen_to_torch(nnx.state(model))
     with pytest.raises(TypeError, match=r"model is a dict; expected an nnx.Module"):
         compare.torch_to_nnx(torch_module(PRIME), variables)
-    with pytest.raises(TypeError, match="template params/W_query/kernel is a str; expected an array"):
+    with pytest.raises(
+        TypeError, match="template params/W_query/kernel is a str; expected an array"
+    ):
         compare.torch_to_linen(torch_module(PRIME), {"params": {"W_query": {"kernel": "no"}}})
 
 

@@ -29,11 +29,15 @@ def test_the_written_out_gradient_is_the_derivative_to_50_digits() -> None:
     sizes = [found[name].value.value.size for name in names]
 
     with mpmath.workdps(50):
-        at = mpmath.matrix([*map(mpmath.mpf, np.concatenate([_entries(problem, name) for name in names]).tolist())])
+        at = mpmath.matrix(
+            [*map(mpmath.mpf, np.concatenate([_entries(problem, name) for name in names]).tolist())]
+        )
         along = np.concatenate([problem.direction[name].ravel() for name in names]).tolist()
 
         def shifted(index: int, by: Any, along_by: Any) -> Any:
-            point = [entry + along_by * mpmath.mpf(step) for entry, step in zip(at, along, strict=True)]
+            point = [
+                entry + along_by * mpmath.mpf(step) for entry, step in zip(at, along, strict=True)
+            ]
             point[index] += by
             return _scalar(trial, problem, dict(zip(names, _split(point, sizes), strict=True)))
 
@@ -63,16 +67,25 @@ def _scalar(trial: Trial, problem: Problem, given: dict[str, list[Any]]) -> Any:
 
     def project(name: str) -> list[list[Any]]:
         rows = [given[f"{name}.weight"][width * h : width * (h + 1)] for h in range(head)]
-        return [[mpmath.fdot(x[t], rows[h]) + given[f"{name}.bias"][h] for h in range(head)] for t in range(tokens)]
+        return [
+            [mpmath.fdot(x[t], rows[h]) + given[f"{name}.bias"][h] for h in range(head)]
+            for t in range(tokens)
+        ]
 
     queries, keys, values = project("W_query"), project("W_key"), project("W_value")
     total = mpmath.mpf(0)
     for t in range(tokens):
-        raised = [mpmath.exp(mpmath.fdot(queries[t], keys[s]) / mpmath.sqrt(head)) for s in range(t + 1)]
+        raised = [
+            mpmath.exp(mpmath.fdot(queries[t], keys[s]) / mpmath.sqrt(head)) for s in range(t + 1)
+        ]
         kept = [s for s in range(t + 1) if trial.keep[0, t, s]]
         for h in range(head):
             mixed = mpmath.fsum(raised[s] * values[s][h] for s in kept) / mpmath.fsum(raised)
-            total += mixed / (1 - mpmath.mpf(trial.config.dropout)) * mpmath.mpf(float(problem.cotangent[0, t, h]))
+            total += (
+                mixed
+                / (1 - mpmath.mpf(trial.config.dropout))
+                * mpmath.mpf(float(problem.cotangent[0, t, h]))
+            )
     return total
 
 
@@ -83,9 +96,14 @@ def test_torch_gradients_are_those_of_the_function() -> None:
     inputs = torch.from_numpy(normal(2, 3, 3)).double().requires_grad_()
 
     def function(inputs: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (inputs,))
+        return torch.func.functional_call(
+            module, dict(zip(names, parameters, strict=True)), (inputs,)
+        )
 
-    arguments = (inputs, *(parameter.detach().requires_grad_() for parameter in module.parameters()))
+    arguments = (
+        inputs,
+        *(parameter.detach().requires_grad_() for parameter in module.parameters()),
+    )
     assert torch.autograd.gradcheck(function, arguments)
     assert torch.autograd.gradgradcheck(function, arguments)
 
@@ -97,7 +115,11 @@ def test_flax_gradients_are_those_of_the_function() -> None:
         apply, variables = ready_linen(SMALL, state, None)
         buffers = {"buffers": variables["buffers"]}
         check_grads(
-            lambda params, inputs: apply({"params": params, **buffers}, inputs), (variables["params"], inputs), 2
+            lambda params, inputs: apply({"params": params, **buffers}, inputs),
+            (variables["params"], inputs),
+            2,
         )
         graph, parameters, rest = nnx.split(ready_nnx(SMALL, state, None), nnx.Param, ...)
-        check_grads(lambda params, inputs: nnx.merge(graph, params, rest)(inputs), (parameters, inputs), 2)
+        check_grads(
+            lambda params, inputs: nnx.merge(graph, params, rest)(inputs), (parameters, inputs), 2
+        )

@@ -53,7 +53,9 @@ def test_shards_never_replace_what_is_not_theirs(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds lora.safetensors; it was left alone"):
         convert_checkpoint(away, tmp_path / "shards", shard_bytes=100)
     convert_checkpoint(tmp_path / "shards", tmp_path / "shards" / "merged.safetensors")
-    assert torch.equal(compare.read_checkpoint(tmp_path / "shards" / "merged.safetensors")["x"], torch.ones(99))
+    assert torch.equal(
+        compare.read_checkpoint(tmp_path / "shards" / "merged.safetensors")["x"], torch.ones(99)
+    )
 
 
 def test_a_file_is_not_converted_into_itself(tmp_path: Path) -> None:
@@ -76,7 +78,10 @@ def test_two_entries_do_not_become_one() -> None:
     with pytest.raises(ConversionError, match=r"\*: renames to x, with another number of \*"):
         compare.match(source, One(), rename={"*": "x"})
     with pytest.raises(ConversionError, match="would become x/kernel"):
-        compare.match({"x.weight": torch.ones(3, 3), "x.kernel": torch.ones(3, 3), "x.bias": torch.ones(3)}, One())
+        compare.match(
+            {"x.weight": torch.ones(3, 3), "x.kernel": torch.ones(3, 3), "x.bias": torch.ones(3)},
+            One(),
+        )
     with pytest.raises(ValueError, match="this mapping has params/x twice"):
         Mapping((Row("a", ("params", "x")), Row("b", ("params", "x"))))
 
@@ -88,7 +93,9 @@ def test_names_that_a_format_would_lose(tmp_path: Path) -> None:
     with open_checkpoint(path) as stored:
         assert list(stored.specs) == [("params", "x")]
     with pytest.raises(CheckpointError, match="rename one"):
-        compare.save_checkpoint(tmp_path / "s.msgpack", {"params": {"__msgpack_chunked_array__": {"k": jnp.ones(2)}}})
+        compare.save_checkpoint(
+            tmp_path / "s.msgpack", {"params": {"__msgpack_chunked_array__": {"k": jnp.ones(2)}}}
+        )
     w = torch.ones(2)
     tied = compare.save_checkpoint(tmp_path / "tied.safetensors", {"w": w, KEY: w, "format": w})
     assert compare.read_checkpoint(tied).keys() == {"w", KEY, "format"}
@@ -104,7 +111,9 @@ def test_the_number_of_heads_is_part_of_the_shape(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="in_proj_weight: has 2 heads in torch and 3 in Flax"):
         compare.match(source, three)
     path = compare.save_checkpoint(tmp_path / "s.pth", source, mapping=compare.match(source, two))
-    with pytest.raises(CheckpointError, match=r"the mapping is for \(6, 2, 3\) in Flax; this is \(6, 3, 2\)"):
+    with pytest.raises(
+        CheckpointError, match=r"the mapping is for \(6, 2, 3\) in Flax; this is \(6, 3, 2\)"
+    ):
         compare.load_checkpoint(path, three)
     with pytest.raises(ConversionError, match="add_zero_attn=True has no counterpart"):
         compare.match(torch.nn.MultiheadAttention(6, 2, add_zero_attn=True), two)
@@ -115,13 +124,18 @@ class Conv1D(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight, self.bias = torch.nn.Parameter(torch.randn(3, 3)), torch.nn.Parameter(torch.zeros(3))
+        self.weight, self.bias = (
+            torch.nn.Parameter(torch.randn(3, 3)),
+            torch.nn.Parameter(torch.zeros(3)),
+        )
 
 
 @pytest.mark.parametrize("layer", [Conv1D(), torch.nn.Embedding(3, 3)], ids=["own", "embedding"])
 def test_a_layer_that_does_not_say_how_its_square_lies(layer: torch.nn.Module) -> None:
     source = torch.nn.ModuleDict({"x": layer})
-    with pytest.raises(ConversionError, match=rf'the {type(layer).__name__} in torch does not say .*"x.weight"'):
+    with pytest.raises(
+        ConversionError, match=rf'the {type(layer).__name__} in torch does not say .*"x.weight"'
+    ):
         compare.match(source, One())
     if isinstance(layer, Conv1D):
         table = compare.match(source, One(), layouts={"x.weight": "same"})
@@ -153,7 +167,9 @@ def test_entries_in_overlapping_memory_must_agree(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="lies in the same memory as another entry"):
         compare.load_checkpoint(path, module)
     assert torch.equal(module.enc.weight, before)
-    fitting = compare.save_checkpoint(tmp_path / "t.pth", {"enc.weight": w, "dec.weight": w.t().clone()})
+    fitting = compare.save_checkpoint(
+        tmp_path / "t.pth", {"enc.weight": w, "dec.weight": w.t().clone()}
+    )
     assert torch.equal(compare.load_checkpoint(fitting, module).dec.weight, w.t())
 
 
@@ -186,7 +202,9 @@ def test_trained_in_the_file_and_not_in_the_module(tmp_path: Path) -> None:
     path = compare.save_checkpoint(tmp_path / "s.pth", module)
     other = torch.nn.Module()
     other.w = torch.nn.Parameter(torch.zeros(2))
-    with pytest.raises(CheckpointError, match="w: is a buffer in the file and a parameter in the module"):
+    with pytest.raises(
+        CheckpointError, match="w: is a buffer in the file and a parameter in the module"
+    ):
         compare.load_checkpoint(path, other)
 
     class Trained(nnx.Module):
@@ -279,7 +297,10 @@ def test_an_nnx_state_as_orbax_has_it(tmp_path: Path) -> None:
     [
         (lambda found: found["tensors"][0].update(path=[0]), "a torch name that is none"),
         (lambda found: found["tensors"][0].update(path=["a", "b"]), "a torch name that is none"),
-        (lambda found: found["mapping"].update(left=[["x", "zero:0/0", None]]), "is left with the policy"),
+        (
+            lambda found: found["mapping"].update(left=[["x", "zero:0/0", None]]),
+            "is left with the policy",
+        ),
         (lambda found: found["mapping"]["rows"][0].update(layout="flatten:-1,-3"), "needs numbers"),
         (lambda found: found["mapping"]["rows"][1].update(part=[1]), "this is no mapping"),
     ],
@@ -315,7 +336,9 @@ def test_a_mapping_with_numbers_fits_a_file_with_words(suffix: str, tmp_path: Pa
             checkpointer.save(path, nnx.state(model))
     mapping, kernel = compare.match(module, model), np.asarray(model.h[0].kernel[...])
     assert np.array_equal(compare.read_checkpoint(path, mapping=mapping)["h.0.weight"], kernel.T)
-    assert np.array_equal(compare.load_checkpoint(path, module, mapping=mapping).h[0].weight.detach(), kernel.T)
+    assert np.array_equal(
+        compare.load_checkpoint(path, module, mapping=mapping).h[0].weight.detach(), kernel.T
+    )
     convert_checkpoint(path, tmp_path / "converted.pth", mapping=mapping)
     loaded = compare.load_checkpoint(tmp_path / "converted.pth", Listed(1))
     assert np.array_equal(loaded.h[0].kernel[...], kernel)
@@ -325,11 +348,15 @@ def test_verify_pairs_what_loading_pairs(tmp_path: Path) -> None:
     """Linen beside NNX by name, torch beside Flax as `match` does, without being told."""
     model, module = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), torch.nn.Linear(2, 3)
     kernel = model.kernel[...]
-    linen = compare.save_checkpoint(tmp_path / "a.msgpack", {"params": {"kernel": kernel, "bias": model.bias[...]}})
+    linen = compare.save_checkpoint(
+        tmp_path / "a.msgpack", {"params": {"kernel": kernel, "bias": model.bias[...]}}
+    )
     paths = [linen, compare.save_checkpoint(tmp_path / "b.orbax", model)]
     torch.save(compare.load_checkpoint(linen, module).state_dict(), tmp_path / "c.pth")
     paths.append(tmp_path / "c.pth")
-    other = compare.save_checkpoint(tmp_path / "d.msgpack", {"params": {"kernel": kernel + 1, "bias": model.bias[...]}})
+    other = compare.save_checkpoint(
+        tmp_path / "d.msgpack", {"params": {"kernel": kernel + 1, "bias": model.bias[...]}}
+    )
     for path in paths:
         assert [verify_checkpoint(path, second) for second in paths] == [[], [], []]
         assert [found.what.split()[0] for found in verify_checkpoint(path, other)] == ["differs"]
@@ -359,13 +386,19 @@ def test_what_users_try_first_is_told_the_way(tmp_path: Path) -> None:
             manager.save(step, args=ocp.args.StandardSave({"params": {"x": np.ones(3)}}))
     with pytest.raises(CheckpointError, match=r"give .*manager/10/default"):
         compare.read_checkpoint(tmp_path / "manager")
-    (tmp_path / "state.msgpack").write_bytes(serialization.to_bytes({"step": 3, "params": {"x": np.ones(3)}}))
+    (tmp_path / "state.msgpack").write_bytes(
+        serialization.to_bytes({"step": 3, "params": {"x": np.ones(3)}})
+    )
     with pytest.raises(CheckpointError, match=r"step: is a int.*save the variables alone"):
         compare.read_checkpoint(tmp_path / "state.msgpack")
     torch.save({"model": {"x": torch.ones(3)}, "epoch": 3}, tmp_path / "training.pth")
     with pytest.raises(CheckpointError, match=r"model is a dict.*save the state dict alone"):
         compare.read_checkpoint(tmp_path / "training.pth")
-    with pytest.raises(CheckpointError, match=r"would be a folder of shards.*name it without suffix"):
+    with pytest.raises(
+        CheckpointError, match=r"would be a folder of shards.*name it without suffix"
+    ):
         convert_checkpoint(path, tmp_path / "new.msgpack", shard_bytes=8)
-    with pytest.raises(TypeError, match=r"mapping is a dict; expected what `compare.match` returns"):
+    with pytest.raises(
+        TypeError, match=r"mapping is a dict; expected what `compare.match` returns"
+    ):
         compare.load_checkpoint(path, torch.nn.Linear(2, 3), mapping={"a": "b"})  # type: ignore[arg-type]

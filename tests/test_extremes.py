@@ -15,7 +15,21 @@ hypothesis = pytest.importorskip("hypothesis")
 assume, given, st = hypothesis.assume, hypothesis.given, hypothesis.strategies
 
 CONFIG, TOKENS = Config(3, 5, 6, 0.1, qkv_bias=True), 4
-SUBNORMAL_TO_HUGE = (0.0, -0.0, 1e-45, -1e-40, 1e-38, 1e-10, 1.0, -3.0, 1e4, 1e10, -1e19, 1e30, -1e30)
+SUBNORMAL_TO_HUGE = (
+    0.0,
+    -0.0,
+    1e-45,
+    -1e-40,
+    1e-38,
+    1e-10,
+    1.0,
+    -3.0,
+    1e4,
+    1e10,
+    -1e19,
+    1e30,
+    -1e30,
+)
 MASK_VALUES = {
     "float32": (0.0, -0.0, 1e-45, 1.0, -2.0, np.inf, np.nan),
     "float16": (0.0, 6e-8, 2.0),
@@ -45,14 +59,20 @@ def test_finite_inputs_stay_within_the_bound(trial: Trial, dtype: str) -> None:
     with np.errstate(over="ignore"):
         rounded = trial.rounded(dtype)
     state = rounded.state
-    assume(np.isfinite(rounded.inputs).all() and not overflow(rounded.inputs, state, state["mask"], PRECISIONS[dtype]))
+    assume(
+        np.isfinite(rounded.inputs).all()
+        and not overflow(rounded.inputs, state, state["mask"], PRECISIONS[dtype])
+    )
     for name in IMPLEMENTATIONS:
         found = run(name, CONFIG, rounded.state, rounded.inputs)
         agreed = against_reference(found, CONFIG, rounded.state, rounded.inputs)
         assert agreed.held, (name, agreed)
 
 
-@given(trial=trials((*SUBNORMAL_TO_HUGE[:9], np.inf, -np.inf, np.nan)), dtype=st.sampled_from(["float32", "bfloat16"]))
+@given(
+    trial=trials((*SUBNORMAL_TO_HUGE[:9], np.inf, -np.inf, np.nan)),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
 def test_nan_and_inf_stand_where_the_formula_puts_them(trial: Trial, dtype: str) -> None:
     rounded = trial.rounded(dtype)
     state = rounded.state

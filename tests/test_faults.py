@@ -29,13 +29,19 @@ FORBIDDEN = ("weights_only=False", "partial_restore", "Traceback")
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("name", FAULTS)
-def test_the_fault_is_named_and_nothing_is_touched(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fault_is_named_and_nothing_is_touched(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the library that makes the file
         path = FAULTS[name].make(tmp_path)
     before = _content(tmp_path)
-    for target in (torch_module(PRIME, seed=5), linen_variables(PRIME), build_nnx(PRIME, buffer=True)):
+    for target in (
+        torch_module(PRIME, seed=5),
+        linen_variables(PRIME),
+        build_nnx(PRIME, buffer=True),
+    ):
         held = _values(target)
         with warnings.catch_warnings(), pytest.raises(CheckpointError) as caught:
             warnings.simplefilter("ignore", UnverifiedCheckpoint)
@@ -53,13 +59,18 @@ def _values(target: Any) -> dict[str, np.ndarray]:
     if isinstance(target, torch.nn.Module):
         return {key: tensor.numpy().copy() for key, tensor in target.state_dict().items()}
     leaves = (
-        jax.tree.leaves(nnx.state(target, nnx.Param)) if isinstance(target, nnx.Module) else jax.tree.leaves(target)
+        jax.tree.leaves(nnx.state(target, nnx.Param))
+        if isinstance(target, nnx.Module)
+        else jax.tree.leaves(target)
     )
     return {str(index): np.array(leaf) for index, leaf in enumerate(leaves)}
 
 
 def _content(folder: Path) -> dict[str, bytes | None]:
-    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+    return {
+        str(path): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 # Whole files, of another state than the module's.
@@ -101,7 +112,9 @@ print(json.dumps(said))
 
 def test_orbax_folders_with_broken_data(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent
+    )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     for name, fault in DATA_FAULTS.items():

@@ -79,20 +79,29 @@ def judge(outputs: np.ndarray, heads: np.ndarray, mask: np.ndarray, dtype: str =
     """Compare outputs with the exact ones, within what rounding explains, of both."""
     stages = exact_attention(*(array.astype(np.float64) for array in heads), mask)
     tiles = most_tiles(len(mask))
-    bounds = [attention_bounds(stages, (0.0, 0.0, 0.0), PRECISIONS[name], tiles=tiles) for name in (dtype, "float64")]
-    found = agreement(outputs.astype(np.float64), stages.context, bounds[0].context + bounds[1].context)
+    bounds = [
+        attention_bounds(stages, (0.0, 0.0, 0.0), PRECISIONS[name], tiles=tiles)
+        for name in (dtype, "float64")
+    ]
+    found = agreement(
+        outputs.astype(np.float64), stages.context, bounds[0].context + bounds[1].context
+    )
     assert found.held, found
 
 
 def in_torch(heads: np.ndarray, mask: np.ndarray, **more: Any) -> np.ndarray:
     queries, keys, values = map(torch.from_numpy, heads)
-    return torch_impl.masked_attention(queries, keys, values, torch.from_numpy(mask), **more).numpy()
+    return torch_impl.masked_attention(
+        queries, keys, values, torch.from_numpy(mask), **more
+    ).numpy()
 
 
 FLAX = jax.jit(partial(flax_impl.masked_attention, implementation="fused"))
 
 
-def in_flax(heads: np.ndarray, mask: np.ndarray, attend: Callable[..., jax.Array] = FLAX) -> np.ndarray:
+def in_flax(
+    heads: np.ndarray, mask: np.ndarray, attend: Callable[..., jax.Array] = FLAX
+) -> np.ndarray:
     with jax.enable_x64(heads.dtype == np.float64):
         return np.asarray(attend(*map(jnp.asarray, heads), jnp.asarray(mask)))
 
@@ -135,7 +144,9 @@ def judge_gradients(found: list[np.ndarray], heads: np.ndarray, mask: np.ndarray
         assert agreed.held, (name, agreed)
 
 
-def torch_gradients(heads: np.ndarray, mask: np.ndarray, *, twice: bool = False) -> list[np.ndarray]:
+def torch_gradients(
+    heads: np.ndarray, mask: np.ndarray, *, twice: bool = False
+) -> list[np.ndarray]:
     leaves = [torch.tensor(array, requires_grad=True) for array in heads[:3]]
     outputs = torch_impl.masked_attention(*leaves, torch.from_numpy(mask), implementation="fused")
     found = torch.autograd.grad(outputs, leaves, torch.from_numpy(heads[3]), create_graph=twice)
@@ -148,7 +159,9 @@ def flax_gradient(attend: Callable[..., jax.Array], heads: jax.Array, mask: jax.
     return jax.vjp(lambda *three: attend(*three, mask), *heads[:3])[1](heads[3])
 
 
-FLAX_GRADIENT = jax.jit(partial(flax_gradient, partial(flax_impl.masked_attention, implementation="fused")))
+FLAX_GRADIENT = jax.jit(
+    partial(flax_gradient, partial(flax_impl.masked_attention, implementation="fused"))
+)
 
 
 @settings(max_examples=30)
@@ -162,7 +175,9 @@ def test_torch_gradients_under_any_mask(mask: np.ndarray) -> None:
 @given(drawn_masks(FLAX_TOKENS))
 def test_flax_gradients_under_any_mask(mask: np.ndarray) -> None:
     with jax.enable_x64(True):
-        found = [np.asarray(array) for array in FLAX_GRADIENT(jnp.asarray(HEADS), jnp.asarray(mask))]
+        found = [
+            np.asarray(array) for array in FLAX_GRADIENT(jnp.asarray(HEADS), jnp.asarray(mask))
+        ]
     judge_gradients(found, HEADS, mask)
 
 
@@ -190,7 +205,9 @@ def test_a_mask_that_does_not_cover_the_tokens(implementation: Any) -> None:
             (torch_impl.masked_attention, list(map(torch.from_numpy, (*heads, mask.copy())))),
             (flax_impl.masked_attention, list(map(jnp.asarray, (*heads, mask)))),
         ):
-            with pytest.raises(ValueError, match=r"mask has shape .*; 530 tokens need at least \(530, 530\)"):
+            with pytest.raises(
+                ValueError, match=r"mask has shape .*; 530 tokens need at least \(530, 530\)"
+            ):
                 attend(*arguments, implementation=implementation)
 
 
@@ -200,7 +217,9 @@ def test_lower_precision(name: str, dtype: str) -> None:
     mask = masks()[name][:FLAX_TOKENS, :FLAX_TOKENS].copy()
     rounded = HEADS[:3].astype(numpy_dtype(dtype))
     queries, keys, values = (numpy_to_tensor(array) for array in rounded)
-    found = torch_impl.masked_attention(queries, keys, values, torch.from_numpy(mask), implementation="fused")
+    found = torch_impl.masked_attention(
+        queries, keys, values, torch.from_numpy(mask), implementation="fused"
+    )
     judge(tensor_to_numpy(found), rounded, mask, dtype)
     judge(np.asarray(FLAX(*map(jnp.asarray, rounded), jnp.asarray(mask))), rounded, mask, dtype)
 
@@ -213,7 +232,9 @@ def test_torch_second_derivatives(name: str) -> None:
     first = torch.autograd.grad(outputs, leaves, torch.from_numpy(heads[3]), create_graph=True)
     expected = torch.autograd.grad(sum((gradient**2).sum() for gradient in first), leaves)
     for found, wanted in zip(torch_gradients(heads, mask, twice=True), expected, strict=True):
-        assert np.array_equal(found, wanted.numpy()), "the reference's second derivative, to the bit"
+        assert np.array_equal(found, wanted.numpy()), (
+            "the reference's second derivative, to the bit"
+        )
 
 
 def test_flax_second_derivatives() -> None:
@@ -265,19 +286,32 @@ print(json.dumps([len(jax.devices()), *(bool((one == other).all()) for one, othe
 
 
 def test_flax_sharded_over_devices() -> None:
-    environment = child_environment({"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"})
-    done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, timeout=200)
+    environment = child_environment(
+        {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [2, True, True, True]
 
 
-def test_half_precision_asks_cudnn_only_if_the_mask_is_causal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision_asks_cudnn_only_if_the_mask_is_causal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
     heads = jnp.asarray(HEADS[:3].astype(ml_dtypes.bfloat16))
-    calls = [jax.export.DisabledSafetyCheck.custom_call(f"__cudnn$fmhaSoftmax{name}") for name in ("", "Backward")]
+    calls = [
+        jax.export.DisabledSafetyCheck.custom_call(f"__cudnn$fmhaSoftmax{name}")
+        for name in ("", "Backward")
+    ]
 
     def gradient(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> Any:
         attend = partial(flax_impl.masked_attention, mask=mask, implementation="fused")
@@ -286,7 +320,9 @@ def test_half_precision_asks_cudnn_only_if_the_mask_is_causal(monkeypatch: pytes
         )
 
     mask = jnp.asarray(masks()["edited"])
-    program = jax.export.export(jax.jit(gradient), platforms=["cuda"], disabled_checks=calls)(*heads, mask)
+    program = jax.export.export(jax.jit(gradient), platforms=["cuda"], disabled_checks=calls)(
+        *heads, mask
+    )
     text = program.mlir_module()
     assert "fmhaSoftmaxBackward" in text
     assert "stablehlo.case" in text, "the mask decides when the program runs"
@@ -305,7 +341,12 @@ def test_is_causal_looks_at_every_entry() -> None:
     assert not asked(causal.at[3, 699].set(0.0), 700)
 
 
-NOT_FINITE = [(which, at, value) for which in range(3) for at in (0, 140, 299) for value in (np.nan, np.inf, -np.inf)]
+NOT_FINITE = [
+    (which, at, value)
+    for which in range(3)
+    for at in (0, 140, 299)
+    for value in (np.nan, np.inf, -np.inf)
+]
 
 
 @pytest.mark.parametrize("which, at, value", NOT_FINITE)
@@ -319,7 +360,9 @@ def test_what_is_not_finite(which: int, at: int, value: float) -> None:
         seen = np.ones(TORCH_TOKENS, bool) if which == 0 else mask[:, at] == 0
         for found in (in_torch(heads, mask, implementation="fused")[0], in_flax(heads, mask)[0]):
             assert np.array_equal(np.isfinite(found[seen]), np.isfinite(formula[seen]))
-            assert not (np.isfinite(formula) & ~np.isfinite(found)).any(), "a row is lost that the formula has"
+            assert not (np.isfinite(formula) & ~np.isfinite(found)).any(), (
+                "a row is lost that the formula has"
+            )
 
 
 def test_scores_that_overflow_are_the_formulas() -> None:
@@ -363,8 +406,12 @@ def edits() -> dict[str, Callable[[torch.nn.Module], Any]]:
         "other .data": other_data,
         "NumPy": through_numpy,
         "copy_": lambda module: module.mask.copy_(window),
-        "load_state_dict": lambda module: module.load_state_dict({**module.state_dict(), "mask": window}),
-        "assigned": lambda module: module.load_state_dict({**module.state_dict(), "mask": window}, assign=True),
+        "load_state_dict": lambda module: module.load_state_dict(
+            {**module.state_dict(), "mask": window}
+        ),
+        "assigned": lambda module: module.load_state_dict(
+            {**module.state_dict(), "mask": window}, assign=True
+        ),
         ".to()": to_another_and_back,
         "another dtype": to_bool,
     }
@@ -431,7 +478,9 @@ def test_torch_transforms_are_not_fooled() -> None:
     with torch.no_grad():
         module(inputs)
         called = [torch.func.functional_call(module, {"mask": mask}, (inputs,)) for mask in two]
-        mapped = torch.vmap(lambda mask: torch.func.functional_call(module, {"mask": mask}, (inputs,)))(two)
+        mapped = torch.vmap(
+            lambda mask: torch.func.functional_call(module, {"mask": mask}, (inputs,))
+        )(two)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its age, and of Python's `if` on shapes
             traced: Any = torch.jit.trace(module, (inputs,), check_trace=False)
@@ -439,8 +488,9 @@ def test_torch_transforms_are_not_fooled() -> None:
         for mask, one, other in zip(two, called, mapped, strict=True):
             formula = torch.func.functional_call(
                 torch_impl.CausalAttentionWithBuffer(8, 8, 640, 0.0, implementation="reference"),
-                {**module.state_dict(), "mask": mask}, (inputs,),
-            )  # fmt: skip
+                {**module.state_dict(), "mask": mask},
+                (inputs,),
+            )
             judge_same(one, formula)
             judge_same(other, formula)
         judge_same(traced(inputs), called[1])
@@ -454,7 +504,9 @@ def test_torch_compiled_obeys_an_edit() -> None:
     module = torch_impl.CausalAttentionWithBuffer(8, 8, 640, 0.0, implementation="fused")
     inputs = torch.randn(1, TORCH_TOKENS, 8)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
+        warnings.filterwarnings(
+            "ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning
+        )
         compiled_module = torch.compile(module, fullgraph=True)
         judge_same(compiled_module(inputs), module(inputs))
         module.mask[200:, 100] = 1.0
@@ -467,21 +519,31 @@ def test_dropout_takes_the_formula() -> None:
     drawn = []
     for implementation in ("reference", "fused", "auto"):
         torch.manual_seed(3)
-        drawn.append(torch_impl.masked_attention(*heads, mask, torch.nn.Dropout(0.3), implementation))
+        drawn.append(
+            torch_impl.masked_attention(*heads, mask, torch.nn.Dropout(0.3), implementation)
+        )
     assert all(torch.equal(one, drawn[0]) for one in drawn)
     module = torch_impl.CausalAttentionWithBuffer(8, 8, 640, 0.3, implementation="fused")
     seen: list[torch.Size] = []
-    module.dropout.register_forward_hook(lambda _module, _inputs, weights: seen.append(weights.shape))
+    module.dropout.register_forward_hook(
+        lambda _module, _inputs, weights: seen.append(weights.shape)
+    )
     module.eval()(torch.randn(1, TORCH_TOKENS, 8))
     assert seen == [(1, TORCH_TOKENS, TORCH_TOKENS)], "a hook sees the weights"
 
 
-@pytest.mark.parametrize("make", [
-    torch_impl.CausalMultiHeadAttention, flax_impl.CausalMultiHeadAttention,
-    partial(flax_impl.nnx.CausalMultiHeadAttention, rngs=nnx.Rngs(0)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch_impl.CausalMultiHeadAttention,
+        flax_impl.CausalMultiHeadAttention,
+        partial(flax_impl.nnx.CausalMultiHeadAttention, rngs=nnx.Rngs(0)),
+    ],
+)
 def test_what_a_module_refuses(make: Any) -> None:
-    with pytest.raises(ValueError, match="output_embedding_dim=10 cannot be divided into num_heads=4"):
+    with pytest.raises(
+        ValueError, match="output_embedding_dim=10 cannot be divided into num_heads=4"
+    ):
         make(8, 10, 16, 0.1, 4)
     with pytest.raises(ValueError, match="num_heads=0"):
         make(8, 10, 16, 0.1, 0)
@@ -494,7 +556,9 @@ def test_what_a_module_refuses(make: Any) -> None:
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".msgpack", ".orbax"])
 def test_heads_through_every_format(suffix: str, tmp_path: Path) -> None:
     config = Config(8, 8, 12, 0.0, qkv_bias=True, num_heads=2)
-    trial = draw(config, 12, np.random.default_rng(3)).masked("edited", np.eye(12, k=3, dtype=np.float32) * -2.0)
+    trial = draw(config, 12, np.random.default_rng(3)).masked(
+        "edited", np.eye(12, k=3, dtype=np.float32) * -2.0
+    )
     trial = trial.rounded("float32")
     path = save_checkpoint(tmp_path / f"heads{suffix}", torch_state(trial.state))
     module = build_torch(config, buffer=True)
@@ -504,15 +568,19 @@ def test_heads_through_every_format(suffix: str, tmp_path: Path) -> None:
     load_checkpoint(path, model)
     for back in (module.state_dict(), linen_to_torch(variables), nnx_to_torch(model)):
         assert set(back) == set(trial.state)
-        assert all(same_bits(tensor_to_numpy(back[name]), array) for name, array in trial.state.items())
+        assert all(
+            same_bits(tensor_to_numpy(back[name]), array) for name, array in trial.state.items()
+        )
 
 
 def test_heads_are_matched_by_name() -> None:
     config = Config(8, 8, 12, 0.0, qkv_bias=True, num_heads=2)
-    table = compare.match(build_torch(config, buffer=True).state_dict(), linen_template(config, buffer=True))
+    table = compare.match(
+        build_torch(config, buffer=True).state_dict(), linen_template(config, buffer=True)
+    )
     assert {row.torch_key: row.path for row in table.rows} == {
         row.torch_key: row.linen_path for row in ROWS
-    }  # fmt: skip
+    }
 
 
 def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -520,12 +588,25 @@ def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(attention, "MEMORY_OF", ("torch ours",))
     monkeypatch.setattr(attention, "SAMPLE", 1e-4)
     picture = tmp_path / "bench.png"
-    found = [section for section in attention.sections(True, 1, plot=picture) if not isinstance(section, str)]
+    found = [
+        section
+        for section in attention.sections(True, 1, plot=picture)
+        if not isinstance(section, str)
+    ]
     assert [section.title.split(",")[0] for section in found[:2]] == ["causal", "causal"]
     (table, _, _, _, _, _, errors, curves) = found[0].blocks
     names = [row[0] for row in table.rows]
-    assert {"torch formula", "torch SDPA is_causal", "torch ours", "JAX formula", "jax.nn", "Flax ours"} <= set(names)
-    assert all(0.0 < float(value) <= 1.0 for row in errors.rows for value in row[1:]), "every one is within the bound"
+    assert {
+        "torch formula",
+        "torch SDPA is_causal",
+        "torch ours",
+        "JAX formula",
+        "jax.nn",
+        "Flax ours",
+    } <= set(names)
+    assert all(0.0 < float(value) <= 1.0 for row in errors.rows for value in row[1:]), (
+        "every one is within the bound"
+    )
     assert [name.split(", ")[0] for name in curves.series] == names
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "bench-backward.png").is_file()

@@ -30,9 +30,14 @@ def test_every_printed_row_fits_exactly_one_pattern_of_dropout(
 
 def test_the_three_find_the_same_patterns_and_dropout_was_active() -> None:
     state, printed = initial_states()[0], np.array(CELLS["10"][1])
-    dropped = {name: [match.dropped for match in match_rows(name, state, printed)] for name in IMPLEMENTATIONS}
+    dropped = {
+        name: [match.dropped for match in match_rows(name, state, printed)]
+        for name in IMPLEMENTATIONS
+    }
     assert dropped["torch"] == dropped["linen"] == dropped["nnx"]
-    assert dropped["torch"][:6] != dropped["torch"][6:], "the same input twice, so a difference is dropout"
+    assert dropped["torch"][:6] != dropped["torch"][6:], (
+        "the same input twice, so a difference is dropout"
+    )
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -45,7 +50,10 @@ def test_a_printed_digit_off_by_two_fits_nothing(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("index", "printed"),
-    [(0, figures()["without_buffer"]["state_dict_cell_17"]), (1, figures()["with_buffer"]["state_dict_cell_18"])],
+    [
+        (0, figures()["without_buffer"]["state_dict_cell_17"]),
+        (1, figures()["with_buffer"]["state_dict_cell_18"]),
+    ],
     ids=["17", "18"],
 )
 def test_printed_state_dicts(index: int, printed: dict) -> None:
@@ -61,7 +69,9 @@ def test_printed_state_dicts(index: int, printed: dict) -> None:
             kernels = variables["params"][name]["kernel"], getattr(model, name).kernel[...]
             held = [state[key], *(kernel.T for kernel in kernels)]
         for found in held:
-            assert np.abs(np.asarray(found, dtype=np.float64) - np.array(rows)).max() <= PRINT_ROUNDING
+            assert (
+                np.abs(np.asarray(found, dtype=np.float64) - np.array(rows)).max() <= PRINT_ROUNDING
+            )
 
 
 def test_the_callers_generator_is_left_alone() -> None:
@@ -77,7 +87,9 @@ def test_the_story_holds_and_says_how_rows_are_matched() -> None:
     checks = [check for section in sections for check in section.checks]
     assert [check for check in checks if check.held is False] == []
     assert [check.count for check in checks if check.name == "all output rows"] == ["36/36"] * 3
-    assert {check.name for check in checks if check.held is None} <= {"cell 6: mask left on the CPU"}
+    assert {check.name for check in checks if check.held is None} <= {
+        "cell 6: mask left on the CPU"
+    }
     text = " ".join(block for block in sections[0].blocks if isinstance(block, str))
     assert "Dropout was active" in text
     assert "every pattern of dropped attention weights" in text

@@ -30,15 +30,25 @@ def test_the_contracts_hold() -> None:
     [
         ("compare/conversion/tensors.py", "from .. import checkpoint", "compare has floors"),
         ("compare/report/model.py", "from ..runners import run", "compare has floors"),
-        ("compare/files.py", "def late() -> None:\n    from .commands import jobs", "compare has floors"),
+        (
+            "compare/files.py",
+            "def late() -> None:\n    from .commands import jobs",
+            "compare has floors",
+        ),
         ("compare/proof/agreement.py", "import torch", "the proof needs no framework"),
         ("torch_impl/attention.py", "import jax", "torch_impl stands alone"),
         ("flax_impl/attention.py", "import torch_impl", "flax_impl stands alone"),
     ],
 )
-def test_an_import_against_them_is_seen(module: str, line: str, contract: str, tmp_path: Path) -> None:
+def test_an_import_against_them_is_seen(
+    module: str, line: str, contract: str, tmp_path: Path
+) -> None:
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("records", "__pycache__"))
+        shutil.copytree(
+            ROOT / package,
+            tmp_path / package,
+            ignore=shutil.ignore_patterns("records", "__pycache__"),
+        )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     with (tmp_path / module).open("a") as stream:
         stream.write(f"\n{line}\n")
@@ -50,7 +60,11 @@ def test_an_import_against_them_is_seen(module: str, line: str, contract: str, t
 def test_a_new_room_needs_a_floor(tmp_path: Path) -> None:
     """A package of `compare` that no layer names breaks the contract."""
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("records", "__pycache__"))
+        shutil.copytree(
+            ROOT / package,
+            tmp_path / package,
+            ignore=shutil.ignore_patterns("records", "__pycache__"),
+        )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "compare/attic.py").write_text("")
     assert "attic" in lint(tmp_path).stdout

@@ -40,7 +40,9 @@ MAIN = HELP.replace(', "--help"', "")
 
 def python(script: str, blocked: set[str]) -> subprocess.CompletedProcess[str]:
     source = f"BLOCKED = {blocked!r}\n{BLOCK}\n{script}"
-    return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,10 +73,13 @@ def test_help_needs_no_framework() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["inspect", "no.pth"], ["convert", "no.pth", "a.msgpack"], ["verify", "no.pth", "b"]]
+    "arguments",
+    [["inspect", "no.pth"], ["convert", "no.pth", "a.msgpack"], ["verify", "no.pth", "b"]],
 )
 def test_a_missing_file_is_named_before_a_framework_is_imported(arguments: list[str]) -> None:
-    done = python(HELP.replace('"--help"', ", ".join(map(repr, arguments))), {"torch", "jax", "flax", "numpy"})
+    done = python(
+        HELP.replace('"--help"', ", ".join(map(repr, arguments))), {"torch", "jax", "flax", "numpy"}
+    )
     assert done.returncode == 2
     assert "no.pth: no such file or folder" in " ".join(done.stderr.replace("│", " ").split())
 

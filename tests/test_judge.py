@@ -19,7 +19,12 @@ from compare.runners.run import run
 from .support import normal, numpy_state_of
 
 hypothesis = pytest.importorskip("hypothesis")
-assume, given, settings, st = hypothesis.assume, hypothesis.given, hypothesis.settings, hypothesis.strategies
+assume, given, settings, st = (
+    hypothesis.assume,
+    hypothesis.given,
+    hypothesis.settings,
+    hypothesis.strategies,
+)
 
 ONES = np.ones((2, 3))
 
@@ -48,7 +53,14 @@ def changed(value: float) -> np.ndarray:
         (np.array([3.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0]), 0.5),
     ],
     ids=[
-        *("nan found", "nan expected", "nan under an infinite limit", "all nan", "inf found", "inf of the other sign"),
+        *(
+            "nan found",
+            "nan expected",
+            "nan under an infinite limit",
+            "all nan",
+            "inf found",
+            "inf of the other sign",
+        ),
         *(
             "an ulp against a limit of 0",
             "twice the limit",
@@ -102,22 +114,35 @@ def test_nothing_compared_is_an_error() -> None:
 def test_the_reference_is_the_formula_to_50_digits(leading: tuple[int, ...]) -> None:
     """The sums written out in mpmath, one weight at a time, with and without dropout."""
     tokens, head_dim, rate = 3, 5, 0.25
-    queries, keys, values = (normal(*leading, tokens, head_dim, seed=seed).astype(np.float64) for seed in range(3))
+    queries, keys, values = (
+        normal(*leading, tokens, head_dim, seed=seed).astype(np.float64) for seed in range(3)
+    )
     mask = np.array([[0, 1, 0, 1], [0, 0, 2, 1], [0, 0, 0, 1], [0, 0, 0, 0]], dtype=np.float32)
     keep = np.random.default_rng(4).random((*leading, tokens, tokens)) >= rate
     for kept, dropped in ((None, 0.0), (keep, rate)):
         found = masked_attention(queries, keys, values, mask, kept, dropped).context
         assert found.shape == values.shape
         for index in np.ndindex(*leading, tokens):
-            expected = _row(queries[index], keys[index[:-1]], values[index[:-1]], mask[index[-1]],
-                            np.ones(tokens, bool) if kept is None else kept[index], dropped)  # fmt: skip
-            # float64 sums of at most 5 terms, then an exp, a quotient and 3 terms more: under 64 roundings
-            # of entries that stay below 8.
+            expected = _row(
+                queries[index],
+                keys[index[:-1]],
+                values[index[:-1]],
+                mask[index[-1]],
+                np.ones(tokens, bool) if kept is None else kept[index],
+                dropped,
+            )
+            # float64 sums of at most 5 terms, then an exp, a quotient and 3 terms more: under 64
+            # roundings of entries that stay below 8.
             assert np.abs(found[index] - expected).max() <= 64 * 2.0**-53 * 8
 
 
 def _row(
-    query: np.ndarray, keys: np.ndarray, values: np.ndarray, blocked: np.ndarray, keep: np.ndarray, rate: float
+    query: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    blocked: np.ndarray,
+    keep: np.ndarray,
+    rate: float,
 ) -> np.ndarray:
     """One row of attention in 50 digits, rounded to float64 at the end."""
     with mpmath.workdps(50):
@@ -125,12 +150,16 @@ def _row(
         dots = {j: mpmath.fdot(map(mpmath.mpf, query), map(mpmath.mpf, keys[j])) for j in opened}
         raised = {j: mpmath.exp(dots[j] / mpmath.sqrt(len(query))) for j in opened}
         total = mpmath.fsum(raised.values()) * (1 - mpmath.mpf(rate))
-        mixed = [mpmath.fsum(raised[j] * mpmath.mpf(values[j, e]) for j in opened if keep[j]) / total
-                 for e in range(values.shape[1])]  # fmt: skip
+        mixed = [
+            mpmath.fsum(raised[j] * mpmath.mpf(values[j, e]) for j in opened if keep[j]) / total
+            for e in range(values.shape[1])
+        ]
         return np.array([float(entry) for entry in mixed])
 
 
-@settings(max_examples=30)  # sizes are drawn, so that each is compiled anew; `python -m compare bound` draws thousands
+@settings(
+    max_examples=30
+)  # sizes are drawn, so that each is compiled anew; `python -m compare bound` draws thousands
 @given(
     sizes=st.tuples(*(st.integers(1, 17) for _ in range(3))),
     batch=st.integers(1, 3),
@@ -142,7 +171,14 @@ def _row(
     seed=st.integers(0, 2**16),
 )
 def test_no_implementation_exceeds_the_bound(
-    sizes: tuple[int, int, int], batch: int, slack: int, bias: bool, scale: float, opened: float, dtype: str, seed: int
+    sizes: tuple[int, int, int],
+    batch: int,
+    slack: int,
+    bias: bool,
+    scale: float,
+    opened: float,
+    dtype: str,
+    seed: int,
 ) -> None:
     embed, head, tokens = sizes
     config = Config(embed, head, tokens + slack, 0.1, bias)
@@ -187,7 +223,9 @@ def test_exp_is_as_accurate_as_the_bound_assumes(device: str) -> None:
             assert float((np.abs(found - exact) / ulp).max()) <= EXP_ULPS
 
 
-def test_the_campaign_counts_every_case_and_sees_a_bound_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_campaign_counts_every_case_and_sees_a_bound_that_is_too_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     *_, section = bound.sections(cases=12, seed=3)
     assert [row[1] for row in section.blocks[1].rows] == [3, 3, 3, 3]
     assert len(section.checks) == 12

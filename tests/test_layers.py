@@ -30,13 +30,19 @@ U32, U64 = np.finfo(np.float32).eps / 2, np.finfo(np.float64).eps / 2
 @pytest.fixture(autouse=True)
 def _x64() -> Any:
     torch.set_default_dtype(torch.float64)
-    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+    with (
+        jax.enable_x64(True),
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+    ):
         yield
     torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("flavor", ["linen", "nnx"])
-@pytest.mark.parametrize(("name", "seed"), [*((name, 0) for name in LAYERS), ("linear", 1), ("conv2d", 1), ("gru", 1)])
+@pytest.mark.parametrize(
+    ("name", "seed"), [*((name, 0) for name in LAYERS), ("linear", 1), ("conv2d", 1), ("gru", 1)]
+)
 def test_outputs_and_gradients_agree(name: str, flavor: str, seed: int) -> None:
     random = np.random.default_rng(seed)
     case = _drawn(name, random)
@@ -64,8 +70,10 @@ def _drawn(name: str, random: np.random.Generator) -> Case:
 
 
 def _tensors(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
-    return [torch.from_numpy(array).to(dtype) if array.dtype.kind == "f" else torch.from_numpy(array)
-            for array in case.inputs]  # fmt: skip
+    return [
+        torch.from_numpy(array).to(dtype) if array.dtype.kind == "f" else torch.from_numpy(array)
+        for array in case.inputs
+    ]
 
 
 def _outputs(case: Case, dtype: torch.dtype = torch.float64) -> np.ndarray:
@@ -78,8 +86,8 @@ def _outputs(case: Case, dtype: torch.dtype = torch.float64) -> np.ndarray:
 def _limit(case: Case) -> float:
     """What float64 rounding may do: torch's own error in float32, scaled to float64, LAPACK's threshold times.
 
-    The error in float32 includes that of rounding the weights, so it sees the conditioning too. It is never
-    taken below one rounding of the largest output.
+    The error in float32 includes that of rounding the weights, so it sees the conditioning too. It
+    is never taken below one rounding of the largest output.
     """
     exact = _outputs(case)
     saved = {key: tensor.clone() for key, tensor in case.torch.state_dict().items()}
@@ -123,7 +131,11 @@ def _nnx(case: Case, cotangent: np.ndarray) -> tuple[Table, np.ndarray, dict]:
     model = compare.torch_to_nnx(case.torch, case.nnx, mapping=mapping)
     outputs = case.call_nnx(model, *inputs)
     gradients = nnx.grad(lambda model: (case.call_nnx(model, *inputs) * cotangent).sum())(model)
-    return mapping, np.asarray(outputs), {path: leaf.get_value() for path, leaf in nnx.to_flat_state(gradients)}
+    return (
+        mapping,
+        np.asarray(outputs),
+        {path: leaf.get_value() for path, leaf in nnx.to_flat_state(gradients)},
+    )
 
 
 def _torch_gradients(
@@ -146,10 +158,19 @@ def _flax_gradients(
 ) -> dict[Any, np.ndarray]:
     module = case.torch.to(dtype)
     module.zero_grad()
-    (case.call_torch(module, *_tensors(case, dtype)) * torch.from_numpy(cotangent).to(dtype)).sum().backward()
-    tensors = {name: parameter.grad.double() for name, parameter in module.named_parameters(remove_duplicate=False)}
-    single = tuple(replace(row, plus=None) for row in mapping.rows)  # the gradient of a sum is that of each term
-    arrays, mismatch = flax_from_torch(tensors, gradients, Table(single, flax=mapping.flax), copy=True)
+    (
+        case.call_torch(module, *_tensors(case, dtype)) * torch.from_numpy(cotangent).to(dtype)
+    ).sum().backward()
+    tensors = {
+        name: parameter.grad.double()
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+    }
+    single = tuple(
+        replace(row, plus=None) for row in mapping.rows
+    )  # the gradient of a sum is that of each term
+    arrays, mismatch = flax_from_torch(
+        tensors, gradients, Table(single, flax=mapping.flax), copy=True
+    )
     assert not (mismatch.missing or mismatch.misshaped or mismatch.refused), mismatch
     return {path: np.asarray(array) for path, array in arrays.items()}
 
@@ -157,8 +178,12 @@ def _flax_gradients(
 def _assert_the_way_back(case: Case, mapping: Table, flavor: str) -> None:
     """Back in a fresh torch module the outputs are the same: every bit but where two biases were added."""
     if flavor == "linen":
-        template = jax.eval_shape(lambda: _init(case, [jnp.asarray(array) for array in case.inputs]))
-        state = compare.linen_to_torch(compare.torch_to_linen(case.torch, template, mapping=mapping), mapping=mapping)
+        template = jax.eval_shape(
+            lambda: _init(case, [jnp.asarray(array) for array in case.inputs])
+        )
+        state = compare.linen_to_torch(
+            compare.torch_to_linen(case.torch, template, mapping=mapping), mapping=mapping
+        )
     else:
         state = compare.nnx_to_torch(case.nnx, mapping=mapping)
     added = {row.plus for row in mapping.rows} | {row.torch_key for row in mapping.rows if row.plus}
@@ -173,7 +198,9 @@ def test_momentum_is_the_other_share_and_the_variance_is_another() -> None:
     """torch's momentum 0.1 is Flax's 0.9; torch keeps the unbiased variance, Flax the biased."""
     inputs = np.random.default_rng(0).standard_normal((7, 3))
     norm = torch.nn.BatchNorm1d(3, momentum=0.1)
-    flax = nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=1e-5, param_dtype=jnp.float64)
+    flax = nn.BatchNorm(
+        use_running_average=False, momentum=0.9, epsilon=1e-5, param_dtype=jnp.float64
+    )
     variables = compare.torch_to_linen(norm, jax.eval_shape(flax.init, jax.random.key(0), inputs))
     _, updated = flax.apply(variables, inputs, mutable=["batch_stats"])
     norm(torch.from_numpy(inputs))
@@ -193,15 +220,23 @@ def test_momentum_is_the_other_share_and_the_variance_is_another() -> None:
         (torch.nn.LSTM(2, 3), "0: LSTM has no counterpart in Flax: use nn.LSTMCell"),
         (torch.nn.EmbeddingBag(2, 3), "0: EmbeddingBag has no counterpart in Flax"),
         (torch.nn.RNNCell(2, 3), "0: RNNCell has no counterpart in Flax: replace it"),
-        (torch.nn.InstanceNorm2d(3, affine=True, track_running_stats=True), "track_running_stats=True"),
+        (
+            torch.nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
+            "track_running_stats=True",
+        ),
         (torch.nn.ConvTranspose1d(4, 4, 3, groups=2), "groups=2 has no counterpart"),
         (torch.nn.PReLU(3), "3 slopes has no counterpart"),
         (torch.nn.Embedding(3, 4, max_norm=1.0), "max_norm changes its weight when called"),
-        (torch.nn.MultiheadAttention(4, 2, add_bias_kv=True), "add_bias_kv=True has no counterpart"),
+        (
+            torch.nn.MultiheadAttention(4, 2, add_bias_kv=True),
+            "add_bias_kv=True has no counterpart",
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else "",
 )
-def test_layers_without_a_counterpart_are_refused_by_name(layer: torch.nn.Module, message: str) -> None:
+def test_layers_without_a_counterpart_are_refused_by_name(
+    layer: torch.nn.Module, message: str
+) -> None:
     with pytest.raises(ConversionError, match=message):
         compare.match(torch.nn.Sequential(layer), {"params": {}})
 
@@ -209,14 +244,22 @@ def test_layers_without_a_counterpart_are_refused_by_name(layer: torch.nn.Module
 def test_the_hidden_bias_that_nnx_lacks_is_refused_unless_zero() -> None:
     cell, model = torch.nn.GRUCell(2, 3), nnx.GRUCell(2, 3, rngs=nnx.Rngs(0))
     mapping = compare.match(cell, model)
-    with pytest.raises(ConversionError, match="bias_hh: part 2 of 3 is not zero, and Flax adds nothing there"):
+    with pytest.raises(
+        ConversionError, match="bias_hh: part 2 of 3 is not zero, and Flax adds nothing there"
+    ):
         compare.torch_to_nnx(cell, model, mapping=mapping)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_layout_moves_every_value_to_one_place(name: str) -> None:
     shapes = {
-        **{"same": (2, 3), "transposed": (2, 3), "conv": (2, 3, 5, 7), "conv_transpose": (2, 3, 5, 7), "scalar": ()},
+        **{
+            "same": (2, 3),
+            "transposed": (2, 3),
+            "conv": (2, 3, 5, 7),
+            "conv_transpose": (2, 3, 5, 7),
+            "scalar": (),
+        },
         **{"heads_in": (5, 2, 3), "heads_out": (2, 3, 5), "heads_bias": (2, 3)},
         **{"flatten:C,H,W": (2 * 3 * 5, 7), "permuted:2,0,1": (2, 3, 5)},
     }
@@ -225,4 +268,6 @@ def test_a_layout_moves_every_value_to_one_place(name: str) -> None:
     back = to_torch(chosen, to_flax(chosen, there))
     assert to_flax(chosen, there).shape == shapes[name]
     assert np.array_equal(back, there)
-    assert torch.equal(to_torch(chosen, to_flax(chosen, torch.from_numpy(there))), torch.from_numpy(there))
+    assert torch.equal(
+        to_torch(chosen, to_flax(chosen, torch.from_numpy(there))), torch.from_numpy(there)
+    )

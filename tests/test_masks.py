@@ -39,10 +39,26 @@ def _signed_zero() -> np.ndarray:
 
 
 EDITS = {
-    **{"as built": CAUSAL, "1 to 2": _with(2.0), "1 to -2.5": _with(-2.5), "1 to infinity": _with(np.inf)},
-    **{"subnormal": _with(1e-42), "signed zero": _signed_zero(), "window": WINDOW, "all open": 0 * CAUSAL},
-    **{"all blocked": np.ones_like(CAUSAL), "not square symmetric": CAUSAL + 3 * np.eye(7, k=-3, dtype=np.float32)},
-    **{dtype: _with(2.0, dtype) for dtype in ("float16", "bfloat16", "int8", "uint8", "int32", "float8_e4m3fn")},
+    **{
+        "as built": CAUSAL,
+        "1 to 2": _with(2.0),
+        "1 to -2.5": _with(-2.5),
+        "1 to infinity": _with(np.inf),
+    },
+    **{
+        "subnormal": _with(1e-42),
+        "signed zero": _signed_zero(),
+        "window": WINDOW,
+        "all open": 0 * CAUSAL,
+    },
+    **{
+        "all blocked": np.ones_like(CAUSAL),
+        "not square symmetric": CAUSAL + 3 * np.eye(7, k=-3, dtype=np.float32),
+    },
+    **{
+        dtype: _with(2.0, dtype)
+        for dtype in ("float16", "bfloat16", "int8", "uint8", "int32", "float8_e4m3fn")
+    },
     "bool": CAUSAL.astype(bool),
     "int64": _with(2**31 - 1, "int64"),
 }
@@ -67,7 +83,9 @@ def test_every_edit_in_every_format_from_each_into_each(tmp_path: Path) -> None:
             # Without x64 JAX has narrowed int64, as it may: every value fits.
             dtype = "int32" if mask.dtype == np.int64 and writer != "torch" else mask.dtype.name
             for suffix in SUFFIXES:
-                path = compare.save_checkpoint(tmp_path / f"{dtype}-{number}-{writer}{suffix}", holder)
+                path = compare.save_checkpoint(
+                    tmp_path / f"{dtype}-{number}-{writer}{suffix}", holder
+                )
                 expected[str(path)] = mask.astype(numpy_dtype(dtype))
     for reader in IMPLEMENTATIONS:
         found = run_module("tests.mask_reader", [reader, *expected], ON_CPU)
@@ -79,7 +97,9 @@ def test_every_edit_in_every_format_from_each_into_each(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["1 to 2", "subnormal", "bool"])
 def test_every_edit_through_every_conversion(name: str, tmp_path: Path) -> None:
     for number, source in enumerate(SUFFIXES):
-        first = compare.save_checkpoint(tmp_path / f"a{number}{source}", holders(EDITS[name])["nnx"])
+        first = compare.save_checkpoint(
+            tmp_path / f"a{number}{source}", holders(EDITS[name])["nnx"]
+        )
         for target in SUFFIXES:
             convert_checkpoint(first, tmp_path / f"b{number}{target}")
             mask = compare.read_checkpoint(tmp_path / f"b{number}{target}")["mask"]
@@ -91,7 +111,11 @@ def test_dtype_and_polarity_are_declared(suffix: str, tmp_path: Path) -> None:
     path = compare.save_checkpoint(tmp_path / f"state{suffix}", holders(EDITS["int8"])["torch"])
     with open_checkpoint(path) as stored:
         assert stored.manifest is not None
-        (mask,) = [entry for entry in json.loads(stored.manifest.dumps())["tensors"] if entry["path"][-1] == "mask"]
+        (mask,) = [
+            entry
+            for entry in json.loads(stored.manifest.dumps())["tensors"]
+            if entry["path"][-1] == "mask"
+        ]
     assert (mask["dtype"], mask["kind"], mask["polarity"]) == ("int8", "buffer", "nonzero blocks")
 
 
@@ -101,12 +125,16 @@ def test_a_mask_with_nan_is_refused_by_all(suffix: str, tmp_path: Path) -> None:
     mask[0, 1] = np.nan
     path = compare.save_checkpoint(tmp_path / f"state{suffix}", holders(mask)["linen"])
     for target in (torch_module(PRIME), linen_variables(PRIME), nnx_model(PRIME)):
-        with pytest.raises(CheckpointError, match=r"mask holds NaN.*found 1 NaN: write 0 where a mask is open"):
+        with pytest.raises(
+            CheckpointError, match=r"mask holds NaN.*found 1 NaN: write 0 where a mask is open"
+        ):
             compare.load_checkpoint(path, target)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_saved_on_the_device_loaded_on_the_cpu_and_back(suffix: str, device: str, tmp_path: Path) -> None:
+def test_saved_on_the_device_loaded_on_the_cpu_and_back(
+    suffix: str, device: str, tmp_path: Path
+) -> None:
     """On the GPU: saved there, read in processes that see none, and loaded back onto it."""
     there = jax.devices(device)[0]
     for writer, holder in holders(EDITS["1 to 2"]).items():
@@ -118,7 +146,11 @@ def test_saved_on_the_device_loaded_on_the_cpu_and_back(suffix: str, device: str
             holder.mask[...] = jax.device_put(holder.mask[...], there)
         path = compare.save_checkpoint(tmp_path / f"float32-{writer}{suffix}", holder)
         for reader in IMPLEMENTATIONS:
-            found = run_module("tests.mask_reader", [reader, str(path)], ON_CPU) if device != "cpu" else {}
+            found = (
+                run_module("tests.mask_reader", [reader, str(path)], ON_CPU)
+                if device != "cpu"
+                else {}
+            )
             assert found.get(str(path), digest(EDITS["1 to 2"])) == digest(EDITS["1 to 2"])
         module = build_torch(PRIME, buffer=True).to(device)
         assert compare.load_checkpoint(path, module).mask.device.type == device

@@ -23,11 +23,18 @@ from .support import torch_module
 
 def shapes(tree: Any) -> Any:
     return jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), tree, is_leaf=lambda x: type(x) is tuple
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        tree,
+        is_leaf=lambda x: type(x) is tuple,
     )
 
 
-TWO = {"params": {"Dense_0": {"kernel": (3, 5), "bias": (5,)}, "Dense_1": {"kernel": (5, 5), "bias": (5,)}}}
+TWO = {
+    "params": {
+        "Dense_0": {"kernel": (3, 5), "bias": (5,)},
+        "Dense_1": {"kernel": (5, 5), "bias": (5,)},
+    }
+}
 
 
 class Block(torch.nn.Module):
@@ -40,9 +47,13 @@ class Block(torch.nn.Module):
 def test_the_attention_is_found_as_the_table_has_it() -> None:
     config = replace(PRIME_BIAS, num_heads=1)
     linen = compare.match(torch_module(config), linen_template(config, buffer=True))
-    assert [row[:4] for row in map(_cells, linen.rows)] == [row[:4] for row in map(_cells, LINEN.rows)]
+    assert [row[:4] for row in map(_cells, linen.rows)] == [
+        row[:4] for row in map(_cells, LINEN.rows)
+    ]
     model = compare.match(torch_module(config).state_dict(), build_nnx(config, buffer=True))
-    assert [row[:4] for row in map(_cells, model.rows)] == [row[:4] for row in map(_cells, NNX.rows)]
+    assert [row[:4] for row in map(_cells, model.rows)] == [
+        row[:4] for row in map(_cells, NNX.rows)
+    ]
     assert str(linen).splitlines()[1].split() == ["mask", "buffers/mask", "buffer", "same"]
 
 
@@ -60,16 +71,21 @@ def test_other_names_are_said_and_nothing_is_guessed() -> None:
     with pytest.raises(ConversionError) as caught:
         compare.match(Block(), shapes(TWO))
     assert len(caught.value.mismatch.missing) == len(caught.value.mismatch.unexpected) == 4
-    assert "+ unexpected fc1.weight (5, 3): the target has no place for it; did you mean Dense_0.weight?" in str(
-        caught.value
+    assert (
+        "+ unexpected fc1.weight (5, 3): the target has no place for it; did you mean Dense_0.weight?"
+        in str(caught.value)
     )
     assert "rename=" in str(caught.value)
     table = compare.match(Block(), shapes(TWO), rename={"fc1": "Dense_0", "fc2": "Dense_1"})
     assert {row.torch_key: row.place for row in table.rows}["fc2.weight"] == "params/Dense_1/kernel"
     nested = torch.nn.ModuleDict({"h": torch.nn.ModuleList([Block(), Block()])})
     deep = {"params": {f"layer_{i}": TWO["params"] for i in range(2)}}
-    table = compare.match(nested, shapes(deep), rename={"h.*.fc1": "layer_*.Dense_0", "h.*.fc2": "layer_*.Dense_1"})
-    assert {row.place for row in table.rows if row.torch_key == "h.1.fc2.bias"} == {"params/layer_1/Dense_1/bias"}
+    table = compare.match(
+        nested, shapes(deep), rename={"h.*.fc1": "layer_*.Dense_0", "h.*.fc2": "layer_*.Dense_1"}
+    )
+    assert {row.place for row in table.rows if row.torch_key == "h.1.fc2.bias"} == {
+        "params/layer_1/Dense_1/bias"
+    }
 
 
 def test_rules_that_nothing_uses_are_named() -> None:
@@ -91,7 +107,10 @@ def test_rules_that_nothing_uses_are_named() -> None:
 
 def test_what_could_be_two_things_is_ambiguous() -> None:
     both = shapes({"params": {"n": {"kernel": (3, 3), "scale": (3,)}}})
-    with pytest.raises(ConversionError, match=r"n.weight: ambiguous: it could be params/n/kernel and params/n/scale"):
+    with pytest.raises(
+        ConversionError,
+        match=r"n.weight: ambiguous: it could be params/n/kernel and params/n/scale",
+    ):
         compare.match({"n.weight": torch.zeros(3)}, both)
 
 
@@ -103,7 +122,9 @@ def test_trained_on_one_side_only_is_refused() -> None:
 
 
 def test_shapes_verify() -> None:
-    with pytest.raises(ConversionError, match=r"weight has shape \(3, 5\); params/kernel needs \(5, 3\)"):
+    with pytest.raises(
+        ConversionError, match=r"weight has shape \(3, 5\); params/kernel needs \(5, 3\)"
+    ):
         compare.match({"weight": torch.zeros(3, 5)}, shapes({"params": {"kernel": (3, 5)}}))
     with pytest.raises(ConversionError, match="torch does not say how this kernel lies"):
         compare.match({"weight": torch.zeros(3)}, shapes({"params": {"kernel": (3,)}}))
@@ -112,11 +133,16 @@ def test_shapes_verify() -> None:
 def test_a_transposed_convolution_is_not_guessed() -> None:
     kernel = shapes({"params": {"kernel": (2, 4, 4)}})
     module = torch.nn.ConvTranspose1d(4, 4, 2, bias=False)
-    with pytest.raises(ConversionError, match=r'do not say .*layouts=\{"weight": "conv"\} if True, "conv_transpose"'):
+    with pytest.raises(
+        ConversionError,
+        match=r'do not say .*layouts=\{"weight": "conv"\} if True, "conv_transpose"',
+    ):
         compare.match(module, kernel)
     assert compare.match(module, kernel, layouts={"weight": "conv"}).rows[0].layout == "conv"
     for flipped, layout in ((True, "conv"), (False, "conv_transpose")):
-        model = nnx.ConvTranspose(4, 4, (2,), transpose_kernel=flipped, use_bias=False, rngs=nnx.Rngs(0))
+        model = nnx.ConvTranspose(
+            4, 4, (2,), transpose_kernel=flipped, use_bias=False, rngs=nnx.Rngs(0)
+        )
         assert compare.match(module, model).rows[0].layout == layout
     with pytest.raises(ValueError, match=r"needs numbers, as in flatten:C,H,W"):
         compare.match(module, kernel, layouts={"weight": "flatten:a"})
@@ -136,9 +162,14 @@ def test_gpt2s_legacy_mask_is_dropped_only_while_it_is_the_causal_one() -> None:
     compare.torch_to_linen(LEGACY, template)
     edited = {**LEGACY, "h.0.attn.bias": LEGACY["h.0.attn.bias"].clone()}
     edited["h.0.attn.bias"][0, 0, 3, 0] = 0
-    with pytest.raises(ConversionError, match=r"attn.bias: was edited: 1 of its 16 entries are not the causal mask's"):
+    with pytest.raises(
+        ConversionError,
+        match=r"attn.bias: was edited: 1 of its 16 entries are not the causal mask's",
+    ):
         compare.torch_to_linen(edited, template)
-    with pytest.raises(ConversionError, match=r"masked_bias: is 3, which no causal mask is filled with"):
+    with pytest.raises(
+        ConversionError, match=r"masked_bias: is 3, which no causal mask is filled with"
+    ):
         compare.torch_to_linen({**LEGACY, "h.0.attn.masked_bias": torch.tensor(3.0)}, template)
     dropped = compare.match(edited, template, policy={"*.attn.bias": "ignore"})
     assert "params" in compare.torch_to_linen(edited, template, mapping=dropped)
@@ -171,7 +202,9 @@ def test_a_tied_weight_has_one_place_and_both_names() -> None:
     state = compare.linen_to_torch(variables, mapping=table)
     assert torch.equal(state["head.weight"], state["embed.weight"])
     apart = {**state, "head.weight": state["head.weight"] + 1}
-    with pytest.raises(ConversionError, match=r"head.weight: is tied to embed.weight in Flax, and has other values"):
+    with pytest.raises(
+        ConversionError, match=r"head.weight: is tied to embed.weight in Flax, and has other values"
+    ):
         compare.torch_to_linen(apart, template, mapping=table)
 
 
@@ -202,8 +235,14 @@ def test_a_table_is_saved_and_read(tmp_path: Path) -> None:
         (lambda found: found["rows"][0].update(kind="gradient"), "kind 'gradient'"),
         (lambda found: found["rows"].append(found["rows"][0]), "mask twice"),
         (lambda found: found["rows"][1].update(part=[3, 2]), r"has the part \[3, 2\]"),
-        (lambda found: found["rows"][1].update(part=[1, 2]), "other parts of W_query.weight than each of them once"),
-        (lambda found: found["rows"][0].update(kind="alias"), "as an alias of mask, which it lacks"),
+        (
+            lambda found: found["rows"][1].update(part=[1, 2]),
+            "other parts of W_query.weight than each of them once",
+        ),
+        (
+            lambda found: found["rows"][0].update(kind="alias"),
+            "as an alias of mask, which it lacks",
+        ),
         (lambda found: found["rows"][0].update(torch_key=3), "has the torch keys 3"),
         (lambda found: found["rows"][0].update(size=3), "unexpected keyword argument 'size'"),
         (lambda found: found["left"].append(["a", "drop", None]), "with the policy 'drop'"),

@@ -48,16 +48,26 @@ def call(implementation: str, class_name: str, shape: tuple[int, ...]) -> Any:
 @pytest.mark.parametrize("dropout", [-0.1, 1.5, float("nan")])
 @pytest.mark.parametrize("class_name", NAMES)
 @pytest.mark.parametrize("implementation", ["torch", "linen", "nnx"])
-def test_refuses_an_impossible_dropout(implementation: str, class_name: str, dropout: float) -> None:
-    with pytest.raises(ValueError, match=rf"dropout is {dropout}; a probability lies between 0 and 1"):
+def test_refuses_an_impossible_dropout(
+    implementation: str, class_name: str, dropout: float
+) -> None:
+    with pytest.raises(
+        ValueError, match=rf"dropout is {dropout}; a probability lies between 0 and 1"
+    ):
         build(implementation, class_name, D, 11, T, dropout)
 
 
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, T + 1, D), r"inputs have 8 tokens; the mask covers context_length=7.*context_length >= 8"),
-        ((2, 5, D + 1), r"inputs have shape \(2, 5, 14\); expected \(batch, tokens, input_embedding_dim=13\)"),
+        (
+            (2, T + 1, D),
+            r"inputs have 8 tokens; the mask covers context_length=7.*context_length >= 8",
+        ),
+        (
+            (2, 5, D + 1),
+            r"inputs have shape \(2, 5, 14\); expected \(batch, tokens, input_embedding_dim=13\)",
+        ),
         ((5, D), r"inputs have shape \(5, 13\); expected"),
         ((1, 2, 5, D), r"inputs have shape \(1, 2, 5, 13\); expected"),
     ],
@@ -92,7 +102,15 @@ def test_the_mask_is_a_buffer_and_never_a_parameter() -> None:
     module, variables, model = torch_module(), linen_variables(), nnx_model()
     assert [name for name, _ in module.named_buffers()] == ["mask"]
     assert list(module.state_dict()) == [
-        *("mask", "W_query.weight", "W_query.bias", "W_key.weight", "W_key.bias", "W_value.weight", "W_value.bias")
+        *(
+            "mask",
+            "W_query.weight",
+            "W_query.bias",
+            "W_key.weight",
+            "W_key.bias",
+            "W_value.weight",
+            "W_value.bias",
+        )
     ]
     assert variables.keys() == {"params", "buffers"}
     assert variables["buffers"].keys() == {"mask"}
@@ -102,7 +120,9 @@ def test_the_mask_is_a_buffer_and_never_a_parameter() -> None:
 
 
 def test_without_buffers_the_mask_is_no_state() -> None:
-    module, variables, model = (make(buffer=False) for make in (torch_module, linen_variables, nnx_model))
+    module, variables, model = (
+        make(buffer=False) for make in (torch_module, linen_variables, nnx_model)
+    )
     assert "mask" not in module.state_dict()
     assert variables.keys() == {"params"}
     assert "mask" not in nnx.state(model, nnx.Variable)
@@ -117,7 +137,11 @@ def test_training_mode_follows_each_framework(device: str) -> None:
     trained = [module(tensor).detach().cpu().numpy() for _ in range(2)]
     trained += [np.asarray(model(inputs)) for _ in range(2)]
     for key in (0, 1):
-        trained.append(np.asarray(LINEN.apply(linen_variables(), inputs, False, rngs={"dropout": jax.random.key(key)})))
+        trained.append(
+            np.asarray(
+                LINEN.apply(linen_variables(), inputs, False, rngs={"dropout": jax.random.key(key)})
+            )
+        )
     for first, second in zip(trained[::2], trained[1::2], strict=True):
         assert not np.array_equal(first, second)
     module.eval()
@@ -171,7 +195,9 @@ def test_gradients_reach_every_parameter_and_not_the_mask(device: str) -> None:
         inputs = put(normal(2, 5, D).astype(np.float64), device)
         variables = torch_to_linen(module, linen_template(PRIME_BIAS, buffer=True))
         model = torch_to_nnx(module, nnx_model())
-        linen = jax.grad(lambda params: jnp.square(LINEN.apply({**variables, "params": params}, inputs)).sum())
+        linen = jax.grad(
+            lambda params: jnp.square(LINEN.apply({**variables, "params": params}, inputs)).sum()
+        )
         gradients = linen(variables["params"])
         state = nnx.grad(lambda model: jnp.square(model(inputs)).sum())(model)
     assert "mask" not in state
@@ -182,7 +208,8 @@ def test_gradients_reach_every_parameter_and_not_the_mask(device: str) -> None:
             ("bias", linear.bias.grad.cpu().numpy()),
         ):
             for found in (gradients[name][leaf], state[name][leaf][...]):
-                # A key's bias shifts all scores of a row alike: its exact gradient is 0, and only rounding is left.
+                # A key's bias shifts all scores of a row alike: its exact gradient is 0, and only
+                # rounding is left.
                 scale = float(linear.weight.grad.abs().max())
                 assert np.abs(np.asarray(found) - expected).max() <= FLOAT64_RELATIVE * scale
 
@@ -201,7 +228,9 @@ def test_vmap_over_masks_and_inputs(device: str) -> None:
 
 def test_donated_variables(device: str) -> None:
     inputs = put(normal(2, 5, D), device)
-    step = jax.jit(lambda variables, inputs: (variables, LINEN.apply(variables, inputs)), donate_argnums=0)
+    step = jax.jit(
+        lambda variables, inputs: (variables, LINEN.apply(variables, inputs)), donate_argnums=0
+    )
     given = jax.device_put(linen_variables(), jax.devices(device)[0])
     variables, outputs = step(given, inputs)
     assert given["buffers"]["mask"].is_deleted()

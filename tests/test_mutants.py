@@ -16,26 +16,49 @@ SHARED = (
     *("flax_impl.attention", "flax_impl.fused", "flax_impl.mask_tiles"),
     *("compare.conversion.match", "compare.conversion.tensors", "compare.conversion.apply_mapping"),
 )
-PLANTED = [mutant for mutant in MUTANTS if mutant.implementation != "nnx" or mutant.module not in SHARED]
+PLANTED = [
+    mutant for mutant in MUTANTS if mutant.implementation != "nnx" or mutant.module not in SHARED
+]
 
 # The quickest first.
-ORDER = ("stages", "causality", "dropout", "outputs", "state", "training", "gradients", "determinism", "fused")
+ORDER = (
+    "stages",
+    "causality",
+    "dropout",
+    "outputs",
+    "state",
+    "training",
+    "gradients",
+    "determinism",
+    "fused",
+)
 
 
 def seen_by() -> dict[str, list[str]]:
     """The checks that saw each bug when all were run, from the record, the quickest first."""
-    record = json.loads(files("compare").joinpath("records/mutants-cpu.json").read_text(encoding="utf-8"))
-    grid = next(block for block in record["sections"][-1]["blocks"] if "planted bugs and checks" in str(block).lower())
+    record = json.loads(
+        files("compare").joinpath("records/mutants-cpu.json").read_text(encoding="utf-8")
+    )
+    grid = next(
+        block
+        for block in record["sections"][-1]["blocks"]
+        if "planted bugs and checks" in str(block).lower()
+    )
     # A check that was not run any more, since another had seen the bug, has no number.
     rows = {name: [float(cell or 0.0) for cell in row] for name, row in grid["rows"].items()}
     ratios = {name: dict(zip(grid["columns"], row, strict=True)) for name, row in rows.items()}
-    return {name: [check for check in ORDER if row.get(check, 0.0) > 1.0] for name, row in ratios.items()}
+    return {
+        name: [check for check in ORDER if row.get(check, 0.0) > 1.0]
+        for name, row in ratios.items()
+    }
 
 
 SEEN_BY = seen_by()
 
 
-@pytest.mark.parametrize("mutant", PLANTED, ids=lambda mutant: f"{mutant.name}-{mutant.implementation}")
+@pytest.mark.parametrize(
+    "mutant", PLANTED, ids=lambda mutant: f"{mutant.name}-{mutant.implementation}"
+)
 def test_a_check_sees_it(mutant: Mutant) -> None:
     check = SEEN_BY[f"{mutant.name} ({mutant.implementation})"][0]
     assert judge(mutant, [check], first=True).caught_by == [check]
@@ -46,14 +69,18 @@ def test_planting_is_undone_and_needs_a_place() -> None:
     with planted("flax_impl.attention", [("queries @", "keys @")]):
         assert flax_impl.dispatch.reference_attention is not function
         assert flax_impl.attention.reference_attention is not function
-    with pytest.raises(RuntimeError, match="as raised"), planted("torch_impl.causal_attention", [("inputs", "inputs")]):
+    with (
+        pytest.raises(RuntimeError, match="as raised"),
+        planted("torch_impl.causal_attention", [("inputs", "inputs")]),
+    ):
         assert torch_impl.CausalAttentionWithBuffer is not module
         raise RuntimeError("as raised")
     assert torch_impl.CausalAttentionWithBuffer is module
     assert flax_impl.dispatch.reference_attention is function
-    with pytest.raises(ValueError, match="has nothing like 'no such line'"), planted("torch_impl.attention", [
-        ("no such line", "")
-    ]):  # fmt: skip
+    with (
+        pytest.raises(ValueError, match="has nothing like 'no such line'"),
+        planted("torch_impl.attention", [("no such line", "")]),
+    ):
         raise AssertionError
 
 
@@ -63,7 +90,9 @@ def test_the_table_names_what_was_missed(monkeypatch: pytest.MonkeyPatch) -> Non
     seen = next(mutant for mutant in MUTANTS if mutant.name == "no scale")
     monkeypatch.setattr(mutants, "MUTANTS", (harmless, seen))
     monkeypatch.setattr(mutants, "CHECKS", {"stages": mutants.CHECKS["stages"]})
-    honest, planted_bugs = [found for found in mutants.sections(configurations=2) if not isinstance(found, str)]
+    honest, planted_bugs = [
+        found for found in mutants.sections(configurations=2) if not isinstance(found, str)
+    ]
     assert [check.held for check in honest.checks] == [True]
     (verdict,) = planted_bugs.checks
     assert (verdict.held, verdict.measured, verdict.count) == (False, "missed: harmless", "1/2")

@@ -14,14 +14,19 @@ NOTEBOOK = ROOT / "compare/notebooks/buffers_in_two_frameworks.ipynb"
 
 def printed(cell: Any) -> str:
     """What a code cell shows, its streams joined as a front end joins them."""
-    texts = (output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.outputs)
+    texts = (
+        output.get("text") or output.get("data", {}).get("text/plain", "")
+        for output in cell.outputs
+    )
     return "".join(text if text.endswith("\n") else f"{text}\n" for text in texts)
 
 
 # The kernel's own libraries warn about their transport and their event loop.
 @pytest.mark.filterwarnings("ignore")
 def test_it_prints_what_it_is_stored_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # so that its kernel takes no GPU memory from the suite
+    monkeypatch.setenv(
+        "JAX_PLATFORMS", "cpu"
+    )  # so that its kernel takes no GPU memory from the suite
     stored = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(stored)
     fresh = nbformat.read(NOTEBOOK, as_version=4)

@@ -15,14 +15,42 @@ DTYPES = ("float32", "float64")
 T = PRIME.context_length
 
 # Drawn row by row: 0 is open, anything else is blocked.
-CAUSAL_EDITED = [[0, 2, 2, 2, 2, 2, 2], [0, 0, 2, 2, 2, 2, 2], [0, 0, 0, 2, 2, 2, 2], [0, 0, 0, 0, 2, 2, 2],
-                 [0, 0, 0, 0, 0, 2, 2], [0, 0, 0, 0, 0, 0, 2], [0, 0, 0, 0, 0, 0, 0]]  # fmt: skip
-RECTANGLE = [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0],
-             [1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]]  # fmt: skip
-SIGNS = [[0, -1, 1e-30, 0, 1, 0, 3], [1, 0, 0, -2, 1e-45, 1, 0], [0, 0.5, 0, 0, 7, 0, 0], [-0.0, 1, 0, 0, 0, 0, 1],
-         [1, 1, 1, 1, 0, 1, 1], [0, 1, 0, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0, 1]]  # fmt: skip
-ROW_CLOSED = [[0, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1],
-              [0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0]]  # fmt: skip
+CAUSAL_EDITED = [
+    [0, 2, 2, 2, 2, 2, 2],
+    [0, 0, 2, 2, 2, 2, 2],
+    [0, 0, 0, 2, 2, 2, 2],
+    [0, 0, 0, 0, 2, 2, 2],
+    [0, 0, 0, 0, 0, 2, 2],
+    [0, 0, 0, 0, 0, 0, 2],
+    [0, 0, 0, 0, 0, 0, 0],
+]
+RECTANGLE = [
+    [0, 0, 0, 0, 1, 1, 1],
+    [0, 0, 0, 0, 1, 1, 1],
+    [0, 0, 0, 0, 1, 1, 1],
+    [1, 1, 0, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0, 0, 0],
+]
+SIGNS = [
+    [0, -1, 1e-30, 0, 1, 0, 3],
+    [1, 0, 0, -2, 1e-45, 1, 0],
+    [0, 0.5, 0, 0, 7, 0, 0],
+    [-0.0, 1, 0, 0, 0, 0, 1],
+    [1, 1, 1, 1, 0, 1, 1],
+    [0, 1, 0, 1, 0, 1, 0],
+    [0, 0, 0, 0, 0, 0, 1],
+]
+ROW_CLOSED = [
+    [0, 1, 1, 1, 1, 1, 1],
+    [0, 0, 1, 1, 1, 1, 1],
+    [1, 1, 1, 1, 1, 1, 1],
+    [0, 0, 0, 0, 1, 1, 1],
+    [0, 0, 0, 0, 0, 1, 1],
+    [0, 0, 0, 0, 0, 0, 1],
+    [0, 0, 0, 0, 0, 0, 0],
+]
 MASKS = {
     "edited": np.array(CAUSAL_EDITED, dtype=np.float32),
     "rectangle": np.array(RECTANGLE, dtype=np.float32),
@@ -39,8 +67,12 @@ MASKS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(", ", "-"))
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_within_the_rounding_bound_of_the_reference(name: str, case: Case, dtype: str, device: str) -> None:
-    found = judge(name, case.config, numpy_state_of(case.config, dtype), case.inputs().astype(dtype), device)
+def test_within_the_rounding_bound_of_the_reference(
+    name: str, case: Case, dtype: str, device: str
+) -> None:
+    found = judge(
+        name, case.config, numpy_state_of(case.config, dtype), case.inputs().astype(dtype), device
+    )
     assert found.held, found
 
 
@@ -58,7 +90,9 @@ def test_float64_equals_torch(name: str, case: Case, device: str) -> None:
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_obeys_any_mask(name: str, tokens: int, mask: np.ndarray, device: str) -> None:
     state = numpy_state_of(PRIME_BIAS, "float32", mask)
-    found = judge(name, PRIME_BIAS, state, normal(2, tokens, PRIME_BIAS.input_embedding_dim), device)
+    found = judge(
+        name, PRIME_BIAS, state, normal(2, tokens, PRIME_BIAS.input_embedding_dim), device
+    )
     assert found.held, found
 
 
@@ -84,7 +118,9 @@ def test_without_the_buffer_it_is_the_same_function(name: str, device: str) -> N
     state = numpy_state_of(PRIME, "float32")
     inputs = normal(2, 5, PRIME.input_embedding_dim)
     without = {key: tensor for key, tensor in state.items() if key != "mask"}
-    with_buffer, plain = (run(name, PRIME, found, inputs, device=device) for found in (state, without))
+    with_buffer, plain = (
+        run(name, PRIME, found, inputs, device=device) for found in (state, without)
+    )
     assert np.array_equal(with_buffer, plain)
 
 
@@ -96,5 +132,7 @@ def test_torch_keeps_the_seeded_stream() -> None:
     from torch_impl import CausalAttentionWithBuffer
 
     module = CausalAttentionWithBuffer(13, 11, 7, 0.1, qkv_bias=True)
-    for linear, weight in zip((module.W_query, module.W_key, module.W_value), expected, strict=True):
+    for linear, weight in zip(
+        (module.W_query, module.W_key, module.W_value), expected, strict=True
+    ):
         assert torch.equal(linear.weight, weight)

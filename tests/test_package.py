@@ -30,7 +30,9 @@ except Exception as error:
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="hatchling is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("hatchling") is None, reason="hatchling is not installed"
+)
 def test_the_notebook_runs_from_an_installed_wheel(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
@@ -39,7 +41,11 @@ def test_the_notebook_runs_from_an_installed_wheel(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
         names = archive.namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"compare", "flax_impl", "torch_impl"}
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
+        "compare",
+        "flax_impl",
+        "torch_impl",
+    }
     done = subprocess.run(
         [sys.executable, "-m", "compare", "notebook"],
         cwd=tmp_path,
@@ -52,8 +58,12 @@ def test_the_notebook_runs_from_an_installed_wheel(tmp_path: Path) -> None:
     assert "PyTorch 36/36, Flax Linen 36/36, Flax NNX 36/36" in done.stdout
 
 
-@pytest.mark.skipif(importlib.util.find_spec("beartype") is None, reason="beartype is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("beartype") is None, reason="beartype is not installed"
+)
 def test_the_annotated_shapes_are_true() -> None:
-    done = subprocess.run([sys.executable, "-c", ANNOTATIONS], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", ANNOTATIONS], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "TypeCheckError", "a wrong shape went unnoticed"

@@ -14,7 +14,9 @@ from .products import LeakingProducts
 
 def trial(implementation: str) -> Trial:
     (closed,) = [each for each in cases.fixed_trials() if each.closed]
-    return closed._replace(config=type(closed.config)(**{**closed.config.arguments, "implementation": implementation}))
+    return closed._replace(
+        config=type(closed.config)(**{**closed.config.arguments, "implementation": implementation})
+    )
 
 
 def test_the_probe_sees_a_leak() -> None:
@@ -33,8 +35,12 @@ def test_a_leaking_processor_changes_no_output(implementation: str) -> None:
 
 def test_the_check_tells_torchs_fault_from_ours() -> None:
     with LeakingProducts():
-        *others, last = sorted(CHECKS["outputs"]("torch", trial("reference"), "cpu"), key=lambda found: not found.held)
-        sections = [found for found in checks.sections(["outputs"], "cpu") if not isinstance(found, str)]
+        *others, last = sorted(
+            CHECKS["outputs"]("torch", trial("reference"), "cpu"), key=lambda found: not found.held
+        )
+        sections = [
+            found for found in checks.sections(["outputs"], "cpu") if not isinstance(found, str)
+        ]
     assert all(finding.held for finding in others)
     assert not last.held
     assert last.check == "outputs in bfloat16"

@@ -11,7 +11,17 @@ import pytest
 from compare.report.machine import machine
 
 ROOT = Path(__file__).parent.parent
-NUMERIC = ("outputs", "fused", "closed_rows", "dropout", "extremes", "golden", "masks", "derivatives", "checks")
+NUMERIC = (
+    "outputs",
+    "fused",
+    "closed_rows",
+    "dropout",
+    "extremes",
+    "golden",
+    "masks",
+    "derivatives",
+    "checks",
+)
 FEATURES = machine()["features"].split(", ")
 XLA_AVX2 = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa=AVX2".strip()
 LOWEST = {
@@ -51,14 +61,18 @@ def run(limits: dict[str, str], *arguments: str) -> str:
         "not gpu",
         *arguments,
     ]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **limits}, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **limits}, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     return done.stdout.splitlines()[-1]
 
 
 @pytest.mark.processors
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("name", "value", "feature"), SETTINGS, ids=[f"{name}={value}" for name, value, _ in SETTINGS])
+@pytest.mark.parametrize(
+    ("name", "value", "feature"), SETTINGS, ids=[f"{name}={value}" for name, value, _ in SETTINGS]
+)
 def test_the_numbers_hold(name: str, value: str, feature: str) -> None:
     if feature and feature not in FEATURES:
         pytest.skip(f"this processor has no {feature}, so {name}={value} is no limit")
@@ -67,12 +81,20 @@ def test_the_numbers_hold(name: str, value: str, feature: str) -> None:
 
 def test_the_lowest_of_all() -> None:
     """In short: lower precision, closed rows, and the notebook's figures."""
-    last = run(LOWEST, "tests/test_fused.py", "tests/test_closed_rows.py", "-k", "lower_precision or finite or leaking")
+    last = run(
+        LOWEST,
+        "tests/test_fused.py",
+        "tests/test_closed_rows.py",
+        "-k",
+        "lower_precision or finite or leaking",
+    )
     assert int(re.findall(r"(\d+) passed", last)[0]) > 90
 
 
 def test_the_limit_is_obeyed() -> None:
     """Without effect, the other tests here would show nothing."""
     script = "import torch; print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())"
-    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, **LOWEST}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **LOWEST}, capture_output=True, text=True
+    )
     assert done.stdout.split() == ["DEFAULT", "1"]

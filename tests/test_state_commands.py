@@ -41,7 +41,9 @@ def everything() -> torch.nn.Module:
 
 
 def test_inspect_names_every_kind(tmp_path: Path) -> None:
-    code, printed = run("inspect", "tests.test_state_commands:everything", "--json", str(tmp_path / "report.json"))
+    code, printed = run(
+        "inspect", "tests.test_state_commands:everything", "--json", str(tmp_path / "report.json")
+    )
     assert code == 0, printed
     assert "0 1 1 0 0 1 0 0 0" in printed
     (section,) = json.loads((tmp_path / "report.json").read_text())["sections"]
@@ -51,17 +53,34 @@ def test_inspect_names_every_kind(tmp_path: Path) -> None:
     assert rows["tied.weight"][0] == "alias of norm.weight"
     assert rows["mask"] == ["buffer", "3x3", "float32", "36", 0.0, pytest.approx(1 / 3), 1.0, ""]
     assert rows["cache"][0] == "not saved"
-    assert rows["plain"] == ["plain: will be left behind", "2", "float32", "8", None, None, None, "2 inf"]
+    assert rows["plain"] == [
+        "plain: will be left behind",
+        "2",
+        "float32",
+        "8",
+        None,
+        None,
+        None,
+        "2 inf",
+    ]
 
 
 def test_the_kinds_of_each_framework() -> None:
     assert {entry.kind for entry in entries(Everything())} == {
         *("parameter", "statistics", "alias", "buffer", "not saved", "left behind")
     }
-    assert {entry.name: entry.kind for entry in entries(linen_variables())}["buffers/mask"] == "buffer"
+    assert {entry.name: entry.kind for entry in entries(linen_variables())}[
+        "buffers/mask"
+    ] == "buffer"
     kinds = {entry.name: entry.kind for entry in entries(nnx_model())}
-    assert (kinds["mask"], kinds["W_key/kernel"], kinds["dropout/rngs/count"]) == ("buffer", "parameter", "stream")
-    assert {entry.name: entry.kind for entry in entries(nnx_model(buffer=False))}["mask"] == "left behind"
+    assert (kinds["mask"], kinds["W_key/kernel"], kinds["dropout/rngs/count"]) == (
+        "buffer",
+        "parameter",
+        "stream",
+    )
+    assert {entry.name: entry.kind for entry in entries(nnx_model(buffer=False))}[
+        "mask"
+    ] == "left behind"
     with pytest.raises(TypeError, match="expected a torch or NNX module, or Linen variables"):
         entries([1])
 
@@ -72,12 +91,17 @@ def test_inspect_a_file_and_two(tmp_path: Path) -> None:
     module.mask[module.mask == 1] = 2
     two = compare.save_checkpoint(tmp_path / "two.pth", module)
     page = tmp_path / "page.html"
-    code, printed = run("inspect", str(one), "--json", str(tmp_path / "report.json"), "--html", str(page))
+    code, printed = run(
+        "inspect", str(one), "--json", str(tmp_path / "report.json"), "--html", str(page)
+    )
     assert code == 0
     assert "held" not in page.read_text().split("</style>")[1], "a look claims nothing"
     assert json.loads((tmp_path / "report.json").read_text())["held"] is None
     assert "every checksum is right" in printed
-    assert json.loads((tmp_path / "report.json").read_text())["sections"][0]["blocks"][0]["rows"][0][0] == "mask"
+    assert (
+        json.loads((tmp_path / "report.json").read_text())["sections"][0]["blocks"][0]["rows"][0][0]
+        == "mask"
+    )
     flax = compare.save_checkpoint(tmp_path / "flax.msgpack", module)
     assert "buffers/mask: nonzero blocks" in run("inspect", str(flax))[1]
     code, printed = run("inspect", str(one), str(two))
@@ -86,7 +110,10 @@ def test_inspect_a_file_and_two(tmp_path: Path) -> None:
     code, printed = run("inspect", str(one), str(one))
     assert code == 0
     assert "Everything held" in printed
-    torch.save({"big": torch.ones(40, 40), "x.mask": torch.triu(torch.ones(40, 40), 1)}, tmp_path / "plain.pth")
+    torch.save(
+        {"big": torch.ones(40, 40), "x.mask": torch.triu(torch.ones(40, 40), 1)},
+        tmp_path / "plain.pth",
+    )
     code, printed = run("inspect", str(tmp_path / "plain.pth"))
     assert "no manifest, so nothing could be checked" in printed
     assert "ninths of each square that block" in printed
@@ -99,15 +126,24 @@ def test_convert_shows_the_table_and_compares(tmp_path: Path) -> None:
     assert code == 0
     assert "would become" in printed
     assert not target.exists()
-    code, printed = run("convert", str(source), str(target), "--json", str(tmp_path / "report.json"))
+    code, printed = run(
+        "convert", str(source), str(target), "--json", str(tmp_path / "report.json")
+    )
     assert code == 0, printed
     report = json.loads((tmp_path / "report.json").read_text())
-    assert ["W_key.weight", "params/W_key/kernel", "parameter", "13x11", "float32", "transposed"] in (
-        report["sections"][0]["blocks"][0]["rows"]
-    )
+    assert [
+        "W_key.weight",
+        "params/W_key/kernel",
+        "parameter",
+        "13x11",
+        "float32",
+        "transposed",
+    ] in (report["sections"][0]["blocks"][0]["rows"])
     assert [check["held"] for check in report["sections"][0]["checks"]] == [True, True]
     assert run("verify", str(source), str(target))[0] == 0
-    code, printed = run("convert", str(source), str(tmp_path / "half.msgpack"), "--dtype", "bfloat16")
+    code, printed = run(
+        "convert", str(source), str(tmp_path / "half.msgpack"), "--dtype", "bfloat16"
+    )
     assert code == 0, printed
     code, printed = run("verify", str(source), str(tmp_path / "half.msgpack"))
     assert code == 1
@@ -115,14 +151,18 @@ def test_convert_shows_the_table_and_compares(tmp_path: Path) -> None:
     code, printed = run("convert", str(source), str(tmp_path / "shards"), "--shard-size", "1")
     assert code == 0, printed
     assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
-    code, printed = run("convert", str(tmp_path / "shards"), str(tmp_path / "flax.safetensors"), "--layout", "flax")
+    code, printed = run(
+        "convert", str(tmp_path / "shards"), str(tmp_path / "flax.safetensors"), "--layout", "flax"
+    )
     assert code == 0, printed
 
 
 def test_convert_with_a_table_of_its_own(tmp_path: Path) -> None:
     LINEN.save(tmp_path / "map.json")
     source = compare.save_checkpoint(tmp_path / "state.safetensors", torch_module())
-    code, printed = run("convert", str(source), str(tmp_path / "a.msgpack"), "--map", str(tmp_path / "map.json"))
+    code, printed = run(
+        "convert", str(source), str(tmp_path / "a.msgpack"), "--map", str(tmp_path / "map.json")
+    )
     assert code == 0, printed
     (tmp_path / "map.json").write_text("{}")
     for arguments, message in (
@@ -150,7 +190,9 @@ def test_what_is_no_module_ends_with_2(tmp_path: Path) -> None:
         assert message in printed
 
 
-def test_a_conversion_that_went_wrong_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_that_went_wrong_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = compare.save_checkpoint(tmp_path / "state.pth", torch_module())
     true = convert.planned
 
@@ -159,7 +201,12 @@ def test_a_conversion_that_went_wrong_is_seen(tmp_path: Path, monkeypatch: pytes
         relaid = tensors.pieces
 
         class Wrong:
-            layout, specs, kinds, aliases = tensors.layout, tensors.specs, tensors.kinds, tensors.aliases
+            layout, specs, kinds, aliases = (
+                tensors.layout,
+                tensors.specs,
+                tensors.kinds,
+                tensors.aliases,
+            )
             mapping = tensors.mapping
 
             def pieces(self, path: Any) -> Any:
@@ -185,8 +232,12 @@ def test_the_record_has_the_whole_command(tmp_path: Path) -> None:
 
 
 def test_what_bench_misses_ends_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = Section("State", checks=[Check("save .pth", "all", False, "ratio 0.10", "at least 0.80")])
-    monkeypatch.setattr("compare.bench.checkpoints.sections", lambda megabytes, rounds: iter([slow]))
+    slow = Section(
+        "State", checks=[Check("save .pth", "all", False, "ratio 0.10", "at least 0.80")]
+    )
+    monkeypatch.setattr(
+        "compare.bench.checkpoints.sections", lambda megabytes, rounds: iter([slow])
+    )
     code, printed = run("bench", "checkpoints", "--json", str(tmp_path / "report.json"))
     assert code == 1
     assert "FAILED save .pth (all): ratio 0.10; expected at least 0.80" in printed
@@ -202,12 +253,15 @@ def test_bench_prints_ratios(tmp_path: Path) -> None:
     assert len(section["blocks"][1]["rows"]) == 19
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["attention", "--plot", "times.gif"], "name a .png or .svg file"),
-    (["attention", "--plot", "no/such/folder/times.png"], "does not exist; make it first"),
-    (["checkpoints", "--quick"], "No such option"),
-    (["speed"], "No such command 'speed'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["attention", "--plot", "times.gif"], "name a .png or .svg file"),
+        (["attention", "--plot", "no/such/folder/times.png"], "does not exist; make it first"),
+        (["checkpoints", "--quick"], "No such option"),
+        (["speed"], "No such command 'speed'"),
+    ],
+)
 def test_what_bench_refuses(arguments: list[str], said: str) -> None:
     code, printed = run("bench", *arguments)
     assert code == 2

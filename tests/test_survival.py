@@ -40,11 +40,17 @@ def held(arrays: dict[tuple[Any, ...], np.ndarray], layout: Any) -> Held:
     return Held(layout, arrays, {path: spec_of(array) for path, array in arrays.items()})
 
 
-def through(path: Path, arrays: dict[tuple[Any, ...], np.ndarray]) -> dict[tuple[Any, ...], np.ndarray]:
+def through(
+    path: Path, arrays: dict[tuple[Any, ...], np.ndarray]
+) -> dict[tuple[Any, ...], np.ndarray]:
     """Write the arrays and read them back: under torch names where the format has but those, else under paths."""
     chosen = format_of(path)
     torch_names = chosen.layouts == ("torch",)
-    named = {("/".join(map(str, key)),): array for key, array in arrays.items()} if torch_names else arrays
+    named = (
+        {("/".join(map(str, key)),): array for key, array in arrays.items()}
+        if torch_names
+        else arrays
+    )
     chosen.write(path, held(named, "torch" if torch_names else "nnx"))
     with open_checkpoint(path) as stored:
         assert stored.checked
@@ -64,7 +70,9 @@ def of_dtype(dtype: str) -> np.ndarray:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype_keeps_every_bit(dtype: str, suffix: str, tmp_path: Path) -> None:
     if (suffix, dtype) == (".safetensors", "complex128"):
-        with pytest.raises(CheckpointError, match=r"which safetensors lacks.*save it as .pth, .msgpack or .orbax"):
+        with pytest.raises(
+            CheckpointError, match=r"which safetensors lacks.*save it as .pth, .msgpack or .orbax"
+        ):
             through(tmp_path / "state.safetensors", {("x",): of_dtype(dtype)})
         return
     found = through(tmp_path / f"state{suffix}", {("x",): of_dtype(dtype)})
@@ -106,17 +114,29 @@ def test_empty_tensors(suffix: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_any_name(suffix: str, tmp_path: Path) -> None:
-    names = [("höher", "層"), ("a b", "c.d"), ("x", 0), ("x", 10), ("x", 2), ("__metadata", "é\u202e")]
+    names = [
+        ("höher", "層"),
+        ("a b", "c.d"),
+        ("x", 0),
+        ("x", 10),
+        ("x", 2),
+        ("__metadata", "é\u202e"),
+    ]
     arrays = {name: np.full(3, index, np.float32) for index, name in enumerate(names)}
     found = through(tmp_path / f"state{suffix}", arrays)
-    assert list(found) == names, "numbers in paths come back as numbers, in the order in which they were saved"
+    assert list(found) == names, (
+        "numbers in paths come back as numbers, in the order in which they were saved"
+    )
     assert all(same_bits(found[name], arrays[name]) for name in names)
 
 
 def test_names_that_would_coincide_are_refused(tmp_path: Path) -> None:
     one, two = np.zeros(2, np.float32), np.ones(2, np.float32)
     for suffix in (".msgpack", ".orbax"):
-        with pytest.raises(CheckpointError, match=r"the same when they are written as words|two of these would be one"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"the same when they are written as words|two of these would be one",
+        ):
             through(tmp_path / f"state{suffix}", {("x", 0): one, ("x", "0"): two})
         with pytest.raises(CheckpointError, match="lies within another array"):
             through(tmp_path / f"state{suffix}", {("x",): one, ("x", "y"): two})
@@ -129,14 +149,21 @@ def test_names_that_would_coincide_are_refused(tmp_path: Path) -> None:
 
 @given(
     hnp.arrays(
-        st.sampled_from([np.dtype(name) for name in ("f8", "f4", "f2", "i8", "u1", "?", "c8", ml_dtypes.bfloat16)]),
+        st.sampled_from(
+            [
+                np.dtype(name)
+                for name in ("f8", "f4", "f2", "i8", "u1", "?", "c8", ml_dtypes.bfloat16)
+            ]
+        ),
         hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5),
         elements=st.integers(0, 1),
         fill=st.nothing(),
     ),
     st.permutations(range(4)),
 )
-def test_any_array_through_safetensors(tmp_path_factory: Any, array: np.ndarray, order: list[int]) -> None:
+def test_any_array_through_safetensors(
+    tmp_path_factory: Any, array: np.ndarray, order: list[int]
+) -> None:
     view = array.transpose([axis for axis in order if axis < array.ndim])
     path = tmp_path_factory.mktemp("drawn") / "state.safetensors"
     found = through(path, {("x",): view, ("y",): array})
@@ -181,8 +208,12 @@ def test_a_tied_weight_is_stored_once_and_tied_again(suffix: str, tmp_path: Path
 def test_names_that_a_module_ties_must_agree(tmp_path: Path) -> None:
     apart = {**Tied(1).state_dict(), "head.weight": torch.zeros(4, 3)}
     target, before = Tied(2), Tied(2).embed.weight
-    with pytest.raises(CheckpointError, match=r"head.weight: is tied to embed.weight in the module, and has other"):
-        compare.load_checkpoint(compare.save_checkpoint(tmp_path / "state.safetensors", apart), target)
+    with pytest.raises(
+        CheckpointError, match=r"head.weight: is tied to embed.weight in the module, and has other"
+    ):
+        compare.load_checkpoint(
+            compare.save_checkpoint(tmp_path / "state.safetensors", apart), target
+        )
     assert torch.equal(target.embed.weight, before)
     lone = {key: tensor for key, tensor in Tied(1).state_dict().items() if key != "head.weight"}
     compare.load_checkpoint(compare.save_checkpoint(tmp_path / "lone.safetensors", lone), target)
@@ -196,12 +227,18 @@ def test_names_that_a_module_ties_must_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bytes_each", [30, 40, 10**6])
-def test_our_msgpack_is_flaxs(bytes_each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_msgpack_is_flaxs(
+    bytes_each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where an array is stored in chunks, which Flax does above 1 GiB."""
     from flax import serialization
 
     monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", bytes_each)
-    arrays = {("a", "b"): VIEWS["transposed"], ("a", "c"): np.zeros((0, 2), np.float32), ("d",): of_dtype("bfloat16")}
+    arrays = {
+        ("a", "b"): VIEWS["transposed"],
+        ("a", "c"): np.zeros((0, 2), np.float32),
+        ("d",): of_dtype("bfloat16"),
+    }
     found = through(tmp_path / "state.msgpack", arrays)
     theirs = serialization.msgpack_restore((tmp_path / "state.msgpack").read_bytes())
     tree = {"a": {"b": arrays[("a", "b")], "c": arrays[("a", "c")]}, "d": arrays[("d",)]}
@@ -224,7 +261,11 @@ def test_our_safetensors_are_the_librarys(tmp_path: Path) -> None:
     """The library reads every tensor, and lays the data out as we do."""
     from safetensors.torch import load_file, save
 
-    state = {"b": torch.ones(3, dtype=torch.int8), "a": torch.arange(4.0), "c": torch.ones(2, dtype=torch.bfloat16)}
+    state = {
+        "b": torch.ones(3, dtype=torch.int8),
+        "a": torch.arange(4.0),
+        "c": torch.ones(2, dtype=torch.bfloat16),
+    }
     path = compare.save_checkpoint(tmp_path / "state.safetensors", state)
     assert all(torch.equal(tensor, state[key]) for key, tensor in load_file(path).items())
     ours, theirs = path.read_bytes(), save(state)
@@ -252,7 +293,9 @@ def test_a_reader_keeps_what_it_opened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".msgpack", ".orbax", ""])
-def test_reading_ends_with_the_checkpoint(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_ends_with_the_checkpoint(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing goes on reading with a descriptor that may be another file's by then."""
     monkeypatch.setattr(blocks, "BATCH_BYTES", 1)
     tree = {name: np.full(5, index, np.float32) for index, name in enumerate("abc")}
@@ -269,7 +312,9 @@ def test_reading_ends_with_the_checkpoint(suffix: str, tmp_path: Path, monkeypat
         next(found)
 
 
-def test_a_mapped_torch_file_that_is_removed_stays_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mapped_torch_file_that_is_removed_stays_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch_zip, "_SMALL_BYTES", 0)
     path = compare.save_checkpoint(tmp_path / "state.pth", {"x": torch.ones(1000)})
     with open_checkpoint(path) as stored:
@@ -348,7 +393,9 @@ def through_orbax(path: Path) -> Path:
 def test_abstract_leaves_are_not_saved(tmp_path: Path) -> None:
     template = {"params": {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)}}
     for suffix in (".safetensors", ".msgpack", ".orbax"):
-        with pytest.raises(CheckpointError, match="params/kernel: is a ShapeDtypeStruct, not an array of values"):
+        with pytest.raises(
+            CheckpointError, match="params/kernel: is a ShapeDtypeStruct, not an array of values"
+        ):
             compare.save_checkpoint(tmp_path / f"state{suffix}", template)
     with pytest.raises(CheckpointError, match="weight: a meta tensor has no values"):
         compare.save_checkpoint(tmp_path / "state.pth", torch.nn.Linear(2, 3, device="meta"))
@@ -368,17 +415,27 @@ def test_casting_is_only_by_name(tmp_path: Path) -> None:
     path = compare.save_checkpoint(tmp_path / "wide.safetensors", module)
     convert_checkpoint(path, tmp_path / "half.safetensors", dtype="float16")
     assert verify_checkpoint(path, tmp_path / "half.safetensors", dtype="float16") == []
-    assert {entry.name for entry in verify_checkpoint(path, tmp_path / "half.safetensors")} == {"weight", "bias"}
+    assert {entry.name for entry in verify_checkpoint(path, tmp_path / "half.safetensors")} == {
+        "weight",
+        "bias",
+    }
     half = compare.read_checkpoint(tmp_path / "half.safetensors")
     assert half["weight"].dtype == torch.float16
     assert torch.equal(half["mask"], module.mask), "a mask is never cast: 1e-30 blocks"
-    with pytest.raises(CheckpointError, match=r"weight: is torch.float16; the module has torch.float32"):
+    with pytest.raises(
+        CheckpointError, match=r"weight: is torch.float16; the module has torch.float32"
+    ):
         compare.load_checkpoint(tmp_path / "half.safetensors", module)
     compare.load_checkpoint(tmp_path / "half.safetensors", module, cast=True)
     assert torch.equal(module.weight, half["weight"].float())
-    with pytest.raises(CheckpointError, match=r"x has numbers beyond float16; .*up to 1e\+06: choose bfloat16"):
-        convert_checkpoint(compare.save_checkpoint(tmp_path / "big.pth", {"x": torch.tensor([1e6])}),
-                           tmp_path / "no.pth", dtype="float16")  # fmt: skip
+    with pytest.raises(
+        CheckpointError, match=r"x has numbers beyond float16; .*up to 1e\+06: choose bfloat16"
+    ):
+        convert_checkpoint(
+            compare.save_checkpoint(tmp_path / "big.pth", {"x": torch.tensor([1e6])}),
+            tmp_path / "no.pth",
+            dtype="float16",
+        )
     with pytest.raises(CheckpointError, match=r"cannot be cast to int8; expected one of float64"):
         convert_checkpoint(path, tmp_path / "no.pth", dtype="int8")
     assert not (tmp_path / "no.pth").exists()
@@ -399,7 +456,9 @@ def test_a_policy_says_what_may_be_missing_or_left_over(tmp_path: Path) -> None:
     allowed = {"extra": "ignore", "attn.bias": "verify", "mask": "verify"}
     for left_out in allowed:
         with pytest.raises(CheckpointError, match=left_out):
-            compare.load_checkpoint(path, module, policy={key: allowed[key] for key in allowed if key != left_out})
+            compare.load_checkpoint(
+                path, module, policy={key: allowed[key] for key in allowed if key != left_out}
+            )
     compare.load_checkpoint(path, module, policy=allowed)
     assert float(module.weight.detach().sum()) == 4.0
     module.mask[1, 0] = 1.0
@@ -413,34 +472,51 @@ def test_linen_and_nnx_read_each_others_files(tmp_path: Path) -> None:
     linen, model = nn.Dense(3), nnx.Linear(2, 3, rngs=nnx.Rngs(1))
     variables = linen.init(jax.random.key(0), jnp.ones((1, 2)))
     for suffix in (".safetensors", ".msgpack", ".orbax"):
-        compare.load_checkpoint(compare.save_checkpoint(tmp_path / f"linen{suffix}", variables), model)
+        compare.load_checkpoint(
+            compare.save_checkpoint(tmp_path / f"linen{suffix}", variables), model
+        )
         assert np.array_equal(model.kernel[...], variables["params"]["kernel"])
         model.kernel[...] += 1.0
-        loaded = compare.load_checkpoint(compare.save_checkpoint(tmp_path / f"nnx{suffix}", model), variables)
+        loaded = compare.load_checkpoint(
+            compare.save_checkpoint(tmp_path / f"nnx{suffix}", model), variables
+        )
         assert np.array_equal(loaded["params"]["kernel"], model.kernel[...])
         wrong = {"params": variables["params"], "buffers": {"mask": jnp.ones(2)}}
-        with pytest.raises(CheckpointError, match=r"missing mask: buffers/mask \(2,\) finds nothing"):
+        with pytest.raises(
+            CheckpointError, match=r"missing mask: buffers/mask \(2,\) finds nothing"
+        ):
             compare.load_checkpoint(tmp_path / f"nnx{suffix}", wrong)
         trained = {"buffers": variables["params"]}
-        with pytest.raises(CheckpointError, match="is a parameter in the file and a buffer in the target"):
+        with pytest.raises(
+            CheckpointError, match="is a parameter in the file and a buffer in the target"
+        ):
             compare.load_checkpoint(tmp_path / f"linen{suffix}", trained)
 
 
 def test_what_says_nothing_of_the_other_framework_is_refused(tmp_path: Path) -> None:
     path = compare.save_checkpoint(tmp_path / "state.safetensors", torch.nn.Linear(2, 3))
-    with pytest.raises(CheckpointError, match=r"does not say how its names .* pair: give --map FILE, or --like"):
+    with pytest.raises(
+        CheckpointError, match=r"does not say how its names .* pair: give --map FILE, or --like"
+    ):
         convert_checkpoint(path, tmp_path / "state.msgpack")
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     like = compare.save_checkpoint(tmp_path / "like.orbax", model)
     done = convert_checkpoint(path, tmp_path / "state.msgpack", like=like)
-    assert {(line.source, line.target) for line in done.lines} == {("weight", "kernel"), ("bias", "bias")}
+    assert {(line.source, line.target) for line in done.lines} == {
+        ("weight", "kernel"),
+        ("bias", "bias"),
+    }
     with pytest.raises(CheckpointError, match="does not pair with"):
         convert_checkpoint(
-            compare.save_checkpoint(tmp_path / "x.pth", {"x": torch.ones(1)}), tmp_path / "y.msgpack", like=like
+            compare.save_checkpoint(tmp_path / "x.pth", {"x": torch.ones(1)}),
+            tmp_path / "y.msgpack",
+            like=like,
         )
     with pytest.raises(CheckpointError, match="is in the layout of torch, as the source is"):
         convert_checkpoint(path, tmp_path / "y.msgpack", like=path)
     wrong = Mapping((Row("weight", ("params", "kernel")), Row("gone", ("params", "bias"))))
-    with pytest.raises(CheckpointError, match=r"(?s)does not fit the mapping.*missing gone.*unexpected bias"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)does not fit the mapping.*missing gone.*unexpected bias"
+    ):
         convert_checkpoint(path, tmp_path / "y.msgpack", mapping=wrong)
     assert not (tmp_path / "y.msgpack").exists()

@@ -12,7 +12,9 @@ from compare.runners.train import clip_grad_norm
 MAX_NORM = 0.5
 
 
-def clipped(gradients: dict[str, np.ndarray], clip: optax.GradientTransformation) -> dict[str, np.ndarray]:
+def clipped(
+    gradients: dict[str, np.ndarray], clip: optax.GradientTransformation
+) -> dict[str, np.ndarray]:
     with jax.enable_x64(True):
         updates = {name: jnp.asarray(array) for name, array in gradients.items()}
         found, _ = clip.update(updates, clip.init(updates))
@@ -23,8 +25,14 @@ def clipped(gradients: dict[str, np.ndarray], clip: optax.GradientTransformation
 def test_clipping_is_torchs(scale: float) -> None:
     """Norms on both sides of the limit, the whole over all parameters; in float64, where 1e-6 is seen."""
     generator = np.random.default_rng(0)
-    gradients = {"kernel": scale * generator.normal(size=(3, 4)), "bias": scale * generator.normal(size=4)}
-    parameters = [torch.nn.Parameter(torch.zeros(array.shape, dtype=torch.float64)) for array in gradients.values()]
+    gradients = {
+        "kernel": scale * generator.normal(size=(3, 4)),
+        "bias": scale * generator.normal(size=4),
+    }
+    parameters = [
+        torch.nn.Parameter(torch.zeros(array.shape, dtype=torch.float64))
+        for array in gradients.values()
+    ]
     for parameter, array in zip(parameters, gradients.values(), strict=True):
         parameter.grad = torch.from_numpy(array.copy())
     torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
@@ -32,7 +40,11 @@ def test_clipping_is_torchs(scale: float) -> None:
     for parameter, name in zip(parameters, gradients, strict=True):
         assert parameter.grad is not None
         # One rounding each for the square, the sum of 16, the root, the quotient and the product.
-        np.testing.assert_allclose(found[name], parameter.grad.numpy(), rtol=32 * np.finfo(np.float64).eps, atol=0)
+        np.testing.assert_allclose(
+            found[name], parameter.grad.numpy(), rtol=32 * np.finfo(np.float64).eps, atol=0
+        )
     plain = clipped(gradients, optax.clip_by_global_norm(MAX_NORM))
     if scale == 1.0:
-        assert not np.allclose(plain["bias"], found["bias"], rtol=1e-8, atol=0), "Optax's own would have passed"
+        assert not np.allclose(plain["bias"], found["bias"], rtol=1e-8, atol=0), (
+            "Optax's own would have passed"
+        )

@@ -18,12 +18,16 @@ FRAMEWORKS_OWN = {"self", "rngs", "name", "parent"}
 
 
 def defaults(call: Any) -> dict[str, Any]:
-    parameters = inspect.signature(call.__init__ if inspect.isclass(call) else call).parameters.values()
+    parameters = inspect.signature(
+        call.__init__ if inspect.isclass(call) else call
+    ).parameters.values()
     return {each.name: each.default for each in parameters if each.name not in FRAMEWORKS_OWN}
 
 
 def test_the_twins_are_equal_word_for_word() -> None:
-    ours, theirs = ((ROOT / package / "checks.py").read_text() for package in ("torch_impl", "flax_impl"))
+    ours, theirs = (
+        (ROOT / package / "validation.py").read_text() for package in ("torch_impl", "flax_impl")
+    )
     assert ours == theirs
 
 
@@ -37,5 +41,9 @@ def test_the_classes_take_the_same_arguments(name: str) -> None:
 
 def test_the_functions_take_the_same_arguments() -> None:
     for name in ("masked_attention", "reference_attention", "causal_mask"):
-        assert list(defaults(getattr(flax_impl, name))) == list(defaults(getattr(torch_impl, name))), name
-    assert get_args(flax_impl.dispatch.Implementation) == get_args(torch_impl.dispatch.Implementation)
+        assert list(defaults(getattr(flax_impl, name))) == list(
+            defaults(getattr(torch_impl, name))
+        ), name
+    assert get_args(flax_impl.dispatch.Implementation) == get_args(
+        torch_impl.dispatch.Implementation
+    )

@@ -24,8 +24,8 @@ def reference_attention(
     Any nonzero entry of the mask blocks, whatever its dtype. A row that is blocked everywhere gives
     NaN, and a NaN or inf in a blocked value still reaches every row, through 0 * NaN.
 
-    On a processor whose bfloat16 products leak (see `closed_rows`) the NaN of a blocked row may reach
-    the row before it: this is the formula word for word, and says what torch says.
+    On a processor whose bfloat16 products leak (see `closed_rows`) the NaN of a blocked row may
+    reach the row before it: this is the formula word for word, and says what torch says.
 
     Source: Vaswani et al., "Attention Is All You Need", section 3.2.1.
     """

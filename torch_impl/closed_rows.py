@@ -1,8 +1,8 @@
 """Rows of the mask that block every key: NaN in the formula, and never an operand of a product.
 
-On CPUs with AMX, torch 2.13 multiplies bfloat16 in tiles that read past the end of a row: a NaN or inf in one row of
-the left operand reaches the row before it (oneDNN issue 5717). So the weights of closed rows are set to zero, the
-product is taken, and the rows are filled with NaN afterwards.
+On CPUs with AMX, torch 2.13 multiplies bfloat16 in tiles that read past the end of a row: a NaN or
+inf in one row of the left operand reaches the row before it (oneDNN issue 5717). So the weights of
+closed rows are set to zero, the product is taken, and the rows are filled with NaN afterwards.
 """
 
 import weakref
@@ -26,9 +26,9 @@ def closed_rows(
     Args:
         mask: any nonzero entry blocks.
         num_tokens: how many rows and columns are used.
-        dtype: the dtype of the products. In bfloat16 and float16 on a CPU the mask is read at every call. Otherwise the
-            answer is remembered until the mask's version changes, so a write through `.data` or NumPy is not seen here:
-            the row is NaN all the same, by the formula.
+        dtype: the dtype of the products. In bfloat16 and float16 on a CPU the mask is read at every
+            call. Otherwise the answer is remembered until the mask's version changes, so a write
+            through `.data` or NumPy is not seen here: the row is NaN all the same, by the formula.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return find_closed(mask[:num_tokens, :num_tokens])
@@ -39,7 +39,9 @@ def closed_rows(
         if weak_mask() is mask and stamp == (num_tokens, mask._version, mask.data_ptr()):
             return None
     closed = find_closed(mask[:num_tokens, :num_tokens])
-    is_plain = type(mask) in (Tensor, nn.Parameter) and not mask.is_meta and mask.layout == torch.strided
+    is_plain = (
+        type(mask) in (Tensor, nn.Parameter) and not mask.is_meta and mask.layout == torch.strided
+    )
     if not is_plain or is_traced(mask) or closed.any():
         return closed
     if not is_read_anew and not mask.is_inference():
@@ -89,7 +91,9 @@ def guarded_attention(
 
 
 def guarded_projection(
-    linear: nn.Module, inputs: Float[Tensor, "*batch tokens embed"], closed: Bool[Tensor, "tokens 1"] | None
+    linear: nn.Module,
+    inputs: Float[Tensor, "*batch tokens embed"],
+    closed: Bool[Tensor, "tokens 1"] | None,
 ) -> Float[Tensor, "*batch tokens output_embedding_dim"]:
     """Return `linear(inputs)`, without multiplying the NaN inputs of closed rows."""
     if closed is None or not isinstance(linear, nn.Linear):
@@ -100,7 +104,11 @@ def guarded_projection(
 
 
 def _fill(
-    outputs: Tensor, closed: Bool[Tensor, "tokens 1"], lost: Tensor, right: Tensor, bias: Tensor | None = None
+    outputs: Tensor,
+    closed: Bool[Tensor, "tokens 1"],
+    lost: Tensor,
+    right: Tensor,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Fill the closed rows: NaN where `lost` is NaN, and then so is the gradient of `right`, as in the formula."""
     filled = lost * right if bias is None else lost * right + bias

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from .attention import reference_attention
-from .checks import check_covered
+from .validation import check_covered
 from .closed_rows import closed_rows, find_closed, guarded_attention
 from .fused import fused_attention, kernel_layout
 
@@ -30,14 +30,17 @@ def masked_attention(
         queries: any leading dimensions, such as (batch, heads, tokens, head_dim).
         keys: as the queries.
         values: as the queries.
-        mask: any nonzero entry [i, j] keeps token i from looking at token j; its first tokens are used.
+        mask: any nonzero entry [i, j] keeps token i from looking at token j; its first tokens are
+            used.
         dropout: applied to the weights, which only the formula has: with it, the formula is used.
         implementation: "reference" is the formula, `reference_attention`, word for word; "fused" is
-            `fused_attention`, the same function by other kernels; "auto" is "fused" where that is faster. Except in
-            "reference", no row that is NaN because of the mask is an operand of a product (see `closed_rows`).
+            `fused_attention`, the same function by other kernels; "auto" is "fused" where that is
+            faster. Except in "reference", no row that is NaN because of the mask is an operand of a
+            product (see `closed_rows`).
 
     Raises:
-        ValueError: an implementation of another name, or a mask that is smaller than the tokens are many.
+        ValueError: an implementation of another name, or a mask that is smaller than the tokens are
+            many.
     """
     return attend(queries, keys, values, mask, dropout, implementation)[0]
 

@@ -19,8 +19,9 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 def kernel_layout(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> MaskLayout | None:
     """Return what the mask closes, or None where only the formula gives what the formula gives.
 
-    That is for inputs whose scores may not be finite (the CPU's kernel gives a finite row for a query of NaN), in
-    transforms of `torch.func`, forward-mode differentiation, tracing, autocast, and for subclasses of Tensor.
+    That is for inputs whose scores may not be finite (the CPU's kernel gives a finite row for a
+    query of NaN), in transforms of `torch.func`, forward-mode differentiation, tracing, autocast,
+    and for subclasses of Tensor.
     """
     if not (_are_plain(queries, keys, values, mask) and _scores_are_finite(queries, keys)):
         return None
@@ -36,15 +37,18 @@ def fused_attention(
 ) -> Float[Tensor, "*batch tokens head_dim"]:
     """Return what `reference_attention` does, in memory that grows with the tokens and not with their square.
 
-    A causal mask, and one that is open everywhere, takes the kernel of `scaled_dot_product_attention`. Any
-    other is taken a strip of queries at a time, without the keys that are closed to all of the strip.
-    A NaN or inf behind the mask may stay out of the rows that the formula's 0 * NaN brings it to.
-    `layout` is what `kernel_layout` returns for the same arguments.
+    A causal mask, and one that is open everywhere, takes the kernel of
+    `scaled_dot_product_attention`. Any other is taken a strip of queries at a time, without the
+    keys that are closed to all of the strip. A NaN or inf behind the mask may stay out of the rows
+    that the formula's 0 * NaN brings it to. `layout` is what `kernel_layout` returns for the same
+    arguments.
     """
     shape = queries.shape
     if layout.kind in ("strips", "wide"):
         attend = _WideStrips if layout.kind == "wide" and queries.device.type == "cpu" else _Strips
-        queries, keys, values = (tensor.reshape(-1, *shape[-2:]) for tensor in (queries, keys, values))
+        queries, keys, values = (
+            tensor.reshape(-1, *shape[-2:]) for tensor in (queries, keys, values)
+        )
         return attend.apply(queries, keys, values, mask, layout).reshape(shape)
     queries, keys, values = (_four_dims(tensor) for tensor in (queries, keys, values))
     is_causal = layout.kind == "causal"
@@ -61,7 +65,10 @@ def _are_plain(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> b
     tensors = (queries, keys, values, mask)
     return (
         not is_traced(queries)
-        and all(type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided for tensor in tensors)
+        and all(
+            type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+            for tensor in tensors
+        )
         and all(tensor.device == queries.device and not tensor.is_meta for tensor in tensors)
         and queries.dtype == keys.dtype == values.dtype
         and queries.dtype in DTYPES
@@ -101,15 +108,21 @@ class _Flash(torch.autograd.Function):
         if torch.is_grad_enabled():
             num_tokens = grad.shape[-2]
             mask = causal_mask(num_tokens) if ctx.is_causal else torch.zeros(num_tokens, num_tokens)
-            return *_reference_gradients((queries, keys, values), mask, grad, ctx.needs_input_grad), None
-        return *flash_backward(grad.contiguous(), queries, keys, values, out, logsumexp, 0.0, ctx.is_causal), None
+            return *_reference_gradients(
+                (queries, keys, values), mask, grad, ctx.needs_input_grad
+            ), None
+        return *flash_backward(
+            grad.contiguous(), queries, keys, values, out, logsumexp, 0.0, ctx.is_causal
+        ), None
 
 
 class _Strips(torch.autograd.Function):
     """Attention a strip of queries at a time, (heads, tokens, head_dim); for gradients, weights are computed again."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, layout: MaskLayout) -> Tensor:
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, layout: MaskLayout
+    ) -> Tensor:
         ctx.save_for_backward(queries, keys, values, mask)
         ctx.layout = layout
         out = torch.full_like(queries, torch.nan)  # of the rows without a key
@@ -124,7 +137,11 @@ class _Strips(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, mask = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_reference_gradients((queries, keys, values), mask, grad, ctx.needs_input_grad), None, None
+            return (
+                *_reference_gradients((queries, keys, values), mask, grad, ctx.needs_input_grad),
+                None,
+                None,
+            )
         return *_strip_gradients(queries, keys, values, mask, ctx.layout, grad), None, None
 
 
@@ -158,7 +175,9 @@ def _strip_gradients(
             _add(grads[2], strip, weights.mT @ strip_grad)
     grads[0].mul_(scale)
     if layout.closed_rows:
-        grads[2].fill_(torch.nan)  # as the formula's, whose weights of a closed row are NaN for every key
+        grads[2].fill_(
+            torch.nan
+        )  # as the formula's, whose weights of a closed row are NaN for every key
     return grads
 
 
@@ -166,15 +185,23 @@ class _WideStrips(torch.autograd.Function):
     """The same by the CPU's flash attention, which is faster where most of the keys are looked at."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, layout: MaskLayout) -> Tensor:
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, layout: MaskLayout
+    ) -> Tensor:
         out = torch.full_like(queries, torch.nan)  # of the rows without a key
-        logsumexp = queries.new_zeros(queries.shape[:2], dtype=torch.promote_types(queries.dtype, torch.float32))
+        logsumexp = queries.new_zeros(
+            queries.shape[:2], dtype=torch.promote_types(queries.dtype, torch.float32)
+        )
         for strip in layout.strips:
             if strip.keys:
                 at = slice(strip.start, strip.stop)
                 blocked, closed = _opened(mask, layout, strip)
                 given = queries[:, at], _take(keys, strip), _take(values, strip)
-                found = flash(*(tensor[None] for tensor in given), 0.0, attn_mask=_bias(blocked, queries.dtype))
+                found = flash(
+                    *(tensor[None] for tensor in given),
+                    0.0,
+                    attn_mask=_bias(blocked, queries.dtype),
+                )
                 out[:, at] = _filled(found[0][0], closed, torch.nan)
                 logsumexp[:, at] = found[1][0]
         ctx.save_for_backward(queries, keys, values, mask, out, logsumexp)
@@ -185,16 +212,28 @@ class _WideStrips(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, mask, out, logsumexp = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_reference_gradients((queries, keys, values), mask, grad, ctx.needs_input_grad), None, None
+            return (
+                *_reference_gradients((queries, keys, values), mask, grad, ctx.needs_input_grad),
+                None,
+                None,
+            )
         grads = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
         for strip in ctx.layout.strips:
             if strip.keys:
                 at = slice(strip.start, strip.stop)
                 blocked, closed = _opened(mask, ctx.layout, strip)
-                given = _filled(grad[:, at], closed, 0.0), queries[:, at], _take(keys, strip), _take(values, strip)
+                given = (
+                    _filled(grad[:, at], closed, 0.0),
+                    queries[:, at],
+                    _take(keys, strip),
+                    _take(values, strip),
+                )
                 known = _filled(out[:, at], closed, 0.0), logsumexp[:, at]
                 found = flash_backward(
-                    *(tensor[None] for tensor in (*given, *known)), 0.0, False, attn_mask=_bias(blocked, grad.dtype)
+                    *(tensor[None] for tensor in (*given, *known)),
+                    0.0,
+                    False,
+                    attn_mask=_bias(blocked, grad.dtype),
                 )
                 grads[0][:, at] = found[0][0]
                 _add(grads[1], strip, found[1][0])
@@ -242,6 +281,8 @@ def _reference_gradients(
     """Return gradients that can be differentiated again."""
     wanted = [tensor for tensor, is_needed in zip(heads, needed, strict=False) if is_needed]
     queries, keys, values = heads
-    out = guarded_attention(queries, keys, values, mask, closed_rows(mask, queries.shape[-2], queries.dtype))
+    out = guarded_attention(
+        queries, keys, values, mask, closed_rows(mask, queries.shape[-2], queries.dtype)
+    )
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
     return tuple(next(found) if is_needed else None for is_needed in needed[:3])

@@ -4,7 +4,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from .attention import causal_mask
-from .checks import check_dropout, check_heads, check_inputs, check_mask
+from .validation import check_dropout, check_heads, check_inputs, check_mask
 from .closed_rows import guarded_projection
 from .dispatch import Implementation, attend, check_implementation, dropping
 
@@ -66,8 +66,12 @@ class CausalMultiHeadAttention(nn.Module):
         queries = self._split(self.W_query(inputs))  # (batch, heads, tokens, head_dim)
         keys = self._split(self.W_key(inputs))
         values = self._split(self.W_value(inputs))
-        context, closed = attend(queries, keys, values, self.mask, dropping(self.dropout), self.implementation)
+        context, closed = attend(
+            queries, keys, values, self.mask, dropping(self.dropout), self.implementation
+        )
         return guarded_projection(self.out_proj, context.transpose(1, 2).flatten(2), closed)
 
-    def _split(self, projected: Float[Tensor, "batch tokens embed"]) -> Float[Tensor, "batch heads tokens head_dim"]:
+    def _split(
+        self, projected: Float[Tensor, "batch tokens embed"]
+    ) -> Float[Tensor, "batch heads tokens head_dim"]:
         return projected.unflatten(2, (self.num_heads, -1)).transpose(1, 2)

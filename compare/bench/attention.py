@@ -52,7 +52,9 @@ class Timed(NamedTuple):
 Times = dict[Run, dict[str, Timed]]
 
 
-def sections(quick: bool, rounds: int, device: str | None = None, plot: Path | None = None) -> Iterator[Section | str]:
+def sections(
+    quick: bool, rounds: int, device: str | None = None, plot: Path | None = None
+) -> Iterator[Section | str]:
     """Yield the times, the figures to reach and the memory; on the way, what is being timed."""
     place = device or "cpu"
     tokens, masks, dtypes = TOKENS, MASKS, ["float32", "bfloat16"]
@@ -91,7 +93,9 @@ def _pass(backward: bool) -> str:
     return "forward + backward" if backward else "forward"
 
 
-def _time(run: Run, device: str, rounds: int, smaller: dict[str, Timed], *, slow: bool) -> dict[str, Timed]:
+def _time(
+    run: Run, device: str, rounds: int, smaller: dict[str, Timed], *, slow: bool
+) -> dict[str, Timed]:
     """Time every contestant in turn, round by round; not those for which half the tokens took too long."""
     shape = NOTEBOOK_SHAPE if run.tokens == 6 else (1, HEADS, run.tokens, HEAD_DIM)
     problem = draw(shape, run.mask, run.dtype, device)
@@ -109,9 +113,15 @@ def _time(run: Run, device: str, rounds: int, smaller: dict[str, Timed], *, slow
                 step = contestant.make(given, run.backward)
                 first, outputs = _clocked(step)
         except Exception as error:  # a peer may refuse for any reason of its own
-            found[contestant.name] = Timed([], 0.0, 0.0, f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200])
+            found[contestant.name] = Timed(
+                [], 0.0, 0.0, f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]
+            )
             continue
-        ratio = _ratio(outputs, contestant.name, *exact) if exact is not None and given is problem else 0.0
+        ratio = (
+            _ratio(outputs, contestant.name, *exact)
+            if exact is not None and given is problem
+            else 0.0
+        )
         found[contestant.name] = Timed([], first, ratio)
         steps[contestant.name] = step, max(1, round(SAMPLE / _clocked(step)[0]))
         del outputs
@@ -153,7 +163,11 @@ def _exact(given: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ratio(outputs: Any, name: str, exact: np.ndarray, bound: np.ndarray) -> float:
-    found = outputs.float().cpu().numpy() if name.startswith("torch") else np.asarray(outputs).astype(np.float64)
+    found = (
+        outputs.float().cpu().numpy()
+        if name.startswith("torch")
+        else np.asarray(outputs).astype(np.float64)
+    )
     tokens_first = name.startswith(("jax.nn", "flax."))
     return agreement(found[0, :, 0] if tokens_first else found[0, 0], exact, bound).ratio
 
@@ -182,7 +196,10 @@ def _times_section(times: Times, mask: str, dtype: str, backward: bool) -> Secti
             skipped[name] = reasons[-1]
     section = Section(f"{mask}, {dtype}, {_pass(backward)}: milliseconds by tokens")
     blocks: list[Block] = [Table(["ms", *sizes], rows)]
-    blocks += ["Half the distance of the quartiles, in percent of the median.", Table(["spread, %", *sizes], spreads)]
+    blocks += [
+        "Half the distance of the quartiles, in percent of the median.",
+        Table(["spread, %", *sizes], spreads),
+    ]
     blocks += ["Seconds of the first call, with compilation.", Table(["s", *sizes], first)]
     if not backward:
         blocks += [
@@ -190,7 +207,9 @@ def _times_section(times: Times, mask: str, dtype: str, backward: bool) -> Secti
             Table(["ratio", *sizes], errors),
         ]
     if skipped:
-        blocks.append("Not run: " + "; ".join(f"{name} ({why})" for name, why in skipped.items()) + ".")
+        blocks.append(
+            "Not run: " + "; ".join(f"{name} ({why})" for name, why in skipped.items()) + "."
+        )
     section.blocks = [*blocks, *_curves(times, runs, names, section.title)]
     return section
 
@@ -219,7 +238,9 @@ def _curves(times: Times, runs: list[Run], names: list[str], title: str) -> list
         if len(timed) > 1:
             (fewer, before), (more, after) = timed[-2:]
             slope = np.log2(after / before) / np.log2(more / fewer)
-            points = [float("nan") if seconds is None else 1e3 * seconds for seconds in found.values()]
+            points = [
+                float("nan") if seconds is None else 1e3 * seconds for seconds in found.values()
+            ]
             series[f"{name}, slope {slope:.1f}"] = points
     sizes = [float(run.tokens) for run in runs]
     return [Curves(title, "tokens", "ms", sizes, series, sizes, log_x=True)] if series else []
@@ -241,13 +262,33 @@ def _wanted() -> Iterator[Figure]:
             run = Run("causal", "float32", backward, size)
             name = f"{size}, {_pass(backward)}"
             sdpa = run, "torch SDPA is_causal"
-            yield Figure(f"torch ours / SDPA is_causal, {name}", (run, OURS[0]), sdpa, (1.05, 1.10)[backward], True)
-            yield Figure(f"Flax ours / SDPA is_causal, {name}", (run, OURS[1]), sdpa, (1.25, 1.6)[backward], True)
-            yield Figure(f"jax.nn / Flax ours, {name}", (run, "jax.nn"), (run, OURS[1]), (4.0, 3.0)[backward], False)
+            yield Figure(
+                f"torch ours / SDPA is_causal, {name}",
+                (run, OURS[0]),
+                sdpa,
+                (1.05, 1.10)[backward],
+                True,
+            )
+            yield Figure(
+                f"Flax ours / SDPA is_causal, {name}",
+                (run, OURS[1]),
+                sdpa,
+                (1.25, 1.6)[backward],
+                True,
+            )
+            yield Figure(
+                f"jax.nn / Flax ours, {name}",
+                (run, "jax.nn"),
+                (run, OURS[1]),
+                (4.0, 3.0)[backward],
+                False,
+            )
         for ours in OURS:
             window = Run(WINDOW, "float32", backward, 4096)
             name = f"{ours}: causal / {WINDOW}, 4096, {_pass(backward)}"
-            yield Figure(name, (window, f"{ours}, causal"), (window, ours), (4.0, 3.0)[backward], False)
+            yield Figure(
+                name, (window, f"{ours}, causal"), (window, ours), (4.0, 3.0)[backward], False
+            )
             smallest = Run("causal", "float32", backward, 6)
             formula = "torch formula" if ours == OURS[0] else "JAX formula"
             name = f"{ours} / formula, 6, {_pass(backward)}"
@@ -281,8 +322,13 @@ def _memory() -> Section:
             used = run_module("compare.bench.attention_worker", arguments, ON_CPU)["bytes"]
             cells.append(f"{used / 1e6:.0f} MB")
             if name.endswith("ours"):
-                check = Check(f"memory, {name}, {_pass(backward)}", "all", used < limit, f"{used / 1e6:.0f} MB",
-                              f"under {limit / 1e6:.0f} MB")  # fmt: skip
+                check = Check(
+                    f"memory, {name}, {_pass(backward)}",
+                    "all",
+                    used < limit,
+                    f"{used / 1e6:.0f} MB",
+                    f"under {limit / 1e6:.0f} MB",
+                )
                 section.checks.append(check)
         rows.append(cells)
     section.blocks = [

@@ -30,7 +30,9 @@ def main() -> None:
     heads = np.random.default_rng(0).standard_normal((4, 1, 1, tokens, HEAD_DIM), dtype=np.float32)
     step = (_torch if framework == "torch" else _jax)(attend, heads, tokens, backward)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else free memory that the process still has would not be counted
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # else free memory that the process still has would not be counted
     base = kilobytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
     found = step()
@@ -41,7 +43,9 @@ def main() -> None:
 WHICH = {"formula": "reference_attention", "ours": "masked_attention"}
 
 
-def _torch(attend: Callable[..., Any], heads: np.ndarray, tokens: int, backward: bool) -> Callable[[], Any]:
+def _torch(
+    attend: Callable[..., Any], heads: np.ndarray, tokens: int, backward: bool
+) -> Callable[[], Any]:
     queries, keys, values, cotangent = map(torch.from_numpy, heads)
     mask = torch_impl.causal_mask(tokens)
     small = [tensor[..., :256, :] for tensor in (queries, keys, values)]
@@ -52,8 +56,14 @@ def _torch(attend: Callable[..., Any], heads: np.ndarray, tokens: int, backward:
     return lambda: torch.autograd.grad(attend(queries, keys, values, mask), leaves, cotangent)
 
 
-def _jax(attend: Callable[..., Any], heads: np.ndarray, tokens: int, backward: bool) -> Callable[[], Any]:
-    given = [*map(jnp.asarray, heads[:3]), flax_impl.causal_mask(tokens), *([jnp.asarray(heads[3])] * backward)]
+def _jax(
+    attend: Callable[..., Any], heads: np.ndarray, tokens: int, backward: bool
+) -> Callable[[], Any]:
+    given = [
+        *map(jnp.asarray, heads[:3]),
+        flax_impl.causal_mask(tokens),
+        *([jnp.asarray(heads[3])] * backward),
+    ]
     program = jitted(attend, None, backward).lower(*given).compile()
     jax.block_until_ready(given)
     return lambda: jax.block_until_ready(program(*given))

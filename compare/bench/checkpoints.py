@@ -1,7 +1,7 @@
 """Save, load and convert beside the plain library calls, interleaved on the same data in one run.
 
-Each format has a process of its own, as in a program that saves or loads: how fast memory is to be had depends on
-what a process did before (NumPy leaves huge pages behind in the allocator).
+Each format has a process of its own, as in a program that saves or loads: how fast memory is to be
+had depends on what a process did before (NumPy leaves huge pages behind in the allocator).
 """
 
 import ctypes
@@ -55,10 +55,19 @@ class Bench:
     def __init__(self, folder: Path, megabytes: int) -> None:
         self.folder = folder
         count = matrices(megabytes)
-        self.module = torch.nn.ModuleList([torch.nn.Linear(SIDE, SIDE, bias=False) for _ in range(count)])
-        kernels = {name.split(".")[0]: tensor.numpy().T for name, tensor in self.module.state_dict().items()}
-        self.variables = {"params": {name: {"kernel": jnp.asarray(kernel)} for name, kernel in kernels.items()}}
-        rows = (Row(f"{i}.weight", ("params", str(i), "kernel"), "transposed") for i in range(count))
+        self.module = torch.nn.ModuleList(
+            [torch.nn.Linear(SIDE, SIDE, bias=False) for _ in range(count)]
+        )
+        kernels = {
+            name.split(".")[0]: tensor.numpy().T
+            for name, tensor in self.module.state_dict().items()
+        }
+        self.variables = {
+            "params": {name: {"kernel": jnp.asarray(kernel)} for name, kernel in kernels.items()}
+        }
+        rows = (
+            Row(f"{i}.weight", ("params", str(i), "kernel"), "transposed") for i in range(count)
+        )
         self.mapping = Mapping(tuple(rows))
         self.nbytes = count * MATRIX_BYTES
 
@@ -76,14 +85,28 @@ class Bench:
             source = save_checkpoint(self.path("ours", ".safetensors"), self.module)
             for suffix in SUFFIXES[1:]:
                 target = self.path("converted", suffix)
-                convert = partial(convert_checkpoint, source, target, mapping=self.mapping, layout="flax")
-                yield Job(CONVERT, f".safetensors to {suffix}", partial(self.read_and_write, suffix), convert)
+                convert = partial(
+                    convert_checkpoint, source, target, mapping=self.mapping, layout="flax"
+                )
+                yield Job(
+                    CONVERT,
+                    f".safetensors to {suffix}",
+                    partial(self.read_and_write, suffix),
+                    convert,
+                )
             return
         path = self.path("ours", group)
-        yield Job("save", group, partial(self.save, group), partial(save_checkpoint, path, self.source(group)))
+        yield Job(
+            "save",
+            group,
+            partial(self.save, group),
+            partial(save_checkpoint, path, self.source(group)),
+        )
         plain, load = partial(self.load, group), partial(load_checkpoint, path, self.source(group))
         yield Job("load, just written", group, plain, load)
-        yield Job("load, not cached", group, plain, load, lambda whose: forget(self.path(whose, group)))
+        yield Job(
+            "load, not cached", group, plain, load, lambda whose: forget(self.path(whose, group))
+        )
         yield Job("load, cached by reading", group, plain, load)
 
     def save(self, suffix: str) -> None:
@@ -113,7 +136,9 @@ class Bench:
         if suffix == ".safetensors":
             return self.module.load_state_dict(load_file(path))
         if suffix == ".msgpack":
-            return jax.tree.map(jnp.asarray, serialization.from_bytes(self.variables, path.read_bytes()))
+            return jax.tree.map(
+                jnp.asarray, serialization.from_bytes(self.variables, path.read_bytes())
+            )
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(path, self.variables)
 
@@ -137,7 +162,9 @@ def sections(megabytes: int, rounds: int) -> Iterator[Section | str]:
     for group in (*SUFFIXES, CONVERT):
         with (
             tempfile.TemporaryDirectory() as folder,
-            ProcessPoolExecutor(1, get_context("spawn"), _prepare, (Path(folder), megabytes, group)) as process,
+            ProcessPoolExecutor(
+                1, get_context("spawn"), _prepare, (Path(folder), megabytes, group)
+            ) as process,
         ):
             yield f"{group}: round 0 of {rounds}"
             for number, found in enumerate(process.map(_round, range(rounds + 1))):
@@ -161,7 +188,9 @@ def _round(number: int) -> dict[Timed, float]:
     times = {}
     for job in jobs:
         both = [("plain", job.plain), ("ours", job.ours)]
-        for whose, call in both if number % 2 else reversed(both):  # each comes after the other as often
+        for whose, call in (
+            both if number % 2 else reversed(both)
+        ):  # each comes after the other as often
             job.before(whose)
             _settle(bench.nbytes)
             begin = time.perf_counter()
@@ -175,8 +204,8 @@ def _round(number: int) -> dict[Timed, float]:
 def _settle(nbytes: int) -> None:
     """Leave nothing to be written, no memory in the allocator's hand, and enough of it in the system's.
 
-    Else one would wait for what the other has left to be written, use again memory that the other gave back, or
-    wait for memory from the host of a virtual machine.
+    Else one would wait for what the other has left to be written, use again memory that the other
+    gave back, or wait for memory from the host of a virtual machine.
     """
     os.sync()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
@@ -186,14 +215,22 @@ def _settle(nbytes: int) -> None:
 
 def _section(times: dict[Timed, list[float]], megabytes: int, rounds: int) -> Section:
     rows: list[list[Cell]] = []
-    section = Section(f"State of {matrices(megabytes) * MATRIX_BYTES / 1e9:.2f} GB, {rounds} rounds")
+    section = Section(
+        f"State of {matrices(megabytes) * MATRIX_BYTES / 1e9:.2f} GB, {rounds} rounds"
+    )
     for name, suffix, _ in [key for key in times if key[2] == "plain"]:
         plain, ours = times[name, suffix, "plain"], times[name, suffix, "ours"]
         ratio = statistics.median(plain) / statistics.median(ours)
         rows.append([name, suffix, _spread(plain), _spread(ours), f"{ratio:.2f}"])
         least = LEAST_CONVERTING if name == CONVERT else LEAST
         section.checks.append(
-            Check(f"{name} {suffix}", "all", ratio >= least, f"ratio {ratio:.2f}", f"at least {least:.2f}")
+            Check(
+                f"{name} {suffix}",
+                "all",
+                ratio >= least,
+                f"ratio {ratio:.2f}",
+                f"at least {least:.2f}",
+            )
         )
     section.blocks = [
         "Seconds, median (least to greatest), of the plain library call and of ours, now one first and now the other, "

@@ -48,8 +48,12 @@ class Contestant(NamedTuple):
 def draw(shape: tuple[int, ...], mask_name: str, dtype: str, device: str) -> Problem:
     """Draw standard normal queries, keys, values and cotangent."""
     random = np.random.default_rng(0)
-    queries, keys, values, cotangent = (random.standard_normal(shape, dtype=np.float32) for _ in range(4))
-    return Problem((queries, keys, values), cotangent, MASKS[mask_name](shape[-2]), mask_name, dtype, device)
+    queries, keys, values, cotangent = (
+        random.standard_normal(shape, dtype=np.float32) for _ in range(4)
+    )
+    return Problem(
+        (queries, keys, values), cotangent, MASKS[mask_name](shape[-2]), mask_name, dtype, device
+    )
 
 
 def _causal(num_tokens: int) -> np.ndarray:
@@ -69,7 +73,11 @@ def _random(num_tokens: int) -> np.ndarray:
     return closed.repeat(64, axis=0).repeat(64, axis=1)[:num_tokens, :num_tokens].astype(np.float32)
 
 
-MASKS: dict[str, Callable[[int], np.ndarray]] = {"causal": _causal, "window 256": _window, "random blocks": _random}
+MASKS: dict[str, Callable[[int], np.ndarray]] = {
+    "causal": _causal,
+    "window 256": _window,
+    "random blocks": _random,
+}
 
 
 def contestants(device: str, *, slow: bool = True) -> Iterator[Contestant]:
@@ -92,7 +100,9 @@ def contestants(device: str, *, slow: bool = True) -> Iterator[Contestant]:
 TorchAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _torch(prepare: Callable[[Problem, torch.Tensor], TorchAttention], given: Problem, backward: bool) -> Step:
+def _torch(
+    prepare: Callable[[Problem, torch.Tensor], TorchAttention], given: Problem, backward: bool
+) -> Step:
     dtype = getattr(torch, given.dtype)
     queries, keys, values, cotangent = (
         torch.from_numpy(array).to(given.device, dtype) for array in (*given.heads, given.cotangent)
@@ -115,7 +125,9 @@ def _torch(prepare: Callable[[Problem, torch.Tensor], TorchAttention], given: Pr
     return lambda: finish(torch.autograd.grad(attend(queries, keys, values), leaves, cotangent))
 
 
-def _masked(attend: Callable[..., torch.Tensor]) -> Callable[[Problem, torch.Tensor], TorchAttention]:
+def _masked(
+    attend: Callable[..., torch.Tensor],
+) -> Callable[[Problem, torch.Tensor], TorchAttention]:
     return lambda given, mask: partial(attend, mask=mask)
 
 
@@ -137,7 +149,12 @@ def _flex(given: Problem, mask: torch.Tensor) -> TorchAttention:
         raise NotImplementedError("its blocks are of 128 tokens")
     is_open = mask == 0
     blocks = create_block_mask(
-        lambda batch, head, query, key: is_open[query, key], None, None, num_tokens, num_tokens, device=given.device
+        lambda batch, head, query, key: is_open[query, key],
+        None,
+        None,
+        num_tokens,
+        num_tokens,
+        device=given.device,
     )
     return partial(_compiled_flex(), block_mask=blocks)
 
@@ -149,13 +166,17 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention)
 
 
-def _jax(attend: Callable[..., jax.Array], tokens_first: bool, given: Problem, backward: bool) -> Step:
+def _jax(
+    attend: Callable[..., jax.Array], tokens_first: bool, given: Problem, backward: bool
+) -> Step:
     """Jit it once for all masks; `tokens_first` want (batch, tokens, heads, head_dim), and are told `is_causal`."""
     device = jax.devices(given.device)[0]
 
     def put(array: np.ndarray) -> jax.Array:
         array = array.swapaxes(1, 2) if tokens_first else array
-        return jax.device_put(jnp.asarray(np.ascontiguousarray(array), numpy_dtype(given.dtype)), device)
+        return jax.device_put(
+            jnp.asarray(np.ascontiguousarray(array), numpy_dtype(given.dtype)), device
+        )
 
     heads, cotangent = [put(array) for array in given.heads], put(given.cotangent)
     mask = jax.device_put(given.mask, device)
@@ -172,7 +193,13 @@ def jitted(attend: Callable[..., jax.Array], is_causal: bool | None, backward: b
     if not backward:
         return jax.jit(call)
 
-    def gradient(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, cotangent: jax.Array) -> Any:
+    def gradient(
+        queries: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        mask: jax.Array,
+        cotangent: jax.Array,
+    ) -> Any:
         return jax.vjp(lambda *heads: call(*heads, mask), queries, keys, values)[1](cotangent)
 
     return jax.jit(gradient)
@@ -180,14 +207,20 @@ def jitted(attend: Callable[..., jax.Array], is_causal: bool | None, backward: b
 
 def _jax_nn(queries: Any, keys: Any, values: Any, mask: Any, *, is_causal: bool) -> jax.Array:
     if is_causal:
-        return jax.nn.dot_product_attention(queries, keys, values, is_causal=True, implementation="xla")
-    return jax.nn.dot_product_attention(queries, keys, values, mask=(mask == 0)[None, None], implementation="xla")
+        return jax.nn.dot_product_attention(
+            queries, keys, values, is_causal=True, implementation="xla"
+        )
+    return jax.nn.dot_product_attention(
+        queries, keys, values, mask=(mask == 0)[None, None], implementation="xla"
+    )
 
 
 def _jax_cudnn(queries: Any, keys: Any, values: Any, mask: Any, *, is_causal: bool) -> jax.Array:
     if queries.dtype not in (jnp.bfloat16, jnp.float16) or not is_causal:
         raise NotImplementedError("takes half precision, and no such mask")
-    return jax.nn.dot_product_attention(queries, keys, values, is_causal=True, implementation="cudnn")
+    return jax.nn.dot_product_attention(
+        queries, keys, values, is_causal=True, implementation="cudnn"
+    )
 
 
 def _flax_linen(queries: Any, keys: Any, values: Any, mask: Any, *, is_causal: bool) -> jax.Array:

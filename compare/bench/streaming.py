@@ -24,7 +24,9 @@ class Synthetic(Held):
 
     def __init__(self, megabytes: int) -> None:
         words = max(1, min(32768, megabytes * 1_000_000 // 15 // (2 * _HIDDEN)))
-        layers = max(1, (megabytes * 1_000_000 - 2 * words * _HIDDEN) // (2 * _HIDDEN * (_INNER + 1)))
+        layers = max(
+            1, (megabytes * 1_000_000 - 2 * words * _HIDDEN) // (2 * _HIDDEN * (_INNER + 1))
+        )
         specs: dict[Path, Spec] = {("embed.weight",): Spec((words, _HIDDEN), "bfloat16")}
         for layer in range(layers):
             specs[(f"layers.{layer}.fc.weight",)] = Spec((_INNER, _HIDDEN), "bfloat16")
@@ -34,7 +36,11 @@ class Synthetic(Held):
     def pieces(self, path: Path) -> Iterable[np.ndarray]:
         """Return random bits, the same whenever they are asked for."""
         random = np.random.default_rng(list(str(path[0]).encode()))
-        return [random.integers(0, 2**16, self.specs[path].shape, dtype=np.uint16).view(ml_dtypes.bfloat16)]
+        return [
+            random.integers(0, 2**16, self.specs[path].shape, dtype=np.uint16).view(
+                ml_dtypes.bfloat16
+            )
+        ]
 
     def table(self) -> Mapping:
         """Return where Flax keeps them."""
@@ -65,21 +71,43 @@ def sections(megabytes: int) -> Iterator[Section | str]:
             ("flax.orbax", "again.safetensors", "torch"),
         ):
             yield f"{source} to {target}"
-            arguments = [str(folder / source), str(folder / target), str(folder / "map.json"), layout]
+            arguments = [
+                str(folder / source),
+                str(folder / target),
+                str(folder / "map.json"),
+                layout,
+            ]
             done = run_module("compare.bench.streaming_worker", arguments, ON_CPU)
             above = 1024 * (done["peak"] - done["base"])
             rows.append(
-                [source, target, f"{above / 1e6:,.0f}", f"{done['base'] / 1000:,.0f}", f"{done['seconds']:.1f}"]
+                [
+                    source,
+                    target,
+                    f"{above / 1e6:,.0f}",
+                    f"{done['base'] / 1000:,.0f}",
+                    f"{done['seconds']:.1f}",
+                ]
             )
             allowed = f"at most {(largest + ROOM_BYTES) / 1e6:,.0f} MB"
             section.checks.append(
-                Check(f"memory, {source} to {target}", "all", above <= largest + ROOM_BYTES,
-                      f"{above / 1e6:,.0f} MB", allowed)
-            )  # fmt: skip
+                Check(
+                    f"memory, {source} to {target}",
+                    "all",
+                    above <= largest + ROOM_BYTES,
+                    f"{above / 1e6:,.0f} MB",
+                    allowed,
+                )
+            )
             yield f"comparing {source} and {target}"
             found = verify_checkpoint(folder / source, folder / target)
             section.checks.append(
-                Check(f"every bit, {source} to {target}", "all", not found, f"{len(found)} tensors differ", "none")
+                Check(
+                    f"every bit, {source} to {target}",
+                    "all",
+                    not found,
+                    f"{len(found)} tensors differ",
+                    "none",
+                )
             )
             if target in ("back.safetensors", "again.safetensors"):
                 (folder / target).unlink()

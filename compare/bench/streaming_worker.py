@@ -28,7 +28,11 @@ def main() -> None:
     wanted: Wanted = "torch" if layout == "torch" else "flax"
     done = convert_checkpoint(source, target, mapping=Mapping.load(mapping), layout=wanted)
     seconds = time.perf_counter() - begin
-    print(json.dumps({"base": base, "peak": kilobytes("VmHWM"), "seconds": seconds, "bytes": done.nbytes}))
+    print(
+        json.dumps(
+            {"base": base, "peak": kilobytes("VmHWM"), "seconds": seconds, "bytes": done.nbytes}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@
 | `.msgpack` | Flax msgpack | Flax variables | `flax.serialization.msgpack_restore(data)` |
 | `.orbax`, none | Orbax folder | Flax variables | `orbax.checkpoint.StandardCheckpointer().restore(path)` |
 
-Each carries a manifest in its own kind of metadata: layout, mapping, dtypes and a checksum of every tensor.
+Each carries a manifest in its own kind of metadata: layout, mapping, dtypes and a checksum of every
+tensor.
 """
 
 from .formats import open_checkpoint

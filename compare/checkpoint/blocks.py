@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 BLOCK_BYTES = 8 << 20
-# A part of a transposed array that a processor's cache holds, if its columns are not so narrow that each line of
-# memory would be fetched for a few of its bytes.
+# A part of a transposed array that a processor's cache holds, if its columns are not so narrow that
+# each line of memory would be fetched for a few of its bytes.
 _PART_BYTES, _COLUMNS_BYTES = 1 << 20, 256
 # What may be in memory at once beyond a single tensor that is larger.
 BATCH_BYTES = 64 << 20
@@ -27,12 +27,15 @@ def blocks(array: np.ndarray, *, alone: bool = False) -> Iterator[np.ndarray]:
 
     Args:
         array: of any strides.
-        alone: nothing else is worked on meanwhile, so that the next blocks may be made in other threads.
+        alone: nothing else is worked on meanwhile, so that the next blocks may be made in other
+            threads.
     """
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.flags.c_contiguous:
         flat = array.reshape(-1).view(np.uint8)
-        yield from (flat[begin : begin + BLOCK_BYTES] for begin in range(0, flat.nbytes, BLOCK_BYTES))
+        yield from (
+            flat[begin : begin + BLOCK_BYTES] for begin in range(0, flat.nbytes, BLOCK_BYTES)
+        )
         return
     made = ahead(_parts(array), contiguous) if alone else map(contiguous, _parts(array))
     yield from (part.reshape(-1).view(np.uint8) for part in made)
@@ -41,8 +44,8 @@ def blocks(array: np.ndarray, *, alone: bool = False) -> Iterator[np.ndarray]:
 def contiguous(array: np.ndarray) -> np.ndarray:
     """Return the array in C order.
 
-    Part after part of a transposed matrix is first gathered as it lies in memory, then transposed by torch: four
-    times as fast as NumPy, whose copy jumps from row to row.
+    Part after part of a transposed matrix is first gathered as it lies in memory, then transposed
+    by torch: four times as fast as NumPy, whose copy jumps from row to row.
     """
     if array.flags.c_contiguous or any(stride < 0 for stride in array.strides):
         return np.asarray(array, order="C")  # which leaves a 0-d array one
@@ -50,7 +53,9 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     found = torch.from_numpy(np.empty(array.size, carrier.dtype))
     at = 0
     for part in _parts(carrier):
-        found[at : at + part.size].view(part.shape).copy_(torch.from_numpy(np.array(part, order="K")))
+        found[at : at + part.size].view(part.shape).copy_(
+            torch.from_numpy(np.array(part, order="K"))
+        )
         at += part.size
     return found.numpy().view(array.dtype).reshape(array.shape)
 

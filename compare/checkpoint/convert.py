@@ -76,18 +76,19 @@ def convert_checkpoint(
     Args:
         source: the file or folder to read.
         target: the file or folder to write, atomically.
-        mapping: how torch and Flax names pair, where the layout changes; without, what the source says, or
-            what pairs with `like`. The attention classes need none.
+        mapping: how torch and Flax names pair, where the layout changes; without, what the source
+            says, or what pairs with `like`. The attention classes need none.
         like: a checkpoint of the other framework's, whose names and shapes are matched.
         layout: of a safetensors target: without, that of the source.
-        dtype: what floating tensors but masks are cast to. Refused if a finite number would become infinite.
+        dtype: what floating tensors but masks are cast to. Refused if a finite number would become
+            infinite.
         shard_bytes: write a folder of safetensors files of at most that size, with an index.
         dry_run: only find out what would be done.
         progress: is called with the bytes done and the bytes in all.
 
     Raises:
-        CheckpointError: the source cannot be read, does not fit the mapping, or the target cannot be written.
-            The target is then as it was.
+        CheckpointError: the source cannot be read, does not fit the mapping, or the target cannot
+            be written. The target is then as it was.
     """
     path = FilePath(target)
     chosen = format_of(path) if shard_bytes is None else None
@@ -95,10 +96,14 @@ def convert_checkpoint(
     resolved = writable(path, chosen) if chosen else _folder(path)
     read = FilePath(source)
     if exists(read) and (resolved == read.resolve() or resolved in read.resolve().parents):
-        raise CheckpointError(path, "is what is to be read, or holds it: write beside it, then rename")
+        raise CheckpointError(
+            path, "is what is to be read, or holds it: write beside it, then rename"
+        )
 
     def work(stored: Stored) -> Conversion:
-        tensors, lines = planned(stored, allowed, mapping=mapping, like=like, layout=layout, dtype=dtype)
+        tensors, lines = planned(
+            stored, allowed, mapping=mapping, like=like, layout=layout, dtype=dtype
+        )
         if not dry_run:
             watched = Watched(tensors, progress)
             if chosen is not None:
@@ -158,14 +163,17 @@ def _mapping(
         return own
     if beside is not None:
         return _matched(stored, beside)
-    raise CheckpointError(stored.path, "does not say how its names and the other framework's pair", mend=_MEND)
+    raise CheckpointError(
+        stored.path, "does not say how its names and the other framework's pair", mend=_MEND
+    )
 
 
 def _matched(stored: Stored, like: str | PathLike[str]) -> Table:
     with open_checkpoint(like) as other:
         if (other.layout == "torch") == (stored.layout == "torch"):
             raise CheckpointError(
-                like, f"is in the layout of {other.layout}, as the source is: give one of the other's"
+                like,
+                f"is in the layout of {other.layout}, as the source is: give one of the other's",
             )
         torch, flax = (stored, other) if stored.layout == "torch" else (other, stored)
         try:
@@ -181,12 +189,18 @@ def _line(path: Path, spec: Spec, stored: Stored, tensors: Tensors) -> Line:
     source, how = name, "same"
     base = tensors.source if isinstance(tensors, Cast) else tensors
     if base is not stored and tensors.mapping is not None:
-        rows = [tensors.mapping.by_path[path]] if tensors.layout != "torch" else tensors.mapping.by_key[name]
+        rows = (
+            [tensors.mapping.by_path[path]]
+            if tensors.layout != "torch"
+            else tensors.mapping.by_key[name]
+        )
         source = " + ".join(row.place if tensors.layout == "torch" else _keys(row) for row in rows)
         how = rows[0].layout
     held = base.specs[path].dtype
     dtype = spec.dtype if held == spec.dtype else f"{held} -> {spec.dtype}"
-    return Line(source, name, tensors.kinds.get(path, "unknown"), spec.shape, dtype, how, spec.nbytes)
+    return Line(
+        source, name, tensors.kinds.get(path, "unknown"), spec.shape, dtype, how, spec.nbytes
+    )
 
 
 def _keys(row: Any) -> str:
@@ -197,7 +211,9 @@ def _keys(row: Any) -> str:
 def _folder(path: FilePath) -> FilePath:
     if path.suffix.lower() in KNOWN:
         raise CheckpointError(
-            path, f"would be a folder of shards, and {path.suffix} says another format", mend="name it without suffix"
+            path,
+            f"would be a folder of shards, and {path.suffix} says another format",
+            mend="name it without suffix",
         )
     if exists(path) and not path.is_dir():
         raise CheckpointError(path, "is no folder, which shards need: choose another name")

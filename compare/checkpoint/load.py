@@ -66,35 +66,52 @@ def load_checkpoint(
 ) -> Any:
     """Load parameters and buffers that `save_checkpoint`, or the format's own library, wrote.
 
-    A torch or NNX module is filled in place, after everything was validated, and returned. For Linen
-    give variables or their `jax.eval_shape`; new variables are returned. torch modules keep their
-    device and dtype; Flax takes the dtypes of the file.
+    A torch or NNX module is filled in place, after everything was validated, and returned. For
+    Linen give variables or their `jax.eval_shape`; new variables are returned. torch modules keep
+    their device and dtype; Flax takes the dtypes of the file.
 
     Args:
         path: the file or folder.
         target: what to load into.
-        mapping: how torch and Flax names pair; without, what the file says, or `compare.match` finds.
-        policy: pattern of names to what may happen if one side lacks the entry: `ignore` (the target keeps its
-            own, the file's is dropped), `verify` (only if it is the causal mask that anyone would recompute).
+        mapping: how torch and Flax names pair; without, what the file says, or `compare.match`
+            finds.
+        policy: pattern of names to what may happen if one side lacks the entry: `ignore` (the
+            target keeps its own, the file's is dropped), `verify` (only if it is the causal mask
+            that anyone would recompute).
         cast: whether floating numbers may be cast to the target's dtype.
 
     Raises:
-        CheckpointError: no such file, not a file of this format, other values than were saved, or entries
-            that do not fit the target: missing, unexpected, of another shape, or (into torch) of another
-            dtype. The target is as it was.
+        CheckpointError: no such file, not a file of this format, other values than were saved, or
+            entries that do not fit the target: missing, unexpected, of another shape, or (into
+            torch) of another dtype. The target is as it was.
 
     Warns:
-        UnverifiedCheckpoint: the file has no manifest, so nothing tells whether its values are those saved.
+        UnverifiedCheckpoint: the file has no manifest, so nothing tells whether its values are
+            those saved.
     """
-    if not isinstance(target, torch.nn.Module | nnx.Module | Mapping) or isinstance(target, nnx.State):
-        raise TypeError(f"target is a {type(target).__name__}; expected a torch or NNX module, or Linen variables")
-    if isinstance(target, Mapping) and target and not any(isinstance(inner, Mapping) for inner in target.values()):
-        raise TypeError("target is a flat dict; expected Linen variables, or a torch module instead of its state dict")
+    if not isinstance(target, torch.nn.Module | nnx.Module | Mapping) or isinstance(
+        target, nnx.State
+    ):
+        raise TypeError(
+            f"target is a {type(target).__name__}; expected a torch or NNX module, or Linen variables"
+        )
+    if (
+        isinstance(target, Mapping)
+        and target
+        and not any(isinstance(inner, Mapping) for inner in target.values())
+    ):
+        raise TypeError(
+            "target is a flat dict; expected Linen variables, or a torch module instead of its state dict"
+        )
     if mapping is not None and not isinstance(mapping, Table):
-        raise TypeError(f"mapping is a {type(mapping).__name__}; expected what `compare.match` returns")
+        raise TypeError(
+            f"mapping is a {type(mapping).__name__}; expected what `compare.match` returns"
+        )
     for pattern, decided in (policy or {}).items():
         if decided not in get_args(Policy):
-            raise ValueError(f"policy {pattern}: there is no {decided!r}; there are {', '.join(get_args(Policy))}")
+            raise ValueError(
+                f"policy {pattern}: there is no {decided!r}; there are {', '.join(get_args(Policy))}"
+            )
 
     def prepare(stored: Stored) -> Callable[[], Any]:
         try:
@@ -105,7 +122,9 @@ def load_checkpoint(
             return _flax_into_flax(stored, target, policy or {}, cast)
         except ConversionError as error:
             raise CheckpointError(
-                path, f"does not fit the target; nothing was loaded:\n{error.mismatch}", error.mismatch
+                path,
+                f"does not fit the target; nothing was loaded:\n{error.mismatch}",
+                error.mismatch,
             ) from error
 
     assign = steady(path, prepare)
@@ -120,8 +139,8 @@ def read_checkpoint(path: str | PathLike[str], *, mapping: Table | None = None) 
 
     Args:
         path: the file or folder.
-        mapping: how torch and Flax names pair, for a file in Flax's layout that does not say it itself.
-            The attention classes need none.
+        mapping: how torch and Flax names pair, for a file in Flax's layout that does not say it
+            itself. The attention classes need none.
 
     Raises:
         CheckpointError: no such file, or not a file of the format that its suffix names.
@@ -130,16 +149,20 @@ def read_checkpoint(path: str | PathLike[str], *, mapping: Table | None = None) 
     def read(stored: Stored) -> StateDict:
         if stored.layout == "torch":
             return _state(stored)
-        table = mapping or stored.mapping or (tables.LINEN if stored.layout == "linen" else tables.NNX)
+        table = (
+            mapping or stored.mapping or (tables.LINEN if stored.layout == "linen" else tables.NNX)
+        )
         try:
             return _state(relaid(stored.path, stored, stored.spell(table)))
         except CheckpointError as error:
             if not error.mismatch or mapping or stored.mapping:
                 raise
             raise CheckpointError(
-                path, f"holds no variables of the attention classes:\n{error.mismatch}", error.mismatch,
+                path,
+                f"holds no variables of the attention classes:\n{error.mismatch}",
+                error.mismatch,
                 mend="give mapping=compare.match(module, template)",
-            ) from error  # fmt: skip
+            ) from error
 
     return steady(path, read)
 
@@ -168,7 +191,9 @@ def steady(path: str | PathLike[str], work: Callable[[Stored], Result]) -> Resul
                     stacklevel=3,
                 )
             return result
-    raise CheckpointError(path, f"was replaced {_TRIES} times while it was read", mend="read it when it is at rest")
+    raise CheckpointError(
+        path, f"was replaced {_TRIES} times while it was read", mend="read it when it is at rest"
+    )
 
 
 def _identity(path: Path) -> list[tuple[int, ...]]:
@@ -179,7 +204,10 @@ def _identity(path: Path) -> list[tuple[int, ...]]:
         found = [part.stat() for part in parts if part.exists()]
     except (OSError, ValueError, RuntimeError):
         return []
-    return [(stat.st_dev, stat.st_ino, 0 if S_ISDIR(stat.st_mode) else stat.st_mtime_ns) for stat in found]
+    return [
+        (stat.st_dev, stat.st_ino, 0 if S_ISDIR(stat.st_mode) else stat.st_mtime_ns)
+        for stat in found
+    ]
 
 
 class _Named(NamedTuple):
@@ -201,7 +229,11 @@ def named(stored: Stored) -> dict[str, _Named]:
 
 
 def _into_torch(
-    stored: Stored, module: torch.nn.Module, mapping: Table | None, policy: Mapping[str, Policy], cast: bool
+    stored: Stored,
+    module: torch.nn.Module,
+    mapping: Table | None,
+    policy: Mapping[str, Policy],
+    cast: bool,
 ) -> Callable[[], torch.nn.Module]:
     tensors: Tensors = stored
     stored.mapped = True  # the values are copied into the module
@@ -209,7 +241,9 @@ def _into_torch(
         table = mapping or _own(stored, stored.layout)
         if table:
             table = allowing(stored.spell(table), (), stored.specs, policy)
-        tensors = relaid(stored.path, stored, table or match(module, side_of(stored), policy=policy))
+        tensors = relaid(
+            stored.path, stored, table or match(module, side_of(stored), policy=policy)
+        )
     left = tensors.mapping.left_keys() if tensors.mapping else set()
     homes = {key: key for key in tensors.specs} | dict(tensors.aliases)
     specs = {str(key[0]): tensors.specs[first] for key, first in homes.items()}
@@ -229,19 +263,29 @@ def _torch_into_flax(
 ) -> Callable[[], Any]:
     side, names = flax_side(target), named(stored)
     table = mapping or _own(stored, side.kind)
-    table = allowing(table, names, side.leaves, policy) if table else match(names, side, policy=policy)
-    relaid(stored.path, stored, table)  # names and shapes first: nothing is read of a file that does not fit
+    table = (
+        allowing(table, names, side.leaves, policy) if table else match(names, side, policy=policy)
+    )
+    relaid(
+        stored.path, stored, table
+    )  # names and shapes first: nothing is read of a file that does not fit
     state = _state(stored)
     _require_masks(stored.path, stored, state)
-    for key, row in {key: rows[0] for key, rows in table.by_key.items() if cast and key in state}.items():
-        state[key] = _cast(stored.path, key, state[key], getattr(torch, np.dtype(side.leaves[row.path].dtype).name))
+    for key, row in {
+        key: rows[0] for key, rows in table.by_key.items() if cast and key in state
+    }.items():
+        state[key] = _cast(
+            stored.path, key, state[key], getattr(torch, np.dtype(side.leaves[row.path].dtype).name)
+        )
     arrays, mismatch = flax_from_torch(state, side.leaves, table, copy=True)
     if mismatch:
         raise ConversionError(mismatch)
     return lambda: install(target, arrays)
 
 
-def _flax_into_flax(stored: Stored, target: Any, policy: Mapping[str, Policy], cast: bool) -> Callable[[], Any]:
+def _flax_into_flax(
+    stored: Stored, target: Any, policy: Mapping[str, Policy], cast: bool
+) -> Callable[[], Any]:
     side = flax_side(target)
     leaves = flax_leaves(stored, side, policy, cast)
     for path, array in leaves.items():
@@ -258,7 +302,9 @@ def _cast(path: Path, key: str, tensor: torch.Tensor, dtype: torch.dtype) -> tor
     if not tensor.is_floating_point() or not dtype.is_floating_point:
         return tensor
     array = tensor_to_numpy(tensor)
-    return numpy_to_tensor(cast_array(path, key, array, numpy_dtype(str(dtype).removeprefix("torch."))))
+    return numpy_to_tensor(
+        cast_array(path, key, array, numpy_dtype(str(dtype).removeprefix("torch.")))
+    )
 
 
 def _own(stored: Stored, kind: str) -> Table | None:
@@ -273,13 +319,19 @@ def side_of(stored: Stored) -> FlaxSide:
 
 def _state(tensors: Tensors) -> StateDict:
     """Read everything, tied names as one tensor."""
-    read = tensors.read() if isinstance(tensors, Stored) else ((key, whole(tensors, key)) for key in tensors.specs)
+    read = (
+        tensors.read()
+        if isinstance(tensors, Stored)
+        else ((key, whole(tensors, key)) for key in tensors.specs)
+    )
     state = {str(key[0]): numpy_to_tensor(_owned(array)) for key, array in read}
     return state | {str(key[0]): state[str(first[0])] for key, first in tensors.aliases.items()}
 
 
 def _owned(array: np.ndarray) -> np.ndarray:
-    return array if array.flags.writeable and array.flags.c_contiguous else np.array(array, order="C")
+    return (
+        array if array.flags.writeable and array.flags.c_contiguous else np.array(array, order="C")
+    )
 
 
 def _require_masks(path: Path, tensors: Tensors, state: StateDict) -> None:
@@ -298,6 +350,10 @@ def _require_no_nan(path: Path, steps: Steps, kind: str, array: jax.Array) -> No
 
 def _nan(path: Path, key: str, count: int) -> CheckpointError:
     return CheckpointError(
-        path, f"{shown(key)} holds NaN, which blocks in one framework's arithmetic and spreads in another's", key=key,
-        expected="numbers", found=f"{count} NaN", mend="write 0 where a mask is open, 1 where it blocks",
-    )  # fmt: skip
+        path,
+        f"{shown(key)} holds NaN, which blocks in one framework's arithmetic and spreads in another's",
+        key=key,
+        expected="numbers",
+        found=f"{count} NaN",
+        mend="write 0 where a mask is open, 1 where it blocks",
+    )

@@ -19,7 +19,9 @@ from .reader import Stored
 from .transforms import cast_array
 
 
-def flax_leaves(stored: Stored, side: FlaxSide, policy: Mapping[str, Policy], cast: bool) -> dict[Path, jax.Array]:
+def flax_leaves(
+    stored: Stored, side: FlaxSide, policy: Mapping[str, Policy], cast: bool
+) -> dict[Path, jax.Array]:
     """Return the target's leaves with the values of the file.
 
     Raises:
@@ -29,19 +31,31 @@ def flax_leaves(stored: Stored, side: FlaxSide, policy: Mapping[str, Policy], ca
     held = specs_side("linen" if stored.layout == "linen" else "nnx", stored.specs, stored.kinds)
     by_name = dict(held.by_name)
     for path, first in stored.aliases.items():
-        by_name.setdefault(".".join(map(str, path[1:] if stored.layout == "linen" else path)), [first])
+        by_name.setdefault(
+            ".".join(map(str, path[1:] if stored.layout == "linen" else path)), [first]
+        )
     missing, misshaped, refused = [], [], []
     pairs: dict[Path, Path] = {}
     for path, leaf in side.leaves.items():
         place, found = "/".join(map(str, path)), by_name.get(names[path], [])
         if not found:
-            missing += [] if may_lack(place, leaf, policy) else [Entry(names[path], place, expected=tuple(leaf.shape))]
+            missing += (
+                []
+                if may_lack(place, leaf, policy)
+                else [Entry(names[path], place, expected=tuple(leaf.shape))]
+            )
         elif len(found) > 1:
             refused.append(
-                Entry(names[path], place, reason=f"could be {' or '.join('/'.join(map(str, p)) for p in found)}")
+                Entry(
+                    names[path],
+                    place,
+                    reason=f"could be {' or '.join('/'.join(map(str, p)) for p in found)}",
+                )
             )
         elif stored.specs[found[0]].shape != tuple(leaf.shape):
-            misshaped.append(Entry(names[path], place, stored.specs[found[0]].shape, tuple(leaf.shape)))
+            misshaped.append(
+                Entry(names[path], place, stored.specs[found[0]].shape, tuple(leaf.shape))
+            )
         elif one_trained(mine := held.kinds[found[0]], its := side.kinds[path]):
             reason = f"is a {mine} in the file and a {its} in the target: one is trained, the other is not"
             refused.append(Entry(names[path], place, reason=reason))
@@ -49,10 +63,16 @@ def flax_leaves(stored: Stored, side: FlaxSide, policy: Mapping[str, Policy], ca
             pairs[path] = found[0]
     taken = set(names.values())
     extra = [path for path in held.leaves if ".".join(held.names[path]) not in taken]
-    known = {path for path in extra if decided("/".join(map(str, path)), policy) in ("ignore", "verify")}
-    unexpected = tuple(Entry("/".join(map(str, p)), "", stored.specs[p].shape) for p in extra if p not in known)
+    known = {
+        path for path in extra if decided("/".join(map(str, path)), policy) in ("ignore", "verify")
+    }
+    unexpected = tuple(
+        Entry("/".join(map(str, p)), "", stored.specs[p].shape) for p in extra if p not in known
+    )
     if missing or unexpected or misshaped or refused:
-        raise ConversionError(Mismatch(tuple(missing), unexpected, tuple(misshaped), tuple(refused)))
+        raise ConversionError(
+            Mismatch(tuple(missing), unexpected, tuple(misshaped), tuple(refused))
+        )
     verified = {path for path in known if decided("/".join(map(str, path)), policy) == "verify"}
     arrays = dict(stored.read(dict.fromkeys([*pairs.values(), *sorted(verified, key=str)])))
     for path in verified:

@@ -30,7 +30,11 @@ def require_fit(
         ConversionError: everything that does not fit.
     """
     held = module.state_dict()
-    wanted = {key: entry for key, entry in held.items() if isinstance(entry, Tensor) and not is_lazy(entry)}
+    wanted = {
+        key: entry
+        for key, entry in held.items()
+        if isinstance(entry, Tensor) and not is_lazy(entry)
+    }
     tied, own_kinds = _tied(wanted), torch_kinds(module)
     missing = [
         Entry(key, "the module's", expected=tuple(tensor.shape))
@@ -45,12 +49,20 @@ def require_fit(
     unexpected = tuple(Entry(key, "", specs[key].shape) for key in extra if key not in dropped)
     misshaped = []
     refused = [
-        Entry(key, "the module", reason=f"is a {type(entry).__name__} in the module; only tensors are stored")
+        Entry(
+            key,
+            "the module",
+            reason=f"is a {type(entry).__name__} in the module; only tensors are stored",
+        )
         for key, entry in held.items()
         if key not in wanted
     ]
     refused += [
-        Entry(key, "the module", reason=f"is a {kinds[key]} in the file and a {own_kinds[key]} in the module")
+        Entry(
+            key,
+            "the module",
+            reason=f"is a {kinds[key]} in the file and a {own_kinds[key]} in the module",
+        )
         for key in wanted
         if one_trained(kinds.get(key, "unknown"), own_kinds.get(key, "unknown"))
     ]
@@ -69,15 +81,22 @@ def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.
     """Look at the values, and return what puts them into the module and returns it.
 
     Raises:
-        ConversionError: names that the module ties, or keeps in overlapping memory, have different values; or an
-            entry without a place that is not the causal mask that anyone would recompute.
+        ConversionError: names that the module ties, or keeps in overlapping memory, have different
+            values; or an entry without a place that is not the causal mask that anyone would
+            recompute.
     """
     wanted = {key: entry for key, entry in module.state_dict().items() if isinstance(entry, Tensor)}
     refused = []
     for key, others in _tied(wanted).items():
         first = next((other for other in wanted if other in others and other in state), key)
         if key in state and first != key and not same_bits(state[key], state[first]):
-            refused.append(Entry(key, "the module", reason=f"is tied to {first} in the module, and has other values"))
+            refused.append(
+                Entry(
+                    key,
+                    "the module",
+                    reason=f"is tied to {first} in the module, and has other values",
+                )
+            )
     refused += _overwritten(wanted, state) if not refused else []
     for key in [key for key in state if key not in wanted]:
         if reason := objection("verify", host_values(state[key])):
@@ -96,7 +115,9 @@ def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.
                 for key, tensor in before.items():
                     wanted[key].copy_(tensor)
             reason = f"load_state_dict refuses: {type(error).__name__}: {error}"
-            raise ConversionError(Mismatch(refused=(Entry("state", "the module", reason=reason),))) from error
+            raise ConversionError(
+                Mismatch(refused=(Entry("state", "the module", reason=reason),))
+            ) from error
         return module
 
     return assign
@@ -109,7 +130,9 @@ def _overwritten(wanted: Mapping[str, Tensor], state: StateDict) -> list[Entry]:
         if key in state and same_memory(tensor) is not None:
             storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(key)
     refused = []
-    for keys in [keys for keys in storages.values() if len({same_memory(wanted[key]) for key in keys}) > 1]:
+    for keys in [
+        keys for keys in storages.values() if len({same_memory(wanted[key]) for key in keys}) > 1
+    ]:
         scratch = wanted[keys[0]].untyped_storage().clone()
         views = {key: _view(wanted[key], scratch) for key in keys}
         for key, view in views.items():
@@ -144,12 +167,18 @@ def _refusal(key: str, dtype: str, expected: Tensor, cast: bool) -> str:
         return "the module is on the meta device: `to_empty(device=...)` first"
     if expected.is_inference() and not torch.is_inference_mode_enabled():
         return f"the module's is an inference tensor: `module.{key} = module.{key}.clone()` first"
-    if any(stride == 0 and size > 1 for stride, size in zip(expected.stride(), expected.shape, strict=True)):
+    if any(
+        stride == 0 and size > 1
+        for stride, size in zip(expected.stride(), expected.shape, strict=True)
+    ):
         return f"the module's is expanded, many entries in one place: `module.{key} = module.{key}.clone()` first"
     floating = found.is_floating_point and expected.dtype.is_floating_point
     if found == expected.dtype or (cast and floating):
         return ""
-    if (found, expected.dtype) == (torch.int32, torch.int64):  # what JAX without x64 made of int64: no value is lost
+    if (found, expected.dtype) == (
+        torch.int32,
+        torch.int64,
+    ):  # what JAX without x64 made of int64: no value is lost
         return ""
     mend = f"module.to({found})" if floating else f"module.{key} = module.{key}.to({found})"
     return f"is {found}; the module has {expected.dtype}: `{mend}` first"

@@ -1,9 +1,9 @@
 """What a checkpoint says of itself: the layout, a checksum of every tensor, how torch and Flax names pair.
 
-CRC-32, as in zip and PNG, over dtype, shape and bytes in C order: no change within 32 bits escapes it, any other one in
-four billion, and processors take it as fast as they read memory. Python itself has it, so whoever can read the file can
-check it. It guards against accidents; who can rewrite the data can rewrite any checksum beside them. Version 1 had
-SHA-256 instead.
+CRC-32, as in zip and PNG, over dtype, shape and bytes in C order: no change within 32 bits escapes
+it, any other one in four billion, and processors take it as fast as they read memory. Python itself
+has it, so whoever can read the file can check it. It guards against accidents; who can rewrite the
+data can rewrite any checksum beside them. Version 1 had SHA-256 instead.
 """
 
 import hashlib
@@ -76,7 +76,9 @@ class Manifest:
 
     def with_checksums(self, sums: Mapping[Path, str]) -> "Manifest":
         """Return the manifest with these checksums in place of those that were pending."""
-        records = {path: record._replace(checksum=sums[path]) for path, record in self.records.items()}
+        records = {
+            path: record._replace(checksum=sums[path]) for path, record in self.records.items()
+        }
         return Manifest(self.layout, records, self.aliases, self.mapping)
 
     def dumps(self) -> str:
@@ -84,7 +86,11 @@ class Manifest:
         tensors = [
             {
                 "path": list(path),
-                **{"dtype": record.spec.dtype, "shape": list(record.spec.shape), "crc32": record.checksum},
+                **{
+                    "dtype": record.spec.dtype,
+                    "shape": list(record.spec.shape),
+                    "crc32": record.checksum,
+                },
                 "kind": record.kind,
                 **({"polarity": POLARITY} if is_mask(path, record.kind) else {}),
             }
@@ -109,7 +115,9 @@ class Manifest:
         try:
             content = json.loads(text)
             if content["version"] not in (1, VERSION):
-                raise ValueError(f"its manifest has version {content['version']!r}; this program knows {VERSION}")
+                raise ValueError(
+                    f"its manifest has version {content['version']!r}; this program knows {VERSION}"
+                )
             algorithm: Algorithm = "sha256" if content["version"] == 1 else "crc32"
             if content["layout"] not in get_args(LayoutName):
                 raise ValueError(f"layout {content['layout']!r}")
@@ -117,7 +125,9 @@ class Manifest:
             if len(records) != len(content["tensors"]):
                 raise ValueError("a tensor twice")
             aliases = {_path(path): _path(first) for path, first in content["aliases"]}
-            if content["layout"] == "torch" and any(len(p) > 1 or type(p[0]) is int for p in (*records, *aliases)):
+            if content["layout"] == "torch" and any(
+                len(p) > 1 or type(p[0]) is int for p in (*records, *aliases)
+            ):
                 raise ValueError("a torch name that is none")
             if any(first not in records or path in records for path, first in aliases.items()):
                 raise ValueError("an alias of nothing")
@@ -129,15 +139,25 @@ class Manifest:
 
 def _record(entry: Any, algorithm: Algorithm) -> tuple[Path, Record]:
     path, digest = _path(entry["path"]), entry[algorithm]
-    if not isinstance(digest, str) or len(digest) != _DIGITS[algorithm] or not isinstance(entry["kind"], str):
+    if (
+        not isinstance(digest, str)
+        or len(digest) != _DIGITS[algorithm]
+        or not isinstance(entry["kind"], str)
+    ):
         raise ValueError(f"its manifest is broken (checksum {digest!r} and kind {entry['kind']!r})")
     if entry.get("polarity", POLARITY) != POLARITY:
-        raise ValueError(f"says of {'/'.join(map(str, path))} {entry['polarity']!r}; in these modules {POLARITY}")
+        raise ValueError(
+            f"says of {'/'.join(map(str, path))} {entry['polarity']!r}; in these modules {POLARITY}"
+        )
     return path, Record(checked(entry["shape"], entry["dtype"]), digest, entry["kind"])
 
 
 def _path(steps: Any) -> Path:
-    if not isinstance(steps, list) or not steps or not all(type(step) in (str, int) for step in steps):
+    if (
+        not isinstance(steps, list)
+        or not steps
+        or not all(type(step) in (str, int) for step in steps)
+    ):
         raise ValueError(f"its manifest is broken (path {steps!r})")
     return tuple(steps)
 
@@ -190,7 +210,9 @@ def linen_or_nnx(paths: Iterable[Path]) -> LayoutName:
     return "linen" if found and ("params" in first or first <= set(COLLECTIONS)) else "nnx"
 
 
-def in_manifests_order(path: FilePath, specs: Mapping[Path, Spec], manifest: Manifest) -> dict[Path, Spec]:
+def in_manifests_order(
+    path: FilePath, specs: Mapping[Path, Spec], manifest: Manifest
+) -> dict[Path, Spec]:
     """Return the specs by the manifest's paths, whose steps may be numbers where the file has words.
 
     Raises:
@@ -202,14 +224,19 @@ def in_manifests_order(path: FilePath, specs: Mapping[Path, Spec], manifest: Man
     for key in [*absent, *by_words]:
         name = "/".join(map(str, key))
         side = "the manifest declares" if key in absent else "the manifest does not know"
-        raise CheckpointError(path, f"{side} {shown(name)}", key=name, mend="the file was changed: take another copy")
+        raise CheckpointError(
+            path, f"{side} {shown(name)}", key=name, mend="the file was changed: take another copy"
+        )
     for key, record in manifest.records.items():
         if found[key] != record.spec:
             raise CheckpointError(
-                path, f"{shown('/'.join(map(str, key)))} is not as its manifest declares", key="/".join(map(str, key)),
-                expected=f"{record.spec.dtype} {record.spec.shape}", found=str(found[key]),
+                path,
+                f"{shown('/'.join(map(str, key)))} is not as its manifest declares",
+                key="/".join(map(str, key)),
+                expected=f"{record.spec.dtype} {record.spec.shape}",
+                found=str(found[key]),
                 mend="the file was changed: take another copy",
-            )  # fmt: skip
+            )
     return {key: spec for key, spec in found.items() if spec is not None}
 
 

@@ -30,7 +30,8 @@ class Stored:
         manifest: None if the file has none: then nothing can be checked.
         fetch: reads tensors, several at once.
         close: gives back what is open.
-        mapped: whether large torch and safetensors files may be read in place, by who copies the values.
+        mapped: whether large torch and safetensors files may be read in place, by who copies the
+            values.
     """
 
     path: FilePath
@@ -69,12 +70,15 @@ class Stored:
     def spell(self, table: Table) -> Table:
         """Take over how the table spells the steps of a path, and return it.
 
-        In a list of NNX they are numbers, of which a file that only Flax's own library wrote makes words.
+        In a list of NNX they are numbers, of which a file that only Flax's own library wrote makes
+        words.
         """
         if self.manifest is None and self.layout != "torch":
             places = (*table.by_path, *(item.path for item in table.left if item.path))
             spelled = {tuple(map(str, path)): path for path in places}
-            self.specs = {spelled.get(tuple(map(str, path)), path): spec for path, spec in self.specs.items()}
+            self.specs = {
+                spelled.get(tuple(map(str, path)), path): spec for path, spec in self.specs.items()
+            }
         return table
 
     def pieces(self, path: Path) -> Iterable[np.ndarray]:
@@ -114,18 +118,26 @@ class Stored:
         name = "/".join(map(str, path))
         if array.dtype == np.bool_ and array.size and array.view(np.uint8).max() > 1:
             raise CheckpointError(
-                self.path, f"{shown(name)} is bool and holds other bytes than 0 and 1", key=name,
-                expected="0 and 1", found=str(int(array.view(np.uint8).max())), mend="it is damaged: take another copy",
-            )  # fmt: skip
+                self.path,
+                f"{shown(name)} is bool and holds other bytes than 0 and 1",
+                key=name,
+                expected="0 and 1",
+                found=str(int(array.view(np.uint8).max())),
+                mend="it is damaged: take another copy",
+            )
         if self.manifest is None:
             return array
         expected, algorithm = self.manifest.records[path].checksum, self.manifest.algorithm
         found = found or checksum([array], self.specs[path], algorithm)
         if found != expected:
             raise CheckpointError(
-                self.path, f"the values of {shown(name)} are not those that were saved", key=name,
-                expected=f"{algorithm} {expected[:12]}", found=found[:12], mend="it is damaged: take another copy",
-            )  # fmt: skip
+                self.path,
+                f"the values of {shown(name)} are not those that were saved",
+                key=name,
+                expected=f"{algorithm} {expected[:12]}",
+                found=found[:12],
+                mend="it is damaged: take another copy",
+            )
         return array
 
     def _require_room(self, path: Path, room: int) -> None:
@@ -133,20 +145,27 @@ class Stored:
         if size > room:
             name = "/".join(map(str, path))
             raise CheckpointError(
-                self.path, f"{shown(name)} declares more than fits into memory", key=name,
-                expected=f"at most {room:,} bytes", found=f"{size:,} bytes of shape {self.specs[path].shape}",
+                self.path,
+                f"{shown(name)} declares more than fits into memory",
+                key=name,
+                expected=f"at most {room:,} bytes",
+                found=f"{size:,} bytes of shape {self.specs[path].shape}",
                 mend="the file is hostile, or this machine too small",
-            )  # fmt: skip
+            )
 
     def __enter__(self) -> "Stored":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for fetched in self._reading:  # else they would go on with a descriptor that is soon another file's
+        for (
+            fetched
+        ) in self._reading:  # else they would go on with a descriptor that is soon another file's
             fetched.close()
         self._reading.clear()
         self.close()
-        self.fetch = lambda _: _closed()  # the old one knows this object: both, and the file's values, would stay
+        self.fetch = lambda _: (
+            _closed()
+        )  # the old one knows this object: both, and the file's values, would stay
 
 
 Fetched = Generator[tuple[Path, np.ndarray], None, None]
@@ -156,7 +175,9 @@ def _closed() -> Fetched:
     yield from ()
 
 
-def fetch_each(stored: Stored, one: Callable[[Path], tuple[np.ndarray, str | None]]) -> Callable[[list[Path]], Fetched]:
+def fetch_each(
+    stored: Stored, one: Callable[[Path], tuple[np.ndarray, str | None]]
+) -> Callable[[list[Path]], Fetched]:
     """Return a `fetch` that reads and checks the tensors one by one, several at a time.
 
     `one` returns the array, and its checksum if it was taken on the way.

@@ -28,17 +28,19 @@ Source = torch.nn.Module | nnx.Module | Mapping[str, Any]
 _MEND = "of other modules than the attention classes give mapping=compare.match(module, template)"
 
 
-def save_checkpoint(path: str | PathLike[str], source: Source, *, mapping: Table | None = None) -> Path:
+def save_checkpoint(
+    path: str | PathLike[str], source: Source, *, mapping: Table | None = None
+) -> Path:
     """Save parameters and buffers in the format that the suffix names, atomically, with a checksum of each.
 
-    If anything fails, what was at `path` before is still there. Of the attention classes the file does not
-    depend on the framework or the device that the state came from.
+    If anything fails, what was at `path` before is still there. Of the attention classes the file
+    does not depend on the framework or the device that the state came from.
 
     Args:
         path: the file, or the folder for Orbax. Its parent must exist.
         source: a torch module or state dict, Linen variables, or an NNX model.
-        mapping: how torch and Flax names pair, as `compare.match` found it: needed where the format is the
-            other framework's. It is kept in the file. The attention classes need none.
+        mapping: how torch and Flax names pair, as `compare.match` found it: needed where the format
+            is the other framework's. It is kept in the file. The attention classes need none.
 
     Returns:
         The path.
@@ -51,12 +53,18 @@ def save_checkpoint(path: str | PathLike[str], source: Source, *, mapping: Table
     target = writable(path, chosen)
     try:
         write(path, target, chosen, _tensors(path, source, mapping, chosen))
-    except (TypeError, RecursionError) as error:  # of leaves that are no arrays, and of dicts without end
+    except (
+        TypeError,
+        RecursionError,
+    ) as error:  # of leaves that are no arrays, and of dicts without end
         mend = "give a torch or NNX module, a state dict or Linen variables"
         raise CheckpointError(path, shown(error).removeprefix("template "), mend=mend) from error
     except ConversionError as error:
         raise CheckpointError(
-            path, f"the state cannot be stored in this format:\n{error.mismatch}", error.mismatch, mend=_MEND
+            path,
+            f"the state cannot be stored in this format:\n{error.mismatch}",
+            error.mismatch,
+            mend=_MEND,
         ) from error
     return path
 
@@ -73,7 +81,9 @@ def writable(path: Path, chosen: Format) -> Path:
         raise CheckpointError(path, f"the folder {target.parent} does not exist; make it first")
     if target.exists() and not (target.is_dir() if chosen.is_folder else target.is_file()):
         wanted = "a folder" if chosen.is_folder else "a regular file"
-        raise CheckpointError(path, f"is something else than {wanted}, which this format writes: choose another name")
+        raise CheckpointError(
+            path, f"is something else than {wanted}, which this format writes: choose another name"
+        )
     return target
 
 
@@ -88,15 +98,18 @@ def write(path: Path, target: Path, chosen: Format, tensors: Tensors) -> None:
         chosen.write(target, tensors)
     except CheckpointError as error:
         raise error if error.path != str(target) else _renamed(error, path, target) from error
-    except Exception as raised:  # each library raises its own types on a full disk or a read-only folder
+    except (
+        Exception
+    ) as raised:  # each library raises its own types on a full disk or a read-only folder
         reason = _behind(raised, handled)
         if not isinstance(reason, Exception):
             raise reason from None
         size = sum(spec.nbytes for spec in tensors.specs.values())
         raise CheckpointError(
-            path, f"could not be written ({shown(reason)}); what was there before is unchanged",
+            path,
+            f"could not be written ({shown(reason)}); what was there before is unchanged",
             mend=_mend(reason, size),
-        ) from raised  # fmt: skip
+        ) from raised
 
 
 def _behind(error: BaseException, handled: BaseException | None) -> BaseException:
@@ -109,7 +122,14 @@ def _behind(error: BaseException, handled: BaseException | None) -> BaseExceptio
     while before is not None and before not in (handled, *chain):
         chain.append(before)
         before = before.__cause__ or before.__context__
-    return next((found for found in chain if isinstance(found, OSError) or not isinstance(found, Exception)), error)
+    return next(
+        (
+            found
+            for found in chain
+            if isinstance(found, OSError) or not isinstance(found, Exception)
+        ),
+        error,
+    )
 
 
 def _mend(reason: Exception, size: int) -> str:
@@ -125,15 +145,25 @@ def _renamed(error: CheckpointError, path: Path, target: Path) -> CheckpointErro
     if str(path) == str(target):
         return error
     return CheckpointError(
-        path, error.reason, error.mismatch, key=error.key, expected=error.expected, found=error.found, mend=error.mend
+        path,
+        error.reason,
+        error.mismatch,
+        key=error.key,
+        expected=error.expected,
+        found=error.found,
+        mend=error.mend,
     )
 
 
 def _tensors(path: Path, source: Source, mapping: Table | None, chosen: Format) -> Tensors:
     """Return the source's state, laid out as the format has it."""
     if isinstance(source, nnx.State):
-        raise CheckpointError(path, "an nnx.State does not say which module it is of; give the NNX model")
-    nested = isinstance(source, Mapping) and any(isinstance(value, Mapping) for value in source.values())
+        raise CheckpointError(
+            path, "an nnx.State does not say which module it is of; give the NNX model"
+        )
+    nested = isinstance(source, Mapping) and any(
+        isinstance(value, Mapping) for value in source.values()
+    )
     if isinstance(source, nnx.Module) or nested:
         held = _from_flax(path, source, mapping, chosen)
     else:
@@ -143,7 +173,9 @@ def _tensors(path: Path, source: Source, mapping: Table | None, chosen: Format) 
     try:
         return relaid(path, held, held.mapping or tables.LINEN)
     except CheckpointError as error:
-        raise error if mapping else CheckpointError(path, error.reason, error.mismatch, mend=_MEND) from error
+        raise (
+            error if mapping else CheckpointError(path, error.reason, error.mismatch, mend=_MEND)
+        ) from error
 
 
 def _from_torch(path: Path, source: Any, mapping: Table | None) -> Held:
@@ -158,7 +190,9 @@ def _from_torch(path: Path, source: Any, mapping: Table | None) -> Held:
     return _torch_held(path, tensors, kinds, mapping)
 
 
-def _torch_held(path: Path, tensors: Mapping[Any, Any], kinds: Mapping[str, str], mapping: Table | None) -> Held:
+def _torch_held(
+    path: Path, tensors: Mapping[Any, Any], kinds: Mapping[str, str], mapping: Table | None
+) -> Held:
     attention = mapping is None and tensors.keys() <= tables.LINEN.by_key.keys()
     if attention:
         kinds = {**{key: rows[0].kind for key, rows in tables.LINEN.by_key.items()}, **kinds}
@@ -174,14 +208,20 @@ def _torch_held(path: Path, tensors: Mapping[Any, Any], kinds: Mapping[str, str]
             arrays[(key,)] = array
     specs = {key: spec_of(array) for key, array in arrays.items()}
     table = tables.LINEN if attention else mapping
-    return Held("torch", arrays, specs, {(key,): kind for key, kind in kinds.items()}, aliases, table)
+    return Held(
+        "torch", arrays, specs, {(key,): kind for key, kind in kinds.items()}, aliases, table
+    )
 
 
 def _plain(path: Path, key: Any, value: Any) -> np.ndarray:
     if not isinstance(key, str):
-        raise CheckpointError(path, f"the key {key!r} is a {type(key).__name__}; a state dict has names")
+        raise CheckpointError(
+            path, f"the key {key!r} is a {type(key).__name__}; a state dict has names"
+        )
     if not isinstance(value, Tensor):
-        raise CheckpointError(path, f"{key} is a {type(value).__name__}; expected a tensor", key=key)
+        raise CheckpointError(
+            path, f"{key} is a {type(value).__name__}; expected a tensor", key=key
+        )
     try:
         array = tensor_to_numpy(dense(value))
         spec_of(array)
@@ -210,7 +250,9 @@ def _from_flax(path: Path, source: Any, mapping: Table | None, chosen: Format) -
 def _host(path: Path, key: tuple[Any, ...], leaf: Any) -> np.ndarray:
     name = "/".join(map(str, key))
     if not isinstance(leaf, jax.Array | np.ndarray):
-        raise CheckpointError(path, f"{shown(name)}: is a {type(leaf).__name__}, not an array of values", key=name)
+        raise CheckpointError(
+            path, f"{shown(name)}: is a {type(leaf).__name__}, not an array of values", key=name
+        )
     try:
         array = to_host(leaf)
         spec_of(array)

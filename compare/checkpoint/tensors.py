@@ -52,9 +52,14 @@ def checked(shape: object, dtype: object) -> Spec:
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype} is none of {', '.join(DTYPES)}")
-    if not isinstance(shape, list | tuple) or not all(type(size) is int and size >= 0 for size in shape):
+    if not isinstance(shape, list | tuple) or not all(
+        type(size) is int and size >= 0 for size in shape
+    ):
         raise ValueError(f"shape {shape} is no list of sizes")
-    if len(shape) > 32 or prod(size for size in shape if size) * numpy_dtype(str(dtype)).itemsize > _MOST:
+    if (
+        len(shape) > 32
+        or prod(size for size in shape if size) * numpy_dtype(str(dtype)).itemsize > _MOST
+    ):
         raise ValueError(f"shape {list(shape)} is more than any array has")
     return Spec(tuple(shape), str(dtype))
 

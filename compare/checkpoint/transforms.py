@@ -58,7 +58,9 @@ def relaid(path: FilePath, source: Tensors, mapping: Table) -> Relaid:
         return _to_flax(source, mapping) if source.layout == "torch" else _to_torch(source, mapping)
     except ConversionError as error:
         raise CheckpointError(
-            path, f"does not fit the mapping; nothing was converted:\n{error.mismatch}", error.mismatch
+            path,
+            f"does not fit the mapping; nothing was converted:\n{error.mismatch}",
+            error.mismatch,
         ) from error
 
 
@@ -81,12 +83,16 @@ def _to_flax(source: Tensors, mapping: Table) -> Relaid:
         misshaped += [entry for entry in wrong if not entry.reason]
         refused += [entry for entry in wrong if entry.reason]
         specs[path] = Spec(shape, held[keys[0]].dtype)
-    refused += _objections(source, mapping, lambda item: (item.torch_key,) if item.path is None else None)
+    refused += _objections(
+        source, mapping, lambda item: (item.torch_key,) if item.path is None else None
+    )
     known = mapping.by_key.keys() | mapping.left_keys()
     unexpected = [Entry(key, "", spec.shape) for key, spec in held.items() if key not in known]
     for row in mapping.rows:
         home = mapping.by_path[row.path].torch_key
-        tied = source.aliases.get((row.torch_key,)) == (home,) or source.aliases.get((home,)) == (row.torch_key,)
+        tied = source.aliases.get((row.torch_key,)) == (home,) or source.aliases.get((home,)) == (
+            row.torch_key,
+        )
         if row.kind == "alias" and row.torch_key in held and home in held and not tied:
             refused += _differing(source, row, home)
     _raise(missing, unexpected, misshaped, refused)
@@ -108,39 +114,57 @@ def _to_torch(source: Tensors, mapping: Table) -> Relaid:
         try:
             shapes = {torch_shape(row, source.specs[row.path].shape) for row in own}
             if len(shapes) > 1:
-                raise ValueError(f"its parts would make it {' and '.join(map(str, sorted(shapes)))}")
+                raise ValueError(
+                    f"its parts would make it {' and '.join(map(str, sorted(shapes)))}"
+                )
             specs[(key,)] = Spec(shapes.pop(), spec.dtype)
         except ValueError as error:
             refused.append(Entry(key, own[0].place, spec.shape, reason=f"{own[0].place}: {error}"))
     refused += _objections(source, mapping, lambda item: item.path)
     known = mapping.by_path.keys() | {item.path for item in mapping.left}
     unexpected = [
-        Entry("/".join(map(str, path)), "", spec.shape) for path, spec in source.specs.items() if path not in known
+        Entry("/".join(map(str, path)), "", spec.shape)
+        for path, spec in source.specs.items()
+        if path not in known
     ]
     _raise(missing, unexpected, [], refused)
     homes: dict[Path, Path] = {
-        (row.torch_key,): (mapping.by_path[row.path].torch_key,) for row in mapping.rows if row.kind == "alias"
+        (row.torch_key,): (mapping.by_path[row.path].torch_key,)
+        for row in mapping.rows
+        if row.kind == "alias"
     }
     aliases = {key: first for key, first in homes.items() if first in specs}
     kinds = {(key,): rows[0].kind for key, rows in mapping.by_key.items()}
     return Relaid(source, "torch", specs, kinds, aliases, mapping)
 
 
-def _objections(source: Tensors, mapping: Table, place: Callable[[Left], Path | None]) -> list[Entry]:
+def _objections(
+    source: Tensors, mapping: Table, place: Callable[[Left], Path | None]
+) -> list[Entry]:
     found = []
     for item in mapping.left:
         path = place(item)
         if path is not None and path in source.specs and item.policy != "ignore":
             reason = objection(item.policy, _whole(source, path))
-            found += [Entry(item.torch_key, "", source.specs[path].shape, reason=reason)] if reason else []
+            found += (
+                [Entry(item.torch_key, "", source.specs[path].shape, reason=reason)]
+                if reason
+                else []
+            )
     return found
 
 
 def _differing(source: Tensors, row: Row, home: str) -> list[Entry]:
-    mine, its = (_whole(source, source.aliases.get((key,), (key,))) for key in (row.torch_key, home))
+    mine, its = (
+        _whole(source, source.aliases.get((key,), (key,))) for key in (row.torch_key, home)
+    )
     if mine.dtype == its.dtype and mine.shape == its.shape and mine.tobytes() == its.tobytes():
         return []
-    return [Entry(row.torch_key, row.place, reason=f"is tied to {home} in Flax, and has other values here")]
+    return [
+        Entry(
+            row.torch_key, row.place, reason=f"is tied to {home} in Flax, and has other values here"
+        )
+    ]
 
 
 def _part_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -151,7 +175,9 @@ def _whole(source: Tensors, path: Path) -> np.ndarray:
     return whole(source, source.aliases.get(path, path))
 
 
-def _raise(missing: list[Entry], unexpected: list[Entry], misshaped: list[Entry], refused: list[Entry]) -> None:
+def _raise(
+    missing: list[Entry], unexpected: list[Entry], misshaped: list[Entry], refused: list[Entry]
+) -> None:
     mismatch = Mismatch(tuple(missing), tuple(unexpected), tuple(misshaped), tuple(refused))
     if mismatch:
         raise ConversionError(mismatch)
@@ -167,10 +193,13 @@ def cast_array(path: FilePath, name: str, array: np.ndarray, dtype: np.dtype) ->
         found = array.astype(dtype)
     if bool((np.isfinite(array) & ~np.isfinite(found)).any()):
         raise CheckpointError(
-            path, f"{shown(name)} has numbers beyond {dtype}", key=name, expected=f"numbers of {dtype}",
+            path,
+            f"{shown(name)} has numbers beyond {dtype}",
+            key=name,
+            expected=f"numbers of {dtype}",
             found=f"up to {float(np.nanmax(np.abs(array.astype(np.float64)))):.3g}",
             mend="choose bfloat16 or float32",
-        )  # fmt: skip
+        )
     return found
 
 
@@ -185,7 +214,10 @@ class Cast:
     def __post_init__(self) -> None:
         if self.dtype not in FLOATS:
             raise CheckpointError(
-                self.path, f"cannot be cast to {self.dtype}", expected=f"one of {', '.join(FLOATS)}", found=self.dtype
+                self.path,
+                f"cannot be cast to {self.dtype}",
+                expected=f"one of {', '.join(FLOATS)}",
+                found=self.dtype,
             )
 
     @property

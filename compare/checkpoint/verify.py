@@ -38,7 +38,8 @@ def verify_checkpoint(
     Args:
         source: what was converted.
         target: what it was converted into.
-        mapping: how torch and Flax names pair; without, what either file says, or how `compare.match` pairs them.
+        mapping: how torch and Flax names pair; without, what either file says, or how
+            `compare.match` pairs them.
         dtype: what the source's floating tensors were cast to.
         progress: is called with the bytes done and the bytes in all.
 
@@ -61,8 +62,12 @@ def verify_checkpoint(
 
 def _differences(tensors: Tensors, written: Stored, progress: Progress) -> list[Difference]:
     mine, its = _by_name(tensors, written.layout), _by_name(written, tensors.layout)
-    found = [Difference("/".join(name), "is only in the source") for name in mine.keys() - its.keys()]
-    found += [Difference("/".join(name), "is only in the target") for name in its.keys() - mine.keys()]
+    found = [
+        Difference("/".join(name), "is only in the source") for name in mine.keys() - its.keys()
+    ]
+    found += [
+        Difference("/".join(name), "is only in the target") for name in its.keys() - mine.keys()
+    ]
     total, done = sum(spec.nbytes for spec in written.specs.values()), 0
     for name in [name for name in its if name in mine]:
         spec, other = tensors.specs[mine[name]], written.specs[its[name]]
@@ -72,10 +77,16 @@ def _differences(tensors: Tensors, written: Stored, progress: Progress) -> list[
             continue
         (_, array) = next(iter(written.read([its[name]])))
         if differing := _differing_bytes(tensors.pieces(mine[name]), array):
-            found.append(Difference("/".join(name), f"differs in {differing:,} of its {array.nbytes:,} bytes"))
+            found.append(
+                Difference(
+                    "/".join(name), f"differs in {differing:,} of its {array.nbytes:,} bytes"
+                )
+            )
         done += array.nbytes
         progress(done, total)
-    tied = {tuple(map(str, path)) for path in tensors.aliases} ^ {tuple(map(str, path)) for path in written.aliases}
+    tied = {tuple(map(str, path)) for path in tensors.aliases} ^ {
+        tuple(map(str, path)) for path in written.aliases
+    }
     if tensors.layout == "torch":
         found += [Difference("/".join(name), "is tied on one side only") for name in sorted(tied)]
     return found

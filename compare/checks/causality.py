@@ -13,12 +13,16 @@ from ..runners.run import compiled
 LATER = {"another token": 3.0, "a huge token": -1e30}
 
 
-def causality(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
+def causality(
+    implementation: Implementation, trial: Trial, device: str = "cpu"
+) -> Iterator[Finding]:
     """Change the last tokens under the causal mask: yield whether a bit before them changed.
 
     With NaN or inf there, every row becomes NaN: 0 * NaN is NaN in `weights @ values`.
     """
-    given = trial.masked(trial.name, causal_mask(trial.config.context_length).astype(np.float32)).rounded("float32")
+    given = trial.masked(
+        trial.name, causal_mask(trial.config.context_length).astype(np.float32)
+    ).rounded("float32")
     first = given.inputs.shape[1] // 2
     call = compiled(implementation, given.config, device)
 
@@ -35,4 +39,6 @@ def causality(implementation: Implementation, trial: Trial, device: str = "cpu")
     nowhere = np.full_like(before, np.nan)
     for later in (np.nan, np.inf):
         agreed = agreement(outputs(later), nowhere, 0.0)
-        yield Finding(f"causality: {later} reaches all", implementation, trial.name, agreed, tolerances.BITS)
+        yield Finding(
+            f"causality: {later} reaches all", implementation, trial.name, agreed, tolerances.BITS
+        )

@@ -19,25 +19,33 @@ from ..proof.parity import exact_and_limit
 from ..runners.run import compiled, flax_forward, flax_state, jax_on, ready_torch, run
 
 
-def determinism(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
+def determinism(
+    implementation: Implementation, trial: Trial, device: str = "cpu"
+) -> Iterator[Finding]:
     """Yield bits that are equal when run twice, and transforms of the program that stay within rounding, in float32."""
     given = trial.rounded("float32")
 
     def outputs(inputs: np.ndarray) -> np.ndarray:
-        return run(implementation, given.config, given.state, inputs, device=device, keep=given.keep)
+        return run(
+            implementation, given.config, given.state, inputs, device=device, keep=given.keep
+        )
 
     eager = outputs(given.inputs)
     again = identical(outputs(given.inputs), eager)
     yield Finding("determinism: twice", implementation, trial.name, again, tolerances.BITS)
     _, limit = exact_and_limit(given.config, given.state, given.inputs, given.keep)
-    if given.keep is not None:  # the pattern of dropout is the batch's, not one for each of its entries
+    if (
+        given.keep is not None
+    ):  # the pattern of dropout is the batch's, not one for each of its entries
         return
     call = compiled(implementation, given.config, device)
     if implementation == "torch":
         found = {"vmap as the batch": _mapped_by_torch(given, device)}
     else:
         found = _flax_transforms(implementation, given, device)
-    found["a loop as the batch"] = np.concatenate([call(given.state, one[None]) for one in given.inputs])
+    found["a loop as the batch"] = np.concatenate(
+        [call(given.state, one[None]) for one in given.inputs]
+    )
     for name, transformed in found.items():
         agreed = agreement(transformed, eager, 2.0 * limit)
         yield Finding(f"determinism: {name}", implementation, trial.name, agreed, tolerances.TWICE)
@@ -49,7 +57,9 @@ def compiled_by_torch(trial: Trial, device: str = "cpu") -> Finding:
     eager = run("torch", given.config, given.state, given.inputs, device=device, keep=given.keep)
     _, limit = exact_and_limit(given.config, given.state, given.inputs, given.keep)
     agreed = agreement(_run_compiled(given, device), eager, 2.0 * limit)
-    return Finding("determinism: torch.compile as eager", "torch", trial.name, agreed, tolerances.TWICE)
+    return Finding(
+        "determinism: torch.compile as eager", "torch", trial.name, agreed, tolerances.TWICE
+    )
 
 
 def _run_compiled(trial: Trial, device: str) -> np.ndarray:
@@ -62,7 +72,9 @@ def _run_compiled(trial: Trial, device: str) -> np.ndarray:
         warnings.catch_warnings(),
     ):
         # torch 2.13 warns of a part of its own that its compiler imports.
-        warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
+        warnings.filterwarnings(
+            "ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning
+        )
         return tensor_to_numpy(torch.compile(module)(numpy_to_tensor(trial.inputs).to(device)))
 
 
@@ -73,7 +85,9 @@ def _mapped_by_torch(trial: Trial, device: str) -> np.ndarray:
         return tensor_to_numpy(torch.vmap(lambda one: module(one[None])[0])(inputs))
 
 
-def _flax_transforms(implementation: Implementation, trial: Trial, device: str) -> dict[str, np.ndarray]:
+def _flax_transforms(
+    implementation: Implementation, trial: Trial, device: str
+) -> dict[str, np.ndarray]:
     forward = flax_forward(implementation, trial.config)
 
     def mapped(params: Any, buffers: Any, inputs: Any) -> jax.Array:

@@ -29,22 +29,36 @@ def dropout(implementation: Implementation, trial: Trial, device: str = "cpu") -
     yield finding("keep rate", _counted(kept, 1.0 - rate), tolerances.BINOMIAL)
     if kept.any():
         scaled = dropped[kept].astype(np.float64) * (1.0 - rate)
-        yield finding("scale", agreement(scaled, np.ones_like(scaled), tolerances.dropout_scale()), tolerances.SCALE)
+        yield finding(
+            "scale",
+            agreement(scaled, np.ones_like(scaled), tolerances.dropout_scale()),
+            tolerances.SCALE,
+        )
     alike = rate**2 + (1.0 - rate) ** 2
     for axis, name in enumerate(AXES):
         # Disjoint neighbors, so that the pairs are independent of each other too.
-        first, second = (np.take(kept, range(start, kept.shape[axis], 2), axis=axis) for start in (0, 1))
-        yield finding(f"neighbors along the {name}", _counted(first == second, alike), tolerances.BINOMIAL)
+        first, second = (
+            np.take(kept, range(start, kept.shape[axis], 2), axis=axis) for start in (0, 1)
+        )
+        yield finding(
+            f"neighbors along the {name}", _counted(first == second, alike), tolerances.BINOMIAL
+        )
     evaluated = _drop(implementation, trial, device, training=False)
-    yield finding("none in eval", identical(evaluated, np.ones(SHAPE, dtype=np.float32)), tolerances.BITS)
+    yield finding(
+        "none in eval", identical(evaluated, np.ones(SHAPE, dtype=np.float32)), tolerances.BITS
+    )
 
 
 def _counted(events: np.ndarray, probability: float) -> Agreement:
-    count, expected, limit = tolerances.binomial_distance(int(events.sum()), events.size, probability)
+    count, expected, limit = tolerances.binomial_distance(
+        int(events.sum()), events.size, probability
+    )
     return agreement(np.array([count]), np.array([expected]), limit)
 
 
-def _drop(implementation: Implementation, trial: Trial, device: str, *, training: bool) -> np.ndarray:
+def _drop(
+    implementation: Implementation, trial: Trial, device: str, *, training: bool
+) -> np.ndarray:
     if implementation == "torch":
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)
@@ -56,7 +70,11 @@ def _drop(implementation: Implementation, trial: Trial, device: str, *, training
         model.set_attributes(deterministic=not training)
         return np.asarray(model.dropout(ones))
     linen = build_linen(trial.config, buffer=True)
-    buffers = {"buffers": {"mask": jnp.zeros(linen_template(trial.config, buffer=True)["buffers"]["mask"].shape)}}
+    buffers = {
+        "buffers": {
+            "mask": jnp.zeros(linen_template(trial.config, buffer=True)["buffers"]["mask"].shape)
+        }
+    }
 
     def drop(module: object) -> jax.Array:
         return module.attention_dropout(ones, deterministic=not training)  # type: ignore[attr-defined]

@@ -31,11 +31,17 @@ def fused(implementation: Implementation, trial: Trial, device: str = "cpu") -> 
             given = causal.masked(f"fused, {name}", mask).rounded(dtype)
             exact, limit = exact_and_limit(config, given.state, given.inputs, tiles=tiles)
             agreed = agreement(call(given.state, given.inputs), exact, limit)
-            yield Finding(f"fused in {dtype}", implementation, given.name, agreed, tolerances.OUTPUT)
+            yield Finding(
+                f"fused in {dtype}", implementation, given.name, agreed, tolerances.OUTPUT
+            )
     yield from _gradients(implementation, causal.masked("fused, blocks", masks()["blocks"]), device)
-    if implementation == "torch":  # which has a kernel for each of them, and remembers what it looked at
+    if (
+        implementation == "torch"
+    ):  # which has a kernel for each of them, and remembers what it looked at
         yield from _gradients(implementation, causal, device)
-        yield from _gradients(implementation, causal.masked("fused, window", masks()["window"]), device)
+        yield from _gradients(
+            implementation, causal.masked("fused, window", masks()["window"]), device
+        )
         yield from _edits(causal.rounded("float32"), device)
 
 
@@ -57,9 +63,9 @@ def masks() -> dict[str, np.ndarray]:
         "window": ((behind < 0) | (behind >= 100)).astype(np.float32),
         "blocks": blocks,
         "rows closed": closed,
-        "window, rows closed": np.where((rows % 97 == 3)[:, None], 1.0, (behind < 0) | (behind >= 100)).astype(
-            np.float32
-        ),
+        "window, rows closed": np.where(
+            (rows % 97 == 3)[:, None], 1.0, (behind < 0) | (behind >= 100)
+        ).astype(np.float32),
         "edited": edited,
     }
 
@@ -70,7 +76,13 @@ def _gradients(implementation: Implementation, trial: Trial, device: str) -> Ite
     for name, entry in exact_derivatives(problem).items():
         # The weights come out of one more logarithm and exponential than the formula has.
         agreed = agreement(found[name], entry.value.value, tolerances.regrouped(entry.value))
-        yield Finding("fused gradients", implementation, f"{trial.name}, {name}", agreed, tolerances.FUSED_GRADIENT)
+        yield Finding(
+            "fused gradients",
+            implementation,
+            f"{trial.name}, {name}",
+            agreed,
+            tolerances.FUSED_GRADIENT,
+        )
 
 
 def _edits(trial: Trial, device: str) -> Iterator[Finding]:
@@ -91,7 +103,11 @@ def _edits(trial: Trial, device: str) -> Iterator[Finding]:
     def by_data() -> None:
         module.mask.data[300, 2], module.mask.data[7, 8] = 1.0, 0.0
 
-    edits: dict[str, Callable[[], None]] = {"edited in place": in_place, "copied over": by_copy, "loaded": by_load}
+    edits: dict[str, Callable[[], None]] = {
+        "edited in place": in_place,
+        "copied over": by_copy,
+        "loaded": by_load,
+    }
     if device == "cpu":  # elsewhere a write that goes round the version is not seen
         edits["written through .data"] = by_data
     with torch.no_grad():

@@ -14,7 +14,9 @@ from ..proof.running_error import Bounded
 from ..runners.differentiate import Problem, derivatives
 
 
-def gradients(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
+def gradients(
+    implementation: Implementation, trial: Trial, device: str = "cpu"
+) -> Iterator[Finding]:
     """Yield a finding for the names that have a gradient, and two for each: first and second derivative.
 
     A trial with a closed row has none: its outputs are NaN.
@@ -29,9 +31,17 @@ def gradients(implementation: Implementation, trial: Trial, device: str = "cpu")
     for name in sorted(expected.keys() & found.gradient.keys()):
         first, second = expected[name].value, expected[name].tangent
         agreed = agreement(found.gradient[name], first.value, tolerances.both_sides(first))
-        yield Finding("gradients", implementation, f"{trial.name}, {name}", agreed, tolerances.GRADIENT)
+        yield Finding(
+            "gradients", implementation, f"{trial.name}, {name}", agreed, tolerances.GRADIENT
+        )
         agreed = agreement(found.hessian_vector[name], second.value, tolerances.regrouped(second))
-        yield Finding("Hessian-vector products", implementation, f"{trial.name}, {name}", agreed, tolerances.HESSIAN)
+        yield Finding(
+            "Hessian-vector products",
+            implementation,
+            f"{trial.name}, {name}",
+            agreed,
+            tolerances.HESSIAN,
+        )
 
 
 def problem_of(trial: Trial) -> Problem:
@@ -39,7 +49,9 @@ def problem_of(trial: Trial) -> Problem:
     random = np.random.default_rng(1)
     arrays = {**trial.state, "inputs": trial.inputs}
     cotangent = random.standard_normal((*trial.inputs.shape[:2], trial.config.output_embedding_dim))
-    direction = {key: random.standard_normal(array.shape) for key, array in arrays.items() if key != "mask"}
+    direction = {
+        key: random.standard_normal(array.shape) for key, array in arrays.items() if key != "mask"
+    }
     return Problem(trial.config, trial.state, trial.inputs, cotangent, direction, trial.keep)
 
 
@@ -47,7 +59,9 @@ def exact_derivatives(problem: Problem) -> dict[str, Dual]:
     """Return, by torch's names, each gradient with the Hessian-vector product as its tangent, and their bounds."""
     arrays = {**problem.state, "inputs": problem.inputs}
     mask = arrays.pop("mask")
-    return _exact_derivatives(problem.config, arrays, mask, problem.cotangent, problem.direction, problem.keep)
+    return _exact_derivatives(
+        problem.config, arrays, mask, problem.cotangent, problem.direction, problem.keep
+    )
 
 
 @remembered
@@ -59,7 +73,10 @@ def _exact_derivatives(
     direction: dict[str, np.ndarray],
     keep: np.ndarray | None,
 ) -> dict[str, Dual]:
-    given = {key: Dual(Bounded.exact(array), Bounded.exact(direction[key])) for key, array in arrays.items()}
+    given = {
+        key: Dual(Bounded.exact(array), Bounded.exact(direction[key]))
+        for key, array in arrays.items()
+    }
     along = Dual(Bounded.exact(cotangent), Bounded.exact(np.zeros_like(cotangent)))
     dropped = keep, config.dropout, config.num_heads
     stages = attention_forward(given, mask, *dropped)

@@ -22,6 +22,12 @@ def outputs(implementation: Implementation, trial: Trial, device: str = "cpu") -
             continue
         found = call(given.state, given.inputs, given.keep)
         agreed = against_reference(found, given.config, given.state, given.inputs, given.keep)
-        is_leak = implementation == "torch" and np.isnan(agreed.found) and not np.isnan(agreed.expected)
-        why = tolerances.LEAKING.format(dtype=dtype) if is_leak and dtype in leaking_dtypes() else tolerances.OUTPUT
+        is_leak = (
+            implementation == "torch" and np.isnan(agreed.found) and not np.isnan(agreed.expected)
+        )
+        why = (
+            tolerances.LEAKING.format(dtype=dtype)
+            if is_leak and dtype in leaking_dtypes()
+            else tolerances.OUTPUT
+        )
         yield Finding(f"outputs in {dtype}", implementation, trial.name, agreed, why)

@@ -25,4 +25,6 @@ def stages(implementation: Implementation, trial: Trial, device: str = "cpu") ->
 
 def first_parted(findings: Iterable[Finding]) -> str:
     """Return the first stage that lies beyond its limit, or nothing."""
-    return next((finding.check.removeprefix("stage: ") for finding in findings if not finding.held), "")
+    return next(
+        (finding.check.removeprefix("stage: ") for finding in findings if not finding.held), ""
+    )

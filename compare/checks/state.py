@@ -36,25 +36,35 @@ def state(implementation: Implementation, trial: Trial, device: str = "cpu") -> 
         return Finding(f"state: {what}", implementation, trial.name, agreed, why)
 
     trained, saved = _kinds(implementation, given)
-    yield finding("what is trained", same_names(trained, given.state.keys() - {"mask"}), tolerances.NAMES)
+    yield finding(
+        "what is trained", same_names(trained, given.state.keys() - {"mask"}), tolerances.NAMES
+    )
     yield finding("what is saved", same_names(saved, given.state), tolerances.NAMES)
     yield finding("the mask when built", _built(implementation, given), tolerances.BITS)
     holder = _filled(implementation, edited.state, edited)
-    yield finding("through the converter", _same_state(_state_of(holder), edited.state), tolerances.BITS)
+    yield finding(
+        "through the converter", _same_state(_state_of(holder), edited.state), tolerances.BITS
+    )
     with tempfile.TemporaryDirectory() as folder:
         for suffix in SUFFIXES:
             path = save_checkpoint(Path(folder) / f"state{suffix}", holder)
             loaded = load_checkpoint(path, _empty(implementation, given))
-            yield finding(f"through {suffix}", _same_state(_state_of(loaded), edited.state), tolerances.BITS)
+            yield finding(
+                f"through {suffix}", _same_state(_state_of(loaded), edited.state), tolerances.BITS
+            )
     yield finding("64 bits refused or kept", _wide(implementation, given), tolerances.BITS)
-    yield finding("an edit is obeyed", _edit_obeyed(implementation, given, device), tolerances.OUTPUT)
+    yield finding(
+        "an edit is obeyed", _edit_obeyed(implementation, given, device), tolerances.OUTPUT
+    )
 
 
 def _empty(implementation: Implementation, trial: Trial) -> Any:
     if implementation == "torch":
         return build_torch(trial.config, buffer=True)
     return (
-        linen_template(trial.config, buffer=True) if implementation == "linen" else build_nnx(trial.config, buffer=True)
+        linen_template(trial.config, buffer=True)
+        if implementation == "linen"
+        else build_nnx(trial.config, buffer=True)
     )
 
 
@@ -63,13 +73,17 @@ def _filled(implementation: Implementation, state: State, trial: Trial) -> Any:
     if implementation == "torch":
         holder.load_state_dict(torch_state(state))
         return holder
-    return (torch_to_linen if implementation == "linen" else torch_to_nnx)(torch_state(state), holder)
+    return (torch_to_linen if implementation == "linen" else torch_to_nnx)(
+        torch_state(state), holder
+    )
 
 
 def _state_of(holder: Any) -> State:
     if isinstance(holder, torch.nn.Module):
         return numpy_state(holder.state_dict())
-    return numpy_state(nnx_to_torch(holder) if isinstance(holder, nnx.Module) else linen_to_torch(holder))
+    return numpy_state(
+        nnx_to_torch(holder) if isinstance(holder, nnx.Module) else linen_to_torch(holder)
+    )
 
 
 def _kinds(implementation: Implementation, trial: Trial) -> tuple[set[str], set[str]]:
@@ -80,7 +94,9 @@ def _kinds(implementation: Implementation, trial: Trial) -> tuple[set[str], set[
     if implementation == "linen":
         return _torch_names(holder["params"]), set().union(*map(_torch_names, holder.values()))
     trained = _torch_names(nnx.to_pure_dict(nnx.state(holder, nnx.Param)))
-    return trained, trained | _torch_names(nnx.to_pure_dict(nnx.state(holder, flax_impl.nnx.Buffer)))
+    return trained, trained | _torch_names(
+        nnx.to_pure_dict(nnx.state(holder, flax_impl.nnx.Buffer))
+    )
 
 
 def _torch_names(tree: Any) -> set[str]:

@@ -9,14 +9,18 @@ from ..proof.reference_training import RECIPES, Limited, course, reference_train
 from ..runners.train import Trained, train
 
 
-def training(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
+def training(
+    implementation: Implementation, trial: Trial, device: str = "cpu"
+) -> Iterator[Finding]:
     """Train the standard course, which has its own trial, under each recipe."""
     for recipe in RECIPES:
         found = train(implementation, course(), recipe, device)
         yield from judged(implementation, recipe.name, found, reference_training(recipe))
 
 
-def judged(implementation: Implementation, name: str, found: Trained, expected: Limited) -> Iterator[Finding]:
+def judged(
+    implementation: Implementation, name: str, found: Trained, expected: Limited
+) -> Iterator[Finding]:
     """Yield a finding for the losses, one for the parameters and one for the mask."""
 
     def finding(what: str, agreed: Agreement, why: str) -> Finding:
@@ -25,7 +29,12 @@ def judged(implementation: Implementation, name: str, found: Trained, expected: 
     run, limit = expected
     names = same_names(found.run.parameters, run.parameters)
     yield finding("what is trained", names, tolerances.NAMES)
-    yield finding("losses", agreement(found.run.losses, run.losses, limit.losses), tolerances.TRAINING)
-    each = [agreement(found.run.parameters[key], run.parameters[key], limit.parameters[key]) for key in run.parameters]
+    yield finding(
+        "losses", agreement(found.run.losses, run.losses, limit.losses), tolerances.TRAINING
+    )
+    each = [
+        agreement(found.run.parameters[key], run.parameters[key], limit.parameters[key])
+        for key in run.parameters
+    ]
     yield finding("parameters", max(each, key=lambda agreed: agreed.ratio), tolerances.TRAINING)
     yield finding("mask untouched", identical(found.mask, course().start.mask), tolerances.BITS)

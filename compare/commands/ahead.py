@@ -19,16 +19,21 @@ from .jobs import Job
 class Ahead:
     """The second process: it takes jobs in the order of `ahead` while this process takes them from the beginning.
 
-    Until `close`, torch computes in one thread in both: two would wait for the same cores by spinning.
+    Until `close`, torch computes in one thread in both: two would wait for the same cores by
+    spinning.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._jobs = jobs
-        context = multiprocessing.get_context("spawn")  # a fork would inherit the frameworks' threads
+        context = multiprocessing.get_context(
+            "spawn"
+        )  # a fork would inherit the frameworks' threads
         self._claimed = context.Array("b", len(jobs))
         self._results, sender = context.Pipe(duplex=False)
         self._received: dict[int, list[Section]] = {}
-        self._process = context.Process(target=_work, args=(jobs, self._claimed, sender), daemon=True)
+        self._process = context.Process(
+            target=_work, args=(jobs, self._claimed, sender), daemon=True
+        )
         with _one_thread():
             self._process.start()
         sender.close()
@@ -38,7 +43,8 @@ class Ahead:
     def take(self, job: Job) -> list[Section] | None:
         """Return what the second process found, waiting for it; None if the caller has to do the job itself.
 
-        That is if the second process has not begun with it, or failed: then the caller meets the error itself.
+        That is if the second process has not begun with it, or failed: then the caller meets the
+        error itself.
         """
         index = next(index for index, other in enumerate(self._jobs) if other is job)
         if _claim(self._claimed, index):

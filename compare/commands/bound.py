@@ -23,7 +23,8 @@ SHAPES = (
     (Config(29, 17, 19, 0.0, qkv_bias=True), 11),
     (Config(61, 31, 67, 0.0, qkv_bias=True), 53),
 )
-# Of the weights; the inputs are standard normal. The largest sends some float16 scores out of range.
+# Of the weights; the inputs are standard normal. The largest sends some float16 scores out of
+# range.
 SCALES = (0.01, 0.3, 1.0, 60.0)
 # A slip small enough to be linear in, large enough to stand clear of float64 rounding.
 SLIP = 1e-6
@@ -42,7 +43,9 @@ class Tally:
 def sections(cases: int, seed: int = 0) -> Iterator[Section | str]:
     """Draw the cases and yield one section with a row for each dtype; on the way, how many are done."""
     random = np.random.default_rng(seed)
-    runners = {(name, shape): compiled(name, shape[0]) for shape in SHAPES for name in IMPLEMENTATIONS}
+    runners = {
+        (name, shape): compiled(name, shape[0]) for shape in SHAPES for name in IMPLEMENTATIONS
+    }
     tallies = {dtype: Tally() for dtype in PRECISIONS}
     for index in range(cases):
         if index % 20 == 0:
@@ -53,19 +56,29 @@ def sections(cases: int, seed: int = 0) -> Iterator[Section | str]:
     yield _section(tallies, seed)
 
 
-def draw(config: Config, tokens: int, dtype: str, random: np.random.Generator) -> tuple[State, np.ndarray]:
+def draw(
+    config: Config, tokens: int, dtype: str, random: np.random.Generator
+) -> tuple[State, np.ndarray]:
     """Draw weights at one of the scales, a mask with any share of open entries or the causal one, and inputs."""
     scale = SCALES[random.integers(len(SCALES))]
     state = draw_parameters(config, random, scale)
     square = config.context_length, config.context_length
-    mask = causal_mask(config.context_length) if random.random() < 0.5 else random.random(square) < random.random()
+    mask = (
+        causal_mask(config.context_length)
+        if random.random() < 0.5
+        else random.random(square) < random.random()
+    )
     arrays = {key: value.astype(numpy_dtype(dtype)) for key, value in state.items()}
     arrays["mask"] = np.asarray(mask, dtype=np.float32)
-    inputs = random.standard_normal((2, tokens, config.input_embedding_dim)).astype(numpy_dtype(dtype))
+    inputs = random.standard_normal((2, tokens, config.input_embedding_dim)).astype(
+        numpy_dtype(dtype)
+    )
     return arrays, inputs
 
 
-def _judge(tally: Tally, dtype: str, shape: tuple[Config, int], runners: dict, random: np.random.Generator) -> None:
+def _judge(
+    tally: Tally, dtype: str, shape: tuple[Config, int], runners: dict, random: np.random.Generator
+) -> None:
     """Run one case in each implementation; keep error over bound, and the slip that the bound would catch."""
     state, inputs = draw(*shape, dtype, random)
     tally.cases += 1
@@ -74,8 +87,13 @@ def _judge(tally: Tally, dtype: str, shape: tuple[Config, int], runners: dict, r
         return
     exact, limit = exact_and_limit(shape[0], state, inputs)
     for name in IMPLEMENTATIONS:
-        tally.ratios[name].append(agreement(runners[name, shape](state, inputs), exact, limit).ratio)
-    slipped = {key: value.astype(np.float64) * (1 + SLIP if "query" in key else 1) for key, value in state.items()}
+        tally.ratios[name].append(
+            agreement(runners[name, shape](state, inputs), exact, limit).ratio
+        )
+    slipped = {
+        key: value.astype(np.float64) * (1 + SLIP if "query" in key else 1)
+        for key, value in state.items()
+    }
     moved = np.abs(attention_stages(inputs, slipped, state["mask"]).context - exact) / SLIP
     caught = np.nanmax(moved / limit, initial=0.0)
     if caught:
@@ -84,7 +102,9 @@ def _judge(tally: Tally, dtype: str, shape: tuple[Config, int], runners: dict, r
 
 def _section(tallies: dict[str, Tally], seed: int) -> Section:
     rows: list[list[Cell]] = []
-    section = Section(f"The rounding bound under {sum(tally.cases for tally in tallies.values())} drawn cases")
+    section = Section(
+        f"The rounding bound under {sum(tally.cases for tally in tallies.values())} drawn cases"
+    )
     for dtype, tally in tallies.items():
         worst = {name: max(tally.ratios[name], default=float("nan")) for name in IMPLEMENTATIONS}
         rows.append([dtype, tally.cases, tally.outside, *worst.values()])

@@ -34,17 +34,22 @@ def sections() -> Iterator[Section | str]:
     with tempfile.TemporaryDirectory() as folder:
         yield "saving in every format"
         saved = _save_all(Path(folder), "with", edited_sources(NOTEBOOK, with_buffer, buffer=True))
-        lost = _save_all(Path(folder), "without", edited_sources(NOTEBOOK, without_buffer, buffer=False))
+        lost = _save_all(
+            Path(folder), "without", edited_sources(NOTEBOOK, without_buffer, buffer=False)
+        )
         yield "loading in new processes"
         loaded = _load_all([*saved.values(), *lost.values()])
         yield _section("with", saved, loaded, checksum(with_buffer), EDITED, _same_bytes(saved))
-        yield _section("without", lost, loaded, checksum(without_buffer), INITIAL, _same_bytes(lost))
+        yield _section(
+            "without", lost, loaded, checksum(without_buffer), INITIAL, _same_bytes(lost)
+        )
 
 
 def edited_sources(config: Config, state: State, *, buffer: bool) -> dict[str, Any]:
     """Return the state in each implementation, its mask edited 1 -> 2 the framework's own way.
 
-    A Linen module without the buffer has no place for the edit: its mask is made anew at every call.
+    A Linen module without the buffer has no place for the edit: its mask is made anew at every
+    call.
     """
     module = build_torch(config, buffer=buffer)
     module.load_state_dict(torch_state(state))
@@ -96,7 +101,9 @@ def _section(
     same_bytes: dict[str, bool],
 ) -> Section:
     """Tabulate what each reader found above the diagonal, and check it."""
-    expected = (value * torch.triu(torch.ones(NOTEBOOK.context_length, NOTEBOOK.context_length), diagonal=1)).tolist()
+    expected = (
+        value * torch.triu(torch.ones(NOTEBOOK.context_length, NOTEBOOK.context_length), diagonal=1)
+    ).tolist()
     rows = []
     kept = dict.fromkeys(IMPLEMENTATIONS, 0)
     for (suffix, writer), path in saved.items():

@@ -51,7 +51,9 @@ TEXT = {
 }
 
 
-def sections(names: Sequence[str] = (), device: str | None = None, *, slow: bool = False) -> Iterator[Section | str]:
+def sections(
+    names: Sequence[str] = (), device: str | None = None, *, slow: bool = False
+) -> Iterator[Section | str]:
     """Yield a section for each check and device; on the way, what is being done. No names: all of them.
 
     `slow` adds what takes long: `torch.compile`.
@@ -65,24 +67,34 @@ def sections(names: Sequence[str] = (), device: str | None = None, *, slow: bool
                 for implementation in IMPLEMENTATIONS:
                     yield f"{name}: {TITLES[implementation]} on {place}"
                     given = cases.fixed_trials()
-                    some = {"state": [given[0], given[-1]], "dropout": [given[0], given[-1]], "fused": [given[0]]}
+                    some = {
+                        "state": [given[0], given[-1]],
+                        "dropout": [given[0], given[-1]],
+                        "fused": [given[0]],
+                    }
                     for trial in some.get(name, given):
                         section.findings += CHECKS[name](implementation, trial, place)
             if name == "determinism" and slow:
                 yield "determinism: torch.compile"
                 section.findings.append(compiled_by_torch(cases.fixed_trials()[0], place))
             if name == "outputs":
-                section.blocks += [f"{tolerances.LEAKING.format(dtype=dtype)}." for dtype in leaking_dtypes()]
+                section.blocks += [
+                    f"{tolerances.LEAKING.format(dtype=dtype)}." for dtype in leaking_dtypes()
+                ]
             section.blocks.append(ratio_table(section.findings))
             if name == "stages":
                 section.blocks += [_parted(section.findings), *_weights(place)]
-            section.checks += settle(section.findings, name if place == "cpu" else f"{name} on cuda")
+            section.checks += settle(
+                section.findings, name if place == "cpu" else f"{name} on cuda"
+            )
             yield section
 
 
 def _parted(findings: Sequence[Finding]) -> str:
     parted = {
-        TITLES[place]: first_parted(finding for finding in findings if finding.implementation == place)
+        TITLES[place]: first_parted(
+            finding for finding in findings if finding.implementation == place
+        )
         for place in IMPLEMENTATIONS
     }
     said = [f"{place}: {stage}" for place, stage in parted.items() if stage]
@@ -110,7 +122,9 @@ def _train(section: Section, device: str) -> Iterator[str]:
             found = train(implementation, course(), recipe, device)
             section.findings += judged(implementation, recipe.name, found, expected)
             curves[f"{implementation} float64"] = found.run
-            curves[f"{implementation} float32"] = train(implementation, course().rounded("float32"), recipe, device).run
+            curves[f"{implementation} float32"] = train(
+                implementation, course().rounded("float32"), recipe, device
+            ).run
         blocks += _pictures(recipe, expected.run, expected.limits, curves)
     section.blocks += blocks
 
@@ -123,12 +137,19 @@ def _pictures(recipe: Recipe, exact: Run, limit: Run, found: dict[str, Run]) -> 
     steps = list(range(1, STEPS + 1))
 
     def apart(run: Run) -> list[float]:
-        each = [np.abs(run.parameters[key] - exact.parameters[key]).reshape(STEPS, -1) for key in exact.parameters]
+        each = [
+            np.abs(run.parameters[key] - exact.parameters[key]).reshape(STEPS, -1)
+            for key in exact.parameters
+        ]
         return np.concatenate(each, axis=1).max(axis=1).tolist()
 
     series = {"limit float64": _largest(limit), **{name: apart(run) for name, run in found.items()}}
     keys = {
-        key: max(float(np.abs(run.parameters[key] - array).max()) for name, run in found.items() if "float32" in name)
+        key: max(
+            float(np.abs(run.parameters[key] - array).max())
+            for name, run in found.items()
+            if "float32" in name
+        )
         for key, array in exact.parameters.items()
     }
     worst = max(keys, key=lambda key: keys[key])
@@ -138,12 +159,29 @@ def _pictures(recipe: Recipe, exact: Run, limit: Run, found: dict[str, Run]) -> 
         else "."
     )
     return [
-        Curves(f"{recipe.name}: loss", "step", "loss", steps, {"reference": exact.losses.tolist()}, MARKED),
-        Curves(f"{recipe.name}: largest distance of a parameter from the reference", "step", "distance", steps, series,
-               MARKED),
+        Curves(
+            f"{recipe.name}: loss",
+            "step",
+            "loss",
+            steps,
+            {"reference": exact.losses.tolist()},
+            MARKED,
+        ),
+        Curves(
+            f"{recipe.name}: largest distance of a parameter from the reference",
+            "step",
+            "distance",
+            steps,
+            series,
+            MARKED,
+        ),
         text,
-    ]  # fmt: skip
+    ]
 
 
 def _largest(run: Run) -> list[float]:
-    return np.concatenate([array.reshape(STEPS, -1) for array in run.parameters.values()], axis=1).max(axis=1).tolist()
+    return (
+        np.concatenate([array.reshape(STEPS, -1) for array in run.parameters.values()], axis=1)
+        .max(axis=1)
+        .tolist()
+    )

@@ -38,7 +38,13 @@ def mismatch_check() -> Check:
         module(torch.from_numpy(inputs()).cuda())
     except RuntimeError as error:
         message = str(error)
-        return Check(name, place, "cpu" in message and "cuda" in message, f"RuntimeError: {message}", expected)
+        return Check(
+            name,
+            place,
+            "cpu" in message and "cuda" in message,
+            f"RuntimeError: {message}",
+            expected,
+        )
     return Check(name, place, False, "no error", expected)
 
 
@@ -48,13 +54,25 @@ def _torch_section() -> Section:
     for buffer in (False, True):
         module = build_torch(NOTEBOOK, buffer=buffer).to(target)
         for name, tensor, kind in _tensors(module):
-            rows.append(["with buffer" if buffer else "without buffers", name, kind, "cpu", str(tensor.device)])
+            rows.append(
+                [
+                    "with buffer" if buffer else "without buffers",
+                    name,
+                    kind,
+                    "cpu",
+                    str(tensor.device),
+                ]
+            )
             moved[buffer, name] = tensor.device.type == target
     section = Section(
         "Devices in PyTorch: what `.to()` moves",
         [
             f"`module.to({target!r})`: "
-            + ("" if target == "cuda" else "the meta device shows what moves, without any CUDA device."),
+            + (
+                ""
+                if target == "cuda"
+                else "the meta device shows what moves, without any CUDA device."
+            ),
             Table(["class", "tensor", "kind", "before", "after"], rows),
             f"Cell 6 of the notebook, on CUDA: {figures()['error_cell_6']}",
         ],
@@ -84,7 +102,10 @@ def here(check: Check) -> str:
 
 def _tensors(module: TorchAttention) -> list[tuple[str, torch.Tensor, str]]:
     named = [(name, tensor, "parameter") for name, tensor in module.named_parameters()]
-    return [*named, ("mask", module.mask, "buffer" if "mask" in module.state_dict() else "plain tensor")]
+    return [
+        *named,
+        ("mask", module.mask, "buffer" if "mask" in module.state_dict() else "plain tensor"),
+    ]
 
 
 def _jax_section(found: dict[str, Any]) -> Section:
@@ -96,15 +117,21 @@ def _jax_section(found: dict[str, Any]) -> Section:
             result, mask = found[flax][case]["result"], found[flax][case]["mask"]
             rows.append([name, TITLES[flax], mask, result.split(" for jitted")[0]])
             held = result.startswith(expected) and mask == (there if case == "moved" else here)
-            section.checks.append(Check(f"JAX: {name}", TITLES[flax], held, f"{result}, mask on {mask}", expected))
+            section.checks.append(
+                Check(f"JAX: {name}", TITLES[flax], held, f"{result}, mask on {mask}", expected)
+            )
     for flax in ("linen", "nnx"):
         seen, as_argument = found[flax]["closed_over"].values()
         held = as_argument and not seen
         measured = f"edit seen: captured {_yes(seen)}, as an argument {_yes(as_argument)}"
         expected = "edit seen: captured no, as an argument yes"
         rows.append(["mask captured by jit", TITLES[flax], None, f"edit seen: {_yes(seen)}"])
-        rows.append(["mask an argument of jit", TITLES[flax], None, f"edit seen: {_yes(as_argument)}"])
-        section.checks.append(Check("JAX: mask captured by jit", TITLES[flax], held, measured, expected))
+        rows.append(
+            ["mask an argument of jit", TITLES[flax], None, f"edit seen: {_yes(as_argument)}"]
+        )
+        section.checks.append(
+            Check("JAX: mask captured by jit", TITLES[flax], held, measured, expected)
+        )
     section.blocks = [
         f"Two host devices in a process of its own, the weights and inputs on {there}. Moving the variables moves the "
         "mask with them. A mask committed to another device is an error; one committed nowhere is quietly copied at "

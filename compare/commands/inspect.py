@@ -33,7 +33,9 @@ class Shown:
     array: np.ndarray | None
 
 
-def sections(source: str, other: str | None = None, progress: Progress = silent) -> Iterator[Section | str]:
+def sections(
+    source: str, other: str | None = None, progress: Progress = silent
+) -> Iterator[Section | str]:
     """Yield a section for the source, and with another one a section of what differs; before, what is being done."""
     yield f"reading {source}"
     mine, words = held(source, progress)
@@ -63,11 +65,22 @@ def held(source: str, progress: Progress) -> tuple[list[Shown], list[str]]:
             done += array.nbytes
             progress(done, total)
         found += [
-            Shown("/".join(map(str, path)), f"alias of {'/'.join(map(str, first))}", stored.specs[first], arrays[first])
+            Shown(
+                "/".join(map(str, path)),
+                f"alias of {'/'.join(map(str, first))}",
+                stored.specs[first],
+                arrays[first],
+            )
             for path, first in stored.aliases.items()
         ]
-        checked = "every checksum is right" if stored.checked else "no manifest, so nothing could be checked"
-        return found, [f"{source}: {stored.format}, {stored.layout} layout, {total:,} bytes, {checked}."]
+        checked = (
+            "every checksum is right"
+            if stored.checked
+            else "no manifest, so nothing could be checked"
+        )
+        return found, [
+            f"{source}: {stored.format}, {stored.layout} layout, {total:,} bytes, {checked}."
+        ]
 
 
 def _of_module(source: str) -> list[Shown]:
@@ -78,18 +91,30 @@ def _of_module(source: str) -> list[Shown]:
         if callable(found) and not isinstance(found, torch.nn.Module | nnx.Module):
             found = found()
         held_ = entries(found)
-    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported or called
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # whatever the user's module does when it is imported or called
         raise CheckpointError(
-            source, f"is no module to look at ({type(error).__name__}: {shown(error)})",
+            source,
+            f"is no module to look at ({type(error).__name__}: {shown(error)})",
             expected="a file, a folder, or package.module:name of a torch or NNX module, Linen variables, or a "
             "function without arguments that returns one",
-        ) from error  # fmt: skip
+        ) from error
     shown_ = []
     for entry in held_:
-        kind = f"alias of {'/'.join(map(str, entry.first))}" if entry.first is not None else entry.kind
+        kind = (
+            f"alias of {'/'.join(map(str, entry.first))}" if entry.first is not None else entry.kind
+        )
         array = _values(entry.value) if entry.kind != "stream" else None
-        shown_.append(Shown(entry.name, "plain: will be left behind" if kind == "left behind" else kind,
-                            spec_of(array) if array is not None else None, array))  # fmt: skip
+        shown_.append(
+            Shown(
+                entry.name,
+                "plain: will be left behind" if kind == "left behind" else kind,
+                spec_of(array) if array is not None else None,
+                array,
+            )
+        )
     return shown_
 
 
@@ -113,7 +138,14 @@ def _row(entry: Shown) -> list[Cell]:
     if entry.spec is None:
         return [shown(entry.name), entry.kind, None, None, None, None, None, None, ""]
     shape = "x".join(map(str, entry.spec.shape)) or "scalar"
-    return [shown(entry.name), entry.kind, shape, entry.spec.dtype, f"{entry.spec.nbytes:,}", *_statistics(entry.array)]
+    return [
+        shown(entry.name),
+        entry.kind,
+        shape,
+        entry.spec.dtype,
+        f"{entry.spec.nbytes:,}",
+        *_statistics(entry.array),
+    ]
 
 
 def _statistics(array: np.ndarray | None) -> list[Cell]:
@@ -123,7 +155,9 @@ def _statistics(array: np.ndarray | None) -> list[Cell]:
     wide = array.reshape(-1).astype(np.float64)
     finite = wide[np.isfinite(wide)]
     notes = [
-        f"{count} {name}" for name, count in (("NaN", np.isnan(wide).sum()), ("inf", np.isinf(wide).sum())) if count
+        f"{count} {name}"
+        for name, count in (("NaN", np.isnan(wide).sum()), ("inf", np.isinf(wide).sum()))
+        if count
     ]
     if not finite.size:
         return [None, None, None, ", ".join(notes)]
@@ -136,9 +170,11 @@ def _pictures(sides: Mapping[str, list[Shown]]) -> list[Block]:
     names = {entry.name: None for found in sides.values() for entry in found if _pictured(entry)}
     for name in names:
         matrices = {
-            side: _coarse(entry.array) for side, found in sides.items()
-            for entry in found if entry.name == name and _pictured(entry) and entry.array is not None
-        }  # fmt: skip
+            side: _coarse(entry.array)
+            for side, found in sides.items()
+            for entry in found
+            if entry.name == name and _pictured(entry) and entry.array is not None
+        }
         whole = all(len(matrix) < _PICTURE for matrix in matrices.values())
         title = f"{name}: nonzero blocks" if whole else f"{name}: ninths of each square that block"
         blocks.append(Panels(title, matrices))
@@ -160,10 +196,15 @@ def _coarse(array: Any) -> list[list[float]]:
         return array.astype(np.float64).tolist()
     rows, columns = (np.array_split(np.arange(size), min(size, _PICTURE)) for size in array.shape)
     blocked = array.astype(bool)
-    return [[float(np.round(9 * blocked[np.ix_(row, column)].mean())) for column in columns] for row in rows]
+    return [
+        [float(np.round(9 * blocked[np.ix_(row, column)].mean())) for column in columns]
+        for row in rows
+    ]
 
 
-def _difference(source: str, other: str, mine: list[Shown], its: list[Shown], words: list[str]) -> Section:
+def _difference(
+    source: str, other: str, mine: list[Shown], its: list[Shown], words: list[str]
+) -> Section:
     left, right = {entry.name: entry for entry in mine}, {entry.name: entry for entry in its}
     rows: list[list[Cell]] = []
     for name in dict.fromkeys([*left, *right]):
@@ -175,7 +216,13 @@ def _difference(source: str, other: str, mine: list[Shown], its: list[Shown], wo
     section.blocks += _pictures({source: mine, other: its})
     same = f"{len(left.keys() & right.keys())} entries are the same"
     section.checks.append(
-        Check("no difference", "all", not rows, f"{len(rows)} entries differ" if rows else same, "none")
+        Check(
+            "no difference",
+            "all",
+            not rows,
+            f"{len(rows)} entries differ" if rows else same,
+            "none",
+        )
     )
     return section
 
@@ -187,7 +234,9 @@ def _what_differs(mine: Shown | None, its: Shown | None, source: str, other: str
         return "" if mine.spec == its.spec else f"{_words(mine.spec)} and {_words(its.spec)}"
     one, two = (np.ascontiguousarray(array).reshape(-1) for array in (mine.array, its.array))
     differing = (
-        (one.view(np.uint8) != two.view(np.uint8)).reshape(one.size, -1).any(axis=1) if one.size else np.zeros(0)
+        (one.view(np.uint8) != two.view(np.uint8)).reshape(one.size, -1).any(axis=1)
+        if one.size
+        else np.zeros(0)
     )
     if not differing.any():
         return ""
@@ -197,4 +246,6 @@ def _what_differs(mine: Shown | None, its: Shown | None, source: str, other: str
 
 
 def _words(spec: Spec | None) -> str:
-    return "nothing" if spec is None else f"{spec.dtype} {'x'.join(map(str, spec.shape)) or 'scalar'}"
+    return (
+        "nothing" if spec is None else f"{spec.dtype} {'x'.join(map(str, spec.shape)) or 'scalar'}"
+    )

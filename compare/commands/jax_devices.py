@@ -1,7 +1,7 @@
 """What JAX does when the mask and the weights are on two devices.
 
-`XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m compare.commands.jax_devices` prints the
-observations as JSON. The two devices are real to JAX: one on each side of a `device_put`.
+`XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m compare.commands.jax_devices` prints
+the observations as JSON. The two devices are real to JAX: one on each side of a `device_put`.
 """
 
 import json
@@ -36,10 +36,14 @@ def linen_cases() -> dict[str, Any]:
     without_buffer, with_buffer = map(torch_state, initial_states())
     tokens = jax.device_put(inputs(), THERE)
     model, plain = build_linen(NOTEBOOK, buffer=True), build_linen(NOTEBOOK, buffer=False)
-    variables = jax.device_put(torch_to_linen(with_buffer, linen_template(NOTEBOOK, buffer=True)), HERE)
+    variables = jax.device_put(
+        torch_to_linen(with_buffer, linen_template(NOTEBOOK, buffer=True)), HERE
+    )
     moved = jax.device_put(variables, THERE)
     left_behind = {"params": moved["params"], "buffers": variables["buffers"]}
-    constant = jax.device_put(torch_to_linen(without_buffer, linen_template(NOTEBOOK, buffer=False)), THERE)
+    constant = jax.device_put(
+        torch_to_linen(without_buffer, linen_template(NOTEBOOK, buffer=False)), THERE
+    )
     edited = {**moved, "buffers": {"mask": jnp.zeros_like(moved["buffers"]["mask"])}}
     captured = moved
 
@@ -51,11 +55,17 @@ def linen_cases() -> dict[str, Any]:
     captured = edited
     return {
         "moved": observe(lambda: model.apply(moved, tokens), moved["buffers"]["mask"]),
-        "committed": observe(lambda: model.apply(left_behind, tokens), left_behind["buffers"]["mask"]),
-        "uncommitted": observe(lambda: plain.apply(constant, tokens), linen_mask(NOTEBOOK, constant, buffer=False)),
+        "committed": observe(
+            lambda: model.apply(left_behind, tokens), left_behind["buffers"]["mask"]
+        ),
+        "uncommitted": observe(
+            lambda: plain.apply(constant, tokens), linen_mask(NOTEBOOK, constant, buffer=False)
+        ),
         "closed_over": {
             "edit_seen": not bool(jnp.array_equal(before, closed_over(tokens))),
-            "edit_seen_as_argument": not bool(jnp.array_equal(before, jax.jit(model.apply)(edited, tokens))),
+            "edit_seen_as_argument": not bool(
+                jnp.array_equal(before, jax.jit(model.apply)(edited, tokens))
+            ),
         },
     }
 

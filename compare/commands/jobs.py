@@ -24,8 +24,10 @@ class Job:
     Attributes:
         part: the name of the part: "checks", "kill".
         options: the keyword arguments.
-        ahead: the order in which a second process takes the job before its turn; None if it may not.
-        counts_bytes: whether the part also takes `progress`, a function of the bytes done and the bytes in all.
+        ahead: the order in which a second process takes the job before its turn; None if it may
+            not.
+        counts_bytes: whether the part also takes `progress`, a function of the bytes done and the
+            bytes in all.
     """
 
     part: str

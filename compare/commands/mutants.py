@@ -29,7 +29,11 @@ class Verdict(NamedTuple):
     @property
     def caught_by(self) -> list[str]:
         """The checks that saw it."""
-        return [check for check, ratio in self.ratios.items() if not ratio <= 1.0 or check in self.errors]
+        return [
+            check
+            for check, ratio in self.ratios.items()
+            if not ratio <= 1.0 or check in self.errors
+        ]
 
     @property
     def margin(self) -> float:
@@ -37,7 +41,9 @@ class Verdict(NamedTuple):
         return max(self.ratios.values())
 
 
-def sections(configurations: int = 1000, *, first: bool = False, recorded: bool = False) -> Iterator[Section | str]:
+def sections(
+    configurations: int = 1000, *, first: bool = False, recorded: bool = False
+) -> Iterator[Section | str]:
     """Yield the configurations without a bug, then the mutants.
 
     Args:
@@ -93,7 +99,9 @@ def _honest(configurations: int) -> Generator[Section | str, None, float]:
     largest: dict[str, float] = {}
     alarms: list[Finding] = []
     compared = 0
-    names: list[str] = [name for name in ("stages", "outputs", "causality", "gradients") if name in CHECKS]
+    names: list[str] = [
+        name for name in ("stages", "outputs", "causality", "gradients") if name in CHECKS
+    ]
     for index in range(configurations):
         if index % 10 == 0:
             yield f"{index} of {configurations} honest configurations"
@@ -137,11 +145,15 @@ def drawn(random: np.random.Generator) -> cases.Trial:
     """Draw a trial: one of few sizes, so that compiling does not take the time, and everything else."""
     config, tokens = SHAPES[random.integers(len(SHAPES))]
     rate = float(random.choice([0.1, 0.4, 0.75]))
-    trial = cases.draw(replace(config, dropout=rate), tokens, random, keep=bool(random.random() < 0.5))
+    trial = cases.draw(
+        replace(config, dropout=rate), tokens, random, keep=bool(random.random() < 0.5)
+    )
     if random.random() < 0.5:
         return trial
     size = config.context_length
-    mask = np.where(random.random((size, size)) < random.random(), random.choice([1.0, -2.0, 1e-30]), 0.0)
+    mask = np.where(
+        random.random((size, size)) < random.random(), random.choice([1.0, -2.0, 1e-30]), 0.0
+    )
     return trial.masked("drawn mask", mask.astype(np.float32))
 
 
@@ -149,15 +161,23 @@ def _section(verdicts: list[Verdict], honest: float) -> Section:
     rows: list[list[Cell]] = []
     names = list(dict.fromkeys(verdict.mutant.name for verdict in verdicts))
     for name in names:
-        mine = {verdict.mutant.implementation: verdict for verdict in verdicts if verdict.mutant.name == name}
+        mine = {
+            verdict.mutant.implementation: verdict
+            for verdict in verdicts
+            if verdict.mutant.name == name
+        }
         margins = [_shown(mine[place]) if place in mine else None for place in IMPLEMENTATIONS]
-        seen = list(dict.fromkeys(check for verdict in mine.values() for check in verdict.caught_by))
+        seen = list(
+            dict.fromkeys(check for verdict in mine.values() for check in verdict.caught_by)
+        )
         rows.append([name, *margins, ", ".join(seen)])
     missed = [verdict for verdict in verdicts if not verdict.caught_by]
     measured = [verdict for verdict in verdicts if verdict.margin > 1.0]
     smallest = min(measured or verdicts, key=lambda verdict: verdict.margin)
     grid = {
-        f"{verdict.mutant.name} ({verdict.mutant.implementation})": [verdict.ratios.get(check) for check in CHECKS]
+        f"{verdict.mutant.name} ({verdict.mutant.implementation})": [
+            verdict.ratios.get(check) for check in CHECKS
+        ]
         for verdict in verdicts
     }
     section = Section(
@@ -180,9 +200,15 @@ def _section(verdicts: list[Verdict], honest: float) -> Section:
         lost = [verdict.mutant.name for verdict in missed if verdict.mutant.implementation == place]
         caught = len(mine_all) - len(lost)
         section.checks.append(
-            Check("planted bugs caught", TITLES[place], not lost, f"missed: {', '.join(lost)}" if lost else "all",
-                  "all", f"{caught}/{len(mine_all)}")
-        )  # fmt: skip
+            Check(
+                "planted bugs caught",
+                TITLES[place],
+                not lost,
+                f"missed: {', '.join(lost)}" if lost else "all",
+                "all",
+                f"{caught}/{len(mine_all)}",
+            )
+        )
     return section
 
 
@@ -192,11 +218,20 @@ def _shown(verdict: Verdict) -> Cell:
 
 def _recorded() -> Section:
     """Return the recorded run, with its date and versions."""
-    record: dict[str, Any] = json.loads(files("compare").joinpath("records/mutants-cpu.json").read_text("utf-8"))
+    record: dict[str, Any] = json.loads(
+        files("compare").joinpath("records/mutants-cpu.json").read_text("utf-8")
+    )
     *_, campaign = record["sections"]
     words = [block for block in campaign["blocks"] if isinstance(block, str)]
-    (grid,) = [block for block in campaign["blocks"] if isinstance(block, dict) and isinstance(block["rows"], dict)]
-    rows = {name: [float(value) if value is not None else None for value in row] for name, row in grid["rows"].items()}
+    (grid,) = [
+        block
+        for block in campaign["blocks"]
+        if isinstance(block, dict) and isinstance(block["rows"], dict)
+    ]
+    rows = {
+        name: [float(value) if value is not None else None for value in row]
+        for name, row in grid["rows"].items()
+    }
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     return Section(
         f"Recorded: {campaign['title']}",

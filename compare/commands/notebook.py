@@ -12,7 +12,14 @@ from ..conversion.convert import linen_to_torch, nnx_to_torch, torch_to_linen, t
 from ..conversion.tensors import numpy_state, torch_state
 from ..proof.cases import IMPLEMENTATIONS, NOTEBOOK, TITLES, Implementation, State
 from ..report.model import Check, Panels, Section, Table
-from ..runners.notebook_figures import PRINT_ROUNDING, RowMatch, figures, initial_states, inputs, match_rows
+from ..runners.notebook_figures import (
+    PRINT_ROUNDING,
+    RowMatch,
+    figures,
+    initial_states,
+    inputs,
+    match_rows,
+)
 from ..runners.run import build_nnx, build_torch, linen_mask, linen_template, run
 from .checkpoints import edited_sources
 from .devices import here, mismatch_check
@@ -32,11 +39,28 @@ def sections() -> Iterator[Section]:
     yield _mismatch()
     yield _outputs("Cell 10: without buffers, on CUDA, the mask moved by hand", cell_10)
     yield _outputs("Cell 15: with the buffer, on CUDA", cell_15)
-    yield _state("Cell 17: the state dict without buffers", "cell 17", without_buffer, plain["state_dict_cell_17"])
-    yield _state("Cell 18: the state dict with the buffer", "cell 18", with_buffer, buffered["state_dict_cell_18"])
+    yield _state(
+        "Cell 17: the state dict without buffers",
+        "cell 17",
+        without_buffer,
+        plain["state_dict_cell_17"],
+    )
+    yield _state(
+        "Cell 18: the state dict with the buffer",
+        "cell 18",
+        with_buffer,
+        buffered["state_dict_cell_18"],
+    )
     yield _edit(with_buffer)
-    yield _reload("Cell 21: with the buffer the edit is in the checkpoint", "cell 21", with_buffer, buffer=True)
-    yield _reload("Cell 22: without buffers the edit is lost", "cell 22", without_buffer, buffer=False)
+    yield _reload(
+        "Cell 21: with the buffer the edit is in the checkpoint",
+        "cell 21",
+        with_buffer,
+        buffer=True,
+    )
+    yield _reload(
+        "Cell 22: without buffers the edit is lost", "cell 22", without_buffer, buffer=False
+    )
     yield _all_rows([cell_3, cell_10, cell_15])
 
 
@@ -73,7 +97,10 @@ class _Cell(NamedTuple):
 def _match(name: str, state: State, printed: list[Any]) -> _Cell:
     return _Cell(
         name,
-        {implementation: match_rows(implementation, state, np.array(printed)) for implementation in IMPLEMENTATIONS},
+        {
+            implementation: match_rows(implementation, state, np.array(printed))
+            for implementation in IMPLEMENTATIONS
+        },
     )
 
 
@@ -93,7 +120,9 @@ def _outputs(title: str, cell: _Cell) -> Section:
             f"dropout took in the notebook. {_same_input(cell.rows['torch'])}",
         ],
     )
-    section.checks += [_rows_check(f"{cell.name}: output rows", name, [cell]) for name in IMPLEMENTATIONS]
+    section.checks += [
+        _rows_check(f"{cell.name}: output rows", name, [cell]) for name in IMPLEMENTATIONS
+    ]
     return section
 
 
@@ -101,8 +130,16 @@ def _all_rows(cells: list[_Cell]) -> Section:
     checks = [_rows_check("all output rows", name, cells) for name in IMPLEMENTATIONS]
     counts = ", ".join(f"{check.implementation} {check.count}" for check in checks)
     patterns = {match.patterns for cell in cells for rows in cell.rows.values() for match in rows}
-    fits = "exactly one pattern" if patterns == {1} else f"between {min(patterns)} and {max(patterns)} patterns"
-    return Section("The notebook's output rows", [f"Reproduced: {counts}. Each row fits {fits} of dropout."], checks)
+    fits = (
+        "exactly one pattern"
+        if patterns == {1}
+        else f"between {min(patterns)} and {max(patterns)} patterns"
+    )
+    return Section(
+        "The notebook's output rows",
+        [f"Reproduced: {counts}. Each row fits {fits} of dropout."],
+        checks,
+    )
 
 
 def _rows_check(name: str, implementation: Implementation, cells: list[_Cell]) -> Check:
@@ -125,7 +162,9 @@ def _drops(match: RowMatch) -> str:
 def _same_input(matches: list[RowMatch]) -> str:
     """Say what shows that dropout was active: one input, several outputs."""
     tokens = len(matches) // 2
-    differing = sum(_drops(a) != _drops(b) for a, b in zip(matches[:tokens], matches[tokens:], strict=True))
+    differing = sum(
+        _drops(a) != _drops(b) for a, b in zip(matches[:tokens], matches[tokens:], strict=True)
+    )
     return f"Both halves of the batch are the same input; {differing} of {tokens} rows differ between them."
 
 
@@ -154,14 +193,25 @@ def _state(title: str, cell: str, state: State, printed: dict[str, Any]) -> Sect
         panels = {TITLES[name]: arrays[name][key].tolist() for name in IMPLEMENTATIONS}
         section.blocks.append(Panels(key, panels, decimals=0 if key == "mask" else 4))
     if printed.keys() < state.keys():
-        section.blocks.append(f"The notebook's print is cut before {', '.join(state.keys() - printed.keys())}.")
+        section.blocks.append(
+            f"The notebook's print is cut before {', '.join(state.keys() - printed.keys())}."
+        )
     section.blocks.append(
         "Flax keeps a weight as `kernel`, (in, out), here transposed back. The mask is "
-        + ("`buffers/mask` in Linen and the `Buffer` `mask` in NNX." if buffer else "in none of the three.")
+        + (
+            "`buffers/mask` in Linen and the `Buffer` `mask` in NNX."
+            if buffer
+            else "in none of the three."
+        )
     )
     for name, found in arrays.items():
-        error = max(float(np.abs(found[key].astype(np.float64) - np.array(printed[key])).max()) for key in printed)
-        section.blocks.append(f"{TITLES[name]}: largest distance to the printed figures {error:.2g}.")
+        error = max(
+            float(np.abs(found[key].astype(np.float64) - np.array(printed[key])).max())
+            for key in printed
+        )
+        section.blocks.append(
+            f"{TITLES[name]}: largest distance to the printed figures {error:.2g}."
+        )
         section.checks.append(
             Check(
                 f"{cell}: state dict",
@@ -187,12 +237,18 @@ def _edit(state: State) -> Section:
         ],
     )
     expected = np.array(figures()["mask_after_edit_cell_19"])
-    section.checks += [_mask_check("cell 19: mask edited", name, mask, expected) for name, mask in masks.items()]
+    section.checks += [
+        _mask_check("cell 19: mask edited", name, mask, expected) for name, mask in masks.items()
+    ]
     edited = {**state, "mask": 2.0 * state["mask"]}
     for name in IMPLEMENTATIONS:
-        same = np.array_equal(run(name, NOTEBOOK, state, inputs()), run(name, NOTEBOOK, edited, inputs()))
+        same = np.array_equal(
+            run(name, NOTEBOOK, state, inputs()), run(name, NOTEBOOK, edited, inputs())
+        )
         measured = f"outputs {'' if same else 'not '}bitwise equal before and after"
-        section.checks.append(Check("cell 19: outputs unchanged", TITLES[name], same, measured, "bitwise equal"))
+        section.checks.append(
+            Check("cell 19: outputs unchanged", TITLES[name], same, measured, "bitwise equal")
+        )
     return section
 
 
@@ -213,14 +269,19 @@ def _reload(title: str, cell: str, state: State, *, buffer: bool) -> Section:
     section = Section(
         title,
         [
-            Panels("mask, reloaded into a fresh module", {TITLES[name]: mask.tolist() for name, mask in masks.items()}),
+            Panels(
+                "mask, reloaded into a fresh module",
+                {TITLES[name]: mask.tolist() for name, mask in masks.items()},
+            ),
             f"{formats}. Every format, both directions and new processes: python -m compare checkpoints.",
         ],
     )
     key = f"reloaded_mask_with{'' if buffer else 'out'}_buffer_{cell.replace(' ', '_')}"
     expected = np.array(figures()[key])
     name = f"{cell}: edit {'kept' if buffer else 'lost'}"
-    section.checks += [_mask_check(name, implementation, mask, expected) for implementation, mask in masks.items()]
+    section.checks += [
+        _mask_check(name, implementation, mask, expected) for implementation, mask in masks.items()
+    ]
     return section
 
 
@@ -235,4 +296,10 @@ def _masks(held: dict[str, Any], *, buffer: bool) -> dict[str, np.ndarray]:
 
 def _mask_check(name: str, implementation: str, found: np.ndarray, expected: np.ndarray) -> Check:
     same = np.array_equal(found, expected)
-    return Check(name, TITLES[implementation], same, "as printed" if same else f"{found.tolist()}", "as printed")
+    return Check(
+        name,
+        TITLES[implementation],
+        same,
+        "as printed" if same else f"{found.tolist()}",
+        "as printed",
+    )

@@ -27,7 +27,9 @@ def sections(device: str | None = None) -> Iterator[Section]:
     missing = missing_cuda()
     if device is not None or not missing:
         return
-    skipped = Check("outputs on cuda", "all", None, missing, "a CUDA device that both frameworks see")
+    skipped = Check(
+        "outputs on cuda", "all", None, missing, "a CUDA device that both frameworks see"
+    )
     yield Section("Outputs on CUDA", [f"Not yet run on a GPU: {missing}."], [skipped])
 
 
@@ -42,7 +44,8 @@ def case_state(case: Case, dtype: str) -> State:
 class _Result(NamedTuple):
     """One case in one precision: each implementation against the reference, Linen and NNX against torch.
 
-    `ulps` holds the errors of each implementation, and the `bound`, in units of the last place of the exact outputs.
+    `ulps` holds the errors of each implementation, and the `bound`, in units of the last place of
+    the exact outputs.
     """
 
     case: str
@@ -63,7 +66,10 @@ def _measure(case: Case, dtype: str, device: str) -> _Result:
         dtype,
         {name: agreement(outputs, exact, limit) for name, outputs in found.items()},
         {name: agreement(found[name], found["torch"]) for name in ("linen", "nnx")},
-        {**{name: np.abs(outputs - exact) / ulp for name, outputs in found.items()}, "bound": limit / ulp},
+        {
+            **{name: np.abs(outputs - exact) / ulp for name, outputs in found.items()},
+            "bound": limit / ulp,
+        },
     )
 
 
@@ -86,7 +92,9 @@ def _histogram(results: list[_Result]) -> Histogram:
     """Count how far the float32 outputs of all cases are from the reference, and how far they may be, in ulps."""
     counts = {}
     for name in (*IMPLEMENTATIONS, "bound"):
-        ulps = np.concatenate([result.ulps[name].ravel() for result in results if result.dtype == "float32"])
+        ulps = np.concatenate(
+            [result.ulps[name].ravel() for result in results if result.dtype == "float32"]
+        )
         counts[name] = np.histogram(np.clip(ulps, ULPS[0], ULPS[-1]), ULPS)[0].tolist()
     title = "float32 outputs of all cases: error in units of the last place, and the bound"
     return Histogram(title, "ulps", list(ULPS), counts)
@@ -116,16 +124,22 @@ def _section(device: str) -> Section:
     )
     section.blocks.append(_histogram(results))
     if device == "cuda":
-        section.blocks += ["float32 with each framework's default settings, against both bounds; not judged:"]
+        section.blocks += [
+            "float32 with each framework's default settings, against both bounds; not judged:"
+        ]
         section.blocks.append(defaults(device))
     for name in IMPLEMENTATIONS:
         agreed = [result.against_exact[name] for result in results]
         measured = f"worst error/bound {max(a.ratio for a in agreed):.2g}"
         count = f"{sum(a.held for a in agreed)}/{len(agreed)}"
         held = all(a.held for a in agreed)
-        section.checks.append(Check(f"outputs on {device}", TITLES[name], held, measured, "at most 1", count))
+        section.checks.append(
+            Check(f"outputs on {device}", TITLES[name], held, measured, "at most 1", count)
+        )
     for name in ("linen", "nnx"):
-        apart = max(result.against_torch[name].relative for result in results if result.dtype == "float64")
+        apart = max(
+            result.against_torch[name].relative for result in results if result.dtype == "float64"
+        )
         section.checks.append(
             Check(
                 f"float64 on {device}: as PyTorch",

@@ -1,8 +1,8 @@
 """Load checkpoints into fresh modules, in a process that knows nothing of the one that saved them.
 
-`python -m compare.commands.reload IMPLEMENTATION PATH...` prints, for each path, what was loaded: the mask
-that the module now works with, and a checksum of the parameters' bits. The class with the buffer is
-used where the path's name begins with `with`.
+`python -m compare.commands.reload IMPLEMENTATION PATH...` prints, for each path, what was loaded:
+the mask that the module now works with, and a checksum of the parameters' bits. The class with the
+buffer is used where the path's name begins with `with`.
 """
 
 import hashlib
@@ -49,7 +49,9 @@ def main() -> None:
     found = []
     for path in map(Path, paths):
         mask, state = load(implementation, path)
-        found.append({"path": str(path), "mask": np.asarray(mask).tolist(), "parameters": checksum(state)})
+        found.append(
+            {"path": str(path), "mask": np.asarray(mask).tolist(), "parameters": checksum(state)}
+        )
     print(json.dumps(found))
 
 

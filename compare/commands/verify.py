@@ -24,7 +24,11 @@ def sections(
     found = verify_checkpoint(source, target, mapping=table, dtype=dtype, progress=progress)
     with open_checkpoint(target) as written:
         nbytes = sum(spec.nbytes for spec in written.specs.values())
-        section = Section(f"{source} and {target}", checks=[compared(found, len(written.specs), nbytes)])
+        section = Section(
+            f"{source} and {target}", checks=[compared(found, len(written.specs), nbytes)]
+        )
     if found:
-        section.blocks.append(Table(["name", "difference"], [[entry.name, entry.what] for entry in found]))
+        section.blocks.append(
+            Table(["name", "difference"], [[entry.name, entry.what] for entry in found])
+        )
     yield section

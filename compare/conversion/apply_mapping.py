@@ -32,7 +32,9 @@ def flax_from_torch(
         taken.update(key for key in keys if key in tensors)
         absent = [key for key in keys if key not in tensors]
         if row is None or absent:
-            missing += [_missing(key, row, place, leaf) for key in absent or [place] if path not in kept]
+            missing += [
+                _missing(key, row, place, leaf) for key in absent or [place] if path not in kept
+            ]
             continue
         wrong = [entry for key in keys if (entry := unfit(row, key, tensors[key], leaf.shape))]
         refused += [entry for entry in wrong if entry.reason]
@@ -40,10 +42,15 @@ def flax_from_torch(
         if wrong:
             continue
         try:
-            found = to_flax(layout(row.layout, leaf.shape), combined(row, [dense(tensors[key]) for key in keys], copy))
+            found = to_flax(
+                layout(row.layout, leaf.shape),
+                combined(row, [dense(tensors[key]) for key in keys], copy),
+            )
             arrays[path] = place_like(to_jax(found, copy=_shareable(row, copy)), leaf, copy)
         except Untransferable as error:
-            refused.append(Entry(row.torch_key, place, tuple(tensors[row.torch_key].shape), reason=str(error)))
+            refused.append(
+                Entry(row.torch_key, place, tuple(tensors[row.torch_key].shape), reason=str(error))
+            )
     for row in mapping.rows:
         if row.kind == "alias" and row.path in wanted and row.torch_key in tensors:
             taken.add(row.torch_key)
@@ -56,7 +63,9 @@ def flax_from_torch(
     return arrays, Mismatch(tuple(missing), tuple(unexpected), tuple(misshaped), tuple(refused))
 
 
-def torch_from_flax(leaves: Mapping[Path, Any], mapping: Table, copy: bool) -> tuple[dict[str, Tensor], Mismatch]:
+def torch_from_flax(
+    leaves: Mapping[Path, Any], mapping: Table, copy: bool
+) -> tuple[dict[str, Tensor], Mismatch]:
     """Convert each leaf that has a row; list the others, and the required rows that lack a leaf."""
     state: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
@@ -66,9 +75,19 @@ def torch_from_flax(leaves: Mapping[Path, Any], mapping: Table, copy: bool) -> t
     for path, row, leaf in _in_order(leaves, mapping.by_path):
         place = "/".join(map(str, path))
         if row is None:
-            unexpected += [Entry(place, place, found=tuple(getattr(leaf, "shape", ())))] if path not in kept else []
+            unexpected += (
+                [Entry(place, place, found=tuple(getattr(leaf, "shape", ())))]
+                if path not in kept
+                else []
+            )
         elif not isinstance(leaf, jax.Array | np.ndarray):
-            refused.append(Entry(row.torch_key, place, reason=f"is a {type(leaf).__name__}, not an array of values"))
+            refused.append(
+                Entry(
+                    row.torch_key,
+                    place,
+                    reason=f"is a {type(leaf).__name__}, not an array of values",
+                )
+            )
         else:
             try:
                 if row.shape is not None and row.shape != leaf.shape:
@@ -77,7 +96,10 @@ def torch_from_flax(leaves: Mapping[Path, Any], mapping: Table, copy: bool) -> t
             except ValueError as error:
                 refused.append(Entry(row.torch_key, place, leaf.shape, reason=f"{place}: {error}"))
                 continue
-            for key, values in ((row.torch_key, tensor), (row.plus, torch.zeros_like(tensor) if row.plus else tensor)):
+            for key, values in (
+                (row.torch_key, tensor),
+                (row.plus, torch.zeros_like(tensor) if row.plus else tensor),
+            ):
                 if key is not None and row.part:
                     parts.setdefault(key, {})[row.part[0]] = values
                     state.setdefault(key, values)  # keeps the order of the table; joined below
@@ -88,7 +110,9 @@ def torch_from_flax(leaves: Mapping[Path, Any], mapping: Table, copy: bool) -> t
         if row.kind == "alias" and mapping.by_path[row.path].torch_key in state:
             state[row.torch_key] = state[mapping.by_path[row.path].torch_key]
     missing = [
-        Entry(row.torch_key, row.place) for path, row in mapping.by_path.items() if row.required and path not in leaves
+        Entry(row.torch_key, row.place)
+        for path, row in mapping.by_path.items()
+        if row.required and path not in leaves
     ]
     return state, Mismatch(tuple(missing), tuple(unexpected), refused=tuple(refused))
 
@@ -98,7 +122,11 @@ def unfit(row: Row, key: str, tensor: Any, flax_shape: Sequence[int]) -> Entry |
     if not hasattr(tensor, "shape"):
         return Entry(key, row.place, reason=f"is a {type(tensor).__name__}, not a tensor")
     if row.shape is not None and row.shape != tuple(flax_shape):
-        return Entry(key, row.place, reason=f"the mapping is for {row.shape} in Flax; this is {tuple(flax_shape)}")
+        return Entry(
+            key,
+            row.place,
+            reason=f"the mapping is for {row.shape} in Flax; this is {tuple(flax_shape)}",
+        )
     try:
         expected = torch_shape(row, flax_shape)
     except ValueError as error:
@@ -126,9 +154,13 @@ def combined(row: Row, tensors: Sequence[Any], copy: bool) -> Any:
     if len(tensors) == 1:
         return tensors[0]
     if not copy:
-        raise Untransferable(f"the sum with {row.plus} has memory of its own and cannot be shared; use copy=True")
+        raise Untransferable(
+            f"the sum with {row.plus} has memory of its own and cannot be shared; use copy=True"
+        )
     if tensors[0].dtype != tensors[1].dtype:
-        raise Untransferable(f"is {tensors[0].dtype}, and {row.plus}, which is added, is {tensors[1].dtype}")
+        raise Untransferable(
+            f"is {tensors[0].dtype}, and {row.plus}, which is added, is {tensors[1].dtype}"
+        )
     return tensors[0] + tensors[1]
 
 
@@ -136,7 +168,13 @@ def untied(row: Row, value: Any, mapping: Table, tensors: Mapping[str, Any]) -> 
     """List the alias whose values are not those of the entry it is tied to."""
     home = mapping.by_path[row.path].torch_key
     if home in tensors and not same_bits(value, tensors[home]):
-        return [Entry(row.torch_key, row.place, reason=f"is tied to {home} in Flax, and has other values here")]
+        return [
+            Entry(
+                row.torch_key,
+                row.place,
+                reason=f"is tied to {home} in Flax, and has other values here",
+            )
+        ]
     return []
 
 
@@ -167,12 +205,16 @@ def _held(item: Left, tensors: Mapping[str, Any], leaves: Mapping[Path, Any]) ->
 
 def _missing(key: str, row: Row | None, place: str, leaf: Any) -> Entry:
     try:
-        return Entry(key, place, expected=torch_shape(row, leaf.shape) if row else tuple(leaf.shape))
+        return Entry(
+            key, place, expected=torch_shape(row, leaf.shape) if row else tuple(leaf.shape)
+        )
     except ValueError:
         return Entry(key, place, expected=tuple(leaf.shape))
 
 
-def _in_order(leaves: Mapping[Path, Any], rows: Mapping[Path, Row]) -> Iterable[tuple[Path, Row | None, Any]]:
+def _in_order(
+    leaves: Mapping[Path, Any], rows: Mapping[Path, Row]
+) -> Iterable[tuple[Path, Row | None, Any]]:
     """Yield the leaves in the order of the table, those without a row last."""
     yield from ((path, row, leaves[path]) for path, row in rows.items() if path in leaves)
     yield from ((path, None, leaf) for path, leaf in leaves.items() if path not in rows)
@@ -180,7 +222,9 @@ def _in_order(leaves: Mapping[Path, Any], rows: Mapping[Path, Row]) -> Iterable[
 
 def _shareable(row: Row, copy: bool) -> bool:
     if not copy and row.layout == "conv_transpose":
-        raise Untransferable("a mirrored window has memory of its own and cannot be shared; use copy=True")
+        raise Untransferable(
+            "a mirrored window has memory of its own and cannot be shared; use copy=True"
+        )
     return copy
 
 
@@ -192,9 +236,15 @@ def _to_tensor(found: Layout, leaf: jax.Array | np.ndarray, copy: bool) -> Tenso
 
 def place_like(array: jax.Array, leaf: Any, copy: bool) -> jax.Array:
     """Return the array where the leaf was put on purpose: committed, or abstract with a sharding."""
-    chosen = leaf.committed if isinstance(leaf, jax.Array) else getattr(leaf, "sharding", None) is not None
+    chosen = (
+        leaf.committed
+        if isinstance(leaf, jax.Array)
+        else getattr(leaf, "sharding", None) is not None
+    )
     if not chosen:
         return array
     if not copy and not array.sharding.is_equivalent_to(leaf.sharding, array.ndim):
-        raise Untransferable(f"the template is on {leaf.sharding}, the tensor on {array.device}; use copy=True")
+        raise Untransferable(
+            f"the template is on {leaf.sharding}, the tensor on {array.device}; use copy=True"
+        )
     return jax.device_put(array, leaf.sharding)

@@ -1,8 +1,8 @@
 """Parameters and buffers from PyTorch to Flax and back, bit for bit, everything accounted for.
 
-The mask is state: it travels with the weights. No value changes, no entry is invented: dtypes follow the
-source (but for int64, which becomes int32 where JAX has x64 off, if every value fits), and by default one
-error lists all that does not fit before anything is changed.
+The mask is state: it travels with the weights. No value changes, no entry is invented: dtypes
+follow the source (but for int64, which becomes int32 where JAX has x64 off, if every value fits),
+and by default one error lists all that does not fit before anything is changed.
 """
 
 from collections.abc import Mapping
@@ -48,17 +48,23 @@ def torch_to_linen(
     strict: Literal[False],
 ) -> tuple[Variables, Mismatch]: ...
 def torch_to_linen(
-    source: Source, template: Mapping[str, Any], *, mapping: Table | None = None, copy: bool = True, strict: bool = True
+    source: Source,
+    template: Mapping[str, Any],
+    *,
+    mapping: Table | None = None,
+    copy: bool = True,
+    strict: bool = True,
 ) -> Variables | tuple[Variables, Mismatch]:
     """Return Linen variables with the values of a torch module.
 
     Args:
         source: a module, or its state dict. Weights are (out, in).
         template: the variables of the Linen module, or their `jax.eval_shape`: its entries are the
-            ones wanted. A template on chosen devices (committed or with a sharding) places the result.
+            ones wanted. A template on chosen devices (committed or with a sharding) places the
+            result.
         mapping: which entry lies where; without, what `compare.match` finds.
-        copy: False shares memory with the torch tensors (see `compare.conversion.tensors.to_jax`): editing a
-            tensor in place then changes the "immutable" JAX array.
+        copy: False shares memory with the torch tensors (see `compare.conversion.tensors.to_jax`):
+            editing a tensor in place then changes the "immutable" JAX array.
         strict: False converts what fits. What does not keeps the template's value, or is left out
             where the template is abstract.
 
@@ -74,21 +80,38 @@ def torch_to_linen(
     arrays, mismatch = _to_flax(source, side, mapping, copy)
     if mismatch and strict:
         raise ConversionError(mismatch)
-    kept = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
+    kept = {
+        path: leaf for path, leaf in leaves.items() if not isinstance(leaf, jax.ShapeDtypeStruct)
+    }
     variables = unflatten_dict(kept | arrays)
     return variables if strict else (variables, mismatch)
 
 
 @overload
 def torch_to_nnx(
-    source: Source, model: Model, *, mapping: Table | None = None, copy: bool = True, strict: Literal[True] = True
+    source: Source,
+    model: Model,
+    *,
+    mapping: Table | None = None,
+    copy: bool = True,
+    strict: Literal[True] = True,
 ) -> Model: ...
 @overload
 def torch_to_nnx(
-    source: Source, model: Model, *, mapping: Table | None = None, copy: bool = True, strict: Literal[False]
+    source: Source,
+    model: Model,
+    *,
+    mapping: Table | None = None,
+    copy: bool = True,
+    strict: Literal[False],
 ) -> tuple[Model, Mismatch]: ...
 def torch_to_nnx(
-    source: Source, model: Model, *, mapping: Table | None = None, copy: bool = True, strict: bool = True
+    source: Source,
+    model: Model,
+    *,
+    mapping: Table | None = None,
+    copy: bool = True,
+    strict: bool = True,
 ) -> Model | tuple[Model, Mismatch]:
     """Fill an NNX model with the values of a torch module and return that same model.
 
@@ -97,14 +120,15 @@ def torch_to_nnx(
     Args:
         source: a module, or its state dict. Weights are (out, in).
         model: the model to fill. Values land where the model's were, if it was placed on chosen
-            devices. Of an abstract model (`nnx.eval_shape`) Params and Buffers are filled, and its random
-            streams and plain arrays stay abstract: build a real one to train it.
+            devices. Of an abstract model (`nnx.eval_shape`) Params and Buffers are filled, and its
+            random streams and plain arrays stay abstract: build a real one to train it.
         mapping: which entry lies where; without, what `compare.match` finds.
         copy: False shares memory with the torch tensors (see `compare.conversion.tensors.to_jax`).
         strict: False converts what fits and leaves the rest of the model as it was.
 
     Returns:
-        `model`, in the source's dtypes; with `strict=False` the model and the lists of what did not fit.
+        `model`, in the source's dtypes; with `strict=False` the model and the lists of what did not
+        fit.
 
     Raises:
         ConversionError: entries missing, unexpected, of another shape, or not representable.
@@ -120,22 +144,35 @@ def torch_to_nnx(
 
 @overload
 def linen_to_torch(
-    variables: Mapping[str, Any], *, mapping: Table | None = None, copy: bool = True, strict: Literal[True] = True
+    variables: Mapping[str, Any],
+    *,
+    mapping: Table | None = None,
+    copy: bool = True,
+    strict: Literal[True] = True,
 ) -> StateDict: ...
 @overload
 def linen_to_torch(
-    variables: Mapping[str, Any], *, mapping: Table | None = None, copy: bool = True, strict: Literal[False]
+    variables: Mapping[str, Any],
+    *,
+    mapping: Table | None = None,
+    copy: bool = True,
+    strict: Literal[False],
 ) -> tuple[StateDict, Mismatch]: ...
 def linen_to_torch(
-    variables: Mapping[str, Any], *, mapping: Table | None = None, copy: bool = True, strict: bool = True
+    variables: Mapping[str, Any],
+    *,
+    mapping: Table | None = None,
+    copy: bool = True,
+    strict: bool = True,
 ) -> StateDict | tuple[StateDict, Mismatch]:
     """Return the torch state dict that holds the values of Linen variables.
 
     Args:
         variables: `{"params": ..., "buffers": ...}`; the leaves may be sharded.
-        mapping: which entry lies where, as `compare.match` found it; without, the attention classes'.
-        copy: False shares memory with the JAX arrays (see `compare.conversion.tensors.to_torch`): an in-place
-            edit of the tensor then changes the "immutable" JAX array.
+        mapping: which entry lies where, as `compare.match` found it; without, the attention
+            classes'.
+        copy: False shares memory with the JAX arrays (see `compare.conversion.tensors.to_torch`):
+            an in-place edit of the tensor then changes the "immutable" JAX array.
         strict: False converts what fits.
 
     Returns:
@@ -145,7 +182,9 @@ def linen_to_torch(
     Raises:
         ConversionError: entries missing, unexpected, of a wrong rank, or not representable.
     """
-    leaves = {path: leaf for path, leaf in _linen_leaves(variables).items() if linen_kind(path) in SAVED}
+    leaves = {
+        path: leaf for path, leaf in _linen_leaves(variables).items() if linen_kind(path) in SAVED
+    }
     state, mismatch = torch_from_flax(leaves, mapping or tables.LINEN, copy)
     if mismatch and strict:
         raise ConversionError(mismatch, _hint(mapping))
@@ -154,7 +193,11 @@ def linen_to_torch(
 
 @overload
 def nnx_to_torch(
-    model: nnx.Module, *, mapping: Table | None = None, copy: bool = True, strict: Literal[True] = True
+    model: nnx.Module,
+    *,
+    mapping: Table | None = None,
+    copy: bool = True,
+    strict: Literal[True] = True,
 ) -> StateDict: ...
 @overload
 def nnx_to_torch(
@@ -169,7 +212,8 @@ def nnx_to_torch(
 
     Args:
         model: the model; its arrays may be sharded.
-        mapping: which entry lies where, as `compare.match` found it; without, the attention classes'.
+        mapping: which entry lies where, as `compare.match` found it; without, the attention
+            classes'.
         copy: False shares memory with the JAX arrays (see `compare.conversion.tensors.to_torch`).
         strict: False converts what fits.
 
@@ -193,12 +237,16 @@ def _state_dict(source: Source) -> Mapping[str, Any]:
         return source.state_dict()
     if isinstance(source, Mapping):
         return source
-    raise TypeError(f"source is a {type(source).__name__}; expected a torch.nn.Module or its state dict")
+    raise TypeError(
+        f"source is a {type(source).__name__}; expected a torch.nn.Module or its state dict"
+    )
 
 
 def _linen_leaves(variables: Mapping[str, Any]) -> dict[Path, Any]:
     if not isinstance(variables, Mapping) or isinstance(variables, nnx.State):
-        raise TypeError(f"got a {type(variables).__name__}; expected Linen variables, as `model.init` returns them")
+        raise TypeError(
+            f"got a {type(variables).__name__}; expected Linen variables, as `model.init` returns them"
+        )
     return {held.path: held.value for held in linen_entries(variables)}
 
 
@@ -217,5 +265,7 @@ def _to_flax(
 
 def _hint(mapping: Table | None) -> str:
     return (
-        "" if mapping else "Of other modules than the attention classes give mapping=compare.match(module, template)."
+        ""
+        if mapping
+        else "Of other modules than the attention classes give mapping=compare.match(module, template)."
     )

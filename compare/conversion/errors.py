@@ -45,7 +45,9 @@ class Mismatch:
         ]
         for entry in self.unexpected:
             close = get_close_matches(entry.name, wanted, n=1)
-            hint = f"; {entry.reason or f'did you mean {close[0]}?'}" if entry.reason or close else ""
+            hint = (
+                f"; {entry.reason or f'did you mean {close[0]}?'}" if entry.reason or close else ""
+            )
             lines.append(
                 f"+ unexpected {shown(entry.name)} {_shape(entry.found)}: the target has no place for it{hint}"
             )

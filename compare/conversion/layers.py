@@ -10,9 +10,25 @@ from .mapping import Left, Path, Row
 from .state_kinds import FlaxSide
 
 SUPPORTED: tuple[type[nn.Module], ...] = (
-    *(nn.Linear, nn.Bilinear, nn.Embedding, nn.PReLU, nn.MultiheadAttention, nn.LSTMCell, nn.GRUCell),
+    *(
+        nn.Linear,
+        nn.Bilinear,
+        nn.Embedding,
+        nn.PReLU,
+        nn.MultiheadAttention,
+        nn.LSTMCell,
+        nn.GRUCell,
+    ),
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(
+        nn.LayerNorm,
+        nn.RMSNorm,
+        nn.GroupNorm,
+        nn.BatchNorm1d,
+        nn.BatchNorm2d,
+        nn.BatchNorm3d,
+        nn.SyncBatchNorm,
+    ),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
 _MENDS: dict[type[nn.Module], str] = {
@@ -24,7 +40,9 @@ _MENDS: dict[type[nn.Module], str] = {
 
 def layer_types(source: Any) -> dict[str, nn.Module]:
     """Return the layers of a module by their names; none of a state dict."""
-    return dict(source.named_modules(remove_duplicate=False)) if isinstance(source, nn.Module) else {}
+    return (
+        dict(source.named_modules(remove_duplicate=False)) if isinstance(source, nn.Module) else {}
+    )
 
 
 def refusal(layer: nn.Module) -> str:
@@ -34,7 +52,9 @@ def refusal(layer: nn.Module) -> str:
     if not own or not type(layer).__module__.startswith("torch.nn.modules"):
         return ""
     if not isinstance(layer, SUPPORTED):
-        mend = next((mend for kind, mend in _MENDS.items() if isinstance(layer, kind)), "replace it")
+        mend = next(
+            (mend for kind, mend in _MENDS.items() if isinstance(layer, kind)), "replace it"
+        )
         return f"{name} has no counterpart in Flax: {mend}"
     if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats:
         return f"{name} with track_running_stats=True has no counterpart in Flax, whose InstanceNorm keeps none"
@@ -71,7 +91,9 @@ _LSTM = ("i", "f", "g", "o")
 _GRU = ("r", "z", "n")
 
 
-def compound_rows(tensors: Mapping[str, Any], names: Mapping[str, str], flax: FlaxSide) -> tuple[list[Row], list[Left]]:
+def compound_rows(
+    tensors: Mapping[str, Any], names: Mapping[str, str], flax: FlaxSide
+) -> tuple[list[Row], list[Left]]:
     """Return the rows of every attention and cell found on both sides, and what of them Flax has no place for."""
     rows: list[Row] = []
     left: list[Left] = []
@@ -87,7 +109,9 @@ def compound_rows(tensors: Mapping[str, Any], names: Mapping[str, str], flax: Fl
     return rows, left
 
 
-def _attention(prefix: str, name: str, fused: bool, tensors: Mapping[str, Any], flax: FlaxSide) -> Iterator[Row]:
+def _attention(
+    prefix: str, name: str, fused: bool, tensors: Mapping[str, Any], flax: FlaxSide
+) -> Iterator[Row]:
     for index, projection in enumerate(_PROJECTIONS):
         key = f"{prefix}in_proj_weight" if fused else prefix + _SEPARATE[projection]
         part = (index, len(_PROJECTIONS))
@@ -98,13 +122,19 @@ def _attention(prefix: str, name: str, fused: bool, tensors: Mapping[str, Any], 
             shape = tuple(flax.leaves[path].shape)
             yield Row(f"{prefix}in_proj_bias", path, "heads_bias", part=part, shape=shape)
     for path in _only(flax, f"{name}out.kernel", tensors, f"{prefix}out_proj.weight"):
-        yield Row(f"{prefix}out_proj.weight", path, "heads_out", shape=tuple(flax.leaves[path].shape))
+        yield Row(
+            f"{prefix}out_proj.weight", path, "heads_out", shape=tuple(flax.leaves[path].shape)
+        )
     for path in _only(flax, f"{name}out.bias", tensors, f"{prefix}out_proj.bias"):
         yield Row(f"{prefix}out_proj.bias", path)
 
 
-def _cell(prefix: str, name: str, tensors: Mapping[str, Any], flax: FlaxSide) -> tuple[list[Row], list[Left]]:
-    inner, outer, first, second = (f"{prefix}{leaf}" for leaf in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+def _cell(
+    prefix: str, name: str, tensors: Mapping[str, Any], flax: FlaxSide
+) -> tuple[list[Row], list[Left]]:
+    inner, outer, first, second = (
+        f"{prefix}{leaf}" for leaf in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    )
     shape: tuple[int, ...] = tuple(getattr(tensors[outer], "shape", ()))
     count = shape[0] // shape[1] if len(shape) == 2 and shape[1] else 0
     gates = {4: _LSTM, 3: _GRU}.get(count, ())
@@ -120,7 +150,10 @@ def _cell(prefix: str, name: str, tensors: Mapping[str, Any], flax: FlaxSide) ->
                 rows.append(Row(key, path, "transposed", part=part))
         if gate == "n":
             for side, key in (("i", first), ("h", second)):
-                rows += [Row(key, path, part=part) for path in _only(flax, f"{name}{side}n.bias", tensors, key)]
+                rows += [
+                    Row(key, path, part=part)
+                    for path in _only(flax, f"{name}{side}n.bias", tensors, key)
+                ]
             continue
         # Flax adds one bias where torch adds two: an LSTM's with the state, a GRU's with the input.
         side = "h" if gates is _LSTM else "i"
@@ -130,12 +163,22 @@ def _cell(prefix: str, name: str, tensors: Mapping[str, Any], flax: FlaxSide) ->
 
 
 def _dense_cell(
-    name: str, keys: tuple[str, str, str, str], gru: bool, tensors: Mapping[str, Any], flax: FlaxSide
+    name: str,
+    keys: tuple[str, str, str, str],
+    gru: bool,
+    tensors: Mapping[str, Any],
+    flax: FlaxSide,
 ) -> tuple[list[Row], list[Left]]:
     """NNX's cells with all gates in one kernel; its GRU has no bias inside the reset gate."""
     inner, outer, first, second = keys
-    rows = [Row(inner, path, "transposed") for path in _only(flax, f"{name}dense_i.kernel", tensors, inner)]
-    rows += [Row(outer, path, "transposed") for path in _only(flax, f"{name}dense_h.kernel", tensors, outer)]
+    rows = [
+        Row(inner, path, "transposed")
+        for path in _only(flax, f"{name}dense_i.kernel", tensors, inner)
+    ]
+    rows += [
+        Row(outer, path, "transposed")
+        for path in _only(flax, f"{name}dense_h.kernel", tensors, outer)
+    ]
     for path in _only(flax, f"{name}dense_{'i' if gru else 'h'}.bias", tensors, first):
         rows.append(Row(first, path, plus=second))
     return rows, [Left(second, "zero:2/3")] if gru and second in tensors else []

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from .errors import Shape
 
-PLAIN = ("same", "transposed", "conv", "conv_transpose", "heads_in", "heads_out", "heads_bias", "scalar")
+PLAIN = (
+    "same",
+    "transposed",
+    "conv",
+    "conv_transpose",
+    "heads_in",
+    "heads_out",
+    "heads_bias",
+    "scalar",
+)
 ALL = (*PLAIN, "flatten:C,H,W", "permuted:2,0,1")
 
 
@@ -55,7 +64,9 @@ def layout(name: str, flax_shape: Sequence[int]) -> Layout:
         _need(name, shape, rank == 2, "(heads, head_dim)")
         return Layout((prod(shape),), shape, (0, 1), (), shape)
     if name == "permuted":
-        _need(name, shape, sorted(given) == list(range(rank)), f"{len(given)} axes, each named once")
+        _need(
+            name, shape, sorted(given) == list(range(rank)), f"{len(given)} axes, each named once"
+        )
         split = tuple(shape[given.index(axis)] for axis in range(rank))
         return Layout(split, split, given, (), shape)
     if name == "flatten":
@@ -67,10 +78,14 @@ def layout(name: str, flax_shape: Sequence[int]) -> Layout:
         return Layout(shape[::-1], shape[::-1], (1, 0), (), shape)
     if name == "heads_in":
         _need(name, shape, rank == 3, "(embed, heads, head_dim)")
-        return Layout((shape[1] * shape[2], shape[0]), (shape[1], shape[2], shape[0]), (2, 0, 1), (), shape)
+        return Layout(
+            (shape[1] * shape[2], shape[0]), (shape[1], shape[2], shape[0]), (2, 0, 1), (), shape
+        )
     if name == "heads_out":
         _need(name, shape, rank == 3, "(heads, head_dim, embed)")
-        return Layout((shape[2], shape[0] * shape[1]), (shape[2], shape[0], shape[1]), (1, 2, 0), (), shape)
+        return Layout(
+            (shape[2], shape[0] * shape[1]), (shape[2], shape[0], shape[1]), (1, 2, 0), (), shape
+        )
     _need(name, shape, 3 <= rank <= 5, "(*window, features, features)")
     window = tuple(range(2, rank))
     mirrored = name == "conv_transpose"
@@ -96,7 +111,9 @@ def known_layout(name: str) -> tuple[str, Shape]:
             raise ValueError
         return kind, found
     except ValueError:
-        raise ValueError(f"{kind}: needs numbers, as in {' and '.join(ALL[-2:])}; got {numbers!r}") from None
+        raise ValueError(
+            f"{kind}: needs numbers, as in {' and '.join(ALL[-2:])}; got {numbers!r}"
+        ) from None
 
 
 def flax_shape(name: str, torch_shape: Shape) -> Shape:
@@ -116,7 +133,9 @@ def flax_shape(name: str, torch_shape: Shape) -> Shape:
         return torch_shape[::-1]
     if kind == "conv_transpose" and len(torch_shape) >= 3:
         return (*torch_shape[2:], torch_shape[0], torch_shape[1])
-    raise ValueError(f"the Flax shape of {name} does not follow from {torch_shape}; the mapping has to say it")
+    raise ValueError(
+        f"the Flax shape of {name} does not follow from {torch_shape}; the mapping has to say it"
+    )
 
 
 def to_flax(chosen: Layout, tensor: Any) -> Any:

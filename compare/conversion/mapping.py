@@ -27,7 +27,8 @@ class Row:
         layout: how the two lie to each other, by the names of `compare.conversion.layouts`.
         kind: what it is. An `alias` is a second torch key for one array: a tied weight.
         required: False where the absence of both sides is no error.
-        part: (i, n) if only the i-th of n equal parts of the torch tensor, along its first axis, is meant.
+        part: (i, n) if only the i-th of n equal parts of the torch tensor, along its first axis, is
+            meant.
         plus: a second torch key that is added to the first, as Flax's cells have one bias where
             torch's have two. On the way back it becomes zeros.
         shape: of the Flax array, where torch's does not say it: how many heads there are.
@@ -53,9 +54,11 @@ class Left(NamedTuple):
 
     Attributes:
         torch_key: its name, in the state dict or, if `path` is given, in Flax.
-        policy: `ignore`: nothing. `verify`: that it is the causal mask which anyone would recompute.
-            `zero:2/3`: that the third of three parts is zeros, for Flax adds nothing there.
-        path: where in Flax it lies, if torch is the side that lacks it. The target's own value is kept.
+        policy: `ignore`: nothing. `verify`: that it is the causal mask which anyone would
+            recompute. `zero:2/3`: that the third of three parts is zeros, for Flax adds nothing
+            there.
+        path: where in Flax it lies, if torch is the side that lacks it. The target's own value is
+            kept.
     """
 
     torch_key: str
@@ -107,7 +110,9 @@ class Mapping:
         for row in self.rows:
             for key in filter(None, (row.torch_key, row.plus)):
                 found.setdefault(key, []).append(row)
-        return {key: sorted(rows, key=lambda row: row.part or (0, 1)) for key, rows in found.items()}
+        return {
+            key: sorted(rows, key=lambda row: row.part or (0, 1)) for key, rows in found.items()
+        }
 
     def left_keys(self) -> set[str]:
         """Return the torch keys that Flax has no place for."""
@@ -132,14 +137,23 @@ class Mapping:
             rows = tuple(_row(entry) for entry in content["rows"])
             left = tuple(_left(*item) for item in content["left"])
             flax = content["flax"]
-        except (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        except (
+            TypeError,
+            KeyError,
+            ValueError,
+            AttributeError,
+            IndexError,
+            OverflowError,
+        ) as error:
             raise ValueError(f"this is no mapping ({type(error).__name__}: {error})") from error
         if flax not in ("linen", "nnx"):
             raise ValueError(f"this is no mapping (flax: {flax!r})")
         homes = {row.path for row in rows if row.kind != "alias"}
         for row in rows:
             if row.kind == "alias" and row.path not in homes:
-                raise ValueError(f"this mapping has {row.torch_key} as an alias of {row.place}, which it lacks")
+                raise ValueError(
+                    f"this mapping has {row.torch_key} as an alias of {row.place}, which it lacks"
+                )
         found = cls(rows, left, flax)
         for key, parts in found.by_key.items():
             own = [row.part or (0, 1) for row in parts if row.kind != "alias"]
@@ -182,17 +196,32 @@ def _row(entry: Any) -> Row:
         if len(row.part) != 2 or not 0 <= part[0] < part[1]:
             raise ValueError(f"{row.torch_key} has the part {row.part}")
     shape = None if row.shape is None else tuple(int(size) for size in row.shape)
-    return Row(row.torch_key, _path(row.path), row.layout, row.kind, bool(row.required), part, row.plus, shape)
+    return Row(
+        row.torch_key,
+        _path(row.path),
+        row.layout,
+        row.kind,
+        bool(row.required),
+        part,
+        row.plus,
+        shape,
+    )
 
 
 def _left(name: Any, policy: Any, path: Any) -> Left:
-    if not isinstance(name, str) or not (policy in ("ignore", "verify") or re.fullmatch(r"zero:\d/[1-9]", str(policy))):
+    if not isinstance(name, str) or not (
+        policy in ("ignore", "verify") or re.fullmatch(r"zero:\d/[1-9]", str(policy))
+    ):
         raise ValueError(f"{name!r} is left with the policy {policy!r}")
     return Left(name, policy, None if path is None else _path(path))
 
 
 def _path(path: Any) -> Path:
-    if not isinstance(path, list | tuple) or not path or not all(isinstance(name, str | int) for name in path):
+    if (
+        not isinstance(path, list | tuple)
+        or not path
+        or not all(isinstance(name, str | int) for name in path)
+    ):
         raise ValueError(f"a row has the path {path!r}")
     return tuple(path)
 
@@ -224,7 +253,9 @@ class AttentionRow(NamedTuple):
 def _projection(name: str, required: bool = True) -> tuple[AttentionRow, AttentionRow]:
     kernel, bias = (name, "kernel"), (name, "bias")
     return (
-        AttentionRow(f"{name}.weight", ("params", *kernel), kernel, "transposed", "parameter", required),
+        AttentionRow(
+            f"{name}.weight", ("params", *kernel), kernel, "transposed", "parameter", required
+        ),
         AttentionRow(f"{name}.bias", ("params", *bias), bias, "same", "parameter", False),
     )
 
@@ -237,5 +268,10 @@ ROWS: tuple[AttentionRow, ...] = (
     *_projection("W_value"),
     *_projection("out_proj", required=False),
 )
-LINEN = Mapping(tuple(Row(row.torch_key, row.linen_path, row.layout, row.kind, row.required) for row in ROWS))
-NNX = Mapping(tuple(Row(row.torch_key, row.nnx_path, row.layout, row.kind, row.required) for row in ROWS), flax="nnx")
+LINEN = Mapping(
+    tuple(Row(row.torch_key, row.linen_path, row.layout, row.kind, row.required) for row in ROWS)
+)
+NNX = Mapping(
+    tuple(Row(row.torch_key, row.nnx_path, row.layout, row.kind, row.required) for row in ROWS),
+    flax="nnx",
+)

@@ -24,7 +24,8 @@ LEAVES = {
     "running_mean": ("mean", "running_mean"),
     "running_var": ("var", "running_var"),
 }
-# What GPT-2's attention once stored, and what may be dropped only while it says what anyone would recompute.
+# What GPT-2's attention once stored, and what may be dropped only while it says what anyone would
+# recompute.
 LEGACY = re.compile(r"(^|\.)attn\.(bias|masked_bias)$")
 
 
@@ -39,26 +40,30 @@ def match(
     """Return the table that pairs the entries of a torch module or state dict with those of a Flax model.
 
     Args:
-        source: a module, whose layers then say their layout themselves, or a state dict. Of a state dict a
-            weight of two axes that becomes a kernel is taken for a Linear's, one of three to five for a
-            convolution's that is not transposed.
+        source: a module, whose layers then say their layout themselves, or a state dict. Of a state
+            dict a weight of two axes that becomes a kernel is taken for a Linear's, one of three to
+            five for a convolution's that is not transposed.
         template: Linen variables or their `jax.eval_shape`, or an NNX model.
-        rename: torch name to Flax name, dotted, each the whole name of an entry or of a module above it; `*`
-            stands for one step: `{"h.*.attn": "blocks.*.attention"}`. The longest rule that fits is taken.
-        layouts: torch key (a pattern) to one of `compare.conversion.layouts`, where neither side says it:
-            `{"head.weight": "flatten:8,4,4"}` for a Linear behind a flattened image.
-        policy: torch key or Flax path (a pattern) to what may happen if the other side lacks it: `ignore`,
-            `verify` (only if it is the causal mask that anyone would recompute) or `refuse`, the default.
-            GPT-2's `attn.bias` and `attn.masked_bias` are verified unless said otherwise.
+        rename: torch name to Flax name, dotted, each the whole name of an entry or of a module
+            above it; `*` stands for one step: `{"h.*.attn": "blocks.*.attention"}`. The longest
+            rule that fits is taken.
+        layouts: torch key (a pattern) to one of `compare.conversion.layouts`, where neither side
+            says it: `{"head.weight": "flatten:8,4,4"}` for a Linear behind a flattened image.
+        policy: torch key or Flax path (a pattern) to what may happen if the other side lacks it:
+            `ignore`, `verify` (only if it is the causal mask that anyone would recompute) or
+            `refuse`, the default. GPT-2's `attn.bias` and `attn.masked_bias` are verified unless
+            said otherwise.
 
     Raises:
-        ConversionError: everything in one: layers without a counterpart, entries missing, unexpected or
-            ambiguous, of another shape or kind, rules that nothing used.
+        ConversionError: everything in one: layers without a counterpart, entries missing,
+            unexpected or ambiguous, of another shape or kind, rules that nothing used.
         ValueError: a layout that does not exist.
     """
     mapping, mismatch = pair(source, template, rename=rename, layouts=layouts, policy=policy)
     if mismatch:
-        raise ConversionError(mismatch, 'Pair names that differ by rename={"torch.name": "Flax.name"}.')
+        raise ConversionError(
+            mismatch, 'Pair names that differ by rename={"torch.name": "Flax.name"}.'
+        )
     return mapping
 
 
@@ -72,22 +77,34 @@ def pair(
 ) -> tuple[Table, Mismatch]:
     """Like `match`, with the rows that were found and the list of what does not fit."""
     flax = flax_side(template)
-    tensors = source.state_dict(keep_vars=True) if isinstance(source, torch.nn.Module) else dict(source)
+    tensors = (
+        source.state_dict(keep_vars=True) if isinstance(source, torch.nn.Module) else dict(source)
+    )
     types = layer_types(source)
     kinds = {key: tensor.kind for key, tensor in tensors.items() if hasattr(tensor, "kind")}
     kinds |= torch_kinds(source) if isinstance(source, torch.nn.Module) else {}
     names, refused = _renamed(tensors, rename or {})
-    refused += [Entry(prefix, "", reason=reason) for prefix, layer in types.items() if (reason := refusal(layer))]
+    refused += [
+        Entry(prefix, "", reason=reason)
+        for prefix, layer in types.items()
+        if (reason := refusal(layer))
+    ]
     chosen, unused = _chosen_layouts(tensors, layouts or {})
     refused += unused
     hints = nnx_layouts(template) if isinstance(template, nnx.Module) else {}
     rows, left = compound_rows(tensors, names, flax)
-    done = {row.torch_key for row in rows} | {row.plus for row in rows} | {item.torch_key for item in left}
+    done = (
+        {row.torch_key for row in rows}
+        | {row.plus for row in rows}
+        | {item.torch_key for item in left}
+    )
     for key in [key for key in tensors if key not in done]:
         found = _candidates(key, names[key], flax)
         if len(found) > 1:
             places = " and ".join("/".join(map(str, path)) for path in found)
-            refused.append(Entry(key, "", reason=f"ambiguous: it could be {places}; say which by rename"))
+            refused.append(
+                Entry(key, "", reason=f"ambiguous: it could be {places}; say which by rename")
+            )
             done.add(key)
         elif found:
             try:
@@ -103,10 +120,15 @@ def pair(
     return _settled(mapping, tensors, flax, done, names, refused, policy or {})
 
 
-def _renamed(tensors: Iterable[str], rename: Mapping[str, str]) -> tuple[dict[str, str], list[Entry]]:
+def _renamed(
+    tensors: Iterable[str], rename: Mapping[str, str]
+) -> tuple[dict[str, str], list[Entry]]:
     """Return every torch key under its Flax name, dotted, and the rules that nothing used."""
     rules = sorted(rename.items(), key=lambda rule: -rule[0].count("."))
-    patterns = [(re.compile(re.escape(old).replace(r"\*", r"([^.]+)") + r"(?=\.|$)"), old, new) for old, new in rules]
+    patterns = [
+        (re.compile(re.escape(old).replace(r"\*", r"([^.]+)") + r"(?=\.|$)"), old, new)
+        for old, new in rules
+    ]
     names, used = {}, set()
     for key in tensors:
         names[key] = key
@@ -121,7 +143,8 @@ def _renamed(tensors: Iterable[str], rename: Mapping[str, str]) -> tuple[dict[st
         if old.count("*") != new.count("*")
     ]
     unused += [
-        Entry(old, "", reason=_near("this rename rule fits no key", old, tensors)) for old in rename.keys() - used
+        Entry(old, "", reason=_near("this rename rule fits no key", old, tensors))
+        for old in rename.keys() - used
     ]
     return names, unused
 
@@ -133,14 +156,18 @@ def _filled(new: str, steps: Sequence[str]) -> str:
     return new
 
 
-def _chosen_layouts(tensors: Iterable[str], layouts: Mapping[str, str]) -> tuple[dict[str, str], list[Entry]]:
+def _chosen_layouts(
+    tensors: Iterable[str], layouts: Mapping[str, str]
+) -> tuple[dict[str, str], list[Entry]]:
     chosen: dict[str, str] = {}
     unused = []
     for pattern, name in layouts.items():
         fitting = [key for key in tensors if fnmatchcase(key, pattern)]
         chosen |= dict.fromkeys(fitting, name)
         if not fitting:
-            unused.append(Entry(pattern, "", reason=_near("this layout fits no key", pattern, tensors)))
+            unused.append(
+                Entry(pattern, "", reason=_near("this layout fits no key", pattern, tensors))
+            )
     return chosen, unused
 
 
@@ -175,7 +202,9 @@ def _row(
     kind = flax.kinds[path]
     mine = kinds.get(key, kind)
     if one_trained(mine, kind):
-        raise ValueError(f"is a {mine} in torch and a {kind} in Flax: one is trained, the other is not")
+        raise ValueError(
+            f"is a {mine} in torch and a {kind} in Flax: one is trained, the other is not"
+        )
     shape = tuple(flax.leaves[path].shape)
     layer = types.get(key.rpartition(".")[0])
     name = chosen.get(key) or _layout(key, path, tensor, shape, layer, hints.get(path))
@@ -185,7 +214,12 @@ def _row(
 
 
 def _layout(
-    key: str, path: Path, tensor: Any, shape: Sequence[int], layer: torch.nn.Module | None, hint: str | None
+    key: str,
+    path: Path,
+    tensor: Any,
+    shape: Sequence[int],
+    layer: torch.nn.Module | None,
+    hint: str | None,
 ) -> str:
     """Return the layout that the leaf's name and the layers on both sides say; `hint` is the NNX layer's.
 
@@ -195,7 +229,11 @@ def _layout(
     leaf, rank, torch_rank = path[-1], len(shape), len(getattr(tensor, "shape", ()))
     if leaf == "negative_slope":
         return "scalar"
-    if leaf != "kernel" or key.rpartition(".")[2] != "weight" or isinstance(layer, torch.nn.Bilinear):
+    if (
+        leaf != "kernel"
+        or key.rpartition(".")[2] != "weight"
+        or isinstance(layer, torch.nn.Bilinear)
+    ):
         return "same"
     transposed = isinstance(layer, torch.nn.modules.conv._ConvTransposeNd)
     if hint in ("conv", "conv_transpose") and (transposed or layer is None):
@@ -216,10 +254,17 @@ def _layout(
         )
     if rank == 2 and isinstance(layer, torch.nn.Linear | None) and hint in (None, "general"):
         return "transposed"
-    if rank >= 3 and isinstance(layer, torch.nn.modules.conv._ConvNd | None) and hint is None and not transposed:
+    if (
+        rank >= 3
+        and isinstance(layer, torch.nn.modules.conv._ConvNd | None)
+        and hint is None
+        and not transposed
+    ):
         return "conv"
     kind = "torch" if layer is None else f"the {type(layer).__name__} in torch"
-    raise ValueError(f'{kind} does not say how this kernel lies: layouts={{"{key}": "transposed"}}, or another')
+    raise ValueError(
+        f'{kind} does not say how this kernel lies: layouts={{"{key}": "transposed"}}, or another'
+    )
 
 
 def _each_once(rows: Sequence[Row]) -> tuple[list[Row], list[Entry]]:
@@ -247,7 +292,9 @@ def _other_heads(rows: Sequence[Row], types: Mapping[str, torch.nn.Module]) -> l
     return refused
 
 
-def allowing(mapping: Table, tensors: Iterable[str], leaves: Mapping[Path, Any], policy: Mapping[str, Policy]) -> Table:
+def allowing(
+    mapping: Table, tensors: Iterable[str], leaves: Mapping[Path, Any], policy: Mapping[str, Policy]
+) -> Table:
     """Return the table with what it does not know, and the policy allows to be left, among what is left."""
     known = mapping.by_key.keys() | {item.torch_key for item in mapping.left}
     used: set[str] = set()
@@ -310,7 +357,9 @@ def _settled(
         else:
             unexpected.append(key)
     homes = {row.path for row in mapping.rows}
-    taken = homes | {path for entry in refused for path in flax.leaves if "/".join(map(str, path)) == entry.place}
+    taken = homes | {
+        path for entry in refused for path in flax.leaves if "/".join(map(str, path)) == entry.place
+    }
     missing, kept = [], []
     for path in [path for path in flax.leaves if path not in taken]:
         place = "/".join(map(str, path))
@@ -318,14 +367,20 @@ def _settled(
         if decided in ("ignore", "verify"):
             kept.append(Left(place, decided, path))
         else:
-            missing.append(Entry(torch_name(path, flax), place, expected=tuple(flax.leaves[path].shape)))
-    refused += [Entry(rule, "", reason="this policy fits nothing that is left") for rule in policy.keys() - used]
+            missing.append(
+                Entry(torch_name(path, flax), place, expected=tuple(flax.leaves[path].shape))
+            )
+    refused += [
+        Entry(rule, "", reason="this policy fits nothing that is left")
+        for rule in policy.keys() - used
+    ]
     unfitting = [entry for row in mapping.rows for entry in _shapes(row, tensors, flax)]
     refused += [entry for entry in unfitting if entry.reason]
     misshaped = [entry for entry in unfitting if not entry.reason]
     table = Table(mapping.rows, (*left, *kept), mapping.flax)
     extra = tuple(
-        Entry(key, "", _shape(tensors[key]), reason=_like(tensors[key], names[key], missing)) for key in unexpected
+        Entry(key, "", _shape(tensors[key]), reason=_like(tensors[key], names[key], missing))
+        for key in unexpected
     )
     return table, Mismatch(tuple(missing), extra, tuple(misshaped), tuple(refused))
 
@@ -335,7 +390,9 @@ def _decide(name: str, policy: Mapping[str, Policy], used: set[str]) -> Policy |
         if fnmatchcase(name, pattern):
             used.add(pattern)
             if decided not in ("ignore", "verify", "refuse"):
-                raise ValueError(f"policy {pattern}: there is no {decided!r}; there are ignore, verify and refuse")
+                raise ValueError(
+                    f"policy {pattern}: there is no {decided!r}; there are ignore, verify and refuse"
+                )
             return decided
     return None
 
@@ -354,8 +411,15 @@ def _shape(tensor: Any) -> tuple[int, ...]:
 def torch_name(path: Path, flax: FlaxSide) -> str:
     """Return what torch would call the entry if the modules had the same names."""
     *modules, leaf = flax.names[path]
-    known = {"kernel": "weight", "scale": "weight", "embedding": "weight", "negative_slope": "weight"}
-    stats = {"mean": "running_mean", "var": "running_var"} if flax.kinds[path] == "statistics" else {}
+    known = {
+        "kernel": "weight",
+        "scale": "weight",
+        "embedding": "weight",
+        "negative_slope": "weight",
+    }
+    stats = (
+        {"mean": "running_mean", "var": "running_var"} if flax.kinds[path] == "statistics" else {}
+    )
     return ".".join((*modules, (known | stats).get(leaf, leaf)))
 
 

@@ -10,7 +10,8 @@
 | stream | - | - | `nnx.RngState` | no | no |
 | left behind | a plain tensor attribute | - | a plain array attribute | no | no |
 
-Source: the PyTorch documentation of `Module.register_buffer`; Flax's guides on variable collections and on NNX filters.
+Source: the PyTorch documentation of `Module.register_buffer`; Flax's guides on variable collections
+and on NNX filters.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,12 @@ from torch.nn.parameter import is_lazy
 from .mapping import Path
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_LINEN = {"params": "parameter", "batch_stats": "statistics", "cache": "not saved", "intermediates": "not saved"}
+_LINEN = {
+    "params": "parameter",
+    "batch_stats": "statistics",
+    "cache": "not saved",
+    "intermediates": "not saved",
+}
 SAVED = ("parameter", "buffer", "statistics")
 
 
@@ -57,7 +63,9 @@ def entries(source: Any) -> list[Held]:
         return list(_nnx(source))
     if isinstance(source, Mapping) and not isinstance(source, nnx.State):
         return linen_entries(source)
-    raise TypeError(f"got a {type(source).__name__}; expected a torch or NNX module, or Linen variables")
+    raise TypeError(
+        f"got a {type(source).__name__}; expected a torch or NNX module, or Linen variables"
+    )
 
 
 def linen_entries(variables: Mapping[str, Any]) -> list[Held]:
@@ -68,7 +76,9 @@ def linen_entries(variables: Mapping[str, Any]) -> list[Held]:
 
 def _dicts(tree: Any) -> Any:
     """Return nested mappings of any kind as dicts."""
-    return {name: _dicts(inner) for name, inner in tree.items()} if isinstance(tree, Mapping) else tree
+    return (
+        {name: _dicts(inner) for name, inner in tree.items()} if isinstance(tree, Mapping) else tree
+    )
 
 
 def linen_kind(path: Path) -> str:
@@ -119,16 +129,30 @@ def _torch(module: torch.nn.Module) -> Iterator[tuple[str, str, Any, Path | None
         dot = f"{prefix}." if prefix else ""
         norm = isinstance(child, torch.nn.modules.batchnorm._NormBase)
         own: list[tuple[str, str, Tensor]] = [
-            (name, "parameter", value) for name, value in child._parameters.items() if value is not None
+            (name, "parameter", value)
+            for name, value in child._parameters.items()
+            if value is not None
         ]
         for name, value in child._buffers.items():
             kind = "statistics" if norm and name in STATISTICS else "buffer"
             if value is not None:
-                own.append((name, "not saved" if name in child._non_persistent_buffers_set else kind, value))
+                own.append(
+                    (
+                        name,
+                        "not saved" if name in child._non_persistent_buffers_set else kind,
+                        value,
+                    )
+                )
         own += [(name, "left behind", value) for name, value in _plain(vars(child))]
         for name, kind, value in own:
-            first = seen.setdefault((kind == "left behind", same_memory(value) or id(value)), dot + name)
-            yield (dot + name, "alias", value, (first,)) if first != dot + name else (dot + name, kind, value, None)
+            first = seen.setdefault(
+                (kind == "left behind", same_memory(value) or id(value)), dot + name
+            )
+            yield (
+                (dot + name, "alias", value, (first,))
+                if first != dot + name
+                else (dot + name, kind, value, None)
+            )
 
 
 def _plain(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -138,7 +162,9 @@ def _plain(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
             yield name, value
         elif not name.startswith("_") and isinstance(value, list | tuple | dict):
             items = value.items() if isinstance(value, dict) else enumerate(value)
-            yield from ((f"{name}[{key!r}]", item) for key, item in items if isinstance(item, Tensor))
+            yield from (
+                (f"{name}[{key!r}]", item) for key, item in items if isinstance(item, Tensor)
+            )
 
 
 def _nnx(model: nnx.Module) -> Iterator[Held]:
@@ -146,7 +172,11 @@ def _nnx(model: nnx.Module) -> Iterator[Held]:
     for path, leaf in _nnx_leaves(model, (), frozenset()):
         first = seen.setdefault(id(leaf), path)
         value = leaf.get_value()
-        yield Held(path, "alias", value, first) if first != path else Held(path, nnx_kind(leaf), value)
+        yield (
+            Held(path, "alias", value, first)
+            if first != path
+            else Held(path, nnx_kind(leaf), value)
+        )
     for path, leaf in nnx.iter_graph(model):
         if isinstance(leaf, jax.Array | np.ndarray):
             yield Held(path, "left behind", leaf)
@@ -187,24 +217,40 @@ def flax_side(template: Any) -> FlaxSide:
         return _side("nnx", [held for held in entries(template) if held.kind in SAVED])
     if isinstance(template, nnx.State):
         flat = nnx.to_flat_state(template)
-        return _side("nnx", [Held(path, nnx_kind(leaf), leaf.get_value()) for path, leaf in flat
-                             if nnx_kind(leaf) in SAVED])  # fmt: skip
+        return _side(
+            "nnx",
+            [
+                Held(path, nnx_kind(leaf), leaf.get_value())
+                for path, leaf in flat
+                if nnx_kind(leaf) in SAVED
+            ],
+        )
     if isinstance(template, Mapping):
         return _side("linen", [held for held in linen_entries(template) if held.kind in SAVED])
-    raise TypeError(f"template is a {type(template).__name__}; expected Linen variables or an NNX model")
+    raise TypeError(
+        f"template is a {type(template).__name__}; expected Linen variables or an NNX model"
+    )
 
 
 def specs_side(kind: FlaxKind, specs: Mapping[Path, Any], kinds: Mapping[Path, str]) -> FlaxSide:
     """Return the side of a file, of which shapes are known and perhaps kinds."""
     linen = {path: linen_kind(path) for path in specs} if kind == "linen" else {}
-    return _side(kind, [Held(path, kinds.get(path, linen.get(path, "unknown")), spec) for path, spec in specs.items()])
+    return _side(
+        kind,
+        [
+            Held(path, kinds.get(path, linen.get(path, "unknown")), spec)
+            for path, spec in specs.items()
+        ],
+    )
 
 
 def _side(kind: FlaxKind, held: list[Held]) -> FlaxSide:
     leaves = {entry.path: entry.value for entry in held}
     for path, leaf in leaves.items():
         if not hasattr(leaf, "shape"):
-            raise TypeError(f"template {'/'.join(map(str, path))} is a {type(leaf).__name__}; expected an array")
+            raise TypeError(
+                f"template {'/'.join(map(str, path))} is a {type(leaf).__name__}; expected an array"
+            )
     names = {path: tuple(map(str, path[1:] if kind == "linen" else path)) for path in leaves}
     by_name: dict[str, list[Path]] = {}
     for path, name in names.items():

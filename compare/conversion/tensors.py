@@ -71,19 +71,23 @@ def to_jax(tensor: Tensor, *, copy: bool, owned: bool = False) -> jax.Array:
     aliases the tensor through DLPack and stays on its device: an in-place edit of the tensor then
     changes the array, which JAX believes to be immutable.
 
-    int64 becomes int32 where x64 is off, but only if every value fits. `owned` says that nobody else has the
-    tensor, so that a copy may keep its memory.
+    int64 becomes int32 where x64 is off, but only if every value fits. `owned` says that nobody
+    else has the tensor, so that a copy may keep its memory.
 
     Raises:
         Untransferable: as `tensor_to_numpy`; a 64-bit value that JAX would narrow with loss; with
             `copy=False` a tensor that cannot be shared.
     """
     if not copy and (tensor.is_conj() or tensor.is_neg()):
-        raise Untransferable("a conjugated or negated view has no memory of its own to share; use copy=True")
+        raise Untransferable(
+            "a conjugated or negated view has no memory of its own to share; use copy=True"
+        )
     tensor = _fit_x64(dense(tensor), copy=copy)
     if copy:
         # Which keeps the memory where JAX can; `jnp.asarray` would copy it twice.
-        return jax.device_put(np.array(tensor_to_numpy(tensor), order="C", copy=None if owned else True))
+        return jax.device_put(
+            np.array(tensor_to_numpy(tensor), order="C", copy=None if owned else True)
+        )
     try:
         return jax.dlpack.from_dlpack(tensor, copy=False)
     except Exception as error:  # XLA's own errors share no narrower class across versions
@@ -103,7 +107,9 @@ def to_torch(array: jax.Array | np.ndarray, *, copy: bool) -> Tensor:
     """
     _require_values(array)
     if not copy and not array.dtype.isnative:
-        raise Untransferable("torch has no foreign byte order, so the memory cannot be shared; use copy=True")
+        raise Untransferable(
+            "torch has no foreign byte order, so the memory cannot be shared; use copy=True"
+        )
     if copy:
         return numpy_to_tensor(np.array(np.asarray(array), order="C", copy=True))
     try:
@@ -124,7 +130,9 @@ def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
 
 def _require_values(array: jax.Array | np.ndarray) -> None:
     if isinstance(array, jax.Array) and array.is_deleted():
-        raise Untransferable("the array was deleted, as a donated argument is; convert it before donating it")
+        raise Untransferable(
+            "the array was deleted, as a donated argument is; convert it before donating it"
+        )
     if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.extended):
         raise Untransferable(f"dtype {array.dtype} has no torch counterpart")
 
@@ -140,9 +148,13 @@ def dense(tensor: Tensor) -> Tensor:
     if tensor.is_nested:
         raise Untransferable("a nested tensor; store its parts one by one")
     if tensor.device.type == "meta":
-        raise Untransferable("a meta tensor has no values; materialize the module first (`to_empty`, then load)")
+        raise Untransferable(
+            "a meta tensor has no values; materialize the module first (`to_empty`, then load)"
+        )
     if tensor.layout != torch.strided or tensor.is_quantized:
-        raise Untransferable("a sparse or quantized tensor; convert it with `to_dense()` or `dequantize()` first")
+        raise Untransferable(
+            "a sparse or quantized tensor; convert it with `to_dense()` or `dequantize()` first"
+        )
     return tensor.detach().resolve_conj().resolve_neg()
 
 
@@ -167,5 +179,7 @@ def _fit_x64(tensor: Tensor, *, copy: bool) -> Tensor:
             "(`jax.config.update('jax_enable_x64', True)`)"
         )
     if not copy:
-        raise Untransferable("int64 is narrowed to int32 where x64 is off, and cannot be shared; use copy=True")
+        raise Untransferable(
+            "int64 is narrowed to int32 where x64 is off, and cannot be shared; use copy=True"
+        )
     return tensor.to(torch.int32)

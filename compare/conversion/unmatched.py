@@ -11,7 +11,14 @@ from .mapping import Policy
 from .tensors import tensor_to_numpy
 
 # What a legacy `masked_bias` held: the number that blocked scores were set to.
-_FILLS = (-1e4, -1e9, -1e10, float(np.finfo(np.float32).min), float(np.finfo(np.float16).min), -np.inf)
+_FILLS = (
+    -1e4,
+    -1e9,
+    -1e10,
+    float(np.finfo(np.float32).min),
+    float(np.finfo(np.float16).min),
+    -np.inf,
+)
 
 
 def decided(name: str, policy: Mapping[str, Policy]) -> Policy | None:
@@ -39,9 +46,11 @@ def objection(policy: str, array: np.ndarray | None) -> str:
         if not array.ndim or len(array) % count:
             return f"has shape {array.shape}, which has no {count} parts"
         size = array.shape[0] // count
-        return "" if not array[index * size : (index + 1) * size].astype(np.float64).any() else (
-            f"part {index} of {count} is not zero, and Flax adds nothing there"
-        )  # fmt: skip
+        return (
+            ""
+            if not array[index * size : (index + 1) * size].astype(np.float64).any()
+            else (f"part {index} of {count} is not zero, and Flax adds nothing there")
+        )
     return _not_recomputed(array)
 
 
@@ -49,8 +58,16 @@ def _not_recomputed(array: np.ndarray) -> str:
     """Compare with the causal mask, in either polarity, or with the number that blocked."""
     if array.size == 1 and array.ndim == 0:
         value = float(array.astype(np.float64))
-        return "" if any(value == fill for fill in _FILLS) else f"is {value:g}, which no causal mask is filled with"
-    square = array.reshape(array.shape[-2:]) if array.ndim >= 2 and array.size == np.prod(array.shape[-2:]) else None
+        return (
+            ""
+            if any(value == fill for fill in _FILLS)
+            else f"is {value:g}, which no causal mask is filled with"
+        )
+    square = (
+        array.reshape(array.shape[-2:])
+        if array.ndim >= 2 and array.size == np.prod(array.shape[-2:])
+        else None
+    )
     if square is None or len(set(square.shape)) != 1:
         return f"has shape {array.shape}; a causal mask is square"
     blocked = np.triu(np.ones(square.shape, dtype=bool), 1)

@@ -30,7 +30,9 @@ def planted(module_name: str, changes: Sequence[tuple[str, str]]) -> Iterator[No
         if not name.startswith("__") and name in broken and broken[name] is not value
     }
     for user in [user for name, user in list(sys.modules.items()) if name.split(".")[0] in PROJECT]:
-        kept += [(user, name, value) for name, value in vars(user).items() if id(value) in replacements]
+        kept += [
+            (user, name, value) for name, value in vars(user).items() if id(value) in replacements
+        ]
     try:
         for user, name, value in kept:
             setattr(user, name, replacements[id(value)])
@@ -44,7 +46,9 @@ def planted(module_name: str, changes: Sequence[tuple[str, str]]) -> Iterator[No
 
 def _forget_compiled() -> None:
     """Clear the caches of the project's jitted functions: they hold what the functions called before."""
-    modules = [module for name, module in list(sys.modules.items()) if name.split(".")[0] in PROJECT]
+    modules = [
+        module for name, module in list(sys.modules.items()) if name.split(".")[0] in PROJECT
+    ]
     for value in [value for module in modules for value in vars(module).values()]:
         if isinstance(value, jax.stages.Wrapped):
             value.clear_cache()  # type: ignore[attr-defined]
@@ -56,7 +60,11 @@ def _changed(module: ModuleType, changes: Sequence[tuple[str, str]]) -> dict[str
     for pattern, replacement in changes:
         source, count = re.subn(pattern, replacement, source)
         if not count:
-            raise ValueError(f"{module.__name__} has nothing like {pattern!r}; the mutant does not apply")
-    namespace = {name: vars(module)[name] for name in ("__name__", "__package__", "__file__", "__spec__")}
+            raise ValueError(
+                f"{module.__name__} has nothing like {pattern!r}; the mutant does not apply"
+            )
+    namespace = {
+        name: vars(module)[name] for name in ("__name__", "__package__", "__file__", "__spec__")
+    }
     exec(compile(source, module.__file__, "exec"), namespace)
     return namespace

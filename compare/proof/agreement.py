@@ -10,10 +10,10 @@ import numpy as np
 class Agreement:
     """How two arrays agree.
 
-    `ratio` is the worst |found - expected| / limit: at most 1 where they agree, inf where NaN or inf
-    stand in different places or a limit is infinite, NaN where no limit was given. `index` is where that
-    is, `found`, `expected` and `limit` what stands there. `absolute` is the largest difference, and
-    `relative` the same over the largest expected entry.
+    `ratio` is the worst |found - expected| / limit: at most 1 where they agree, inf where NaN or
+    inf stand in different places or a limit is infinite, NaN where no limit was given. `index` is
+    where that is, `found`, `expected` and `limit` what stands there. `absolute` is the largest
+    difference, and `relative` the same over the largest expected entry.
     """
 
     absolute: float
@@ -55,7 +55,9 @@ class Finding:
         return f"{self.check} ({self.implementation}), {self.case}: {self.agreement}. The limit: {self.why}"
 
 
-def agreement(found: np.ndarray, expected: np.ndarray, limit: np.ndarray | float | None = None) -> Agreement:
+def agreement(
+    found: np.ndarray, expected: np.ndarray, limit: np.ndarray | float | None = None
+) -> Agreement:
     """Compare each entry with its own limit; a limit of zero asks for equality, none only measures.
 
     NaN and infinities must stand in the same places, whatever the limit there.
@@ -98,14 +100,24 @@ def identical(found: np.ndarray, expected: np.ndarray) -> Agreement:
     differing = (_bytes(found) != _bytes(expected)).any(axis=-1)
     index = tuple(int(i) for i in np.unravel_index(np.argmax(differing), differing.shape))
     at = float(found[index]), float(expected[index]), 0.0
-    return Agreement(float(differing.sum()), measured.relative, np.inf if differing.any() else 0.0, index, *at)
+    return Agreement(
+        float(differing.sum()), measured.relative, np.inf if differing.any() else 0.0, index, *at
+    )
 
 
 def same_names(found: Iterable[str], expected: Iterable[str]) -> Agreement:
     """Compare two sets of names; `absolute` counts those that are on one side only."""
     left, right = set(found), set(expected)
     apart = len(left ^ right)
-    return Agreement(float(apart), float(apart), np.inf if apart else 0.0, (), float(len(left)), float(len(right)), 0.0)
+    return Agreement(
+        float(apart),
+        float(apart),
+        np.inf if apart else 0.0,
+        (),
+        float(len(left)),
+        float(len(right)),
+        0.0,
+    )
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

@@ -75,8 +75,8 @@ class Trial(NamedTuple):
     config: the constructor arguments.
     state: a mask, and the parameters by torch's names, weights (out, in).
     inputs: (batch, tokens, input_embedding_dim).
-    keep: (batch, tokens, tokens), or with heads (batch, heads, tokens, tokens), True where dropout keeps the weight;
-        None for no dropout.
+    keep: (batch, tokens, tokens), or with heads (batch, heads, tokens, tokens), True where dropout
+        keeps the weight; None for no dropout.
     """
 
     name: str
@@ -88,7 +88,9 @@ class Trial(NamedTuple):
     def rounded(self, dtype: str) -> Trial:
         """Return the trial with weights and inputs rounded to the dtype; the mask stays as it is."""
         to: Any = numpy_dtype(dtype)
-        state = {key: array if key == "mask" else array.astype(to) for key, array in self.state.items()}
+        state = {
+            key: array if key == "mask" else array.astype(to) for key, array in self.state.items()
+        }
         return self._replace(state=state, inputs=self.inputs.astype(to))
 
     def masked(self, name: str, mask: np.ndarray) -> Trial:
@@ -107,7 +109,9 @@ class Trial(NamedTuple):
         return bool((self.mask[:tokens, :tokens] != 0).all(axis=1).any())
 
 
-def draw_parameters(config: Config, random: np.random.Generator, scale: float = 1.0) -> dict[str, np.ndarray]:
+def draw_parameters(
+    config: Config, random: np.random.Generator, scale: float = 1.0
+) -> dict[str, np.ndarray]:
     """Draw weights and biases in float64 by torch's names: normal, weights over sqrt(input_embedding_dim)."""
     parameters = {}
     for name in ("W_query", "W_key", "W_value", *["out_proj"] * (config.num_heads is not None)):
@@ -119,7 +123,9 @@ def draw_parameters(config: Config, random: np.random.Generator, scale: float = 
     return parameters
 
 
-def draw(config: Config, tokens: int, random: np.random.Generator, *, batch: int = 2, keep: bool = False) -> Trial:
+def draw(
+    config: Config, tokens: int, random: np.random.Generator, *, batch: int = 2, keep: bool = False
+) -> Trial:
     """Draw standard normal weights over sqrt(input_embedding_dim), biases and inputs; the mask is causal."""
     state = draw_parameters(config, random)
     state["mask"] = causal_mask(config.context_length).astype(np.float32)

@@ -33,14 +33,18 @@ class Dual:
         return Dual(self.value - other.value, self.tangent - other.tangent)
 
     def __mul__(self, other: Dual) -> Dual:
-        return Dual(self.value * other.value, self.tangent * other.value + self.value * other.tangent)
+        return Dual(
+            self.value * other.value, self.tangent * other.value + self.value * other.tangent
+        )
 
     def __truediv__(self, other: Dual) -> Dual:
         quotient = self.value / other.value
         return Dual(quotient, (self.tangent - quotient * other.tangent) / other.value)
 
     def __matmul__(self, other: Dual) -> Dual:
-        return Dual(self.value @ other.value, self.tangent @ other.value + self.value @ other.tangent)
+        return Dual(
+            self.value @ other.value, self.tangent @ other.value + self.value @ other.tangent
+        )
 
     def scaled(self, factor: float, roundings: int = 1) -> Dual:
         """Multiply by a number that itself comes out of `roundings` - 1 roundings."""
@@ -81,4 +85,6 @@ class Dual:
 
     def spread(self, axes: int = 1, *, before: int = 0) -> Dual:
         """Insert axes of length 1 before the last `before` axes."""
-        return Dual(self.value.spread(axes, before=before), self.tangent.spread(axes, before=before))
+        return Dual(
+            self.value.spread(axes, before=before), self.tangent.spread(axes, before=before)
+        )

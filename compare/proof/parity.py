@@ -10,7 +10,11 @@ from .rounding_bound import PRECISIONS, Precision, stage_bounds
 
 
 def against_reference(
-    outputs: np.ndarray, config: Config, state: State, inputs: np.ndarray, keep: np.ndarray | None = None
+    outputs: np.ndarray,
+    config: Config,
+    state: State,
+    inputs: np.ndarray,
+    keep: np.ndarray | None = None,
 ) -> Agreement:
     """Compare outputs with the reference, each entry within what rounding in the inputs' dtype explains.
 
@@ -35,10 +39,12 @@ def exact_and_limit(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the reference's outputs, and how far from them rounding may carry an implementation.
 
-    Arguments are those of `against_reference`; another precision than that of the inputs' dtype may be given, and
-    of how many tiles the implementation's softmax may be put together.
+    Arguments are those of `against_reference`; another precision than that of the inputs' dtype may
+    be given, and of how many tiles the implementation's softmax may be put together.
     """
-    return _exact_and_limit(config, state, inputs, keep, precision or PRECISIONS[inputs.dtype.name], tiles)
+    return _exact_and_limit(
+        config, state, inputs, keep, precision or PRECISIONS[inputs.dtype.name], tiles
+    )
 
 
 @remembered

@@ -32,14 +32,21 @@ def attention_stages(
         state: `W_query.weight` (out, in), `W_query.bias` if there is one, likewise key and value.
         mask: (context_length, context_length); nonzero blocks.
         keep: (batch, tokens, tokens), True where dropout keeps the weight; None for no dropout.
-        dropout: the probability that `keep` was drawn with: kept weights are divided by 1 - dropout.
-        num_heads: as of `CausalMultiHeadAttention`, with `out_proj` in the state and `keep` of every head;
-            None for the classes with one head.
+        dropout: the probability that `keep` was drawn with: kept weights are divided by 1 -
+            dropout.
+        num_heads: as of `CausalMultiHeadAttention`, with `out_proj` in the state and `keep` of
+            every head; None for the classes with one head.
     """
-    queries, keys, values = (_project(inputs, state, name) for name in ("W_query", "W_key", "W_value"))
+    queries, keys, values = (
+        _project(inputs, state, name) for name in ("W_query", "W_key", "W_value")
+    )
     split = [split_heads(array, num_heads) for array in (queries, keys, values)]
     stages = masked_attention(split[0], split[1], split[2], mask, keep, dropout)
-    context = stages.context if num_heads is None else _project(merge_heads(stages.context), state, "out_proj")
+    context = (
+        stages.context
+        if num_heads is None
+        else _project(merge_heads(stages.context), state, "out_proj")
+    )
     return Stages(queries, keys, values, stages.scores, stages.weights, context)
 
 
@@ -47,7 +54,9 @@ def split_heads(array: np.ndarray, num_heads: int | None) -> np.ndarray:
     """Return (..., tokens, width) as (..., heads, tokens, head_dim); as it is if there are no heads."""
     if num_heads is None:
         return array
-    return array.reshape(*array.shape[:-1], num_heads, array.shape[-1] // num_heads).swapaxes(-2, -3)
+    return array.reshape(*array.shape[:-1], num_heads, array.shape[-1] // num_heads).swapaxes(
+        -2, -3
+    )
 
 
 def merge_heads(array: np.ndarray) -> np.ndarray:
@@ -77,7 +86,8 @@ def masked_attention(
         values: likewise.
         mask: (context_length, context_length); nonzero blocks.
         keep: (..., tokens, tokens), True where dropout keeps the weight; None for no dropout.
-        dropout: the probability that `keep` was drawn with: kept weights are divided by 1 - dropout.
+        dropout: the probability that `keep` was drawn with: kept weights are divided by 1 -
+            dropout.
     """
     num_tokens, head_dim = queries.shape[-2:]
     blocked = mask[:num_tokens, :num_tokens] != 0
@@ -95,6 +105,8 @@ def _project(inputs: np.ndarray, state: Mapping[str, np.ndarray], name: str) -> 
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):  # a row blocked everywhere is -inf - -inf: NaN, as in the formula
+    with np.errstate(
+        invalid="ignore"
+    ):  # a row blocked everywhere is -inf - -inf: NaN, as in the formula
         exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf))
         return exponentials / exponentials.sum(axis=-1, keepdims=True)

@@ -20,11 +20,13 @@ def attention_forward(
 ) -> dict[str, Number]:
     """Return the stages of masked attention: queries, keys, values, weights, dropped, context, outputs.
 
-    With heads, all but the outputs have these before the tokens; the outputs are those of `out_proj`.
+    With heads, all but the outputs have these before the tokens; the outputs are those of
+    `out_proj`.
 
     Args:
-        given: `inputs` (batch, tokens, input_embedding_dim), `W_query.weight` (out, in), ..., `W_query.bias` if any;
-            the parameters may all have one leading axis more, and then the stages have it.
+        given: `inputs` (batch, tokens, input_embedding_dim), `W_query.weight` (out, in), ...,
+            `W_query.bias` if any; the parameters may all have one leading axis more, and then the
+            stages have it.
         mask: (context_length, context_length); nonzero blocks, leaving something open in every row.
         keep: (batch, tokens, tokens), True where dropout keeps the weight; None for no dropout.
         rate: the probability that `keep` was drawn with.
@@ -33,7 +35,9 @@ def attention_forward(
     inputs = given["inputs"]
     tokens = inputs.shape[-2]
     opened = mask[:tokens, :tokens] == 0
-    queries, keys, values = (_project(inputs, given, name) for name in ("W_query", "W_key", "W_value"))
+    queries, keys, values = (
+        _project(inputs, given, name) for name in ("W_query", "W_key", "W_value")
+    )
     if num_heads is not None:
         queries, keys, values = (stage.split(num_heads) for stage in (queries, keys, values))
     scores = (queries @ keys.mT).scaled(queries.shape[-1] ** -0.5, roundings=4)
@@ -58,8 +62,8 @@ def attention_gradient(
 ) -> dict[str, Number]:
     """Return the gradient of sum(outputs * cotangent) by everything in `given`.
 
-    With w the weights before dropout, D what dropout does and g the cotangent: values get D(w)^T g; w gets
-    a = D(g values^T); the scores before softmax get w (a - sum(a w)) / sqrt(head_dim).
+    With w the weights before dropout, D what dropout does and g the cotangent: values get D(w)^T g;
+    w gets a = D(g values^T); the scores before softmax get w (a - sum(a w)) / sqrt(head_dim).
 
     Args:
         given: as `attention_forward` was given.

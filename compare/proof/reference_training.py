@@ -1,8 +1,9 @@
 """Training written out in NumPy float64, and how far rounding may carry anybody else's run of the same steps.
 
-One step turns parameters and the optimizer's moments into new ones; run on `Bounded`, it also tells how far rounding
-in that step alone may carry each of them. What these errors grow to is found by training again with each of them in
-place, under random signs (`compare.proof.tolerances.worst_case`).
+One step turns parameters and the optimizer's moments into new ones; run on `Bounded`, it also tells
+how far rounding in that step alone may carry each of them. What these errors grow to is found by
+training again with each of them in place, under random signs
+(`compare.proof.tolerances.worst_case`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Recipe(NamedTuple):
 
 # Clipping is at work in some steps and not in others, and every setting differs from its default.
 SGD = Recipe("SGD", learning_rate=0.2, weight_decay=0.01, max_norm=0.5, momentum=0.8)
-ADAMW = Recipe("AdamW", learning_rate=0.004, weight_decay=0.05, max_norm=0.5, betas=(0.85, 0.98), eps=1e-7)
+ADAMW = Recipe(
+    "AdamW", learning_rate=0.004, weight_decay=0.05, max_norm=0.5, betas=(0.85, 0.98), eps=1e-7
+)
 RECIPES = (SGD, ADAMW)
 
 
@@ -45,7 +48,8 @@ class Course(NamedTuple):
 
     start: the trial whose state is trained.
     inputs: (steps, batch, tokens, input_embedding_dim).
-    targets: (steps, batch, tokens, output_embedding_dim); the loss is the mean of the squared distances.
+    targets: (steps, batch, tokens, output_embedding_dim); the loss is the mean of the squared
+    distances.
     keeps: (steps, batch, tokens, tokens), True where dropout keeps the weight.
     """
 
@@ -57,7 +61,9 @@ class Course(NamedTuple):
     def rounded(self, dtype: str) -> Course:
         """Return the course in that dtype; what float32 holds, as all of it does, it keeps."""
         to: Any = numpy_dtype(dtype)
-        return Course(self.start.rounded(dtype), self.inputs.astype(to), self.targets.astype(to), self.keeps)
+        return Course(
+            self.start.rounded(dtype), self.inputs.astype(to), self.targets.astype(to), self.keeps
+        )
 
 
 @cache
@@ -66,10 +72,14 @@ def course() -> Course:
     random = np.random.default_rng(7)
     config = Config(3, 5, 6, 0.1, qkv_bias=True)
     tokens, batch = 5, 4
-    start, teacher = (draw(config, tokens, random).rounded("float32").rounded("float64") for _ in range(2))
+    start, teacher = (
+        draw(config, tokens, random).rounded("float32").rounded("float64") for _ in range(2)
+    )
     inputs = random.standard_normal((STEPS, batch, tokens, 3)).astype(np.float32).astype(np.float64)
     taught = attention_stages(inputs, teacher.state, teacher.mask).context
-    targets = (taught + 0.1 * random.standard_normal(taught.shape)).astype(np.float32).astype(np.float64)
+    targets = (
+        (taught + 0.1 * random.standard_normal(taught.shape)).astype(np.float32).astype(np.float64)
+    )
     keeps = random.random((STEPS, batch, tokens, tokens)) >= config.dropout
     return Course(start, inputs, targets, keeps)
 
@@ -99,7 +109,11 @@ def reference_training(recipe: Recipe) -> Limited:
     """Train the course, with its limits."""
     run = _train(course(), recipe)
     moments = 2 if recipe is SGD else 3
-    count = moments * sum(array[0, 0].size for array in run.parameters.values()) * np.arange(1, STEPS + 1)
+    count = (
+        moments
+        * sum(array[0, 0].size for array in run.parameters.values())
+        * np.arange(1, STEPS + 1)
+    )
 
     def limit(found: np.ndarray) -> np.ndarray:
         deviations = np.moveaxis(found[:, 1:] - found[:, :1], 1, 0)
@@ -107,14 +121,16 @@ def reference_training(recipe: Recipe) -> Limited:
         return 2.0 * worst_case(deviations, count.reshape(-1, *[1] * (found.ndim - 2)))
 
     exact = Run(run.losses[:, 0], {key: array[:, 0] for key, array in run.parameters.items()})
-    return Limited(exact, Run(limit(run.losses), {key: limit(array) for key, array in run.parameters.items()}))
+    return Limited(
+        exact, Run(limit(run.losses), {key: limit(array) for key, array in run.parameters.items()})
+    )
 
 
 def _train(given: Course, recipe: Recipe) -> Run:
     """Train 1 + TRAINING_SAMPLES times at once, the runs along the second axis of what is returned.
 
-    The first run is the exact one. In the others every result of every step is moved by the most that rounding may
-    move it, up or down.
+    The first run is the exact one. In the others every result of every step is moved by the most
+    that rounding may move it, up or down.
     """
     signs, samples = np.random.default_rng(0), 1 + TRAINING_SAMPLES
     state: dict[str, tuple[np.ndarray, ...]] = {}
@@ -125,7 +141,9 @@ def _train(given: Course, recipe: Recipe) -> Run:
     losses, history = [], []
     advance = _sgd if recipe is SGD else _adamw
     for step in range(len(given.inputs)):
-        loss, gradient = _loss_and_gradient(given, {key: entry[0] for key, entry in state.items()}, step)
+        loss, gradient = _loss_and_gradient(
+            given, {key: entry[0] for key, entry in state.items()}, step
+        )
         losses.append(_moved(loss, signs))
         clipped = _clipped(gradient, recipe.max_norm)
         state = {
@@ -133,10 +151,14 @@ def _train(given: Course, recipe: Recipe) -> Run:
             for key, entry in state.items()
         }
         history.append({key: entry[0] for key, entry in state.items()})
-    return Run(np.array(losses), {key: np.stack([entry[key] for entry in history]) for key in state})
+    return Run(
+        np.array(losses), {key: np.stack([entry[key] for entry in history]) for key in state}
+    )
 
 
-def _loss_and_gradient(given: Course, parameters: Arrays, step: int) -> tuple[Bounded, dict[str, Bounded]]:
+def _loss_and_gradient(
+    given: Course, parameters: Arrays, step: int
+) -> tuple[Bounded, dict[str, Bounded]]:
     lifted = {key: Bounded.exact(array) for key, array in parameters.items()}
     lifted["inputs"] = Bounded.exact(given.inputs[step])
     dropped = given.keeps[step], given.start.config.dropout
@@ -144,14 +166,18 @@ def _loss_and_gradient(given: Course, parameters: Arrays, step: int) -> tuple[Bo
     apart = stages["context"] - Bounded.exact(given.targets[step])
     entries = given.targets[step].size
     loss = (apart * apart).sum((-3, -2, -1)).scaled(1.0 / entries)
-    gradient = attention_gradient(lifted, stages, apart.scaled(2.0 / entries, roundings=2), *dropped)
+    gradient = attention_gradient(
+        lifted, stages, apart.scaled(2.0 / entries, roundings=2), *dropped
+    )
     del gradient["inputs"]
     return loss, gradient
 
 
 def _clipped(gradient: dict[str, Bounded], max_norm: float) -> dict[str, Bounded]:
     """Scale by max_norm / (norm + 1e-6) where that is below 1, as `torch.nn.utils.clip_grad_norm_` does."""
-    squares = [(array * array).sum(tuple(range(1, array.value.ndim))) for array in gradient.values()]
+    squares = [
+        (array * array).sum(tuple(range(1, array.value.ndim))) for array in gradient.values()
+    ]
     total = squares[0]
     for square in squares[1:]:
         total = total + square
@@ -162,21 +188,26 @@ def _clipped(gradient: dict[str, Bounded], max_norm: float) -> dict[str, Bounded
     return {key: array * factor.spread(array.value.ndim - 1) for key, array in gradient.items()}
 
 
-def _sgd(recipe: Recipe, gradient: Bounded, entry: tuple[np.ndarray, ...], step: int) -> tuple[Bounded, ...]:
+def _sgd(
+    recipe: Recipe, gradient: Bounded, entry: tuple[np.ndarray, ...], step: int
+) -> tuple[Bounded, ...]:
     parameter, trace = map(Bounded.exact, entry)
     gradient = gradient + parameter.scaled(recipe.weight_decay)
     trace = trace.scaled(recipe.momentum) + gradient
     return parameter - trace.scaled(recipe.learning_rate), trace
 
 
-def _adamw(recipe: Recipe, gradient: Bounded, entry: tuple[np.ndarray, ...], step: int) -> tuple[Bounded, ...]:
+def _adamw(
+    recipe: Recipe, gradient: Bounded, entry: tuple[np.ndarray, ...], step: int
+) -> tuple[Bounded, ...]:
     """Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2."""
     # No rounding makes a mean of squares negative.
     parameter, first, second = map(Bounded.exact, (*entry[:2], np.maximum(entry[2], 0.0)))
     beta_1, beta_2 = recipe.betas
     first = first.scaled(beta_1) + gradient.scaled(1.0 - beta_1, roundings=2)
     second = second.scaled(beta_2) + (gradient * gradient).scaled(1.0 - beta_2, roundings=2)
-    # A power by `step` multiplications, and what a subtraction from 1 makes of their relative error.
+    # A power by `step` multiplications, and what a subtraction from 1 makes of their relative
+    # error.
     unbiased_1 = first.scaled(1.0 / (1.0 - beta_1**step), roundings=_bias_roundings(beta_1, step))
     unbiased_2 = second.scaled(1.0 / (1.0 - beta_2**step), roundings=_bias_roundings(beta_2, step))
     direction = unbiased_1 / (unbiased_2.sqrt() + Bounded.exact(np.array(recipe.eps)))

@@ -16,8 +16,8 @@ MAX_RESULTS = 64
 def remembered(function: Callable[Given, Result]) -> Callable[Given, Result]:
     """Return the function, which looks up the last `MAX_RESULTS` results by the content of its arguments.
 
-    The arguments are NumPy arrays and other values that pickle alike when they are alike. Results are shared: do not
-    write to them.
+    The arguments are NumPy arrays and other values that pickle alike when they are alike. Results
+    are shared: do not write to them.
     """
     results: OrderedDict[bytes, Result] = OrderedDict()
 

@@ -1,9 +1,10 @@
 """Arrays that know how far rounding in float64 may carry a computation of them: running error analysis.
 
-Every operation adds to the errors that it inherits the largest rounding of its own: u times the result for one
-operation, gamma_n(u) times the absolute terms for a sum of n, whatever their order (Higham, Accuracy and Stability of
-Numerical Algorithms, 2nd ed., sections 3.1 to 3.3), EXP_ULPS for `exp`. A formula written with `@ * / + -`, `exp` and
-`sum` thereby gives its value and, entry by entry, the limit for anybody else's float64 computation of the same terms.
+Every operation adds to the errors that it inherits the largest rounding of its own: u times the
+result for one operation, gamma_n(u) times the absolute terms for a sum of n, whatever their order
+(Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., sections 3.1 to 3.3), EXP_ULPS for
+`exp`. A formula written with `@ * / + -`, `exp` and `sum` thereby gives its value and, entry by
+entry, the limit for anybody else's float64 computation of the same terms.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class Bounded:
     value: np.ndarray
     error: np.ndarray
 
-    __array_ufunc__ = None  # array @ Bounded is Bounded.__rmatmul__, which is not there: lift arrays first
+    __array_ufunc__ = (
+        None  # array @ Bounded is Bounded.__rmatmul__, which is not there: lift arrays first
+    )
 
     @classmethod
     def exact(cls, array: np.ndarray) -> Bounded:
@@ -50,7 +53,9 @@ class Bounded:
         return _rounded(self.value - other.value, self.error + other.error)
 
     def __mul__(self, other: Bounded) -> Bounded:
-        inherited = np.abs(self.value) * other.error + self.error * (np.abs(other.value) + other.error)
+        inherited = np.abs(self.value) * other.error + self.error * (
+            np.abs(other.value) + other.error
+        )
         return _rounded(self.value * other.value, inherited)
 
     def __truediv__(self, other: Bounded) -> Bounded:
@@ -85,7 +90,9 @@ class Bounded:
         """Return the square root."""
         value = np.sqrt(self.value)
         with np.errstate(invalid="ignore", divide="ignore"):
-            inherited = np.where(self.error == 0.0, 0.0, np.minimum(self.error / value, np.sqrt(self.error)))
+            inherited = np.where(
+                self.error == 0.0, 0.0, np.minimum(self.error / value, np.sqrt(self.error))
+            )
         return _rounded(value, inherited)
 
     def shifted(self, opened: np.ndarray) -> Bounded:
@@ -94,7 +101,9 @@ class Bounded:
         Where not open, the result is 0.
         """
         largest = np.where(opened, self.value, -np.inf).max(axis=-1, keepdims=True)
-        return _rounded(np.where(opened, self.value - largest, 0.0), np.where(opened, self.error, 0.0))
+        return _rounded(
+            np.where(opened, self.value - largest, 0.0), np.where(opened, self.error, 0.0)
+        )
 
     def sum(self, axis: int | tuple[int, ...], keepdims: bool = False) -> Bounded:
         """Sum over the axes."""

@@ -11,12 +11,8 @@ LEAKING = "this processor's {dtype} product leaks: NaN of one row reaches anothe
 BITS = "none: the bits are the same"
 NAMES = "none: the names are the same"
 GRADIENT = "the running error bound of the written-out gradient, for both sides (compare/proof/running_error.py)"
-FUSED_GRADIENT = (
-    "the same, and twice for weights that come from the logarithm of their sum (compare/proof/running_error.py)"
-)
-HESSIAN = (
-    "the running error bound, for both sides, and twice for terms grouped otherwise (compare/proof/running_error.py)"
-)
+FUSED_GRADIENT = "the same, and twice for weights that come from the logarithm of their sum (compare/proof/running_error.py)"
+HESSIAN = "the running error bound, for both sides, and twice for terms grouped otherwise (compare/proof/running_error.py)"
 TWICE = "twice the rounding bound: each side lies within it of the exact value"
 BINOMIAL = "exact binomial limits, two-sided; an honest dropout passes but for one time in 10^10"
 SCALE = "1 / (1 - rate) and the product with it: three roundings"
@@ -24,7 +20,8 @@ TRAINING = "each step's running error bound, carried on by the training itself (
 
 # The chance that an honest dropout is accused, for each count.
 FALSE_ALARM = 1e-10
-# Random signs from which the spread of a training run is estimated, and the chance to underestimate it.
+# Random signs from which the spread of a training run is estimated, and the chance to underestimate
+# it.
 TRAINING_SAMPLES, UNDERESTIMATED = 16, 1e-9
 
 
@@ -53,10 +50,10 @@ def dropout_scale() -> float:
 def worst_case(samples: np.ndarray, errors: np.ndarray) -> np.ndarray:
     """Return a limit for a sum of that many errors, each within its bound, from sums of these bounds with random signs.
 
-    To first order a run deviates by sum(a_i e_i), |e_i| <= r_i. With random signs that is sum(+-a_i r_i), whose mean
-    square is sum((a_i r_i)^2); by Cauchy-Schwarz the worst case, sum(|a_i r_i|), is at most sqrt(n) times its root.
-    The root is estimated from the samples; by their number's chi-square law it is underestimated by more than the
-    factor used here less than once in 10^9.
+    To first order a run deviates by sum(a_i e_i), |e_i| <= r_i. With random signs that is sum(+-a_i
+    r_i), whose mean square is sum((a_i r_i)^2); by Cauchy-Schwarz the worst case, sum(|a_i r_i|),
+    is at most sqrt(n) times its root. The root is estimated from the samples; by their number's
+    chi-square law it is underestimated by more than the factor used here less than once in 10^9.
 
     Args:
         samples: (samples, ...), the deviations under random signs.

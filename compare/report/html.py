@@ -13,9 +13,12 @@ from .terminal import cell_text
 def html(report: Report) -> str:
     """Return the page; all text is escaped, for names and errors may hold anything."""
     environment = Environment(
-        loader=PackageLoader("compare.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("compare.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     numbers = count()
     environment.filters["picture"] = lambda block: Markup(picture(block, next(numbers)))
     environment.filters["cell"] = cell_text

@@ -124,7 +124,10 @@ class Report:
     @property
     def counts(self) -> dict[str, int]:
         """How many checks came to each verdict, in its word."""
-        return {word: sum(check.held is held for check in self.checks) for held, word in VERDICTS.items()}
+        return {
+            word: sum(check.held is held for check in self.checks)
+            for held, word in VERDICTS.items()
+        }
 
     @property
     def held(self) -> bool:

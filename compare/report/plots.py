@@ -17,8 +17,16 @@ _INK = "#010203"
 _COLORS = {"torch": "#e69f00", "linen": "#56b4e9", "nnx": "#009e73"}
 _OTHERS = ("#cc79a7", "#d55e00", "#0072b2")
 _STYLE: dict[Any, Any] = {
-    **{"svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif", "axes.facecolor": "none"},
-    **{key: _INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")},
+    **{
+        "svg.fonttype": "none",
+        "font.size": 10,
+        "font.family": "sans-serif",
+        "axes.facecolor": "none",
+    },
+    **{
+        key: _INK
+        for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    },
 }
 
 
@@ -28,7 +36,9 @@ def picture(block: Panels | Curves | Histogram, number: int) -> str:
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": str(number)}):
         figure = draw(block)
         stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+        figure.savefig(
+            stream, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}
+        )
     svg = stream.getvalue()
     return svg[svg.index("<svg") :].replace(_INK, "currentColor")
 
@@ -54,8 +64,15 @@ def _panels(panels: Panels) -> Figure:
         axis.set_yticks(range(matrix.shape[0]))
         for (row, column), entry in np.ndenumerate(matrix):
             dark = np.isfinite(entry) and entry < (low + high) / 2
-            axis.text(column, row, f"{entry:.{panels.decimals}f}", ha="center", va="center", fontsize=7,
-                      color="white" if dark else "black")  # fmt: skip
+            axis.text(
+                column,
+                row,
+                f"{entry:.{panels.decimals}f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if dark else "black",
+            )
     figure.colorbar(image, ax=axes, shrink=0.8)
     return figure
 
@@ -68,7 +85,12 @@ def _curves(curves: Curves) -> Figure:
         positive = np.where(np.array(values) > 0, values, np.nan)
         line = _contestant(name, curves.series) if curves.log_x else _line(name, curves.series)
         axis.plot(curves.x, positive, label=name, **line)
-    axis.set(xlabel=curves.x_label, ylabel=curves.y_label, yscale="log", xscale="log" if curves.log_x else "linear")
+    axis.set(
+        xlabel=curves.x_label,
+        ylabel=curves.y_label,
+        yscale="log",
+        xscale="log" if curves.log_x else "linear",
+    )
     if curves.log_x:
         axis.set_xticks(curves.x, [f"{x:g}" for x in curves.x], minor=False)
         axis.minorticks_off()
@@ -96,7 +118,12 @@ def _histogram(histogram: Histogram) -> Figure:
     for name, counts in histogram.counts.items():
         style = _line(name, histogram.counts)
         axis.stairs(
-            counts, histogram.edges, label=name, color=style["color"], linestyle=style["linestyle"], linewidth=2
+            counts,
+            histogram.edges,
+            label=name,
+            color=style["color"],
+            linestyle=style["linestyle"],
+            linewidth=2,
         )
     axis.set(xlabel=histogram.x_label, ylabel="entries", xscale="log")
     axis.grid(alpha=0.12, color=_INK)

@@ -48,7 +48,9 @@ class ReportConsole(Console):
 def print_header(console: Console, report: Report) -> None:
     """Print the versions and the machine."""
     _print_text(console, ", ".join(f"{name} {number}" for name, number in report.versions.items()))
-    _print_text(console, escape("{processor}, {cores} cores, {features}".format_map(report.machine)))
+    _print_text(
+        console, escape("{processor}, {cores} cores, {features}".format_map(report.machine))
+    )
 
 
 def print_section(console: Console, section: Section) -> None:
@@ -69,7 +71,10 @@ def print_section(console: Console, section: Section) -> None:
             case Histogram():
                 _print_table(console, _counted(block), block.title)
             case Grid():
-                _print_text(console, escape(f"{block.title}: {len(block.rows)} rows, in the JSON and the HTML."))
+                _print_text(
+                    console,
+                    escape(f"{block.title}: {len(block.rows)} rows, in the JSON and the HTML."),
+                )
     for check in section.checks:
         if check.held is False:
             _print_check(console, check)
@@ -81,7 +86,9 @@ def _print_text(console: Console, markup: str) -> None:
     text = Text.from_markup(markup)
     starts, end = [], 0
     for paragraph in text.plain.splitlines():
-        for line in textwrap.wrap(paragraph, min(TEXT_WIDTH, console.width), **_WHOLE_WORDS) or [""]:
+        for line in textwrap.wrap(paragraph, min(TEXT_WIDTH, console.width), **_WHOLE_WORDS) or [
+            ""
+        ]:
             starts.append(text.plain.index(line, end))
             end = starts[-1] + len(line)
     for part in text.divide(starts[1:]):
@@ -116,7 +123,9 @@ def print_summary(console: Console, report: Report) -> None:
         if not check.held:
             _print_check(console, check)
     verdict = "[bold green]Everything held" if report.held else "[bold red]NOT everything held"
-    console.print(f"{verdict}[/]: {', '.join(f'{count} {name}' for name, count in report.counts.items())}.")
+    console.print(
+        f"{verdict}[/]: {', '.join(f'{count} {name}' for name, count in report.counts.items())}."
+    )
 
 
 def _print_check(console: Console, check: Check) -> None:
@@ -127,7 +136,9 @@ def _print_check(console: Console, check: Check) -> None:
 
 def _marked(curves: Curves) -> Table:
     places = [(x, curves.x.index(x)) for x in curves.marked]
-    rows: list[list[Cell]] = [[f"{x:g}", *(values[i] for values in curves.series.values())] for x, i in places]
+    rows: list[list[Cell]] = [
+        [f"{x:g}", *(values[i] for values in curves.series.values())] for x, i in places
+    ]
     return Table([curves.x_label, *curves.series], rows)
 
 
@@ -135,20 +146,33 @@ def _counted(histogram: Histogram) -> Table:
     edges = histogram.edges
     rows = [
         [f"{low:.3g} to {high:.3g}", *counts]
-        for low, high, *counts in zip(edges[:-1], edges[1:], *histogram.counts.values(), strict=True)
+        for low, high, *counts in zip(
+            edges[:-1], edges[1:], *histogram.counts.values(), strict=True
+        )
     ]
     return Table([histogram.x_label, *histogram.counts], rows)
 
 
 def _print_table(console: Console, table: Table, title: str | None = None) -> None:
     rich = RichTable(
-        box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title and escape(title), title_justify="left"
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        title=title and escape(title),
+        title_justify="left",
     )
     for index, column in enumerate(table.columns):
         cells = [row[index] for row in table.rows]
-        longest = max(len(word) for cell in [column, *cells] for word in cell_text(cell).split() or [""])
+        longest = max(
+            len(word) for cell in [column, *cells] for word in cell_text(cell).split() or [""]
+        )
         is_number = any(isinstance(cell, int | float) for cell in cells)
-        rich.add_column(escape(column), justify="right" if is_number else "left", min_width=longest, overflow="fold")
+        rich.add_column(
+            escape(column),
+            justify="right" if is_number else "left",
+            min_width=longest,
+            overflow="fold",
+        )
     for row in table.rows:
         rich.add_row(*(_cell(cell) for cell in row))
     width = TEXT_WIDTH if console.width == _PIPE_WIDTH else console.width
@@ -174,7 +198,9 @@ def _cell(cell: Cell) -> str:
     text = cell_text(cell)
     if not isinstance(cell, str):
         return text
-    style = next((style for verdict, style in _STYLES.items() if text.startswith(verdict)), "default")
+    style = next(
+        (style for verdict, style in _STYLES.items() if text.startswith(verdict)), "default"
+    )
     return f"[{style}]{escape(text)}[/]"
 
 
@@ -185,7 +211,9 @@ def _print_panels(console: Console, panels: Panels) -> None:
     console.print(f"[italic]{escape(panels.title)}")
     line: list[str] = []
     for name in blocks:
-        if line and sum(widths[other] + 2 for other in line) + widths[name] > min(TEXT_WIDTH, console.width):
+        if line and sum(widths[other] + 2 for other in line) + widths[name] > min(
+            TEXT_WIDTH, console.width
+        ):
             _print_beside(console, {other: blocks[other] for other in line}, widths)
             line = []
         line.append(name)
@@ -201,7 +229,9 @@ def _rows(matrix: Sequence[Sequence[float]], decimals: int) -> list[str]:
     return [" ".join(text.rjust(width) for text in row) for row in texts]
 
 
-def _print_beside(console: Console, blocks: Mapping[str, list[str]], widths: Mapping[str, int]) -> None:
+def _print_beside(
+    console: Console, blocks: Mapping[str, list[str]], widths: Mapping[str, int]
+) -> None:
     lines = [list(blocks), *zip_longest(*blocks.values(), fillvalue="")]
     for line in lines:
         padded = (f"{text:{widths[name]}}" for name, text in zip(blocks, line, strict=True))

@@ -15,7 +15,8 @@ def ratio_table(findings: Sequence[Finding]) -> Table:
     for name in dict.fromkeys(finding.check for finding in findings):
         mine = [finding for finding in findings if finding.check == name]
         by_place = {
-            place: [finding for finding in mine if finding.implementation == place] for place in IMPLEMENTATIONS
+            place: [finding for finding in mine if finding.implementation == place]
+            for place in IMPLEMENTATIONS
         }
         ratios = [worst_of(found).agreement.ratio if found else None for found in by_place.values()]
         worst = worst_of(mine)
@@ -36,13 +37,25 @@ def settle(findings: Sequence[Finding], name: str) -> list[Check]:
         mine = [finding for finding in findings if finding.implementation == place]
         held = sum(finding.held for finding in mine)
         worst = worst_of(mine)
-        measured = f"worst error/limit {worst.agreement.ratio:.2g}" if held == len(mine) else str(worst)
+        measured = (
+            f"worst error/limit {worst.agreement.ratio:.2g}" if held == len(mine) else str(worst)
+        )
         checks.append(
-            Check(name, TITLES[place], held == len(mine), measured, "at most 1 everywhere", f"{held}/{len(mine)}")
+            Check(
+                name,
+                TITLES[place],
+                held == len(mine),
+                measured,
+                "at most 1 everywhere",
+                f"{held}/{len(mine)}",
+            )
         )
     return checks
 
 
 def worst_of(findings: Iterable[Finding]) -> Finding:
     """Return the finding that lies farthest beyond its limit; a NaN ratio counts as infinite."""
-    return max(findings, key=lambda found: np.inf if np.isnan(found.agreement.ratio) else found.agreement.ratio)
+    return max(
+        findings,
+        key=lambda found: np.inf if np.isnan(found.agreement.ratio) else found.agreement.ratio,
+    )

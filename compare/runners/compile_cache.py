@@ -8,7 +8,10 @@ from contextlib import contextmanager
 import jax
 
 # Store every program: by default only those that took a second to compile are kept.
-_EVERYTHING = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
+_EVERYTHING = {
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
 
 
 @contextmanager
@@ -17,9 +20,15 @@ def compilation_cache() -> Iterator[None]:
 
     The settings are also put into the environment, for child processes.
     """
-    with tempfile.TemporaryDirectory(prefix="attention-parity-jax-", ignore_cleanup_errors=True) as folder:
-        settings = {"jax_compilation_cache_dir": jax.config.values["jax_compilation_cache_dir"] or folder}
-        settings |= {name: value for name, value in _EVERYTHING.items() if name.upper() not in os.environ}
+    with tempfile.TemporaryDirectory(
+        prefix="attention-parity-jax-", ignore_cleanup_errors=True
+    ) as folder:
+        settings = {
+            "jax_compilation_cache_dir": jax.config.values["jax_compilation_cache_dir"] or folder
+        }
+        settings |= {
+            name: value for name, value in _EVERYTHING.items() if name.upper() not in os.environ
+        }
         before = {name: getattr(jax.config, name) for name in settings}
         environment = {name.upper(): os.environ.get(name.upper()) for name in settings}
         try:

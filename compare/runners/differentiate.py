@@ -1,7 +1,7 @@
 """First and second derivatives of the same scalar in the three implementations, in float64, by torch's names.
 
-The scalar is the sum of outputs times a fixed cotangent; it depends on the parameters and the inputs. Buffers are
-given, not differentiated.
+The scalar is the sum of outputs times a fixed cotangent; it depends on the parameters and the
+inputs. Buffers are given, not differentiated.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,9 @@ class Problem(NamedTuple):
     keep: np.ndarray | None = None
 
 
-def derivatives(implementation: Implementation, problem: Problem, device: str = "cpu") -> Derivatives:
+def derivatives(
+    implementation: Implementation, problem: Problem, device: str = "cpu"
+) -> Derivatives:
     """Differentiate one implementation on the device, "cpu" or "cuda"."""
     if implementation == "torch":
         return _torch(problem, device)
@@ -52,7 +54,9 @@ def derivatives(implementation: Implementation, problem: Problem, device: str = 
         return _flax(implementation, problem)
 
 
-def gradient(implementation: Implementation, problem: Problem, device: str = "cpu") -> dict[str, np.ndarray]:
+def gradient(
+    implementation: Implementation, problem: Problem, device: str = "cpu"
+) -> dict[str, np.ndarray]:
     """Return the first derivatives alone; torch's by plain autograd, not by its function transforms."""
     if implementation == "torch":
         module = ready_torch(problem.config, problem.state, device, problem.keep)
@@ -93,7 +97,8 @@ def _torch(problem: Problem, device: str) -> Derivatives:
 def _flax(implementation: Implementation, problem: Problem) -> Derivatives:
     direction = {key: array for key, array in problem.direction.items() if key != "inputs"}
     along = torch_to_linen(
-        torch_state({**direction, "mask": problem.state["mask"]}), linen_template(problem.config, buffer=True)
+        torch_state({**direction, "mask": problem.state["mask"]}),
+        linen_template(problem.config, buffer=True),
     )
     tangents = along["params"], jnp.asarray(problem.direction["inputs"])
     gradient, at, given = _flax_gradient(implementation, problem)
@@ -116,7 +121,11 @@ def _flax_gradient(
         return (forward(params, buffers, keep, inputs) * cotangent).sum()
 
     at = params, jnp.asarray(problem.inputs)
-    return jax.grad(scalar, argnums=(0, 1)), at, (buffers, problem.keep, jnp.asarray(problem.cotangent))
+    return (
+        jax.grad(scalar, argnums=(0, 1)),
+        at,
+        (buffers, problem.keep, jnp.asarray(problem.cotangent)),
+    )
 
 
 def _by_torch_name(parameters: Any, inputs: jax.Array) -> dict[str, np.ndarray]:

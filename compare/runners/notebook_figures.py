@@ -1,8 +1,9 @@
 """The source notebook's printed figures, and how a printed row is recognized under dropout.
 
 The notebook never calls `.eval()`, so its outputs have dropout active, on random streams that Flax
-cannot share. But a row has few attention weights: each printed row must be what the module gives under
-*some* pattern of kept weights, scaled by 1 / (1 - dropout). All patterns are run through the module.
+cannot share. But a row has few attention weights: each printed row must be what the module gives
+under *some* pattern of kept weights, scaled by 1 / (1 - dropout). All patterns are run through the
+module.
 """
 
 import json
@@ -26,8 +27,8 @@ PRINT_ROUNDING = 0.5e-4
 class RowMatch(NamedTuple):
     """One printed row, and the patterns of dropout under which the module gives it.
 
-    `dropped` are the positions of the best pattern, `patterns` how many fit, `error` and `limit` the
-    distance of the best one from the printed figures and the one allowed.
+    `dropped` are the positions of the best pattern, `patterns` how many fit, `error` and `limit`
+    the distance of the best one from the printed figures and the one allowed.
     """
 
     batch: int
@@ -42,7 +43,9 @@ class RowMatch(NamedTuple):
 @cache
 def figures() -> dict[str, Any]:
     """Return the notebook's figures; cell numbers are the notebook's."""
-    return json.loads(files("compare").joinpath("data/notebook_figures.json").read_text(encoding="utf-8"))
+    return json.loads(
+        files("compare").joinpath("data/notebook_figures.json").read_text(encoding="utf-8")
+    )
 
 
 def inputs() -> np.ndarray:
@@ -70,7 +73,9 @@ def match_rows(
     keep = _patterns(num_tokens)  # (patterns, keys)
     every_query = np.repeat(keep[:, None, :], num_tokens, axis=1)  # (patterns, queries, keys)
     batch = np.repeat(tokens[None], len(keep), axis=0)
-    found = run(implementation, NOTEBOOK, state, batch, device=device, keep=every_query).astype(np.float64)
+    found = run(implementation, NOTEBOOK, state, batch, device=device, keep=every_query).astype(
+        np.float64
+    )
     rounding = _rounding(state, batch, every_query)
     matches = []
     for row in np.ndindex(*printed.shape[:2]):
@@ -102,4 +107,7 @@ def _patterns(num_tokens: int) -> np.ndarray:
 def _rounding(state: State, batch: np.ndarray, keep: np.ndarray) -> np.ndarray:
     """Return what float32 rounding may add: once in the notebook's run, once in ours."""
     mask = causal_mask(NOTEBOOK.context_length)
-    return 2.0 * stage_bounds(batch, state, mask, PRECISIONS["float32"], keep, NOTEBOOK.dropout).context
+    return (
+        2.0
+        * stage_bounds(batch, state, mask, PRECISIONS["float32"], keep, NOTEBOOK.dropout).context
+    )

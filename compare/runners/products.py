@@ -2,7 +2,8 @@
 
 import torch
 
-# Inner dimensions that are no multiples of the width of a tile; the left operand has rows enough for tiles.
+# Inner dimensions that are no multiples of the width of a tile; the left operand has rows enough
+# for tiles.
 INNER_SIZES = (31, 33, 37, 65, 163, 257)
 ROWS, COLUMNS = 64, 16
 
@@ -12,7 +13,11 @@ def leaking_dtypes() -> list[str]:
 
     On CPUs with AMX that is bfloat16, in torch 2.13 (oneDNN issue 5717).
     """
-    return [name for name in ("float64", "float32", "bfloat16", "float16") if _leaks(getattr(torch, name))]
+    return [
+        name
+        for name in ("float64", "float32", "bfloat16", "float16")
+        if _leaks(getattr(torch, name))
+    ]
 
 
 def _leaks(dtype: torch.dtype) -> bool:

@@ -54,7 +54,9 @@ def _torch(trial: Trial, device: str, recorded: dict[str, list[Any]]) -> None:
         )
 
     class RecordScores(TorchFunctionMode):
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             if function in (torch.softmax, torch.Tensor.softmax, torch.nn.functional.softmax):
                 recorded["scores"].append(args[0])
             return function(*args, **(kwargs or {}))
@@ -64,7 +66,9 @@ def _torch(trial: Trial, device: str, recorded: dict[str, list[Any]]) -> None:
 
 
 def _linen(trial: Trial, recorded: dict[str, list[Any]]) -> None:
-    def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: linen.module.InterceptorContext) -> Any:
+    def intercept(
+        call: Callable[..., Any], args: Any, kwargs: Any, context: linen.module.InterceptorContext
+    ) -> Any:
         output = call(*args, **kwargs)
         if context.module.name in PRODUCERS:
             recorded[PRODUCERS[context.module.name]].append(output)
@@ -72,14 +76,21 @@ def _linen(trial: Trial, recorded: dict[str, list[Any]]) -> None:
 
     given = flax_state("linen", trial.config, trial.state)
     # Without dropout nothing but the softmax makes the weights.
-    with linen.intercept_methods(intercept), _recorded_softmax(recorded, weights=trial.keep is None):
+    with (
+        linen.intercept_methods(intercept),
+        _recorded_softmax(recorded, weights=trial.keep is None),
+    ):
         _run_compiled(flax_forward("linen", trial.config), given, trial, recorded)
 
 
 def _nnx(trial: Trial, recorded: dict[str, list[Any]]) -> None:
     def record(model: Any) -> None:
         for name in ("W_query", "W_key", "W_value", "dropout"):
-            setattr(model, name, NnxFunction(_recording(getattr(model, name), recorded[PRODUCERS[name]])))
+            setattr(
+                model,
+                name,
+                NnxFunction(_recording(getattr(model, name), recorded[PRODUCERS[name]])),
+            )
 
     given = flax_state("nnx", trial.config, trial.state)
     with _recorded_softmax(recorded):
@@ -87,7 +98,10 @@ def _nnx(trial: Trial, recorded: dict[str, list[Any]]) -> None:
 
 
 def _run_compiled(
-    forward: Callable[..., Any], given: tuple[Any, Any], trial: Trial, recorded: dict[str, list[Any]]
+    forward: Callable[..., Any],
+    given: tuple[Any, Any],
+    trial: Trial,
+    recorded: dict[str, list[Any]],
 ) -> None:
     """Run the forward pass as one program whose results are what is recorded on the way."""
 

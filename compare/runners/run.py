@@ -24,7 +24,9 @@ TorchAttention = (
     | torch_impl.CausalMultiHeadAttention
 )
 LinenAttention = (
-    flax_impl.CausalAttentionWithBuffer | flax_impl.CausalAttentionWithoutBuffers | flax_impl.CausalMultiHeadAttention
+    flax_impl.CausalAttentionWithBuffer
+    | flax_impl.CausalAttentionWithoutBuffers
+    | flax_impl.CausalMultiHeadAttention
 )
 NnxAttention = (
     flax_impl.nnx.CausalAttentionWithBuffer
@@ -37,7 +39,9 @@ def build_torch(config: Config, *, buffer: bool) -> TorchAttention:
     """Return a fresh torch module, with or without the buffer; with heads, always with it."""
     if config.num_heads is not None:
         return torch_impl.CausalMultiHeadAttention(**config.arguments)
-    kind = torch_impl.CausalAttentionWithBuffer if buffer else torch_impl.CausalAttentionWithoutBuffers
+    kind = (
+        torch_impl.CausalAttentionWithBuffer if buffer else torch_impl.CausalAttentionWithoutBuffers
+    )
     return kind(**config.arguments)
 
 
@@ -45,7 +49,9 @@ def build_linen(config: Config, *, buffer: bool) -> LinenAttention:
     """Return the Linen module, with or without the buffer."""
     if config.num_heads is not None:
         return flax_impl.CausalMultiHeadAttention(**config.arguments)
-    kind = flax_impl.CausalAttentionWithBuffer if buffer else flax_impl.CausalAttentionWithoutBuffers
+    kind = (
+        flax_impl.CausalAttentionWithBuffer if buffer else flax_impl.CausalAttentionWithoutBuffers
+    )
     return kind(**config.arguments)
 
 
@@ -53,7 +59,11 @@ def build_nnx(config: Config, *, buffer: bool) -> NnxAttention:
     """Return a fresh NNX model, with or without the buffer."""
     if config.num_heads is not None:
         return flax_impl.nnx.CausalMultiHeadAttention(**config.arguments, rngs=nnx.Rngs(0))
-    kind = flax_impl.nnx.CausalAttentionWithBuffer if buffer else flax_impl.nnx.CausalAttentionWithoutBuffers
+    kind = (
+        flax_impl.nnx.CausalAttentionWithBuffer
+        if buffer
+        else flax_impl.nnx.CausalAttentionWithoutBuffers
+    )
     return kind(**config.arguments, rngs=nnx.Rngs(0))
 
 
@@ -92,10 +102,16 @@ def places(device: str | None) -> list[str]:
 
 
 @contextmanager
-def jax_on(device: str, dtype: Any = np.float32, matmul: Literal["highest", "default"] = "highest") -> Iterator[None]:
+def jax_on(
+    device: str, dtype: Any = np.float32, matmul: Literal["highest", "default"] = "highest"
+) -> Iterator[None]:
     """Run JAX on that device, with x64 where the dtype is float64, and with products kept from TF32."""
     x64 = np.dtype(dtype) == np.float64
-    with jax.enable_x64(x64), jax.default_matmul_precision(matmul), jax.default_device(jax.devices(device)[0]):
+    with (
+        jax.enable_x64(x64),
+        jax.default_matmul_precision(matmul),
+        jax.default_device(jax.devices(device)[0]),
+    ):
         yield
 
 
@@ -128,14 +144,18 @@ def run(
         return runner(config, state, inputs, jax.devices(device)[0], keep)
 
 
-def compiled(implementation: Implementation, config: Config, device: str = "cpu") -> Callable[..., np.ndarray]:
+def compiled(
+    implementation: Implementation, config: Config, device: str = "cpu"
+) -> Callable[..., np.ndarray]:
     """Return a function of state, inputs and, optionally, `keep`, like `run`, that keeps its compiled program.
 
     The class with the buffer is run. In Flax it is compiled whole, where `run` goes step by step.
     """
     if implementation == "torch":
 
-        def call_torch(state: State, inputs: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
+        def call_torch(
+            state: State, inputs: np.ndarray, keep: np.ndarray | None = None
+        ) -> np.ndarray:
             return _run_torch(config, state, inputs, device, keep)
 
         return call_torch
@@ -158,12 +178,15 @@ def flax_state(implementation: Implementation, config: Config, state: State) -> 
 
 
 def flax_forward(
-    implementation: Implementation, config: Config, prepare: Callable[[NnxAttention], None] = lambda model: None
+    implementation: Implementation,
+    config: Config,
+    prepare: Callable[[NnxAttention], None] = lambda model: None,
 ) -> Callable[[Any, Any, Any, Any], jax.Array]:
     """Return the forward pass as a function of params, buffers, the kept weights or None, and inputs.
 
-    Linen and NNX take the same arrays in the same order, under the same name: where both are the same program, JAX's
-    compilation cache compiles it once. `prepare` is called with the NNX model of each call.
+    Linen and NNX take the same arrays in the same order, under the same name: where both are the
+    same program, JAX's compilation cache compiles it once. `prepare` is called with the NNX model
+    of each call.
     """
     return _linen_forward(config) if implementation == "linen" else _nnx_forward(config, prepare)
 
@@ -175,7 +198,9 @@ def _linen_forward(config: Config) -> Callable[[Any, Any, Any, Any], jax.Array]:
     return forward
 
 
-def _nnx_forward(config: Config, prepare: Callable[[NnxAttention], None]) -> Callable[[Any, Any, Any, Any], jax.Array]:
+def _nnx_forward(
+    config: Config, prepare: Callable[[NnxAttention], None]
+) -> Callable[[Any, Any, Any, Any], jax.Array]:
     split: Any = nnx.split(_abstract_nnx(config), nnx.Param, flax_impl.nnx.Buffer, ...)
     graph, _, _, rest = split
 
@@ -200,24 +225,32 @@ def _drop(config: Config, keep: Any, weights: jax.Array) -> jax.Array:
     return jnp.where(keep, weights / (1.0 - config.dropout), 0.0)
 
 
-def _run_torch(config: Config, state: State, inputs: np.ndarray, device: Any, keep: np.ndarray | None) -> np.ndarray:
+def _run_torch(
+    config: Config, state: State, inputs: np.ndarray, device: Any, keep: np.ndarray | None
+) -> np.ndarray:
     module = ready_torch(config, state, device, keep)
     with torch.no_grad():
         return tensor_to_numpy(module(numpy_to_tensor(inputs).to(device)))
 
 
-def _run_linen(config: Config, state: State, inputs: np.ndarray, device: Any, keep: np.ndarray | None) -> np.ndarray:
+def _run_linen(
+    config: Config, state: State, inputs: np.ndarray, device: Any, keep: np.ndarray | None
+) -> np.ndarray:
     apply, variables = ready_linen(config, state, keep)
     return np.asarray(apply(jax.device_put(variables, device), jax.device_put(inputs, device)))
 
 
-def _run_nnx(config: Config, state: State, inputs: np.ndarray, device: Any, keep: np.ndarray | None) -> np.ndarray:
+def _run_nnx(
+    config: Config, state: State, inputs: np.ndarray, device: Any, keep: np.ndarray | None
+) -> np.ndarray:
     model = ready_nnx(config, state, keep)
     nnx.update(model, jax.device_put(nnx.state(model), device))
     return np.asarray(model(jax.device_put(inputs, device)))
 
 
-def ready_torch(config: Config, state: State, device: Any, keep: np.ndarray | None) -> TorchAttention:
+def ready_torch(
+    config: Config, state: State, device: Any, keep: np.ndarray | None
+) -> TorchAttention:
     """Return the module with this state on the device, in `eval` mode or dropping what `keep` does not keep."""
     module = build_torch(config, buffer="mask" in state)
     module.load_state_dict(torch_state(state), assign=True)
@@ -225,15 +258,21 @@ def ready_torch(config: Config, state: State, device: Any, keep: np.ndarray | No
     module.mask = module.mask.to(device)  # without the buffer, `.to` has left it behind
     if keep is not None:
         kept = torch.from_numpy(keep).to(device)
-        module.dropout = TorchFunction(lambda weights: torch.where(kept, weights / (1.0 - config.dropout), 0.0))  # type: ignore[assignment]
+        module.dropout = TorchFunction(
+            lambda weights: torch.where(kept, weights / (1.0 - config.dropout), 0.0)
+        )  # type: ignore[assignment]
     return module
 
 
-def linen_apply(config: Config, keep: Any, *, buffer: bool) -> Callable[[Mapping[str, Any], jax.Array], jax.Array]:
+def linen_apply(
+    config: Config, keep: Any, *, buffer: bool
+) -> Callable[[Mapping[str, Any], jax.Array], jax.Array]:
     """Return `apply` of the Linen module, deterministic or dropping what `keep`, an array, does not keep."""
     model = build_linen(config, buffer=buffer)
 
-    def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: linen.module.InterceptorContext) -> Any:
+    def intercept(
+        call: Callable[..., Any], args: Any, kwargs: Any, context: linen.module.InterceptorContext
+    ) -> Any:
         if keep is None or not isinstance(context.module, linen.Dropout):
             return call(*args, **kwargs)
         return _drop(config, keep, args[0])

@@ -24,7 +24,9 @@ class Trained(NamedTuple):
     mask: np.ndarray
 
 
-def train(implementation: Implementation, course: Course, recipe: Recipe, device: str = "cpu") -> Trained:
+def train(
+    implementation: Implementation, course: Course, recipe: Recipe, device: str = "cpu"
+) -> Trained:
     """Train one implementation on the device, "cpu" or "cuda", in the course's dtype."""
     if implementation == "torch":
         return _train_torch(course, recipe, device)
@@ -37,10 +39,17 @@ def torch_optimizer(recipe: Recipe, module: torch.nn.Module) -> torch.optim.Opti
     """Return the recipe's optimizer of the module's parameters; buffers are none of them."""
     if recipe is SGD:
         return torch.optim.SGD(
-            module.parameters(), recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+            module.parameters(),
+            recipe.learning_rate,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
         )
     return torch.optim.AdamW(
-        module.parameters(), recipe.learning_rate, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay
+        module.parameters(),
+        recipe.learning_rate,
+        betas=recipe.betas,
+        eps=recipe.eps,
+        weight_decay=recipe.weight_decay,
     )
 
 
@@ -55,7 +64,9 @@ def optax_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     first, second = recipe.betas
     return optax.chain(
         clip_grad_norm(recipe.max_norm),
-        optax.adamw(recipe.learning_rate, first, second, eps=recipe.eps, weight_decay=recipe.weight_decay),
+        optax.adamw(
+            recipe.learning_rate, first, second, eps=recipe.eps, weight_decay=recipe.weight_decay
+        ),
     )
 
 
@@ -72,11 +83,15 @@ def clip_grad_norm(max_norm: float) -> optax.GradientTransformation:
 
 def _train_torch(course: Course, recipe: Recipe, device: str) -> Trained:
     start = course.start
-    state = {key: array.copy() for key, array in start.state.items()}  # the optimizer writes into it
+    state = {
+        key: array.copy() for key, array in start.state.items()
+    }  # the optimizer writes into it
     module = ready_torch(start.config, state, device, None).train()
     optimizer = torch_optimizer(recipe, module)
     losses, history = [], []
-    given = (numpy_to_tensor(array).to(device) for array in (course.inputs, course.targets, course.keeps))
+    given = (
+        numpy_to_tensor(array).to(device) for array in (course.inputs, course.targets, course.keeps)
+    )
     for inputs, targets, keep in zip(*given, strict=True):
         module.dropout = TorchFunction(partial(_drop_torch, keep, start.config.dropout))  # type: ignore[assignment]
         optimizer.zero_grad()
@@ -85,7 +100,12 @@ def _train_torch(course: Course, recipe: Recipe, device: str) -> Trained:
         torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.max_norm)
         optimizer.step()
         losses.append(loss.item())
-        history.append({name: tensor_to_numpy(value.detach()).copy() for name, value in module.named_parameters()})
+        history.append(
+            {
+                name: tensor_to_numpy(value.detach()).copy()
+                for name, value in module.named_parameters()
+            }
+        )
     return _trained(losses, history, tensor_to_numpy(module.mask.detach()))
 
 
@@ -101,9 +121,13 @@ def _train_linen(course: Course, recipe: Recipe) -> Trained:
     state = optimizer.init(parameters)
 
     @jax.jit
-    def step(parameters: Any, buffers: Any, state: Any, inputs: Any, targets: Any, keep: Any) -> Any:
+    def step(
+        parameters: Any, buffers: Any, state: Any, inputs: Any, targets: Any, keep: Any
+    ) -> Any:
         def mean_squared(parameters: Any) -> jax.Array:
-            outputs = linen_apply(start.config, keep, buffer=True)({"params": parameters, **buffers}, inputs)
+            outputs = linen_apply(start.config, keep, buffer=True)(
+                {"params": parameters, **buffers}, inputs
+            )
             return jnp.mean((outputs - targets) ** 2)
 
         loss, gradient = jax.value_and_grad(mean_squared)(parameters)
@@ -138,7 +162,9 @@ def _train_nnx(course: Course, recipe: Recipe) -> Trained:
         optimizer.update(model, gradient)
         return loss
 
-    cached_step = nnx.cached_partial(step, model, optimizer)  # looks through the model's graph only once
+    cached_step = nnx.cached_partial(
+        step, model, optimizer
+    )  # looks through the model's graph only once
     losses, history = [], []
     for inputs, targets, keep in zip(course.inputs, course.targets, course.keeps, strict=True):
         pattern[...] = jnp.asarray(keep)
@@ -162,6 +188,8 @@ def _torch_names(parameters: Any) -> dict[str, np.ndarray]:
     return numpy_state(linen_to_torch({"params": parameters}))
 
 
-def _trained(losses: list[float], history: list[dict[str, np.ndarray]], mask: np.ndarray) -> Trained:
+def _trained(
+    losses: list[float], history: list[dict[str, np.ndarray]], mask: np.ndarray
+) -> Trained:
     parameters = {name: np.stack([entry[name] for entry in history]) for name in history[0]}
     return Trained(Run(np.array(losses), parameters), mask)

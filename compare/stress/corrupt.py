@@ -16,10 +16,58 @@ from ..checkpoint.convert import convert_checkpoint
 
 FORMATS = ("safetensors", "msgpack", "torch", "sharded", "orbax")
 _NAMES = ("mask", "W_query.weight", "W_key.weight", "W_value.weight")
-_INTERESTING = (0, 1, 7, 8, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1)
+_INTERESTING = (
+    0,
+    1,
+    7,
+    8,
+    127,
+    128,
+    255,
+    256,
+    2**15,
+    2**16 - 1,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**62,
+    2**63,
+    2**64 - 1,
+)
 _WORDS: tuple[Any, ...] = (
-    *(None, True, -1, 0, 1, 2**31, 2**62, 2**70, 1e308, "", "F32", "F64", "BOOL", "float32", "int4", "../x", "\0"),
-    *([], [0], [2**62, 0], [-1], [7, 7], {}, {"a": 1}, [[]], "mask", "W_key.weight", "torch", "linen"),
+    *(
+        None,
+        True,
+        -1,
+        0,
+        1,
+        2**31,
+        2**62,
+        2**70,
+        1e308,
+        "",
+        "F32",
+        "F64",
+        "BOOL",
+        "float32",
+        "int4",
+        "../x",
+        "\0",
+    ),
+    *(
+        [],
+        [0],
+        [2**62, 0],
+        [-1],
+        [7, 7],
+        {},
+        {"a": 1},
+        [[]],
+        "mask",
+        "W_key.weight",
+        "torch",
+        "linen",
+    ),
 )
 
 
@@ -36,7 +84,12 @@ def seeds(folder: Path, kind: str) -> list[Path]:
         convert_checkpoint(source, folder / "shards", shard_bytes=80)
         source.unlink()
         return [folder / "shards"]
-    suffix = {"safetensors": ".safetensors", "msgpack": ".msgpack", "torch": ".pth", "orbax": ".orbax"}[kind]
+    suffix = {
+        "safetensors": ".safetensors",
+        "msgpack": ".msgpack",
+        "torch": ".pth",
+        "orbax": ".orbax",
+    }[kind]
     written = [save_checkpoint(folder / f"state{suffix}", state())]
     if kind == "torch":
         torch.save(state(), folder / "plain.pth")
@@ -54,7 +107,9 @@ def mutated(kind: str, data: bytes, draw: random.Random) -> bytes:
     """Return the file's bytes, changed."""
     if draw.random() < 0.5:
         try:
-            return {"safetensors": _header, "torch": _record, "sharded": _json, "orbax": _json}[kind](data, draw)
+            return {"safetensors": _header, "torch": _record, "sharded": _json, "orbax": _json}[
+                kind
+            ](data, draw)
         except (KeyError, ValueError, zipfile.BadZipFile, struct.error, IndexError):
             pass  # it has no such structure, or none left
     for _ in range(draw.choice((1, 1, 1, 2, 4, 16))):
@@ -93,7 +148,15 @@ def _number(data: bytes, draw: random.Random) -> bytes:
     return data[:at] + value + data[at + width :]
 
 
-_CHANGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (_flip, _flip, _cut, _insert, _remove, _copy, _number)
+_CHANGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
+    _flip,
+    _flip,
+    _cut,
+    _insert,
+    _remove,
+    _copy,
+    _number,
+)
 
 
 def _header(data: bytes, draw: random.Random) -> bytes:
@@ -111,7 +174,11 @@ def _record(data: bytes, draw: random.Random) -> bytes:
         for name in old.namelist():
             content = old.read(name)
             if name == chosen:
-                content = _json(content, draw) if name.endswith(".json") else draw.choice(_CHANGES)(content, draw)
+                content = (
+                    _json(content, draw)
+                    if name.endswith(".json")
+                    else draw.choice(_CHANGES)(content, draw)
+                )
             new.writestr(zipfile.ZipInfo(name), content)
     return stream.getvalue()
 

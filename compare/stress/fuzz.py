@@ -1,6 +1,7 @@
 """Mutate valid checkpoints of every format and read them: nothing but `CheckpointError` may come out.
 
-Two processes read, each with a limit of memory; one that crashes or hangs is named with its input, and replaced.
+Two processes read, each with a limit of memory; one that crashes or hangs is named with its input,
+and replaced.
 """
 
 import json
@@ -37,15 +38,24 @@ class Tally:
 def sections(seconds: int, seed: int = 0, keep: Path | None = None) -> Iterator[Section | str]:
     """Yield one section with a row for each format; on the way, how many inputs were read."""
     tallies = {kind: Tally() for kind in FORMATS}
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if Path("/dev/shm").is_dir() else None
+    ) as folder:
         for kind in FORMATS:
-            for done in _campaign(kind, seed, seconds * SHARES[kind], tallies[kind], Path(folder, kind)):
+            for done in _campaign(
+                kind, seed, seconds * SHARES[kind], tallies[kind], Path(folder, kind)
+            ):
                 yield f"{kind}: {done:,} inputs"
         kept = _keep(tallies, keep or Path("fuzz-cases"), Path(folder, "kept"))
     rows: list[list[Cell]] = [
-        [kind, f"{tally.inputs:,}", *(f"{tally.counts[name]:,}" for name in ("refused", "the same", "unverified")),
-         len(tally.bad)] for kind, tally in tallies.items()
-    ]  # fmt: skip
+        [
+            kind,
+            f"{tally.inputs:,}",
+            *(f"{tally.counts[name]:,}" for name in ("refused", "the same", "unverified")),
+            len(tally.bad),
+        ]
+        for kind, tally in tallies.items()
+    ]
     total = sum(tally.inputs for tally in tallies.values())
     section = Section(
         f"{total:,} mutated checkpoints",
@@ -53,16 +63,29 @@ def sections(seconds: int, seed: int = 0, keep: Path | None = None) -> Iterator[
             f"Seed {seed}, {seconds} s. Refused by CheckpointError; loaded, every value as it was saved; loaded from a "
             "file that has lost its manifest or never had one, and so without a claim.",
             Table(["format", "inputs", "refused", "the same", "unverified", "bad"], rows),
-            *([f"The inputs that did what none may are kept in {', '.join(map(str, kept))}"] if kept else []),
+            *(
+                [f"The inputs that did what none may are kept in {', '.join(map(str, kept))}"]
+                if kept
+                else []
+            ),
         ],
     )
     for kind, tally in tallies.items():
         first = next(iter(tally.bad.items()), None)
-        words = f"; input {first[0][1]} of seed {first[0][0]}: {shown(first[1][-160:])}" if first else ""
+        words = (
+            f"; input {first[0][1]} of seed {first[0][0]}: {shown(first[1][-160:])}"
+            if first
+            else ""
+        )
         section.checks.append(
-            Check(f"{kind}: nothing but CheckpointError", "all", not tally.bad if tally.inputs or tally.bad else None,
-                  f"{len(tally.bad)} bad of {tally.inputs:,}{words}", "no other exception, crash, hang or value")
-        )  # fmt: skip
+            Check(
+                f"{kind}: nothing but CheckpointError",
+                "all",
+                not tally.bad if tally.inputs or tally.bad else None,
+                f"{len(tally.bad)} bad of {tally.inputs:,}{words}",
+                "no other exception, crash, hang or value",
+            )
+        )
     yield section
 
 
@@ -70,12 +93,22 @@ class _Reader:
     """A process that reads inputs."""
 
     def __init__(self, kind: str, seed: str, first: int, folder: Path) -> None:
-        command = [sys.executable, "-m", "compare.stress.fuzz_worker", kind, seed, str(first), str(folder)]
+        command = [
+            sys.executable,
+            "-m",
+            "compare.stress.fuzz_worker",
+            kind,
+            seed,
+            str(first),
+            str(folder),
+        ]
         quiet = child_environment({**ON_CPU, "TF_CPP_MIN_LOG_LEVEL": "3"})
         folder.mkdir(parents=True, exist_ok=True)
         self.errors = folder / "stderr"
         with self.errors.open("wb") as stream:
-            self.process = subprocess.Popen(command, env=quiet, stdout=subprocess.PIPE, stderr=stream)
+            self.process = subprocess.Popen(
+                command, env=quiet, stdout=subprocess.PIPE, stderr=stream
+            )
         self.seed, self.next, self.folder = seed, first, folder
         self.heard = time.monotonic()
         self.is_ready = False
@@ -139,9 +172,13 @@ def _hear(reader: _Reader, tally: Tally) -> None:
 
 def _replaced(kind: str, reader: _Reader, tally: Tally, crashed: bool) -> _Reader:
     """Name the input at which the process ended or hung: the first behind what it reported that does it again."""
-    number = _culprit(kind, reader.seed, reader.next, reader.folder.with_name(f"search-{reader.folder.name}"))
+    number = _culprit(
+        kind, reader.seed, reader.next, reader.folder.with_name(f"search-{reader.folder.name}")
+    )
     code = reader.process.returncode
-    tally.bad[reader.seed, number] = f"the process ended with {code}: {reader.said()}" if crashed else "hung"
+    tally.bad[reader.seed, number] = (
+        f"the process ended with {code}: {reader.said()}" if crashed else "hung"
+    )
     reader.end()
     tally.inputs += number + 1 - reader.next
     return _Reader(kind, reader.seed, number + 1, reader.folder)
@@ -158,8 +195,12 @@ def _culprit(kind: str, seed: str, first: int, folder: Path) -> int:
             "print(outcome(Input(sys.argv[1], sys.argv[2], Path(sys.argv[4])).make(int(sys.argv[3]))))\n"
         )
         try:
-            done = subprocess.run([sys.executable, "-c", code, kind, seed, str(number), str(folder)],
-                                  capture_output=True, timeout=HANG_SECONDS, env=child_environment(ON_CPU))  # fmt: skip
+            done = subprocess.run(
+                [sys.executable, "-c", code, kind, seed, str(number), str(folder)],
+                capture_output=True,
+                timeout=HANG_SECONDS,
+                env=child_environment(ON_CPU),
+            )
         except subprocess.TimeoutExpired:
             return number
         if done.returncode:
@@ -177,6 +218,8 @@ def _keep(tallies: dict[str, Tally], keep: Path, work: Path) -> list[Path]:
             made = Input(kind, seed, work / f"{kind}-{seed}-{number}").make(number)
             keep.mkdir(parents=True, exist_ok=True)
             target = keep / f"{kind}-{seed}-{number}{made.suffix}"
-            shutil.copytree(made, target, dirs_exist_ok=True) if made.is_dir() else shutil.copy(made, target)
+            shutil.copytree(made, target, dirs_exist_ok=True) if made.is_dir() else shutil.copy(
+                made, target
+            )
             kept.append(target)
     return kept

@@ -1,7 +1,7 @@
 """Read mutated checkpoints: `python -m compare.stress.fuzz_worker KIND SEED FIRST FOLDER`, until it is ended.
 
-Input number N of a seed is always the same. A line is printed for each hundred inputs, and one for each that did
-what no input may do.
+Input number N of a seed is always the same. A line is printed for each hundred inputs, and one for
+each that did what no input may do.
 """
 
 import json
@@ -61,7 +61,8 @@ def outcome(path: Path) -> str:
     """Read the checkpoint: `refused`, `the same` as was saved, or `unverified`, since nothing tells.
 
     Raises:
-        WrongTensorsError: a manifest vouches for a tensor that was not saved, for other values, or for fewer tensors.
+        WrongTensorsError: a manifest vouches for a tensor that was not saved, for other values, or
+            for fewer tensors.
     """
     try:
         with open_checkpoint(path) as stored:
@@ -72,7 +73,9 @@ def outcome(path: Path) -> str:
         return "refused"
     saved = _saved(flax_names=path.suffix in (".msgpack", ".orbax"))
     if wrong := sorted(saved.keys() ^ read.keys()):
-        raise WrongTensorsError(f"{', '.join(wrong)}: in what was saved or in what was read, not in both")
+        raise WrongTensorsError(
+            f"{', '.join(wrong)}: in what was saved or in what was read, not in both"
+        )
     for name, array in read.items():
         if not np.array_equal(array, saved[name]):
             raise WrongTensorsError(f"{name} has other values, and its checksum vouches for them")
@@ -85,7 +88,9 @@ def _saved(flax_names: bool) -> dict[str, np.ndarray]:
     if not flax_names:
         return arrays
     mask = arrays.pop("mask")
-    kernels = {f"params/{name.replace('.weight', '/kernel')}": array.T for name, array in arrays.items()}
+    kernels = {
+        f"params/{name.replace('.weight', '/kernel')}": array.T for name, array in arrays.items()
+    }
     return {"buffers/mask": mask, **kernels}
 
 
@@ -94,7 +99,11 @@ def main() -> None:
     kind, seed, first, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
     inputs = Input(kind, seed, folder)
     outcome(inputs.valid[0])  # what the first read allocates belongs to no input
-    used = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmSize" in line).split()[1])
+    used = int(
+        next(
+            line for line in Path("/proc/self/status").read_text().splitlines() if "VmSize" in line
+        ).split()[1]
+    )
     resource.setrlimit(resource.RLIMIT_AS, (used * 1024 + MEMORY_BYTES, used * 1024 + MEMORY_BYTES))
     counts: Counter[str] = Counter()
     number = first

@@ -72,9 +72,13 @@ def _campaign(suffix: str, tally: Tally, tries: int, draw: random.Random) -> Ite
         path = save_checkpoint(Path(folder) / f"state{suffix}", state(1))
         command = [sys.executable, "-m", "compare.stress.kill_worker", str(path)]
         with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
             env=child_environment(ON_CPU),
-        ) as writer:  # fmt: skip
+        ) as writer:
             assert writer.stdin is not None and writer.stdout is not None
             writer.stdout.readline()
             for number in range(tries):
@@ -83,7 +87,9 @@ def _campaign(suffix: str, tally: Tally, tries: int, draw: random.Random) -> Ite
                 _try(path, tally, writer, draw.uniform(0, LONGEST_SECONDS[suffix]))
             writer.stdin.close()
         save_checkpoint(path, state(0))
-        tally.complaints += [f"{left.name} was left behind" for left in Path(folder).iterdir() if left != path]
+        tally.complaints += [
+            f"{left.name} was left behind" for left in Path(folder).iterdir() if left != path
+        ]
 
 
 def _try(path: Path, tally: Tally, writer: subprocess.Popen[str], seconds: float) -> None:
@@ -119,7 +125,9 @@ def _read(path: Path, tally: Tally, least: int) -> int:
     except CheckpointError as error:
         tally.complaints.append(str(error))
         return -1
-    values = {float(tensor.min()) for tensor in found.values()} | {float(tensor.max()) for tensor in found.values()}
+    values = {float(tensor.min()) for tensor in found.values()} | {
+        float(tensor.max()) for tensor in found.values()
+    }
     if tuple(found) != NAMES or len(values) != 1 or min(values) < least:
         tally.complaints.append(f"{sorted(values)} read after {least}")
         return -1

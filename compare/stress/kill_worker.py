@@ -1,7 +1,8 @@
 """Save again and again in children that are to be killed: `python -m compare.stress.kill_worker PATH`.
 
-For each line on standard input, `FIRST`, a child is forked that saves a state of FIRST, FIRST + 1, ... at PATH until it
-is killed; its process number is printed. Forking spares each try the seconds of importing both frameworks.
+For each line on standard input, `FIRST`, a child is forked that saves a state of FIRST, FIRST + 1,
+... at PATH until it is killed; its process number is printed. Forking spares each try the seconds
+of importing both frameworks.
 """
 
 import os

@@ -5,7 +5,7 @@ from jax import Array
 from jaxtyping import Float
 
 from ..attention import causal_mask
-from ..checks import check_dropout, check_heads, check_inputs, check_mask
+from ..validation import check_dropout, check_heads, check_inputs, check_mask
 from ..dispatch import Implementation, check_implementation, masked_attention
 from .dropout import dropping
 
@@ -67,9 +67,13 @@ class CausalMultiHeadAttention(nn.Module):
         keys = self._split(self.W_key(inputs))
         values = self._split(self.W_value(inputs))
         dropout = dropping(self.attention_dropout, deterministic)
-        context = masked_attention(queries, keys, values, self.mask.value, dropout, self.implementation)
+        context = masked_attention(
+            queries, keys, values, self.mask.value, dropout, self.implementation
+        )
         return self.out_proj(context.swapaxes(1, 2).reshape(*inputs.shape[:2], -1))
 
-    def _split(self, projected: Float[Array, "batch tokens embed"]) -> Float[Array, "batch heads tokens head_dim"]:
+    def _split(
+        self, projected: Float[Array, "batch tokens embed"]
+    ) -> Float[Array, "batch heads tokens head_dim"]:
         width = self.output_embedding_dim // self.num_heads
         return projected.reshape(*projected.shape[:2], self.num_heads, width).swapaxes(1, 2)

@@ -5,7 +5,7 @@ from jax import Array
 from jaxtyping import Float
 
 from ..attention import causal_mask
-from ..checks import check_dropout, check_heads, check_inputs, check_mask
+from ..validation import check_dropout, check_heads, check_inputs, check_mask
 from ..dispatch import Implementation, check_implementation, masked_attention
 from .buffer import Buffer
 from .dropout import dropping
@@ -51,9 +51,15 @@ class CausalMultiHeadAttention(nnx.Module):
         self.context_length = context_length
         self.num_heads = num_heads
         self.implementation: Implementation = implementation
-        self.W_query = nnx.Linear(input_embedding_dim, output_embedding_dim, use_bias=qkv_bias, rngs=rngs)
-        self.W_key = nnx.Linear(input_embedding_dim, output_embedding_dim, use_bias=qkv_bias, rngs=rngs)
-        self.W_value = nnx.Linear(input_embedding_dim, output_embedding_dim, use_bias=qkv_bias, rngs=rngs)
+        self.W_query = nnx.Linear(
+            input_embedding_dim, output_embedding_dim, use_bias=qkv_bias, rngs=rngs
+        )
+        self.W_key = nnx.Linear(
+            input_embedding_dim, output_embedding_dim, use_bias=qkv_bias, rngs=rngs
+        )
+        self.W_value = nnx.Linear(
+            input_embedding_dim, output_embedding_dim, use_bias=qkv_bias, rngs=rngs
+        )
         self.out_proj = nnx.Linear(output_embedding_dim, output_embedding_dim, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         # State: `nnx.split` and checkpoints keep it, `nnx.grad` and the optimizer pass it by.
@@ -68,9 +74,13 @@ class CausalMultiHeadAttention(nnx.Module):
         queries = self._split(self.W_query(inputs))  # (batch, heads, tokens, head_dim)
         keys = self._split(self.W_key(inputs))
         values = self._split(self.W_value(inputs))
-        context = masked_attention(queries, keys, values, self.mask[...], dropping(self.dropout), self.implementation)
+        context = masked_attention(
+            queries, keys, values, self.mask[...], dropping(self.dropout), self.implementation
+        )
         return self.out_proj(context.swapaxes(1, 2).reshape(*inputs.shape[:2], -1))
 
-    def _split(self, projected: Float[Array, "batch tokens embed"]) -> Float[Array, "batch heads tokens head_dim"]:
+    def _split(
+        self, projected: Float[Array, "batch tokens embed"]
+    ) -> Float[Array, "batch heads tokens head_dim"]:
         width = self.output_embedding_dim // self.num_heads
         return projected.reshape(*projected.shape[:2], self.num_heads, width).swapaxes(1, 2)

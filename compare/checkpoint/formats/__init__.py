@@ -27,12 +27,21 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "torch": Format((".pth", ".pt", ".bin"), "torch", False, ("torch",), torch_zip.write, torch_zip.open_),
+    "torch": Format(
+        (".pth", ".pt", ".bin"), "torch", False, ("torch",), torch_zip.write, torch_zip.open_
+    ),
     "safetensors": Format(
-        (".safetensors",), "numpy", False, ("torch", "linen", "nnx"), safetensors.write, safetensors.open_
+        (".safetensors",),
+        "numpy",
+        False,
+        ("torch", "linen", "nnx"),
+        safetensors.write,
+        safetensors.open_,
     ),
     "msgpack": Format((".msgpack",), "flax", False, ("linen", "nnx"), msgpack.write, msgpack.open_),
-    "orbax": Format((".orbax", ""), "orbax.checkpoint", True, ("linen", "nnx"), orbax.write, orbax.open_),
+    "orbax": Format(
+        (".orbax", ""), "orbax.checkpoint", True, ("linen", "nnx"), orbax.write, orbax.open_
+    ),
 }
 
 KNOWN = [suffix for known in FORMATS.values() for suffix in known.suffixes if suffix]
@@ -51,7 +60,9 @@ def format_of(path: str | PathLike[str]) -> Format:
         if suffix in found.suffixes:
             _require(path, name, found.package)
             return found
-    raise CheckpointError(path, f"unknown suffix {suffix!r}; name it with one of {', '.join(KNOWN)}")
+    raise CheckpointError(
+        path, f"unknown suffix {suffix!r}; name it with one of {', '.join(KNOWN)}"
+    )
 
 
 def _require(path: str | PathLike[str], name: str, package: str) -> None:
@@ -61,14 +72,16 @@ def _require(path: str | PathLike[str], name: str, package: str) -> None:
         spec = None
     if spec is None:
         raise CheckpointError(
-            path, f"the {name} format needs {package}, which is not installed: pip install 'attention-parity[all]'"
+            path,
+            f"the {name} format needs {package}, which is not installed: pip install 'attention-parity[all]'",
         )
 
 
 def open_checkpoint(path: str | PathLike[str]) -> Stored:
     """Open a checkpoint of any format: what it holds is known, and read when asked for.
 
-    Use it in a `with` block. A folder without suffix is an Orbax checkpoint, or shards with an index.
+    Use it in a `with` block. A folder without suffix is an Orbax checkpoint, or shards with an
+    index.
 
     Raises:
         CheckpointError: no such file, or not a file of the format that its suffix names.
@@ -82,7 +95,9 @@ def open_checkpoint(path: str | PathLike[str]) -> Stored:
     if chosen.is_folder and not path.is_dir():
         raise CheckpointError(path, "is a file; an Orbax checkpoint is a folder")
     if not chosen.is_folder and not path.is_file():
-        raise CheckpointError(path, "is no regular file; an Orbax folder is named without suffix or with .orbax")
+        raise CheckpointError(
+            path, "is no regular file; an Orbax folder is named without suffix or with .orbax"
+        )
     if not chosen.is_folder and not path.stat().st_size:
         raise CheckpointError(path, "is empty", mend="take another copy")
     return _opened(path, chosen.open)
@@ -92,14 +107,17 @@ def exists(path: Path) -> bool:
     """Tell whether something is there.
 
     Raises:
-        CheckpointError: nothing can be there: the name is too long, or links lead round in a circle.
+        CheckpointError: nothing can be there: the name is too long, or links lead round in a
+            circle.
     """
     try:
         path.resolve(strict=True)
     except FileNotFoundError:
         return False
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(path, f"cannot be a path ({error})", mend="choose another name") from error
+        raise CheckpointError(
+            path, f"cannot be a path ({error})", mend="choose another name"
+        ) from error
     return True
 
 

@@ -15,7 +15,15 @@ from ...conversion.mapping import Path
 from ...files import atomic_file
 from ..blocks import blocks
 from ..errors import CheckpointError
-from ..manifest import KEY, Manifest, in_manifests_order, linen_or_nnx, manifest_of, no_name_twice, start
+from ..manifest import (
+    KEY,
+    Manifest,
+    in_manifests_order,
+    linen_or_nnx,
+    manifest_of,
+    no_name_twice,
+    start,
+)
 from ..reader import Stored, fetch_each
 from ..tensors import Spec, Tensors, checked, spec_of
 
@@ -32,8 +40,12 @@ def open_(path: FilePath) -> Stored:
         CheckpointError: no msgpack file, or anything in it but nested dicts of arrays.
     """
     try:
-        data = np.fromfile(path, np.uint8).data  # its memory comes in huge pages, that of bytes in small ones
-        tree = msgpack.unpackb(data, ext_hook=_array, object_pairs_hook=_object, strict_map_key=False, raw=False)
+        data = np.fromfile(
+            path, np.uint8
+        ).data  # its memory comes in huge pages, that of bytes in small ones
+        tree = msgpack.unpackb(
+            data, ext_hook=_array, object_pairs_hook=_object, strict_map_key=False, raw=False
+        )
     except RecursionError:
         raise _broken(path, "lists within lists") from None
     except Exception as error:  # msgpack and NumPy raise a dozen unrelated types on bad bytes
@@ -52,9 +64,11 @@ def open_(path: FilePath) -> Stored:
         if not isinstance(value, np.ndarray):
             name = shown("/".join(map(str, key)))
             raise CheckpointError(
-                path, f"{name}: is a {type(value).__name__}, not an array of values", key=name,
+                path,
+                f"{name}: is a {type(value).__name__}, not an array of values",
+                key=name,
                 mend="save the variables alone: of a TrainState {'params': state.params}",
-            )  # fmt: skip
+            )
     try:
         specs: dict[Path, Spec] = {key: spec_of(array) for key, array in arrays.items()}
     except ValueError as error:
@@ -94,7 +108,9 @@ def write(path: FilePath, tensors: Tensors) -> None:
             spec, digest = tensors.specs[node], start(tensors.specs[node])
             sizes = iter(_chunks(stream, packer, spec))
             room = 0
-            for block in (block for piece in tensors.pieces(node) for block in blocks(piece, alone=True)):
+            for block in (
+                block for piece in tensors.pieces(node) for block in blocks(piece, alone=True)
+            ):
                 digest.update(block)
                 while block.nbytes:
                     room = room or next(sizes)
@@ -106,13 +122,16 @@ def write(path: FilePath, tensors: Tensors) -> None:
             sums[node] = digest.hexdigest()
 
         put(tree, more=1)
-        stream.write(packer.pack(KEY) + packer.pack(manifest_of(tensors).with_checksums(sums).dumps()))
+        stream.write(
+            packer.pack(KEY) + packer.pack(manifest_of(tensors).with_checksums(sums).dumps())
+        )
 
 
 def _chunks(stream: BinaryIO, packer: msgpack.Packer, spec: Spec) -> Iterator[int]:
     """Write the head of each entry of an array, yielding how many bytes have to follow it.
 
-    Source: `flax.serialization`: an extension entry of shape, dtype and bytes; above `MAX_CHUNK_SIZE` a dict of them.
+    Source: `flax.serialization`: an extension entry of shape, dtype and bytes; above
+    `MAX_CHUNK_SIZE` a dict of them.
     """
     most = serialization.MAX_CHUNK_SIZE
     if spec.nbytes <= most:
@@ -121,17 +140,26 @@ def _chunks(stream: BinaryIO, packer: msgpack.Packer, spec: Spec) -> Iterator[in
     each, size = max(1, most // spec.numpy.itemsize), prod(spec.shape)
     counts = [min(each, size - begin) for begin in range(0, size, each)]
     stream.write(packer.pack_map_header(3) + packer.pack(_CHUNKED) + packer.pack(True))
-    stream.write(packer.pack("shape") + packer.pack({str(axis): length for axis, length in enumerate(spec.shape)}))
+    stream.write(
+        packer.pack("shape")
+        + packer.pack({str(axis): length for axis, length in enumerate(spec.shape)})
+    )
     stream.write(packer.pack("chunks") + packer.pack_map_header(len(counts)))
     for index, count in enumerate(counts):
         stream.write(packer.pack(str(index)))
         yield from _head(stream, packer, (count,), spec)
 
 
-def _head(stream: BinaryIO, packer: msgpack.Packer, shape: tuple[int, ...], spec: Spec) -> Iterator[int]:
+def _head(
+    stream: BinaryIO, packer: msgpack.Packer, shape: tuple[int, ...], spec: Spec
+) -> Iterator[int]:
     nbytes = prod(shape) * spec.numpy.itemsize
     inner = (
-        packer.pack_array_header(3) + packer.pack(shape) + packer.pack(spec.dtype) + _BIN_32 + nbytes.to_bytes(4, "big")
+        packer.pack_array_header(3)
+        + packer.pack(shape)
+        + packer.pack(spec.dtype)
+        + _BIN_32
+        + nbytes.to_bytes(4, "big")
     )
     stream.write(b"\xc9" + (len(inner) + nbytes).to_bytes(4, "big") + bytes([_NDARRAY]) + inner)
     yield nbytes
@@ -145,9 +173,13 @@ def tree_of(path: FilePath, leaves: Mapping[Path, Any]) -> dict[str, Any]:
     """
     words = {tuple(map(str, key)): leaf for key, leaf in leaves.items()}
     if len(words) != len(leaves) or any(key[0] == KEY or _CHUNKED in key for key in words):
-        raise CheckpointError(path, "two of its names are the same when they are written as words", mend="rename one")
+        raise CheckpointError(
+            path, "two of its names are the same when they are written as words", mend="rename one"
+        )
     if twice := [key for key in words if any(key[:end] in words for end in range(1, len(key)))]:
-        raise CheckpointError(path, f"{'/'.join(twice[0])} lies within another array", mend="rename one")
+        raise CheckpointError(
+            path, f"{'/'.join(twice[0])} lies within another array", mend="rename one"
+        )
     return unflatten_dict(words)
 
 
@@ -160,8 +192,14 @@ def _array(kind: int, data: bytes) -> Any:
     parts, shape, name = head.read_array_header(), head.unpack(), head.unpack()
     spec = checked(list(shape), name.decode())
     begin = len(data) - spec.nbytes
-    if parts == 3 and begin > 0 and data[head.tell() : begin] == _BIN_32 + spec.nbytes.to_bytes(4, "big"):
-        return np.frombuffer(data, spec.numpy, offset=begin).reshape(spec.shape)  # a large one is not copied
+    if (
+        parts == 3
+        and begin > 0
+        and data[head.tell() : begin] == _BIN_32 + spec.nbytes.to_bytes(4, "big")
+    ):
+        return np.frombuffer(data, spec.numpy, offset=begin).reshape(
+            spec.shape
+        )  # a large one is not copied
     _, _, values = msgpack.unpackb(data, raw=True)
     if len(values) != spec.nbytes:
         raise ValueError(f"an array {spec.dtype} {spec.shape} in {len(values)} bytes")

@@ -60,7 +60,9 @@ def open_(path: FilePath) -> Stored:
     """
     if not is_orbax(path):
         raise CheckpointError(
-            path, "is not a finished Orbax checkpoint (it has no _METADATA)", mend=_within(path) or "take another copy"
+            path,
+            "is not a finished Orbax checkpoint (it has no _METADATA)",
+            mend=_within(path) or "take another copy",
         )
     _require_plain(path)
     manifest = _manifest(path)
@@ -68,11 +70,18 @@ def open_(path: FilePath) -> Stored:
         metadata = _in_a_thread(checkpointer.metadata, path.absolute()).item_metadata
         if metadata is None:  # Orbax logs why, and goes on
             raise CheckpointError(
-                path, "not a whole Orbax checkpoint (an array in it cannot be opened)", mend="take another copy"
+                path,
+                "not a whole Orbax checkpoint (an array in it cannot be opened)",
+                mend="take another copy",
             )
         saved = flatten_dict(metadata.tree)
-        specs = {key: checked(tuple(leaf.shape), np.dtype(leaf.dtype).name) for key, leaf in saved.items()}
-    if manifest is None and specs and all(key[-1] == "value" for key in specs):  # an nnx.State, as Orbax has it
+        specs = {
+            key: checked(tuple(leaf.shape), np.dtype(leaf.dtype).name)
+            for key, leaf in saved.items()
+        }
+    if (
+        manifest is None and specs and all(key[-1] == "value" for key in specs)
+    ):  # an nnx.State, as Orbax has it
         names = {tuple(map(str, key[:-1])): key for key in specs}
         specs = {key[:-1]: spec for key, spec in specs.items()}
     else:
@@ -84,8 +93,13 @@ def open_(path: FilePath) -> Stored:
     stored = Stored(path, "orbax", layout, specs, manifest, aliases=aliases)
 
     def fetch(paths: list[Path]) -> Fetched:
-        pairs = list(zip(paths, _restore(path, [names[tuple(map(str, key))] for key in paths]), strict=True))
-        yield from ((pair[0], array) for pair, array in in_batches(pairs, _nbytes, lambda pair: stored.check(*pair)))
+        pairs = list(
+            zip(paths, _restore(path, [names[tuple(map(str, key))] for key in paths]), strict=True)
+        )
+        yield from (
+            (pair[0], array)
+            for pair, array in in_batches(pairs, _nbytes, lambda pair: stored.check(*pair))
+        )
 
     stored.fetch = fetch
     return stored
@@ -99,17 +113,28 @@ def write(path: FilePath, tensors: Tensors) -> None:
     """
     import orbax.checkpoint as ocp
 
-    if empty := [shown("/".join(map(str, key))) for key, spec in tensors.specs.items() if not spec.nbytes]:
-        raise CheckpointError(path, f"Orbax cannot store arrays without elements: {', '.join(empty)}")
-    if path.exists() and not is_orbax(path):
-        raise CheckpointError(path, "is a folder that Orbax did not write; it was left alone: choose another name")
-    if path.exists() and (strange := sorted(entry.name for entry in path.iterdir() if not _OWN.fullmatch(entry.name))):
+    if empty := [
+        shown("/".join(map(str, key))) for key, spec in tensors.specs.items() if not spec.nbytes
+    ]:
         raise CheckpointError(
-            path, f"holds {', '.join(strange)} beside an Orbax checkpoint; it was left alone: choose another name"
+            path, f"Orbax cannot store arrays without elements: {', '.join(empty)}"
+        )
+    if path.exists() and not is_orbax(path):
+        raise CheckpointError(
+            path, "is a folder that Orbax did not write; it was left alone: choose another name"
+        )
+    if path.exists() and (
+        strange := sorted(entry.name for entry in path.iterdir() if not _OWN.fullmatch(entry.name))
+    ):
+        raise CheckpointError(
+            path,
+            f"holds {', '.join(strange)} beside an Orbax checkpoint; it was left alone: choose another name",
         )
     if len({".".join(map(str, key)) for key in tensors.specs}) != len(tensors.specs):
         raise CheckpointError(
-            path, "Orbax joins names by dots, and two of these would be one", mend="rename one, or save as .msgpack"
+            path,
+            "Orbax joins names by dots, and two of these would be one",
+            mend="rename one, or save as .msgpack",
         )
     leaves = {key: Pending(key, tensors) for key in tensors.specs}
     with atomic_folder(path) as folder:
@@ -119,8 +144,16 @@ def write(path: FilePath, tensors: Tensors) -> None:
             chunk_bytes = None if isinstance(tensors, Held) else _CHUNK_BYTES
             save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), tree)
             args = ocp.args.PyTreeSave(tree, save_args=save_args)
-            _in_a_thread(checkpointer.save, folder.absolute(), args=args, force=True, custom_metadata={KEY: ""})
-        manifest = manifest_of(tensors).with_checksums({key: leaf.checksum for key, leaf in leaves.items()})
+            _in_a_thread(
+                checkpointer.save,
+                folder.absolute(),
+                args=args,
+                force=True,
+                custom_metadata={KEY: ""},
+            )
+        manifest = manifest_of(tensors).with_checksums(
+            {key: leaf.checksum for key, leaf in leaves.items()}
+        )
         content = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
         content["custom_metadata"] = {KEY: manifest.dumps()}
         (folder / _METADATA).write_text(json.dumps(content), encoding="utf-8")
@@ -134,7 +167,11 @@ def is_orbax(path: FilePath) -> bool:
 def _within(path: FilePath) -> str:
     """Say which checkpoint the folder holds, if it is one of a file or of Orbax's manager."""
     inner = [found.parent for depth in ("*", "*/*") for found in path.glob(f"{depth}/_METADATA")]
-    found = max([*path.glob("*.safetensors"), *inner], key=lambda entry: (len(str(entry)), entry), default=None)
+    found = max(
+        [*path.glob("*.safetensors"), *inner],
+        key=lambda entry: (len(str(entry)), entry),
+        default=None,
+    )
     return f"give {shown(found)}" if found else ""
 
 
@@ -143,11 +180,15 @@ def _require_plain(path: FilePath) -> None:
     for count, entry in enumerate(path.rglob("*")):
         if entry.is_symlink():
             raise CheckpointError(
-                path, f"holds a link, {shown(entry.relative_to(path))}", key=shown(entry.name),
+                path,
+                f"holds a link, {shown(entry.relative_to(path))}",
+                key=shown(entry.name),
                 mend="copy the folder with what its links point to (cp -rL)",
-            )  # fmt: skip
+            )
         if not entry.is_file() and not entry.is_dir():
-            raise CheckpointError(path, f"holds {shown(entry.name)}, which is neither file nor folder")
+            raise CheckpointError(
+                path, f"holds {shown(entry.name)}, which is neither file nor folder"
+            )
         if count > _MOST_FILES:
             raise CheckpointError(path, f"holds more than {_MOST_FILES:,} files")
 
@@ -159,7 +200,9 @@ def _manifest(path: FilePath) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(path, f"not a whole Orbax checkpoint ({_METADATA}: {shown(error)})") from error
+        raise CheckpointError(
+            path, f"not a whole Orbax checkpoint ({_METADATA}: {shown(error)})"
+        ) from error
 
 
 def _restore(path: FilePath, keys: Sequence[Path]) -> list[np.ndarray]:
@@ -182,7 +225,9 @@ def _reported(path: FilePath) -> Iterator[None]:
         raise
     except Exception as error:  # they share no error class
         why = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(path, f"not a whole Orbax checkpoint ({shown(why)})", mend="take another copy") from error
+        raise CheckpointError(
+            path, f"not a whole Orbax checkpoint ({shown(why)})", mend="take another copy"
+        ) from error
 
 
 def _in_a_thread(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -231,18 +276,23 @@ def _checkpointer(*handlers: tuple[Any, Any]) -> Iterator[Any]:
 def _waiting(handler: Any) -> Any:
     """Return a handler that reads as the given one does, and raises only when all of its reads have ended.
 
-    Orbax closes its event loop as soon as one read fails; TensorStore would then report "Event loop is closed" for
-    each of the others.
+    Orbax closes its event loop as soon as one read fails; TensorStore would then report "Event loop
+    is closed" for each of the others.
     """
     waiting, metadata, deserialize = copy(handler), handler.metadata, handler.deserialize
 
     async def each_metadata(infos: Sequence[Any]) -> list[Any]:
         return [one for (one,) in await _all([metadata([info]) for info in infos])]
 
-    async def deserialize_each(infos: Sequence[Any], args: Sequence[Any] | None = None) -> list[Any]:
+    async def deserialize_each(
+        infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> list[Any]:
         single = [None] * len(infos) if args is None else [[arg] for arg in args]
         return [
-            one for (one,) in await _all([deserialize([info], arg) for info, arg in zip(infos, single, strict=True)])
+            one
+            for (one,) in await _all(
+                [deserialize([info], arg) for info, arg in zip(infos, single, strict=True)]
+            )
         ]
 
     waiting.metadata, waiting.deserialize = each_metadata, deserialize_each
@@ -258,12 +308,18 @@ async def _all(jobs: Sequence[Awaitable[Any]]) -> list[Any]:
     return results
 
 
-def _batches(leaves: Sequence[tuple[Pending, Any, Any]]) -> Iterator[list[tuple[Pending, Any, Any]]]:
+def _batches(
+    leaves: Sequence[tuple[Pending, Any, Any]],
+) -> Iterator[list[tuple[Pending, Any, Any]]]:
     """Yield the leaves in as many turns as memory asks for: at once, if all of them are in memory."""
     batch: list[tuple[Pending, Any, Any]] = []
     for leaf in leaves:
         held = isinstance(leaf[0].tensors, Held)
-        if batch and not held and sum(other[0].nbytes for other in batch) + leaf[0].nbytes > BATCH_BYTES:
+        if (
+            batch
+            and not held
+            and sum(other[0].nbytes for other in batch) + leaf[0].nbytes > BATCH_BYTES
+        ):
             yield batch
             batch = []
         batch.append(leaf)
@@ -285,20 +341,31 @@ def _pending_handler() -> Any:
         def __init__(self) -> None:
             super().__init__(deepcopy_host_arrays=False)
 
-        async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+        async def serialize(
+            self, values: Sequence[Any], infos: Sequence[Any], args: Any = None
+        ) -> Sequence[Any]:
             args = args or [ocp.SaveArgs()] * len(values)
             for batch in _batches(list(zip(values, infos, args, strict=True))):
                 await self._write(*zip(*batch, strict=True))
             return []
 
-        async def _write(self, leaves: Sequence[Pending], infos: Sequence[Any], args: Sequence[Any]) -> None:
+        async def _write(
+            self, leaves: Sequence[Pending], infos: Sequence[Any], args: Sequence[Any]
+        ) -> None:
             """Read, write and take the checksums; the arrays are gone before the next ones are read."""
-            arrays = await _all([asyncio.to_thread(whole, leaf.tensors, leaf.key) for leaf in leaves])
+            arrays = await _all(
+                [asyncio.to_thread(whole, leaf.tensors, leaf.key) for leaf in leaves]
+            )
             written = await super().serialize(arrays, infos, args)
-            sums = [asyncio.to_thread(leaf.take_checksum, array) for leaf, array in zip(leaves, arrays, strict=True)]
+            sums = [
+                asyncio.to_thread(leaf.take_checksum, array)
+                for leaf, array in zip(leaves, arrays, strict=True)
+            ]
             await _all([*(asyncio.to_thread(future.result) for future in written), *sums])
 
-        async def _open_and_write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: Any) -> None:
+        async def _open_and_write(
+            self, value: np.ndarray, tspec: dict[str, Any], ts_context: Any
+        ) -> None:
             """Write slice by slice: of a whole array TensorStore would hold every packed chunk at once."""
             array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
             if not value.ndim:

@@ -1,8 +1,8 @@
 """The safetensors format: a header of its own reading, strict where the library is not, then the bytes.
 
-Read and written here and not by the library, which lets a name stand twice, needs all tensors in memory to write, and
-writes a transposed NumPy view as another matrix (its issue 825).
-Source: the format's README, https://github.com/huggingface/safetensors.
+Read and written here and not by the library, which lets a name stand twice, needs all tensors in
+memory to write, and writes a transposed NumPy view as another matrix (its issue 825). Source: the
+format's README, https://github.com/huggingface/safetensors.
 """
 
 import json
@@ -20,15 +20,34 @@ from ...conversion.mapping import Path
 from ...files import atomic_file
 from ..blocks import BATCH_BYTES, blocks, in_batches
 from ..errors import CheckpointError
-from ..manifest import KEY, Manifest, in_manifests_order, manifest_of, no_name_twice, start, torch_or_flax
+from ..manifest import (
+    KEY,
+    Manifest,
+    in_manifests_order,
+    manifest_of,
+    no_name_twice,
+    start,
+    torch_or_flax,
+)
 from ..reader import PART_BYTES, Stored, fetch_each, read_in_parts
 from ..tensors import LayoutName, Spec, Tensors, checked
 
 _DTYPES = {
-    **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL", "complex64": "C64"},
+    **{
+        "float64": "F64",
+        "float32": "F32",
+        "float16": "F16",
+        "bfloat16": "BF16",
+        "bool": "BOOL",
+        "complex64": "C64",
+    },
     **{"float8_e4m3fn": "F8_E4M3", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2": "F8_E5M2"},
     **{"float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0"},
-    **{f"{sign}int{bits}": f"{sign[:1].upper() or 'I'}{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+    **{
+        f"{sign}int{bits}": f"{sign[:1].upper() or 'I'}{bits}"
+        for sign in ("", "u")
+        for bits in (8, 16, 32, 64)
+    },
 }
 _NUMPY = {name: dtype for dtype, name in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the library's own
@@ -57,10 +76,15 @@ def open_(path: FilePath) -> Stored:
     except BaseException:
         os.close(descriptor)
         raise
-    begins = {tuple(map(str, _steps(stored.layout)(name))): begin for name, begin in header.begins.items()}
+    begins = {
+        tuple(map(str, _steps(stored.layout)(name))): begin for name, begin in header.begins.items()
+    }
     stored.close = lambda: os.close(descriptor)
     stored.fetch = fetch_each(
-        stored, lambda key: read_tensor(stored, descriptor, begins[tuple(map(str, key))], stored.specs[key])
+        stored,
+        lambda key: read_tensor(
+            stored, descriptor, begins[tuple(map(str, key))], stored.specs[key]
+        ),
     )
     return stored
 
@@ -89,9 +113,13 @@ def write(path: FilePath, tensors: Tensors) -> None:
     for key, spec in tensors.specs.items():
         if spec.dtype not in _DTYPES:
             raise CheckpointError(
-                path, f"{shown(names[key])} is {spec.dtype}, which safetensors lacks", key=names[key],
-                expected=f"one of {', '.join(_DTYPES)}", found=spec.dtype, mend="save it as .pth, .msgpack or .orbax",
-            )  # fmt: skip
+                path,
+                f"{shown(names[key])} is {spec.dtype}, which safetensors lacks",
+                key=names[key],
+                expected=f"one of {', '.join(_DTYPES)}",
+                found=spec.dtype,
+                mend="save it as .pth, .msgpack or .orbax",
+            )
     # The order of the library's own files: wide dtypes first, so that each tensor is aligned.
     order = sorted(tensors.specs, key=lambda key: (-tensors.specs[key].numpy.itemsize, names[key]))
     manifest = manifest_of(tensors)
@@ -112,7 +140,9 @@ def write(path: FilePath, tensors: Tensors) -> None:
             }
             for key in order
         }
-        text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
+        text = json.dumps(
+            {"__metadata__": metadata, **entries}, separators=(",", ":"), ensure_ascii=False
+        ).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
@@ -122,7 +152,9 @@ def write(path: FilePath, tensors: Tensors) -> None:
         def put(key: Path) -> str:
             digest, offset = start(tensors.specs[key]), data + begins[key]
             alone = tensors.specs[key].nbytes > BATCH_BYTES
-            for block in (block for piece in tensors.pieces(key) for block in blocks(piece, alone=alone)):
+            for block in (
+                block for piece in tensors.pieces(key) for block in blocks(piece, alone=alone)
+            ):
                 digest.update(block)
                 _pwrite(descriptor, block.data, offset)
                 offset += block.nbytes
@@ -143,7 +175,9 @@ def read_header(path: FilePath, descriptor: int) -> Header:
         raise _broken(path, "its length", "at least 10 bytes", f"{size}")
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if not 2 <= length <= min(size - 8, _MAX_HEADER):
-        raise _broken(path, "its header's length", f"2 to {min(size - 8, _MAX_HEADER):,} bytes", f"{length:,}")
+        raise _broken(
+            path, "its header's length", f"2 to {min(size - 8, _MAX_HEADER):,} bytes", f"{length:,}"
+        )
     raw = os.pread(descriptor, length, 8)
     if len(raw) != length or not raw.startswith(b"{"):
         raise _broken(path, "the start of its header", "a JSON object", repr(raw[:8]))
@@ -158,7 +192,10 @@ def read_header(path: FilePath, descriptor: int) -> Header:
         raise _broken(path, "its header", "tensors", "lists within lists") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _broken(
-            path, "its header", "names, shapes and offsets", shown(str(error) or type(error).__name__)
+            path,
+            "its header",
+            "names, shapes and offsets",
+            shown(str(error) or type(error).__name__),
         ) from error
     _require_whole(path, found, size - 8 - length)
     return Header(
@@ -168,14 +205,18 @@ def read_header(path: FilePath, descriptor: int) -> Header:
     )
 
 
-def read_tensor(stored: Stored, descriptor: int, begin: int, spec: Spec) -> tuple[np.ndarray, str | None]:
+def read_tensor(
+    stored: Stored, descriptor: int, begin: int, spec: Spec
+) -> tuple[np.ndarray, str | None]:
     """Read one tensor into memory of its own, or map a large one if who asks copies it.
 
     Raises:
-        CheckpointError: the file has become shorter. (Cut while it is mapped, it ends the process, as the library's
-            own reader; nothing that saves by renaming cuts a file.)
+        CheckpointError: the file has become shorter. (Cut while it is mapped, it ends the process,
+            as the library's own reader; nothing that saves by renaming cuts a file.)
     """
-    shorter = _broken(stored.path, "its length", f"{begin + spec.nbytes:,} bytes", "fewer, since it was opened")
+    shorter = _broken(
+        stored.path, "its length", f"{begin + spec.nbytes:,} bytes", "fewer, since it was opened"
+    )
 
     def fill(at: int, part: np.ndarray) -> None:
         if os.preadv(descriptor, [part.data], begin + at) != part.nbytes:
@@ -186,7 +227,9 @@ def read_tensor(stored: Stored, descriptor: int, begin: int, spec: Spec) -> tupl
     if os.fstat(descriptor).st_size < begin + spec.nbytes:
         raise shorter
     offset = begin % mmap.ALLOCATIONGRANULARITY
-    memory = mmap.mmap(descriptor, offset + spec.nbytes, access=mmap.ACCESS_COPY, offset=begin - offset)
+    memory = mmap.mmap(
+        descriptor, offset + spec.nbytes, access=mmap.ACCESS_COPY, offset=begin - offset
+    )
     return np.frombuffer(memory, np.uint8, offset=offset).view(spec.numpy).reshape(spec.shape), None
 
 
@@ -194,7 +237,9 @@ def _manifest(path: FilePath, metadata: Mapping[str, str]) -> Manifest | None:
     try:
         return Manifest.loads(metadata[KEY]) if KEY in metadata else None
     except ValueError as error:
-        raise CheckpointError(path, shown(error), mend="the file was changed: take another copy") from error
+        raise CheckpointError(
+            path, shown(error), mend="the file was changed: take another copy"
+        ) from error
 
 
 def _steps(layout: LayoutName) -> Any:
@@ -202,21 +247,31 @@ def _steps(layout: LayoutName) -> Any:
 
 
 def _joined(path: FilePath, key: Path, layout: LayoutName) -> str:
-    if layout != "torch" and (strange := [step for step in key if "/" in str(step) or not str(step)]):
+    if layout != "torch" and (
+        strange := [step for step in key if "/" in str(step) or not str(step)]
+    ):
         raise CheckpointError(
-            path, f"the name {strange[0]!r} in {key} cannot be told from a path", key="/".join(map(str, key)),
+            path,
+            f"the name {strange[0]!r} in {key} cannot be told from a path",
+            key="/".join(map(str, key)),
             mend="save it as .msgpack or .orbax, or rename it",
-        )  # fmt: skip
+        )
     name = key[0] if layout == "torch" else "/".join(map(str, key))
     if name == "__metadata__":
-        raise CheckpointError(path, "the name __metadata__ is the format's own", key=name, mend="rename it")
+        raise CheckpointError(
+            path, "the name __metadata__ is the format's own", key=name, mend="rename it"
+        )
     return str(name)
 
 
 def _aliases(header: Header) -> dict[Path, Path]:
     """Return the tied names that the library's `save_model` leaves in the metadata."""
     specs, metadata = header.specs, header.metadata
-    return {(name,): (first,) for name, first in metadata.items() if name not in {*specs, "format"} and first in specs}
+    return {
+        (name,): (first,)
+        for name, first in metadata.items()
+        if name not in {*specs, "format"} and first in specs
+    }
 
 
 def _no_constant(word: str) -> Any:
@@ -251,13 +306,20 @@ def _require_metadata(metadata: Any, count: int) -> None:
 
 def _require_whole(path: FilePath, found: Mapping[str, tuple[Spec, int, int]], size: int) -> None:
     """Every byte belongs to just one tensor."""
-    ranges: Iterator[tuple[int, int]] = iter(sorted((begin, end) for _, begin, end in found.values() if begin < end))
+    ranges: Iterator[tuple[int, int]] = iter(
+        sorted((begin, end) for _, begin, end in found.values() if begin < end)
+    )
     edges = [(0, 0), *ranges, (size, size)]
     for (_, end), (begin, _) in pairwise(edges):
         if end != begin:
             kind = "overlap" if begin < end else "leave a hole"
             kind = kind if begin != size or end > size else "end before the file does"
-            raise _broken(path, "its data", "tensors end to end", f"they {kind} between bytes {end:,} and {begin:,}")
+            raise _broken(
+                path,
+                "its data",
+                "tensors end to end",
+                f"they {kind} between bytes {end:,} and {begin:,}",
+            )
     if any(end > size for _, _, end in found.values()):
         raise _broken(path, "its length", "data for every tensor", f"{size:,} bytes")
 
@@ -270,5 +332,9 @@ def _pwrite(descriptor: int, block: memoryview, offset: int) -> None:
 
 def _broken(path: FilePath, what: str, expected: str, found: str) -> CheckpointError:
     return CheckpointError(
-        path, f"not a whole safetensors file: {what}", expected=expected, found=found, mend="take another copy"
+        path,
+        f"not a whole safetensors file: {what}",
+        expected=expected,
+        found=found,
+        mend="take another copy",
     )

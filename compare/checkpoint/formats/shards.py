@@ -34,7 +34,8 @@ def open_(path: FilePath) -> Stored:
     """Open index and shards; nothing but their headers is read.
 
     Raises:
-        CheckpointError: a shard that is missing, broken or outside the folder; a tensor in no shard or in two.
+        CheckpointError: a shard that is missing, broken or outside the folder; a tensor in no shard
+            or in two.
     """
     index = index_in(path)
     if index is None:
@@ -52,23 +53,36 @@ def open_(path: FilePath) -> Stored:
             for key, spec in header.specs.items():
                 if weight_map.get(key) != name:
                     raise CheckpointError(
-                        path, f"{shown(key)} is in {shown(name)}", key=key, found=f"{shown(name)}",
+                        path,
+                        f"{shown(key)} is in {shown(name)}",
+                        key=key,
+                        found=f"{shown(name)}",
                         expected=f"where the index has it, {shown(weight_map.get(key, 'in no file'))}",
                         mend="take the index and all shards from one place",
-                    )  # fmt: skip
+                    )
                 specs[key], places[key] = spec, (descriptor, header.begins[key])
-            metadata |= {key: value for key, value in header.metadata.items() if key not in (KEY, "format")}
+            metadata |= {
+                key: value for key, value in header.metadata.items() if key not in (KEY, "format")
+            }
         if absent := [key for key in weight_map if key not in specs]:
             raise CheckpointError(
-                path, f"{shown(absent[0])} is not in {shown(weight_map[absent[0]])}, where the index has it",
-                key=absent[0], mend="take the index and all shards from one place",
-            )  # fmt: skip
+                path,
+                f"{shown(absent[0])} is not in {shown(weight_map[absent[0]])}, where the index has it",
+                key=absent[0],
+                mend="take the index and all shards from one place",
+            )
         if manifest is not None:
             metadata[KEY] = manifest
-        stored = stored_from(path, "sharded", Header({key: specs[key] for key in weight_map}, {}, metadata))
+        stored = stored_from(
+            path, "sharded", Header({key: specs[key] for key in weight_map}, {}, metadata)
+        )
         stored.close = opened.pop_all().close
-    join = (lambda key: key[0]) if stored.layout == "torch" else (lambda key: "/".join(map(str, key)))
-    stored.fetch = fetch_each(stored, lambda key: read_tensor(stored, *places[join(key)], stored.specs[key]))
+    join = (
+        (lambda key: key[0]) if stored.layout == "torch" else (lambda key: "/".join(map(str, key)))
+    )
+    stored.fetch = fetch_each(
+        stored, lambda key: read_tensor(stored, *places[join(key)], stored.specs[key])
+    )
     return stored
 
 
@@ -80,8 +94,12 @@ def write(path: FilePath, tensors: Tensors, shard_bytes: int) -> None:
     """
     index = index_in(path) if path.exists() else None
     own = {index.name, *_index(path, index)[0].values()} if index else set()
-    if path.exists() and (strange := [entry.name for entry in path.iterdir() if entry.name not in own]):
-        raise CheckpointError(path, f"holds {shown(strange[0])}; it was left alone: choose another name")
+    if path.exists() and (
+        strange := [entry.name for entry in path.iterdir() if entry.name not in own]
+    ):
+        raise CheckpointError(
+            path, f"holds {shown(strange[0])}; it was left alone: choose another name"
+        )
     shards = _split(tensors, shard_bytes)
     sums: dict[Path, str] = {}
     weight_map: dict[str, str] = {}
@@ -96,7 +114,10 @@ def write(path: FilePath, tensors: Tensors, shard_bytes: int) -> None:
             weight_map |= {"/".join(map(str, key)): name for key in keys}
         total = sum(spec.nbytes for spec in tensors.specs.values())
         manifest = manifest_of(tensors).with_checksums(sums)
-        content = {"metadata": {"total_size": total, KEY: manifest.dumps()}, "weight_map": weight_map}
+        content = {
+            "metadata": {"total_size": total, KEY: manifest.dumps()},
+            "weight_map": weight_map,
+        }
         with atomic_file(folder / f"model{INDEX}") as stream:
             stream.write(json.dumps(content, indent=1).encode())
 
@@ -151,11 +172,16 @@ def _shard(path: FilePath, folder: FilePath, name: str) -> FilePath:
     shard = folder / name
     if FilePath(name).name != name or "\\" in name or shard.is_symlink():
         raise CheckpointError(
-            path, f"its index leads to {shown(name)}", found=shown(name), expected="a file beside the index",
+            path,
+            f"its index leads to {shown(name)}",
+            found=shown(name),
+            expected="a file beside the index",
             mend="copy the shards, not links to them, beside the index",
-        )  # fmt: skip
+        )
     if not shard.is_file():
-        raise CheckpointError(path, f"the shard {shown(name)} is missing", mend="take the index and all shards")
+        raise CheckpointError(
+            path, f"the shard {shown(name)} is missing", mend="take the index and all shards"
+        )
     return shard
 
 

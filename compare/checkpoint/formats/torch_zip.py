@@ -1,6 +1,7 @@
 """The torch zip format: a state dict of CPU tensors, read without running any pickled code.
 
-Small files are read into memory; large ones are mapped by torch, so they must not be cut while they are open.
+Small files are read into memory; large ones are mapped by torch, so they must not be cut while they
+are open.
 """
 
 import io
@@ -79,12 +80,19 @@ def open_(path: FilePath) -> Stored:
 def write(path: FilePath, tensors: Tensors) -> None:
     """Write the state dict, then the manifest as one more record of the zip."""
     arrays = {key: whole(tensors, key) for key in tensors.specs}
-    state = {str(key[0]): numpy_to_tensor(np.require(array, requirements="W")) for key, array in arrays.items()}
+    state = {
+        str(key[0]): numpy_to_tensor(np.require(array, requirements="W"))
+        for key, array in arrays.items()
+    }
     state |= {str(key[0]): state[str(first[0])] for key, first in tensors.aliases.items()}
     with atomic_file(path) as stream, ThreadPoolExecutor(WORKERS) as pool:
-        sums = {key: pool.submit(checksum, [array], tensors.specs[key]) for key, array in arrays.items()}
+        sums = {
+            key: pool.submit(checksum, [array], tensors.specs[key]) for key, array in arrays.items()
+        }
         torch.save(state, stream)  # to a stream, so that the bytes do not depend on the file's name
-        manifest = manifest_of(tensors).with_checksums({key: found.result() for key, found in sums.items()})
+        manifest = manifest_of(tensors).with_checksums(
+            {key: found.result() for key, found in sums.items()}
+        )
         with zipfile.ZipFile(stream, "a") as archive:
             root = archive.namelist()[0].split("/")[0]
             archive.writestr(zipfile.ZipInfo(f"{root}/{KEY}.json"), manifest.dumps())
@@ -103,13 +111,25 @@ def _manifest(path: FilePath) -> Manifest | None:
             names = [record.filename for record in records]
             if len(set(names)) != len(names):
                 raise ValueError(f"the record {shown(Counter(names).most_common(1)[0][0])} twice")
-            if packed := [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]:
+            if packed := [
+                record.filename for record in records if record.compress_type != zipfile.ZIP_STORED
+            ]:
                 raise ValueError(f"{shown(packed[0])} is compressed, which torch never does")
             if sum(record.file_size for record in records) > size:
                 raise ValueError(f"its records declare more than the file's {size:,} bytes")
-            ours = [record for record in records if record.filename.partition("/")[2] == f"{KEY}.json"]
+            ours = [
+                record for record in records if record.filename.partition("/")[2] == f"{KEY}.json"
+            ]
             return Manifest.loads(archive.read(ours[0])) if ours else None
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError, IndexError) as error:
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        IndexError,
+    ) as error:
         raise _broken(path, shown(error)) from error
 
 
@@ -118,23 +138,31 @@ def _load(path: FilePath, source: Any, *, mapped: bool) -> dict[str, Tensor]:
         state = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RecursionError) as error:
         raise CheckpointError(
-            path, "holds more than a state dict of tensors, and was not run",
-            expected="a state dict", mend="save `module.state_dict()`, where the file's maker is trusted",
-        ) from error  # fmt: skip
+            path,
+            "holds more than a state dict of tensors, and was not run",
+            expected="a state dict",
+            mend="save `module.state_dict()`, where the file's maker is trusted",
+        ) from error
     except Exception as error:  # torch's readers raise a dozen unrelated types on bad bytes
         raise _broken(path, shown(str(error).partition("\n")[0] or type(error).__name__)) from error
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise CheckpointError(path, f"holds a {type(state).__name__}; expected a state dict, names to tensors")
+        raise CheckpointError(
+            path, f"holds a {type(state).__name__}; expected a state dict, names to tensors"
+        )
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(
-                path, f"{shown(key)} is a {type(value).__name__}; expected a tensor", key=key,
+                path,
+                f"{shown(key)} is a {type(value).__name__}; expected a tensor",
+                key=key,
                 mend="save the state dict alone: `torch.save(module.state_dict(), path)`",
-            )  # fmt: skip
+            )
     return dict(state)
 
 
-def _specs(path: FilePath, state: Mapping[str, Tensor]) -> tuple[dict[Path, Spec], dict[Path, Path]]:
+def _specs(
+    path: FilePath, state: Mapping[str, Tensor]
+) -> tuple[dict[Path, Spec], dict[Path, Path]]:
     """Return what each tensor is, tied names apart."""
     specs: dict[Path, Spec] = {}
     aliases: dict[Path, Path] = {}
@@ -147,10 +175,13 @@ def _specs(path: FilePath, state: Mapping[str, Tensor]) -> tuple[dict[Path, Spec
             raise CheckpointError(path, f"{shown(key)}: {error}", key=key) from error
         if spec.nbytes > _MOST_VIEWED * max(tensor.untyped_storage().nbytes(), 4096):
             raise CheckpointError(
-                path, f"{shown(key)} shows its stored bytes again and again", key=key,
-                expected=f"about {tensor.untyped_storage().nbytes():,} bytes", found=f"{spec.nbytes:,} bytes",
+                path,
+                f"{shown(key)} shows its stored bytes again and again",
+                key=key,
+                expected=f"about {tensor.untyped_storage().nbytes():,} bytes",
+                found=f"{spec.nbytes:,} bytes",
                 mend="save `tensor.contiguous()`, or take another copy",
-            )  # fmt: skip
+            )
         memory = same_memory(tensor)
         first = (key,) if memory is None else seen.setdefault(memory, (key,))
         if first == (key,):
@@ -169,13 +200,17 @@ def _as_declared(
         CheckpointError: they are not those of the file.
     """
     for key, first in manifest.aliases.items():
-        if key not in specs or specs[key] != specs.get(first) or same_memory(state[str(key[0])]) != same_memory(
-            state[str(first[0])]
-        ):  # fmt: skip
+        if (
+            key not in specs
+            or specs[key] != specs.get(first)
+            or same_memory(state[str(key[0])]) != same_memory(state[str(first[0])])
+        ):
             raise CheckpointError(
-                path, f"{shown(key[0])} is not tied to {shown(first[0])}, as its manifest declares", key=str(key[0]),
+                path,
+                f"{shown(key[0])} is not tied to {shown(first[0])}, as its manifest declares",
+                key=str(key[0]),
                 mend="the file was changed: take another copy",
-            )  # fmt: skip
+            )
     own = {key: spec for key, spec in specs.items() if key not in manifest.aliases}
     return in_manifests_order(path, own, manifest), dict(manifest.aliases)
 
