@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .checkpoint.verify import verify_checkpoint
     from .conversion.convert import linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
     from .conversion.errors import ConversionError, MappingError, Mismatch
-    from .conversion.mapping import Mapping
+    from .conversion.mapping import StateMapping
     from .conversion.match import match
 
 __version__ = "0.1.0"
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CheckpointError": ".checkpoint.errors",
     "ConversionError": ".conversion.errors",
-    "Mapping": ".conversion.mapping",
+    "StateMapping": ".conversion.mapping",
     "MappingError": ".conversion.errors",
     "Mismatch": ".conversion.errors",
     "UnverifiedCheckpoint": ".checkpoint.errors",
@@ -41,9 +41,9 @@ _HOMES = {
 __all__ = [
     "CheckpointError",
     "ConversionError",
-    "Mapping",
     "MappingError",
     "Mismatch",
+    "StateMapping",
     "UnverifiedCheckpoint",
     "convert_checkpoint",
     "linen_to_torch",

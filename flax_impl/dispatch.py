@@ -7,8 +7,8 @@ from jax import Array
 from jaxtyping import Float, Shaped
 
 from .attention import reference_attention
-from .validation import check_covered
 from .fused import fused_attention
+from .validation import check_covered
 
 Implementation = Literal["reference", "fused", "auto"]
 FEWEST_TOKENS = 768  # with fewer, "auto" takes the formula, which is as fast

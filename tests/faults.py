@@ -1,5 +1,4 @@
 """Hostile and broken checkpoints, a row each: how it is made, and what must be said of it."""
-# ruff: noqa: E501
 
 import argparse
 import json

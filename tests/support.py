@@ -8,7 +8,7 @@ import torch
 from compare.conversion.convert import StateDict, torch_to_linen, torch_to_nnx
 from compare.conversion.tensors import numpy_state
 from compare.proof.agreement import Agreement
-from compare.proof.cases import PRIME_BIAS, Config, Implementation, State
+from compare.proof.cases import PRIME_BIAS, Config, Framework, State
 from compare.proof.parity import against_reference
 from compare.runners.run import (
     NnxAttention,
@@ -55,7 +55,7 @@ def numpy_state_of(config: Config, dtype: str, mask: np.ndarray | None = None) -
 
 
 def judge(
-    implementation: Implementation,
+    implementation: Framework,
     config: Config,
     state: State,
     inputs: np.ndarray,

@@ -90,7 +90,7 @@ def test_a_short_fuzz_in_processes_of_its_own(
 def test_the_fuzzers_clock_starts_when_its_readers_are_ready(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    tally = fuzz.Tally()
+    tally = fuzz.FormatCounts()
     for _ in fuzz._campaign("msgpack", 0, 0.0, tally, tmp_path):
         pass
     assert tally.inputs >= 100, "with no time at all it waits for the first report"
@@ -114,7 +114,7 @@ def test_the_kill_campaign_sees_a_writer_that_overwrites(
 ) -> None:
     """A file that is cut short is what a plain `torch.save` leaves when it is killed."""
     path = compare.save_checkpoint(tmp_path / "state.pth", kill.state(3))
-    tally = kill.Tally()
+    tally = kill.FormatCounts()
     assert kill._read(path, tally, 3) == 3
     assert kill._read(path, tally, 4) == -1
     path.write_bytes(path.read_bytes()[:-1000])

@@ -24,7 +24,7 @@ from compare.checkpoint.errors import CheckpointError
 from compare.checkpoint.formats import orbax
 from compare.commands import checkpoints
 from compare.conversion.tensors import tensor_to_numpy
-from compare.proof.cases import IMPLEMENTATIONS, PRIME, PRIME_BIAS, Config
+from compare.proof.cases import FRAMEWORKS, PRIME, PRIME_BIAS, Config
 from compare.runners.run import build_nnx, build_torch, linen_template
 
 from .support import linen_variables, nnx_model, numpy_state_of, same_bits, state_of, torch_module
@@ -69,12 +69,12 @@ def as_state(loaded: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("writer", IMPLEMENTATIONS)
+@pytest.mark.parametrize("writer", FRAMEWORKS)
 def test_each_reads_what_each_wrote(writer: str, suffix: str, tmp_path: Path) -> None:
     path = compare.save_checkpoint(tmp_path / f"state{suffix}", sources()[writer])
     expected = state_of(PRIME_BIAS, "float32")
     expected["mask"] = 2.0 * expected["mask"]
-    for reader in IMPLEMENTATIONS:
+    for reader in FRAMEWORKS:
         state = as_state(compare.load_checkpoint(path, fresh(reader)))
         assert list(state) == list(expected)
         assert all(
@@ -159,7 +159,7 @@ def test_a_file_saved_on_cuda_loads_without_cuda(
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="Attempting to deserialize object on a CUDA device"):
             torch.load(tmp_path / "state.pth", weights_only=True)
-    for implementation in IMPLEMENTATIONS:
+    for implementation in FRAMEWORKS:
         state = as_state(compare.load_checkpoint(tmp_path / "state.pth", fresh(implementation)))
         assert torch.equal(state["mask"], torch_module().mask)
 
@@ -295,7 +295,7 @@ def test_msgpack_files_of_something_else(
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("reader", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reader", FRAMEWORKS)
 def test_a_state_that_does_not_fit_changes_nothing(
     reader: str, suffix: str, tmp_path: Path
 ) -> None:
@@ -389,7 +389,7 @@ def test_torch_modules_are_never_cast_into(tmp_path: Path) -> None:
 
 def test_weights_without_a_mask_do_not_load_into_the_class_with_one(tmp_path: Path) -> None:
     path = compare.save_checkpoint(tmp_path / "state.msgpack", torch_module(PRIME, buffer=False))
-    for implementation in IMPLEMENTATIONS:
+    for implementation in FRAMEWORKS:
         with pytest.raises(CheckpointError, match="missing mask"):
             compare.load_checkpoint(path, fresh(implementation, PRIME))
 

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from compare.checks import CHECKS, ON_THEIR_OWN
-from compare.checks.causality import causality
+from compare.checks.causality import check_causality
 from compare.checks.determinism import compiled_by_torch
-from compare.checks.stages import first_parted, stages
+from compare.checks.stages import check_stages, first_parted
 from compare.commands.checks import sections
 from compare.mutants import MUTANTS, planted
 from compare.proof import cases
 from compare.proof.agreement import Finding, agreement
-from compare.proof.cases import IMPLEMENTATIONS
+from compare.proof.cases import FRAMEWORKS
 from compare.report.verdicts import settle
 
 ON_EACH = [name for name in CHECKS if name not in ON_THEIR_OWN]
@@ -20,7 +20,7 @@ TRIALS = cases.fixed_trials()
 
 @pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
 @pytest.mark.parametrize("check", ON_EACH)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", FRAMEWORKS)
 def test_on_each_trial(name: str, check: str, trial: cases.Trial, device: str) -> None:
     findings = list(CHECKS[check](name, trial, device))
     assert findings or (check == "gradients" and trial.closed)
@@ -29,7 +29,7 @@ def test_on_each_trial(name: str, check: str, trial: cases.Trial, device: str) -
 
 
 @pytest.mark.parametrize("check", ON_THEIR_OWN)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", FRAMEWORKS)
 def test_on_its_own_trial(name: str, check: str, device: str) -> None:
     findings = list(CHECKS[check](name, TRIALS[0], device))
     assert findings
@@ -50,14 +50,14 @@ def test_torch_compile_computes_the_same(device: str) -> None:
         ("keys for values", "context"),
     ],
 )
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", FRAMEWORKS)
 def test_the_first_stage_that_parts_is_named(name: str, bug: str, stage: str) -> None:
     mutant = next(
         mutant for mutant in MUTANTS if (mutant.name, mutant.implementation) == (bug, name)
     )
-    assert first_parted(stages(name, TRIALS[0])) == ""
+    assert first_parted(check_stages(name, TRIALS[0])) is None
     with planted(mutant.module, mutant.changes):
-        assert first_parted(stages(name, TRIALS[0])) == stage
+        assert first_parted(check_stages(name, TRIALS[0])) == stage
 
 
 def test_a_failure_says_both_values_where_and_why() -> None:
@@ -81,7 +81,7 @@ def test_a_check_that_compared_nothing_is_an_error() -> None:
 
 
 def test_one_finding_beyond_its_limit_is_not_outvoted() -> None:
-    held = list(causality("torch", TRIALS[0]))
+    held = list(check_causality("torch", TRIALS[0]))
     nan = agreement(np.array([np.nan]), np.array([1.0]), np.inf)
     for place in range(len(held) + 1):
         findings = [*held[:place], Finding("causality", "torch", "nan", nan, ""), *held[place:]]

@@ -10,9 +10,9 @@ import torch
 from flax import nnx
 from jax.test_util import check_grads
 
-from compare.checks.gradients import exact_derivatives, problem_of
+from compare.checks.gradients import derivative_problem, exact_derivatives
 from compare.proof.cases import Config, Trial, draw
-from compare.runners.differentiate import Problem
+from compare.runners.differentiate import DerivativeProblem
 from compare.runners.run import ready_linen, ready_nnx, ready_torch
 
 from .support import normal, numpy_state_of
@@ -23,7 +23,7 @@ SMALL = Config(3, 2, 5, 0.1, qkv_bias=True)
 def test_the_written_out_gradient_is_the_derivative_to_50_digits() -> None:
     """Differentiated by mpmath; the gradient lies within its own running error bound, the second derivative too."""
     trial = draw(SMALL, 3, np.random.default_rng(0), batch=1, keep=True)
-    problem = problem_of(trial)
+    problem = derivative_problem(trial)
     found = exact_derivatives(problem)
     names = list(found)
     sizes = [found[name].value.value.size for name in names]
@@ -51,7 +51,7 @@ def test_the_written_out_gradient_is_the_derivative_to_50_digits() -> None:
                 assert error <= bounded.error.ravel()[place], (name, place)
 
 
-def _entries(problem: Problem, name: str) -> np.ndarray:
+def _entries(problem: DerivativeProblem, name: str) -> np.ndarray:
     return problem.inputs.ravel() if name == "inputs" else problem.state[name].ravel()
 
 
@@ -60,7 +60,7 @@ def _split(point: list[Any], sizes: list[int]) -> list[list[Any]]:
     return [point[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
-def _scalar(trial: Trial, problem: Problem, given: dict[str, list[Any]]) -> Any:
+def _scalar(trial: Trial, problem: DerivativeProblem, given: dict[str, list[Any]]) -> Any:
     """The sum of outputs times cotangent, written out one entry at a time."""
     width, head, tokens = 3, 2, 3
     x = [given["inputs"][width * t : width * (t + 1)] for t in range(tokens)]

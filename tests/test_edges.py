@@ -20,7 +20,7 @@ from compare.checkpoint.formats import open_checkpoint
 from compare.checkpoint.manifest import KEY, Manifest
 from compare.checkpoint.verify import verify_checkpoint
 from compare.conversion.errors import ConversionError
-from compare.conversion.mapping import Mapping, Row
+from compare.conversion.mapping import Row, StateMapping
 from compare.conversion.unmatched import objection
 from compare.dtypes import FLOAT8, numpy_dtype
 
@@ -83,7 +83,7 @@ def test_two_entries_do_not_become_one() -> None:
             One(),
         )
     with pytest.raises(ValueError, match="this mapping has params/x twice"):
-        Mapping((Row("a", ("params", "x")), Row("b", ("params", "x"))))
+        StateMapping((Row("a", ("params", "x")), Row("b", ("params", "x"))))
 
 
 def test_names_that_a_format_would_lose(tmp_path: Path) -> None:

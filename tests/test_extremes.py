@@ -5,7 +5,7 @@ import pytest
 
 from compare.dtypes import numpy_dtype
 from compare.proof.agreement import agreement
-from compare.proof.cases import IMPLEMENTATIONS, Config, Trial, draw
+from compare.proof.cases import FRAMEWORKS, Config, Trial, draw
 from compare.proof.parity import against_reference
 from compare.proof.reference import attention_stages
 from compare.proof.rounding_bound import PRECISIONS, overflow
@@ -63,7 +63,7 @@ def test_finite_inputs_stay_within_the_bound(trial: Trial, dtype: str) -> None:
         np.isfinite(rounded.inputs).all()
         and not overflow(rounded.inputs, state, state["mask"], PRECISIONS[dtype])
     )
-    for name in IMPLEMENTATIONS:
+    for name in FRAMEWORKS:
         found = run(name, CONFIG, rounded.state, rounded.inputs)
         agreed = against_reference(found, CONFIG, rounded.state, rounded.inputs)
         assert agreed.held, (name, agreed)
@@ -78,7 +78,7 @@ def test_nan_and_inf_stand_where_the_formula_puts_them(trial: Trial, dtype: str)
     state = rounded.state
     with np.errstate(invalid="ignore"):
         expected = attention_stages(rounded.inputs, state, state["mask"]).context
-    for name in IMPLEMENTATIONS:
+    for name in FRAMEWORKS:
         found = run(name, CONFIG, rounded.state, rounded.inputs)
         agreed = agreement(pattern(found), pattern(expected), 0.0)
         assert agreed.held, (name, agreed)
@@ -96,6 +96,6 @@ def test_the_documented_difference_where_a_dot_product_overflows() -> None:
     trial.inputs[:, 3, 2] = -1e30
     state, rounded = trial.rounded("float32").state, trial.rounded("float32")
     assert overflow(rounded.inputs, state, state["mask"], PRECISIONS["float32"])
-    for name in IMPLEMENTATIONS:
+    for name in FRAMEWORKS:
         outputs = run(name, CONFIG, rounded.state, rounded.inputs)
         assert np.isfinite(outputs[:, :3]).all(), "only the row that overflows may differ"

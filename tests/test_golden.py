@@ -7,7 +7,7 @@ import torch
 import compare
 from compare.commands import notebook
 from compare.conversion.tensors import torch_state
-from compare.proof.cases import IMPLEMENTATIONS, NOTEBOOK
+from compare.proof.cases import FRAMEWORKS, NOTEBOOK
 from compare.runners.notebook_figures import PRINT_ROUNDING, figures, initial_states, match_rows
 from compare.runners.run import build_nnx, linen_template
 
@@ -19,7 +19,7 @@ CELLS = {
 
 
 @pytest.mark.parametrize(("state", "printed"), CELLS.values(), ids=CELLS)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", FRAMEWORKS)
 def test_every_printed_row_fits_exactly_one_pattern_of_dropout(
     name: str, state: int, printed: list, device: str
 ) -> None:
@@ -31,8 +31,7 @@ def test_every_printed_row_fits_exactly_one_pattern_of_dropout(
 def test_the_three_find_the_same_patterns_and_dropout_was_active() -> None:
     state, printed = initial_states()[0], np.array(CELLS["10"][1])
     dropped = {
-        name: [match.dropped for match in match_rows(name, state, printed)]
-        for name in IMPLEMENTATIONS
+        name: [match.dropped for match in match_rows(name, state, printed)] for name in FRAMEWORKS
     }
     assert dropped["torch"] == dropped["linen"] == dropped["nnx"]
     assert dropped["torch"][:6] != dropped["torch"][6:], (
@@ -40,7 +39,7 @@ def test_the_three_find_the_same_patterns_and_dropout_was_active() -> None:
     )
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", FRAMEWORKS)
 def test_a_printed_digit_off_by_two_fits_nothing(name: str) -> None:
     printed = np.array(CELLS["3"][1])
     printed[1, 5, 2] += 2e-4

@@ -10,7 +10,7 @@ from compare.commands import bound, outputs
 from compare.dtypes import numpy_dtype
 from compare.mutants import MUTANTS, planted
 from compare.proof.agreement import agreement
-from compare.proof.cases import CASES, IMPLEMENTATIONS, Config
+from compare.proof.cases import CASES, FRAMEWORKS, Config
 from compare.proof.parity import against_reference, exact_and_limit
 from compare.proof.reference import attention_stages, masked_attention
 from compare.proof.rounding_bound import EXP_ULPS, PRECISIONS, overflow
@@ -187,7 +187,7 @@ def test_no_implementation_exceeds_the_bound(
     state = numpy_state_of(config, dtype, mask)
     inputs = (scale * random.standard_normal((batch, tokens, embed))).astype(numpy_dtype(dtype))
     assume(not overflow(inputs, state, mask, PRECISIONS[dtype]))
-    for name in IMPLEMENTATIONS:
+    for name in FRAMEWORKS:
         found = against_reference(run(name, config, state, inputs), config, state, inputs)
         assert found.held, (name, found)
 

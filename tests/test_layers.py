@@ -17,8 +17,7 @@ import compare
 from compare.conversion.apply_mapping import flax_from_torch
 from compare.conversion.errors import ConversionError
 from compare.conversion.layouts import ALL, layout, to_flax, to_torch
-from compare.conversion.mapping import Left
-from compare.conversion.mapping import Mapping as Table
+from compare.conversion.mapping import Left, StateMapping
 
 from .layer_cases import LAYERS, Case
 
@@ -96,7 +95,7 @@ def _limit(case: Case) -> float:
     return LAPACK_THRESHOLD * float(max(rounding, U64 * np.abs(exact).max(initial=0)))
 
 
-def _linen(case: Case, cotangent: np.ndarray) -> tuple[Table, np.ndarray, dict]:
+def _linen(case: Case, cotangent: np.ndarray) -> tuple[StateMapping, np.ndarray, dict]:
     inputs = [jnp.asarray(array) for array in case.inputs]
     method = case.call_linen
     template = jax.eval_shape(lambda: _init(case, inputs))
@@ -124,7 +123,7 @@ def _init(case: Case, inputs: list[Any]) -> Any:
     return recorder.variables
 
 
-def _nnx(case: Case, cotangent: np.ndarray) -> tuple[Table, np.ndarray, dict]:
+def _nnx(case: Case, cotangent: np.ndarray) -> tuple[StateMapping, np.ndarray, dict]:
     inputs = [jnp.asarray(array) for array in case.inputs]
     layouts = {} if "conv_transpose" in str(type(case.nnx)).lower() else case.layouts
     mapping = compare.match(case.torch, case.nnx, layouts=layouts)
@@ -139,7 +138,7 @@ def _nnx(case: Case, cotangent: np.ndarray) -> tuple[Table, np.ndarray, dict]:
 
 
 def _torch_gradients(
-    case: Case, mapping: Table, cotangent: np.ndarray, gradients: Mapping
+    case: Case, mapping: StateMapping, cotangent: np.ndarray, gradients: Mapping
 ) -> tuple[dict[Any, np.ndarray], dict[Any, float]]:
     """Return torch's gradients laid out as Flax's, and what rounding may do to each, as `_limit` has it."""
     exact = _flax_gradients(case, mapping, cotangent, gradients, torch.float64)
@@ -154,7 +153,7 @@ def _torch_gradients(
 
 
 def _flax_gradients(
-    case: Case, mapping: Table, cotangent: np.ndarray, gradients: Mapping, dtype: torch.dtype
+    case: Case, mapping: StateMapping, cotangent: np.ndarray, gradients: Mapping, dtype: torch.dtype
 ) -> dict[Any, np.ndarray]:
     module = case.torch.to(dtype)
     module.zero_grad()
@@ -169,13 +168,13 @@ def _flax_gradients(
         replace(row, plus=None) for row in mapping.rows
     )  # the gradient of a sum is that of each term
     arrays, mismatch = flax_from_torch(
-        tensors, gradients, Table(single, flax=mapping.flax), copy=True
+        tensors, gradients, StateMapping(single, flax=mapping.flax), copy=True
     )
     assert not (mismatch.missing or mismatch.misshaped or mismatch.refused), mismatch
     return {path: np.asarray(array) for path, array in arrays.items()}
 
 
-def _assert_the_way_back(case: Case, mapping: Table, flavor: str) -> None:
+def _assert_the_way_back(case: Case, mapping: StateMapping, flavor: str) -> None:
     """Back in a fresh torch module the outputs are the same: every bit but where two biases were added."""
     if flavor == "linen":
         template = jax.eval_shape(
@@ -191,7 +190,7 @@ def _assert_the_way_back(case: Case, mapping: Table, flavor: str) -> None:
         if key not in added and key not in mapping.left_keys():
             assert torch.equal(state[key], tensor), key
     case.torch.load_state_dict(state, strict=not mapping.left_keys())
-    assert Table.from_json(mapping.as_json()) == mapping
+    assert StateMapping.from_json(mapping.as_json()) == mapping
 
 
 def test_momentum_is_the_other_share_and_the_variance_is_another() -> None:

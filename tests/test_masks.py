@@ -16,7 +16,7 @@ from compare.checkpoint.formats import open_checkpoint
 from compare.conversion.convert import torch_to_linen, torch_to_nnx
 from compare.conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from compare.dtypes import numpy_dtype
-from compare.proof.cases import IMPLEMENTATIONS, PRIME
+from compare.proof.cases import FRAMEWORKS, PRIME
 from compare.runners.run import build_nnx, build_torch, linen_template
 from compare.subprocesses import ON_CPU, run_module
 
@@ -87,7 +87,7 @@ def test_every_edit_in_every_format_from_each_into_each(tmp_path: Path) -> None:
                     tmp_path / f"{dtype}-{number}-{writer}{suffix}", holder
                 )
                 expected[str(path)] = mask.astype(numpy_dtype(dtype))
-    for reader in IMPLEMENTATIONS:
+    for reader in FRAMEWORKS:
         found = run_module("tests.mask_reader", [reader, *expected], ON_CPU)
         for path, mask in expected.items():
             wanted = mask.astype(np.int32) if mask.dtype == np.int64 and reader != "torch" else mask
@@ -145,7 +145,7 @@ def test_saved_on_the_device_loaded_on_the_cpu_and_back(
         else:
             holder.mask[...] = jax.device_put(holder.mask[...], there)
         path = compare.save_checkpoint(tmp_path / f"float32-{writer}{suffix}", holder)
-        for reader in IMPLEMENTATIONS:
+        for reader in FRAMEWORKS:
             found = (
                 run_module("tests.mask_reader", [reader, str(path)], ON_CPU)
                 if device != "cpu"

@@ -14,7 +14,7 @@ from flax import nnx
 
 import compare
 from compare.conversion.errors import ConversionError
-from compare.conversion.mapping import LINEN, NNX, Left, Mapping, Row
+from compare.conversion.mapping import LINEN, NNX, Left, Row, StateMapping
 from compare.proof.cases import PRIME_BIAS
 from compare.runners.run import build_nnx, linen_template
 
@@ -221,7 +221,7 @@ def test_a_table_is_saved_and_read(tmp_path: Path) -> None:
     cell = torch.nn.LSTMCell(2, 3)
     table = compare.match(cell, nnx.LSTMCell(2, 3, rngs=nnx.Rngs(0)))
     table.save(tmp_path / "map.json")
-    assert Mapping.load(tmp_path / "map.json") == table
+    assert StateMapping.load(tmp_path / "map.json") == table
     assert "weight_ih[1/4]" in str(table) and "bias_ih[0/4] + bias_hh[0/4]" in str(table)
 
 
@@ -253,5 +253,5 @@ def test_files_that_are_no_table(change: Any, message: str, tmp_path: Path) -> N
     change(content)
     (tmp_path / "map.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message) as caught:
-        Mapping.load(tmp_path / "map.json")
+        StateMapping.load(tmp_path / "map.json")
     assert str(tmp_path / "map.json") in str(caught.value)

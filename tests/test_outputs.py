@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from compare.proof.agreement import agreement
-from compare.proof.cases import CASES, IMPLEMENTATIONS, PRIME, PRIME_BIAS, Case
+from compare.proof.cases import CASES, FRAMEWORKS, PRIME, PRIME_BIAS, Case
 from compare.proof.rounding_bound import FLOAT64_RELATIVE
 from compare.runners.run import run
 
@@ -66,7 +66,7 @@ MASKS = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(", ", "-"))
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", FRAMEWORKS)
 def test_within_the_rounding_bound_of_the_reference(
     name: str, case: Case, dtype: str, device: str
 ) -> None:
@@ -87,7 +87,7 @@ def test_float64_equals_torch(name: str, case: Case, device: str) -> None:
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("tokens", [5, T])
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", FRAMEWORKS)
 def test_obeys_any_mask(name: str, tokens: int, mask: np.ndarray, device: str) -> None:
     state = numpy_state_of(PRIME_BIAS, "float32", mask)
     found = judge(
@@ -96,7 +96,7 @@ def test_obeys_any_mask(name: str, tokens: int, mask: np.ndarray, device: str) -
     assert found.held, found
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", FRAMEWORKS)
 def test_a_closed_row_is_nan_and_no_other(name: str, device: str) -> None:
     state = numpy_state_of(PRIME, "float32", MASKS["row closed"])
     outputs = run(name, PRIME, state, normal(2, 5, PRIME.input_embedding_dim), device=device)
@@ -105,7 +105,7 @@ def test_a_closed_row_is_nan_and_no_other(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", FRAMEWORKS)
 def test_empty_inputs_give_empty_outputs(name: str, shape: tuple[int, int], device: str) -> None:
     inputs = np.zeros((*shape, PRIME.input_embedding_dim), dtype=np.float32)
     outputs = run(name, PRIME, numpy_state_of(PRIME, "float32"), inputs, device=device)
@@ -113,7 +113,7 @@ def test_empty_inputs_give_empty_outputs(name: str, shape: tuple[int, int], devi
     assert outputs.dtype == np.float32
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", FRAMEWORKS)
 def test_without_the_buffer_it_is_the_same_function(name: str, device: str) -> None:
     state = numpy_state_of(PRIME, "float32")
     inputs = normal(2, 5, PRIME.input_embedding_dim)

@@ -21,9 +21,9 @@ from compare.checkpoint.errors import CheckpointError, UnverifiedCheckpoint
 from compare.checkpoint.formats import format_of, open_checkpoint, safetensors, torch_zip
 from compare.checkpoint.manifest import checksum
 from compare.checkpoint.reader import PART_BYTES
-from compare.checkpoint.tensors import Held, spec_of
+from compare.checkpoint.tensors import InMemory, spec_of
 from compare.checkpoint.verify import verify_checkpoint
-from compare.conversion.mapping import Mapping, Row
+from compare.conversion.mapping import Row, StateMapping
 from compare.dtypes import DTYPES, numpy_dtype
 
 from .faults import change_manifest
@@ -36,8 +36,8 @@ SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")
 BITS = np.random.default_rng(0).integers(0, 256, 16 * 7 * 3, dtype=np.uint8)
 
 
-def held(arrays: dict[tuple[Any, ...], np.ndarray], layout: Any) -> Held:
-    return Held(layout, arrays, {path: spec_of(array) for path, array in arrays.items()})
+def held(arrays: dict[tuple[Any, ...], np.ndarray], layout: Any) -> InMemory:
+    return InMemory(layout, arrays, {path: spec_of(array) for path, array in arrays.items()})
 
 
 def through(
@@ -514,7 +514,7 @@ def test_what_says_nothing_of_the_other_framework_is_refused(tmp_path: Path) -> 
         )
     with pytest.raises(CheckpointError, match="is in the layout of torch, as the source is"):
         convert_checkpoint(path, tmp_path / "y.msgpack", like=path)
-    wrong = Mapping((Row("weight", ("params", "kernel")), Row("gone", ("params", "bias"))))
+    wrong = StateMapping((Row("weight", ("params", "kernel")), Row("gone", ("params", "bias"))))
     with pytest.raises(
         CheckpointError, match=r"(?s)does not fit the mapping.*missing gone.*unexpected bias"
     ):

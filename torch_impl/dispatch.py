@@ -7,9 +7,9 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from .attention import reference_attention
-from .validation import check_covered
 from .closed_rows import closed_rows, find_closed, guarded_attention
 from .fused import fused_attention, kernel_layout
+from .validation import check_covered
 
 Implementation = Literal["reference", "fused", "auto"]
 IMPLEMENTATIONS = get_args(Implementation)

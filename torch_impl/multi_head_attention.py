@@ -4,9 +4,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from .attention import causal_mask
-from .validation import check_dropout, check_heads, check_inputs, check_mask
 from .closed_rows import guarded_projection
 from .dispatch import Implementation, attend, check_implementation, dropping
+from .validation import check_dropout, check_heads, check_inputs, check_mask
 
 
 class CausalMultiHeadAttention(nn.Module):

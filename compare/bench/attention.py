@@ -15,7 +15,7 @@ from ..proof.reference import masked_attention
 from ..proof.rounding_bound import PRECISIONS, attention_bounds, most_tiles
 from ..report.model import Block, Cell, Check, Curves, Section, Table
 from ..subprocesses import ON_CPU, run_module
-from .contestants import Contestant, Problem, Step, contestants, draw
+from .contestants import AttentionProblem, Contestant, Step, contestants, draw_problem
 
 TOKENS: tuple[int, ...] = (6, 256, 512, 1024, 2048, 4096)
 WINDOW = "window 256"
@@ -31,7 +31,7 @@ MANY_ROUNDS = 1024  # up to so many tokens rounds are short, and thrice as many
 OURS = ("torch ours", "Flax ours")
 
 
-class Run(NamedTuple):
+class BenchmarkCase(NamedTuple):
     """One shape, mask, dtype and direction."""
 
     mask: str
@@ -49,7 +49,7 @@ class Timed(NamedTuple):
     why_not: str = ""
 
 
-Times = dict[Run, dict[str, Timed]]
+Times = dict[BenchmarkCase, dict[str, Timed]]
 
 
 def sections(
@@ -65,7 +65,7 @@ def sections(
         for mask in masks:
             for backward in (False, True):
                 for size in tokens:
-                    run = Run(mask, dtype, backward, size)
+                    run = BenchmarkCase(mask, dtype, backward, size)
                     if mask == "causal" or size > 256:
                         yield f"{size} tokens, {mask}, {dtype}, {_pass(backward)}"
                         smaller = times.get(run._replace(tokens=size // 2), {})
@@ -94,11 +94,11 @@ def _pass(backward: bool) -> str:
 
 
 def _time(
-    run: Run, device: str, rounds: int, smaller: dict[str, Timed], *, slow: bool
+    run: BenchmarkCase, device: str, rounds: int, smaller: dict[str, Timed], *, slow: bool
 ) -> dict[str, Timed]:
     """Time every contestant in turn, round by round; not those for which half the tokens took too long."""
     shape = NOTEBOOK_SHAPE if run.tokens == 6 else (1, HEADS, run.tokens, HEAD_DIM)
-    problem = draw(shape, run.mask, run.dtype, device)
+    problem = draw_problem(shape, run.mask, run.dtype, device)
     exact = None if run.backward else _exact(problem)
     found: dict[str, Timed] = {}
     steps: dict[str, tuple[Step, int]] = {}
@@ -141,18 +141,20 @@ def _clocked(step: Step) -> tuple[float, Any]:
     return time.perf_counter() - begin, found
 
 
-def _given(problem: Problem, run: Run, *, slow: bool) -> Iterator[tuple[Contestant, Problem]]:
+def _given(
+    problem: AttentionProblem, run: BenchmarkCase, *, slow: bool
+) -> Iterator[tuple[Contestant, AttentionProblem]]:
     """Yield who is timed, and on what; beside a window also ours under a causal mask, for the ratio of the two."""
     for contestant in contestants(problem.device, slow=slow):
         yield contestant, problem
     if run.mask == WINDOW:
-        causal = draw(problem.cotangent.shape, "causal", run.dtype, problem.device)
+        causal = draw_problem(problem.cotangent.shape, "causal", run.dtype, problem.device)
         for contestant in contestants(problem.device, slow=False):
             if contestant.name in OURS:
                 yield contestant._replace(name=f"{contestant.name}, causal"), causal
 
 
-def _exact(given: Problem) -> tuple[np.ndarray, np.ndarray]:
+def _exact(given: AttentionProblem) -> tuple[np.ndarray, np.ndarray]:
     """Return the first head's exact outputs from what its entries round to, and the bound of their error."""
     dtype = numpy_dtype(given.dtype)
     queries, keys, values = (array[0, 0].astype(dtype).astype(np.float64) for array in given.heads)
@@ -172,7 +174,7 @@ def _ratio(outputs: Any, name: str, exact: np.ndarray, bound: np.ndarray) -> flo
     return agreement(found[0, :, 0] if tokens_first else found[0, 0], exact, bound).ratio
 
 
-def _median(times: Times, run: Run, name: str) -> float | None:
+def _median(times: Times, run: BenchmarkCase, name: str) -> float | None:
     seconds = times[run][name].seconds if run in times and name in times[run] else []
     return statistics.median(seconds) if seconds else None
 
@@ -228,7 +230,7 @@ def _spread(timed: Timed) -> str:
     return f"{50 * (high - low) / median:.0f}"
 
 
-def _curves(times: Times, runs: list[Run], names: list[str], title: str) -> list[Block]:
+def _curves(times: Times, runs: list[BenchmarkCase], names: list[str], title: str) -> list[Block]:
     """Return time against tokens, without the notebook's size, whose shape is another; the slope is of the last two."""
     runs = [run for run in runs if run.tokens > 6]
     series = {}
@@ -250,8 +252,8 @@ class Figure(NamedTuple):
     """A ratio of two times that is to be reached: at most, or at least."""
 
     name: str
-    over: tuple[Run, str]
-    under: tuple[Run, str]
+    over: tuple[BenchmarkCase, str]
+    under: tuple[BenchmarkCase, str]
     limit: float
     at_most: bool
 
@@ -259,7 +261,7 @@ class Figure(NamedTuple):
 def _wanted() -> Iterator[Figure]:
     for backward in (False, True):
         for size in (1024, 2048):
-            run = Run("causal", "float32", backward, size)
+            run = BenchmarkCase("causal", "float32", backward, size)
             name = f"{size}, {_pass(backward)}"
             sdpa = run, "torch SDPA is_causal"
             yield Figure(
@@ -284,12 +286,12 @@ def _wanted() -> Iterator[Figure]:
                 False,
             )
         for ours in OURS:
-            window = Run(WINDOW, "float32", backward, 4096)
+            window = BenchmarkCase(WINDOW, "float32", backward, 4096)
             name = f"{ours}: causal / {WINDOW}, 4096, {_pass(backward)}"
             yield Figure(
                 name, (window, f"{ours}, causal"), (window, ours), (4.0, 3.0)[backward], False
             )
-            smallest = Run("causal", "float32", backward, 6)
+            smallest = BenchmarkCase("causal", "float32", backward, 6)
             formula = "torch formula" if ours == OURS[0] else "JAX formula"
             name = f"{ours} / formula, 6, {_pass(backward)}"
             yield Figure(name, (smallest, ours), (smallest, formula), 1.1, True)

@@ -24,7 +24,7 @@ from flax import serialization
 
 from ..checkpoint import load_checkpoint, save_checkpoint
 from ..checkpoint.convert import convert_checkpoint
-from ..conversion.mapping import Mapping, Row
+from ..conversion.mapping import Row, StateMapping
 from ..files import forget
 from ..report.model import Cell, Check, Section, Table
 
@@ -68,7 +68,7 @@ class Bench:
         rows = (
             Row(f"{i}.weight", ("params", str(i), "kernel"), "transposed") for i in range(count)
         )
-        self.mapping = Mapping(tuple(rows))
+        self.mapping = StateMapping(tuple(rows))
         self.nbytes = count * MATRIX_BYTES
 
     def path(self, whose: str, suffix: str) -> Path:

@@ -19,7 +19,7 @@ from ..dtypes import numpy_dtype
 Step = Callable[[], Any]
 
 
-class Problem(NamedTuple):
+class AttentionProblem(NamedTuple):
     """What every contestant is given.
 
     heads: queries, keys and values, (batch, heads, tokens, head_dim), float32.
@@ -42,16 +42,18 @@ class Contestant(NamedTuple):
     """`make` gives the call that is timed, forward or forward and backward, or raises NotImplementedError."""
 
     name: str
-    make: Callable[[Problem, bool], Step]
+    make: Callable[[AttentionProblem, bool], Step]
 
 
-def draw(shape: tuple[int, ...], mask_name: str, dtype: str, device: str) -> Problem:
+def draw_problem(
+    shape: tuple[int, ...], mask_name: str, dtype: str, device: str
+) -> AttentionProblem:
     """Draw standard normal queries, keys, values and cotangent."""
     random = np.random.default_rng(0)
     queries, keys, values, cotangent = (
         random.standard_normal(shape, dtype=np.float32) for _ in range(4)
     )
-    return Problem(
+    return AttentionProblem(
         (queries, keys, values), cotangent, MASKS[mask_name](shape[-2]), mask_name, dtype, device
     )
 
@@ -101,7 +103,9 @@ TorchAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tens
 
 
 def _torch(
-    prepare: Callable[[Problem, torch.Tensor], TorchAttention], given: Problem, backward: bool
+    prepare: Callable[[AttentionProblem, torch.Tensor], TorchAttention],
+    given: AttentionProblem,
+    backward: bool,
 ) -> Step:
     dtype = getattr(torch, given.dtype)
     queries, keys, values, cotangent = (
@@ -127,21 +131,21 @@ def _torch(
 
 def _masked(
     attend: Callable[..., torch.Tensor],
-) -> Callable[[Problem, torch.Tensor], TorchAttention]:
+) -> Callable[[AttentionProblem, torch.Tensor], TorchAttention]:
     return lambda given, mask: partial(attend, mask=mask)
 
 
-def _sdpa_causal(given: Problem, mask: torch.Tensor) -> TorchAttention:
+def _sdpa_causal(given: AttentionProblem, mask: torch.Tensor) -> TorchAttention:
     if given.mask_name != "causal":
         raise NotImplementedError("takes no such mask")
     return partial(F.scaled_dot_product_attention, is_causal=True)
 
 
-def _sdpa_mask(given: Problem, mask: torch.Tensor) -> TorchAttention:
+def _sdpa_mask(given: AttentionProblem, mask: torch.Tensor) -> TorchAttention:
     return partial(F.scaled_dot_product_attention, attn_mask=mask == 0)
 
 
-def _flex(given: Problem, mask: torch.Tensor) -> TorchAttention:
+def _flex(given: AttentionProblem, mask: torch.Tensor) -> TorchAttention:
     from torch.nn.attention.flex_attention import create_block_mask
 
     num_tokens = len(mask)
@@ -167,7 +171,7 @@ def _compiled_flex() -> Any:
 
 
 def _jax(
-    attend: Callable[..., jax.Array], tokens_first: bool, given: Problem, backward: bool
+    attend: Callable[..., jax.Array], tokens_first: bool, given: AttentionProblem, backward: bool
 ) -> Step:
     """Jit it once for all masks; `tokens_first` want (batch, tokens, heads, head_dim), and are told `is_causal`."""
     device = jax.devices(given.device)[0]

@@ -2,15 +2,15 @@
 
 import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from ..checkpoint.formats import safetensors
-from ..checkpoint.tensors import Held, Spec
+from ..checkpoint.tensors import InMemory, Spec
 from ..checkpoint.verify import verify_checkpoint
-from ..conversion.mapping import Mapping, Path, Row
+from ..conversion.mapping import KeyPath, Row, StateMapping
 from ..report.model import Cell, Check, Section, Table
 from ..subprocesses import ON_CPU, run_module
 
@@ -19,7 +19,7 @@ ROOM_BYTES = 300_000_000
 _HIDDEN, _INNER = 4096, 11008
 
 
-class Synthetic(Held):
+class Synthetic(InMemory):
     """A model's tensors, an embedding and layers, made when they are asked for."""
 
     def __init__(self, megabytes: int) -> None:
@@ -27,13 +27,13 @@ class Synthetic(Held):
         layers = max(
             1, (megabytes * 1_000_000 - 2 * words * _HIDDEN) // (2 * _HIDDEN * (_INNER + 1))
         )
-        specs: dict[Path, Spec] = {("embed.weight",): Spec((words, _HIDDEN), "bfloat16")}
+        specs: dict[KeyPath, Spec] = {("embed.weight",): Spec((words, _HIDDEN), "bfloat16")}
         for layer in range(layers):
             specs[(f"layers.{layer}.fc.weight",)] = Spec((_INNER, _HIDDEN), "bfloat16")
             specs[(f"layers.{layer}.norm.weight",)] = Spec((_HIDDEN,), "bfloat16")
         super().__init__("torch", {}, specs)
 
-    def pieces(self, path: Path) -> Iterable[np.ndarray]:
+    def pieces(self, path: KeyPath) -> Iterable[np.ndarray]:
         """Return random bits, the same whenever they are asked for."""
         random = np.random.default_rng(list(str(path[0]).encode()))
         return [
@@ -42,14 +42,14 @@ class Synthetic(Held):
             )
         ]
 
-    def table(self) -> Mapping:
+    def table(self) -> StateMapping:
         """Return where Flax keeps them."""
         rows = [Row("embed.weight", ("params", "embed", "embedding"))]
         for name in (str(path[0]) for path in self.specs if path[0] != "embed.weight"):
             _, layer, module, _ = name.split(".")
             leaf = ("kernel", "transposed") if module == "fc" else ("scale", "same")
             rows.append(Row(name, ("params", f"layers_{layer}", module, leaf[0]), leaf[1]))
-        return Mapping(tuple(rows))
+        return StateMapping(tuple(rows))
 
 
 def sections(megabytes: int) -> Iterator[Section | str]:
@@ -60,7 +60,7 @@ def sections(megabytes: int) -> Iterator[Section | str]:
     section = Section(f"{nbytes / 1e9:.2f} GB converted tensor by tensor")
     rows: list[list[Cell]] = []
     with tempfile.TemporaryDirectory() as name:
-        folder = FilePath(name)
+        folder = Path(name)
         yield "making the checkpoint"
         safetensors.write(folder / "torch.safetensors", synthetic)
         synthetic.table().save(folder / "map.json")

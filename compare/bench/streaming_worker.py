@@ -10,7 +10,7 @@ import orbax.checkpoint  # noqa: F401  so that its import is in the base
 
 from ..checkpoint.convert import Wanted, convert_checkpoint
 from ..checkpoint.errors import UnverifiedCheckpoint
-from ..conversion.mapping import Mapping
+from ..conversion.mapping import StateMapping
 
 
 def kilobytes(name: str) -> int:
@@ -26,7 +26,7 @@ def main() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
     begin = time.perf_counter()
     wanted: Wanted = "torch" if layout == "torch" else "flax"
-    done = convert_checkpoint(source, target, mapping=Mapping.load(mapping), layout=wanted)
+    done = convert_checkpoint(source, target, mapping=StateMapping.load(mapping), layout=wanted)
     seconds = time.perf_counter() - begin
     print(
         json.dumps(

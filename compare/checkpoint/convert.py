@@ -4,13 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, Literal
 
-from ..conversion import mapping as tables
 from ..conversion.errors import ConversionError
-from ..conversion.mapping import Left, Path
-from ..conversion.mapping import Mapping as Table
+from ..conversion.mapping import LINEN, NNX, KeyPath, Left, StateMapping, slashed
 from ..conversion.match import match
 from .errors import CheckpointError
 from .formats import KNOWN, exists, format_of, open_checkpoint, shards
@@ -61,7 +59,7 @@ def convert_checkpoint(
     source: str | PathLike[str],
     target: str | PathLike[str],
     *,
-    mapping: Table | None = None,
+    mapping: StateMapping | None = None,
     like: str | PathLike[str] | None = None,
     layout: Wanted | None = None,
     dtype: str | None = None,
@@ -90,11 +88,11 @@ def convert_checkpoint(
         CheckpointError: the source cannot be read, does not fit the mapping, or the target cannot
             be written. The target is then as it was.
     """
-    path = FilePath(target)
+    path = Path(target)
     chosen = format_of(path) if shard_bytes is None else None
     allowed = chosen.layouts if chosen else ("torch", "linen", "nnx")
     resolved = writable(path, chosen) if chosen else _folder(path)
-    read = FilePath(source)
+    read = Path(source)
     if exists(read) and (resolved == read.resolve() or resolved in read.resolve().parents):
         raise CheckpointError(
             path, "is what is to be read, or holds it: write beside it, then rename"
@@ -122,7 +120,7 @@ def planned(
     stored: Stored,
     allowed: Iterable[str],
     *,
-    mapping: Table | None = None,
+    mapping: StateMapping | None = None,
     like: str | PathLike[str] | None = None,
     beside: str | PathLike[str] | None = None,
     layout: Wanted | None = None,
@@ -150,14 +148,14 @@ def planned(
 
 def _mapping(
     stored: Stored,
-    mapping: Table | None,
+    mapping: StateMapping | None,
     like: str | PathLike[str] | None,
     beside: str | PathLike[str] | None,
-) -> Table:
+) -> StateMapping:
     table = mapping or (_matched(stored, like) if like is not None else stored.mapping)
     if table is not None:
         return table
-    own = tables.LINEN if stored.layout in ("torch", "linen") else tables.NNX
+    own = LINEN if stored.layout in ("torch", "linen") else NNX
     known = {(key,) for key in own.by_key} if stored.layout == "torch" else set(own.by_path)
     if stored.specs.keys() <= known:
         return own
@@ -168,7 +166,7 @@ def _mapping(
     )
 
 
-def _matched(stored: Stored, like: str | PathLike[str]) -> Table:
+def _matched(stored: Stored, like: str | PathLike[str]) -> StateMapping:
     with open_checkpoint(like) as other:
         if (other.layout == "torch") == (stored.layout == "torch"):
             raise CheckpointError(
@@ -184,8 +182,8 @@ def _matched(stored: Stored, like: str | PathLike[str]) -> Table:
             ) from error
 
 
-def _line(path: Path, spec: Spec, stored: Stored, tensors: Tensors) -> Line:
-    name = "/".join(map(str, path))
+def _line(path: KeyPath, spec: Spec, stored: Stored, tensors: Tensors) -> Line:
+    name = slashed(path)
     source, how = name, "same"
     base = tensors.source if isinstance(tensors, Cast) else tensors
     if base is not stored and tensors.mapping is not None:
@@ -208,7 +206,7 @@ def _keys(row: Any) -> str:
     return " + ".join(f"{key}{part}" for key in (row.torch_key, row.plus) if key)
 
 
-def _folder(path: FilePath) -> FilePath:
+def _folder(path: Path) -> Path:
     if path.suffix.lower() in KNOWN:
         raise CheckpointError(
             path,

@@ -12,13 +12,10 @@ import numpy as np
 import torch
 from flax import nnx
 
-from ..conversion import mapping as tables
 from ..conversion.apply_mapping import flax_from_torch
 from ..conversion.convert import StateDict, Variables
 from ..conversion.errors import ConversionError, shown
-from ..conversion.mapping import Mapping as Table
-from ..conversion.mapping import Path as Steps
-from ..conversion.mapping import Policy
+from ..conversion.mapping import LINEN, NNX, KeyPath, Policy, StateMapping, slashed
 from ..conversion.match import allowing, match
 from ..conversion.state_kinds import FlaxSide, flax_side, specs_side
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
@@ -43,7 +40,7 @@ def load_checkpoint(
     path: str | PathLike[str],
     target: Module,
     *,
-    mapping: Table | None = None,
+    mapping: StateMapping | None = None,
     policy: Mapping[str, Policy] | None = None,
     cast: bool = False,
 ) -> Module: ...
@@ -52,7 +49,7 @@ def load_checkpoint(
     path: str | PathLike[str],
     target: Mapping[str, Any],
     *,
-    mapping: Table | None = None,
+    mapping: StateMapping | None = None,
     policy: Mapping[str, Policy] | None = None,
     cast: bool = False,
 ) -> Variables: ...
@@ -60,7 +57,7 @@ def load_checkpoint(
     path: str | PathLike[str],
     target: Any,
     *,
-    mapping: Table | None = None,
+    mapping: StateMapping | None = None,
     policy: Mapping[str, Policy] | None = None,
     cast: bool = False,
 ) -> Any:
@@ -103,7 +100,7 @@ def load_checkpoint(
         raise TypeError(
             "target is a flat dict; expected Linen variables, or a torch module instead of its state dict"
         )
-    if mapping is not None and not isinstance(mapping, Table):
+    if mapping is not None and not isinstance(mapping, StateMapping):
         raise TypeError(
             f"mapping is a {type(mapping).__name__}; expected what `compare.match` returns"
         )
@@ -134,7 +131,7 @@ def load_checkpoint(
         raise CheckpointError(path, f"was not loaded:\n{error.mismatch}", error.mismatch) from error
 
 
-def read_checkpoint(path: str | PathLike[str], *, mapping: Table | None = None) -> StateDict:
+def read_checkpoint(path: str | PathLike[str], *, mapping: StateMapping | None = None) -> StateDict:
     """Return what a checkpoint holds as a torch state dict on the CPU.
 
     Args:
@@ -149,9 +146,7 @@ def read_checkpoint(path: str | PathLike[str], *, mapping: Table | None = None) 
     def read(stored: Stored) -> StateDict:
         if stored.layout == "torch":
             return _state(stored)
-        table = (
-            mapping or stored.mapping or (tables.LINEN if stored.layout == "linen" else tables.NNX)
-        )
+        table = mapping or stored.mapping or (LINEN if stored.layout == "linen" else NNX)
         try:
             return _state(relaid(stored.path, stored, stored.spell(table)))
         except CheckpointError as error:
@@ -231,7 +226,7 @@ def named(stored: Stored) -> dict[str, _Named]:
 def _into_torch(
     stored: Stored,
     module: torch.nn.Module,
-    mapping: Table | None,
+    mapping: StateMapping | None,
     policy: Mapping[str, Policy],
     cast: bool,
 ) -> Callable[[], torch.nn.Module]:
@@ -259,7 +254,11 @@ def _into_torch(
 
 
 def _torch_into_flax(
-    stored: Stored, target: Any, mapping: Table | None, policy: Mapping[str, Policy], cast: bool
+    stored: Stored,
+    target: Any,
+    mapping: StateMapping | None,
+    policy: Mapping[str, Policy],
+    cast: bool,
 ) -> Callable[[], Any]:
     side, names = flax_side(target), named(stored)
     table = mapping or _own(stored, side.kind)
@@ -307,7 +306,7 @@ def _cast(path: Path, key: str, tensor: torch.Tensor, dtype: torch.dtype) -> tor
     )
 
 
-def _own(stored: Stored, kind: str) -> Table | None:
+def _own(stored: Stored, kind: str) -> StateMapping | None:
     """Return the mapping that the file has for that kind of Flax model."""
     return stored.mapping if stored.mapping and stored.mapping.flax == kind else None
 
@@ -341,11 +340,11 @@ def _require_masks(path: Path, tensors: Tensors, state: StateDict) -> None:
             raise _nan(path, key, int(torch.isnan(tensor).sum()))
 
 
-def _require_no_nan(path: Path, steps: Steps, kind: str, array: jax.Array) -> None:
+def _require_no_nan(path: Path, steps: KeyPath, kind: str, array: jax.Array) -> None:
     if is_mask(steps, kind) and array.dtype.kind not in "biu":
         is_nan = np.isnan(np.asarray(array).astype(np.complex128))
         if is_nan.any():
-            raise _nan(path, "/".join(map(str, steps)), int(is_nan.sum()))
+            raise _nan(path, slashed(steps), int(is_nan.sum()))
 
 
 def _nan(path: Path, key: str, count: int) -> CheckpointError:

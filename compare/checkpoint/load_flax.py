@@ -9,8 +9,8 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from ..conversion.apply_mapping import place_like
-from ..conversion.errors import ConversionError, Entry, Mismatch
-from ..conversion.mapping import Path, Policy
+from ..conversion.errors import ConversionError, Mismatch, MismatchEntry
+from ..conversion.mapping import KeyPath, Policy, dotted, slashed
 from ..conversion.state_kinds import FlaxSide, linen_entries, one_trained, specs_side
 from ..conversion.tensors import Untransferable, numpy_to_tensor, to_jax
 from ..conversion.unmatched import decided, may_lack, objection
@@ -21,7 +21,7 @@ from .transforms import cast_array
 
 def flax_leaves(
     stored: Stored, side: FlaxSide, policy: Mapping[str, Policy], cast: bool
-) -> dict[Path, jax.Array]:
+) -> dict[KeyPath, jax.Array]:
     """Return the target's leaves with the values of the file.
 
     Raises:
@@ -31,53 +31,49 @@ def flax_leaves(
     held = specs_side("linen" if stored.layout == "linen" else "nnx", stored.specs, stored.kinds)
     by_name = dict(held.by_name)
     for path, first in stored.aliases.items():
-        by_name.setdefault(
-            ".".join(map(str, path[1:] if stored.layout == "linen" else path)), [first]
-        )
+        by_name.setdefault(dotted(path[1:] if stored.layout == "linen" else path), [first])
     missing, misshaped, refused = [], [], []
-    pairs: dict[Path, Path] = {}
+    pairs: dict[KeyPath, KeyPath] = {}
     for path, leaf in side.leaves.items():
-        place, found = "/".join(map(str, path)), by_name.get(names[path], [])
+        place, found = slashed(path), by_name.get(names[path], [])
         if not found:
             missing += (
                 []
                 if may_lack(place, leaf, policy)
-                else [Entry(names[path], place, expected=tuple(leaf.shape))]
+                else [MismatchEntry(names[path], place, expected=tuple(leaf.shape))]
             )
         elif len(found) > 1:
             refused.append(
-                Entry(
+                MismatchEntry(
                     names[path],
                     place,
-                    reason=f"could be {' or '.join('/'.join(map(str, p)) for p in found)}",
+                    reason=f"could be {' or '.join(slashed(p) for p in found)}",
                 )
             )
         elif stored.specs[found[0]].shape != tuple(leaf.shape):
             misshaped.append(
-                Entry(names[path], place, stored.specs[found[0]].shape, tuple(leaf.shape))
+                MismatchEntry(names[path], place, stored.specs[found[0]].shape, tuple(leaf.shape))
             )
         elif one_trained(mine := held.kinds[found[0]], its := side.kinds[path]):
             reason = f"is a {mine} in the file and a {its} in the target: one is trained, the other is not"
-            refused.append(Entry(names[path], place, reason=reason))
+            refused.append(MismatchEntry(names[path], place, reason=reason))
         else:
             pairs[path] = found[0]
     taken = set(names.values())
     extra = [path for path in held.leaves if ".".join(held.names[path]) not in taken]
-    known = {
-        path for path in extra if decided("/".join(map(str, path)), policy) in ("ignore", "verify")
-    }
+    known = {path for path in extra if decided(slashed(path), policy) in ("ignore", "verify")}
     unexpected = tuple(
-        Entry("/".join(map(str, p)), "", stored.specs[p].shape) for p in extra if p not in known
+        MismatchEntry(slashed(p), "", stored.specs[p].shape) for p in extra if p not in known
     )
     if missing or unexpected or misshaped or refused:
         raise ConversionError(
             Mismatch(tuple(missing), unexpected, tuple(misshaped), tuple(refused))
         )
-    verified = {path for path in known if decided("/".join(map(str, path)), policy) == "verify"}
+    verified = {path for path in known if decided(slashed(path), policy) == "verify"}
     arrays = dict(stored.read(dict.fromkeys([*pairs.values(), *sorted(verified, key=str)])))
     for path in verified:
-        if reason := objection("verify", arrays[path]):
-            refused.append(Entry("/".join(map(str, path)), "", arrays[path].shape, reason=reason))
+        if (why := objection("verify", arrays[path])) is not None:
+            refused.append(MismatchEntry(slashed(path), "", arrays[path].shape, reason=why))
     leaves = {}
     for path, source in pairs.items():
         try:
@@ -86,13 +82,13 @@ def flax_leaves(
                 array = cast_array(stored.path, names[path], array, np.dtype(leaf.dtype))
             leaves[path] = _leaf(array, leaf)
         except Untransferable as error:
-            refused.append(Entry(names[path], "", arrays[source].shape, reason=str(error)))
+            refused.append(MismatchEntry(names[path], "", arrays[source].shape, reason=str(error)))
     if refused:
         raise ConversionError(Mismatch(refused=tuple(refused)))
     return leaves
 
 
-def install(target: Any, leaves: Mapping[Path, jax.Array]) -> Any:
+def install(target: Any, leaves: Mapping[KeyPath, jax.Array]) -> Any:
     """Put the leaves into the NNX model and return it, or return new Linen variables."""
     if isinstance(target, nnx.Module):
         nnx.update(target, unflatten_dict(dict(leaves)))

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from ..conversion.apply_mapping import same_bits
 from ..conversion.convert import StateDict
-from ..conversion.errors import ConversionError, Entry, Mismatch
+from ..conversion.errors import ConversionError, Mismatch, MismatchEntry
 from ..conversion.mapping import Policy
 from ..conversion.state_kinds import one_trained, same_memory, torch_kinds
 from ..conversion.unmatched import decided, host_values, may_lack, objection
@@ -37,7 +37,7 @@ def require_fit(
     }
     tied, own_kinds = _tied(wanted), torch_kinds(module)
     missing = [
-        Entry(key, "the module's", expected=tuple(tensor.shape))
+        MismatchEntry(key, "the module's", expected=tuple(tensor.shape))
         for key, tensor in wanted.items()
         if key not in specs
         and not tied.get(key, set()) & specs.keys()
@@ -46,10 +46,12 @@ def require_fit(
     ]
     extra = [key for key in specs if key not in wanted]
     dropped = {key for key in extra if decided(key, policy) in ("ignore", "verify")}
-    unexpected = tuple(Entry(key, "", specs[key].shape) for key in extra if key not in dropped)
+    unexpected = tuple(
+        MismatchEntry(key, "", specs[key].shape) for key in extra if key not in dropped
+    )
     misshaped = []
     refused = [
-        Entry(
+        MismatchEntry(
             key,
             "the module",
             reason=f"is a {type(entry).__name__} in the module; only tensors are stored",
@@ -58,7 +60,7 @@ def require_fit(
         if key not in wanted
     ]
     refused += [
-        Entry(
+        MismatchEntry(
             key,
             "the module",
             reason=f"is a {kinds[key]} in the file and a {own_kinds[key]} in the module",
@@ -68,9 +70,11 @@ def require_fit(
     ]
     for key in [key for key in wanted if key in specs]:
         if specs[key].shape != tuple(wanted[key].shape):
-            misshaped.append(Entry(key, "the module", specs[key].shape, tuple(wanted[key].shape)))
+            misshaped.append(
+                MismatchEntry(key, "the module", specs[key].shape, tuple(wanted[key].shape))
+            )
         elif reason := _refusal(key, specs[key].dtype, wanted[key], cast):
-            refused.append(Entry(key, "the module", reason=reason))
+            refused.append(MismatchEntry(key, "the module", reason=reason))
     mismatch = Mismatch(tuple(missing), unexpected, tuple(misshaped), tuple(refused))
     if mismatch:
         raise ConversionError(mismatch)
@@ -91,7 +95,7 @@ def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.
         first = next((other for other in wanted if other in others and other in state), key)
         if key in state and first != key and not same_bits(state[key], state[first]):
             refused.append(
-                Entry(
+                MismatchEntry(
                     key,
                     "the module",
                     reason=f"is tied to {first} in the module, and has other values",
@@ -100,7 +104,7 @@ def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.
     refused += _overwritten(wanted, state) if not refused else []
     for key in [key for key in state if key not in wanted]:
         if reason := objection("verify", host_values(state[key])):
-            refused.append(Entry(key, "", tuple(state[key].shape), reason=reason))
+            refused.append(MismatchEntry(key, "", tuple(state[key].shape), reason=reason))
     if refused:
         raise ConversionError(Mismatch(refused=tuple(refused)))
     fitting = {key: tensor for key, tensor in state.items() if key in wanted}
@@ -116,14 +120,14 @@ def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.
                     wanted[key].copy_(tensor)
             reason = f"load_state_dict refuses: {type(error).__name__}: {error}"
             raise ConversionError(
-                Mismatch(refused=(Entry("state", "the module", reason=reason),))
+                Mismatch(refused=(MismatchEntry("state", "the module", reason=reason),))
             ) from error
         return module
 
     return assign
 
 
-def _overwritten(wanted: Mapping[str, Tensor], state: StateDict) -> list[Entry]:
+def _overwritten(wanted: Mapping[str, Tensor], state: StateDict) -> list[MismatchEntry]:
     """List the entries that another one, which lies in the same memory in part, would overwrite with other values."""
     storages: dict[int, list[str]] = {}
     for key, tensor in wanted.items():
@@ -140,7 +144,7 @@ def _overwritten(wanted: Mapping[str, Tensor], state: StateDict) -> list[Entry]:
         for key, view in views.items():
             if not same_bits(view, state[key].to(view.dtype)):
                 reason = "lies in the same memory as another entry of the module, which has other values here"
-                refused.append(Entry(key, "the module", reason=reason))
+                refused.append(MismatchEntry(key, "the module", reason=reason))
     return refused
 
 
@@ -160,7 +164,7 @@ def _tied(wanted: Mapping[str, Tensor]) -> dict[str, set[str]]:
     return {key: found for found in names.values() if len(found) > 1 for key in found}
 
 
-def _refusal(key: str, dtype: str, expected: Tensor, cast: bool) -> str:
+def _refusal(key: str, dtype: str, expected: Tensor, cast: bool) -> str | None:
     """Say why a tensor of that dtype cannot be copied into the module's as it is, or nothing."""
     found: torch.dtype = getattr(torch, dtype)
     if expected.is_meta:
@@ -174,11 +178,11 @@ def _refusal(key: str, dtype: str, expected: Tensor, cast: bool) -> str:
         return f"the module's is expanded, many entries in one place: `module.{key} = module.{key}.clone()` first"
     floating = found.is_floating_point and expected.dtype.is_floating_point
     if found == expected.dtype or (cast and floating):
-        return ""
+        return None
     if (found, expected.dtype) == (
         torch.int32,
         torch.int64,
     ):  # what JAX without x64 made of int64: no value is lost
-        return ""
+        return None
     mend = f"module.to({found})" if floating else f"module.{key} = module.{key}.to({found})"
     return f"is {found}; the module has {expected.dtype}: `{mend}` first"

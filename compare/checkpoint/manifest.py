@@ -11,18 +11,17 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from ..conversion.errors import shown
-from ..conversion.mapping import Mapping as Table
-from ..conversion.mapping import Path
+from ..conversion.mapping import KeyPath, StateMapping, slashed
 from ..conversion.state_kinds import linen_kind
 from .blocks import blocks
 from .errors import CheckpointError
-from .tensors import LayoutName, Spec, Tensors, checked
+from .tensors import FileLayout, Spec, Tensors, checked
 
 try:
     from isal.isal_zlib import crc32
@@ -68,13 +67,13 @@ class Manifest:
     A mask is declared by what its entries mean: of ours, any nonzero entry blocks.
     """
 
-    layout: LayoutName
-    records: Mapping[Path, Record]
-    aliases: Mapping[Path, Path] = field(default_factory=dict)
-    mapping: Table | None = None
+    layout: FileLayout
+    records: Mapping[KeyPath, Record]
+    aliases: Mapping[KeyPath, KeyPath] = field(default_factory=dict)
+    mapping: StateMapping | None = None
     algorithm: Algorithm = "crc32"
 
-    def with_checksums(self, sums: Mapping[Path, str]) -> "Manifest":
+    def with_checksums(self, sums: Mapping[KeyPath, str]) -> "Manifest":
         """Return the manifest with these checksums in place of those that were pending."""
         records = {
             path: record._replace(checksum=sums[path]) for path, record in self.records.items()
@@ -119,7 +118,7 @@ class Manifest:
                     f"its manifest has version {content['version']!r}; this program knows {VERSION}"
                 )
             algorithm: Algorithm = "sha256" if content["version"] == 1 else "crc32"
-            if content["layout"] not in get_args(LayoutName):
+            if content["layout"] not in get_args(FileLayout):
                 raise ValueError(f"layout {content['layout']!r}")
             records = dict(_record(entry, algorithm) for entry in content["tensors"])
             if len(records) != len(content["tensors"]):
@@ -131,13 +130,15 @@ class Manifest:
                 raise ValueError("a torch name that is none")
             if any(first not in records or path in records for path, first in aliases.items()):
                 raise ValueError("an alias of nothing")
-            mapping = None if content["mapping"] is None else Table.from_json(content["mapping"])
+            mapping = (
+                None if content["mapping"] is None else StateMapping.from_json(content["mapping"])
+            )
         except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError(f"its manifest is broken ({type(error).__name__}: {error})") from error
         return cls(content["layout"], records, aliases, mapping, algorithm)
 
 
-def _record(entry: Any, algorithm: Algorithm) -> tuple[Path, Record]:
+def _record(entry: Any, algorithm: Algorithm) -> tuple[KeyPath, Record]:
     path, digest = _path(entry["path"]), entry[algorithm]
     if (
         not isinstance(digest, str)
@@ -147,12 +148,12 @@ def _record(entry: Any, algorithm: Algorithm) -> tuple[Path, Record]:
         raise ValueError(f"its manifest is broken (checksum {digest!r} and kind {entry['kind']!r})")
     if entry.get("polarity", POLARITY) != POLARITY:
         raise ValueError(
-            f"says of {'/'.join(map(str, path))} {entry['polarity']!r}; in these modules {POLARITY}"
+            f"says of {slashed(path)} {entry['polarity']!r}; in these modules {POLARITY}"
         )
     return path, Record(checked(entry["shape"], entry["dtype"]), digest, entry["kind"])
 
 
-def _path(steps: Any) -> Path:
+def _path(steps: Any) -> KeyPath:
     if (
         not isinstance(steps, list)
         or not steps
@@ -162,7 +163,7 @@ def _path(steps: Any) -> Path:
     return tuple(steps)
 
 
-def is_mask(path: Path, kind: str) -> bool:
+def is_mask(path: KeyPath, kind: str) -> bool:
     """Tell whether the entry is a mask: a buffer of that name."""
     return kind != "parameter" and str(path[-1]).rpartition(".")[2] == "mask"
 
@@ -192,18 +193,18 @@ def manifest_of(tensors: Tensors) -> Manifest:
     return Manifest(tensors.layout, records, dict(tensors.aliases), tensors.mapping)
 
 
-def _kind(path: Path, layout: LayoutName) -> str:
+def _kind(path: KeyPath, layout: FileLayout) -> str:
     return linen_kind(path) if layout == "linen" else "unknown"
 
 
-def torch_or_flax(names: Iterable[str]) -> LayoutName:
+def torch_or_flax(names: Iterable[str]) -> FileLayout:
     """Tell the layout of a file without a manifest: names that begin with a collection are Linen's."""
     found = list(names)
     flax = bool(found) and all(name.split("/")[0] in COLLECTIONS and "/" in name for name in found)
     return "linen" if flax else "torch"
 
 
-def linen_or_nnx(paths: Iterable[Path]) -> LayoutName:
+def linen_or_nnx(paths: Iterable[KeyPath]) -> FileLayout:
     """Tell the layout of a Flax tree without a manifest: Linen's begins with collections."""
     found = list(paths)
     first = {path[0] for path in found}
@@ -211,8 +212,8 @@ def linen_or_nnx(paths: Iterable[Path]) -> LayoutName:
 
 
 def in_manifests_order(
-    path: FilePath, specs: Mapping[Path, Spec], manifest: Manifest
-) -> dict[Path, Spec]:
+    path: Path, specs: Mapping[KeyPath, Spec], manifest: Manifest
+) -> dict[KeyPath, Spec]:
     """Return the specs by the manifest's paths, whose steps may be numbers where the file has words.
 
     Raises:
@@ -222,7 +223,7 @@ def in_manifests_order(
     found = {key: by_words.pop(tuple(map(str, key)), None) for key in manifest.records}
     absent = [key for key, spec in found.items() if spec is None]
     for key in [*absent, *by_words]:
-        name = "/".join(map(str, key))
+        name = slashed(key)
         side = "the manifest declares" if key in absent else "the manifest does not know"
         raise CheckpointError(
             path, f"{side} {shown(name)}", key=name, mend="the file was changed: take another copy"
@@ -231,8 +232,8 @@ def in_manifests_order(
         if found[key] != record.spec:
             raise CheckpointError(
                 path,
-                f"{shown('/'.join(map(str, key)))} is not as its manifest declares",
-                key="/".join(map(str, key)),
+                f"{shown(slashed(key))} is not as its manifest declares",
+                key=slashed(key),
                 expected=f"{record.spec.dtype} {record.spec.shape}",
                 found=str(found[key]),
                 mend="the file was changed: take another copy",

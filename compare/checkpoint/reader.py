@@ -2,18 +2,17 @@
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..conversion.errors import shown
-from ..conversion.mapping import Mapping as Table
-from ..conversion.mapping import Path
+from ..conversion.mapping import KeyPath, StateMapping, slashed
 from .blocks import in_batches
 from .errors import CheckpointError
 from .manifest import Algorithm, Manifest, checksum, start
-from .tensors import LayoutName, Spec
+from .tensors import FileLayout, Spec
 
 PART_BYTES = 1 << 20  # less than a processor's cache
 
@@ -34,26 +33,26 @@ class Stored:
             values.
     """
 
-    path: FilePath
+    path: Path
     format: str
-    layout: LayoutName
-    specs: Mapping[Path, Spec]
+    layout: FileLayout
+    specs: Mapping[KeyPath, Spec]
     manifest: Manifest | None
-    fetch: Callable[[list[Path]], "Fetched"] = lambda _: _closed()
-    aliases: Mapping[Path, Path] = field(default_factory=dict)
+    fetch: Callable[[list[KeyPath]], "Fetched"] = lambda _: _closed()
+    aliases: Mapping[KeyPath, KeyPath] = field(default_factory=dict)
     close: Callable[[], None] = lambda: None
     mapped: bool = False
     _reading: "set[Fetched]" = field(default_factory=set)
 
     @property
-    def kinds(self) -> Mapping[Path, str]:
+    def kinds(self) -> Mapping[KeyPath, str]:
         """The kinds that the manifest declares, or Linen's collections."""
         if self.manifest is not None:
             return {path: record.kind for path, record in self.manifest.records.items()}
         return {}
 
     @property
-    def mapping(self) -> Table | None:
+    def mapping(self) -> StateMapping | None:
         """How torch and Flax names pair, if the manifest says it."""
         return self.manifest.mapping if self.manifest is not None else None
 
@@ -67,7 +66,7 @@ class Stored:
         """Whether every tensor is checked when it is read."""
         return self.manifest is not None
 
-    def spell(self, table: Table) -> Table:
+    def spell(self, table: StateMapping) -> StateMapping:
         """Take over how the table spells the steps of a path, and return it.
 
         In a list of NNX they are numbers, of which a file that only Flax's own library wrote makes
@@ -81,11 +80,11 @@ class Stored:
             }
         return table
 
-    def pieces(self, path: Path) -> Iterable[np.ndarray]:
+    def pieces(self, path: KeyPath) -> Iterable[np.ndarray]:
         """Return the tensor, whole."""
         return [array for _, array in self.read([path])]
 
-    def read(self, paths: Iterable[Path] | None = None) -> Iterator[tuple[Path, np.ndarray]]:
+    def read(self, paths: Iterable[KeyPath] | None = None) -> Iterator[tuple[KeyPath, np.ndarray]]:
         """Yield tensors in turn, each checked against its checksum.
 
         Raises:
@@ -109,13 +108,13 @@ class Stored:
         if left:
             raise ValueError("the checkpoint is closed")
 
-    def check(self, path: Path, array: np.ndarray, found: str | None = None) -> np.ndarray:
+    def check(self, path: KeyPath, array: np.ndarray, found: str | None = None) -> np.ndarray:
         """Return the array, its values those that were saved; `found` is its checksum, if it was taken on the way.
 
         Raises:
             CheckpointError: they are not.
         """
-        name = "/".join(map(str, path))
+        name = slashed(path)
         if array.dtype == np.bool_ and array.size and array.view(np.uint8).max() > 1:
             raise CheckpointError(
                 self.path,
@@ -140,10 +139,10 @@ class Stored:
             )
         return array
 
-    def _require_room(self, path: Path, room: int) -> None:
+    def _require_room(self, path: KeyPath, room: int) -> None:
         size = self.specs[path].nbytes
         if size > room:
-            name = "/".join(map(str, path))
+            name = slashed(path)
             raise CheckpointError(
                 self.path,
                 f"{shown(name)} declares more than fits into memory",
@@ -168,7 +167,7 @@ class Stored:
         )  # the old one knows this object: both, and the file's values, would stay
 
 
-Fetched = Generator[tuple[Path, np.ndarray], None, None]
+Fetched = Generator[tuple[KeyPath, np.ndarray], None, None]
 
 
 def _closed() -> Fetched:
@@ -176,14 +175,14 @@ def _closed() -> Fetched:
 
 
 def fetch_each(
-    stored: Stored, one: Callable[[Path], tuple[np.ndarray, str | None]]
-) -> Callable[[list[Path]], Fetched]:
+    stored: Stored, one: Callable[[KeyPath], tuple[np.ndarray, str | None]]
+) -> Callable[[list[KeyPath]], Fetched]:
     """Return a `fetch` that reads and checks the tensors one by one, several at a time.
 
     `one` returns the array, and its checksum if it was taken on the way.
     """
 
-    def work(path: Path) -> np.ndarray:
+    def work(path: KeyPath) -> np.ndarray:
         return stored.check(path, *one(path))
 
     return lambda paths: in_batches(paths, lambda path: stored.specs[path].nbytes, work)
@@ -213,7 +212,7 @@ def read_in_parts(
 def available_bytes() -> int:
     """Return how much memory a new array may take."""
     try:
-        for line in FilePath("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     except OSError:

@@ -13,15 +13,14 @@ import torch
 from flax import nnx
 from torch import Tensor
 
-from ..conversion import mapping as tables
 from ..conversion.convert import StateDict, linen_to_torch, nnx_to_torch
 from ..conversion.errors import ConversionError, shown
-from ..conversion.mapping import Mapping as Table
+from ..conversion.mapping import LINEN, NNX, StateMapping, slashed
 from ..conversion.state_kinds import entries, flax_side, same_memory, torch_kinds
 from ..conversion.tensors import Untransferable, dense, tensor_to_numpy, to_host
 from .errors import CheckpointError
 from .formats import Format, exists, format_of
-from .tensors import Held, Tensors, spec_of
+from .tensors import InMemory, Tensors, spec_of
 from .transforms import relaid
 
 Source = torch.nn.Module | nnx.Module | Mapping[str, Any]
@@ -29,7 +28,7 @@ _MEND = "of other modules than the attention classes give mapping=compare.match(
 
 
 def save_checkpoint(
-    path: str | PathLike[str], source: Source, *, mapping: Table | None = None
+    path: str | PathLike[str], source: Source, *, mapping: StateMapping | None = None
 ) -> Path:
     """Save parameters and buffers in the format that the suffix names, atomically, with a checksum of each.
 
@@ -155,7 +154,7 @@ def _renamed(error: CheckpointError, path: Path, target: Path) -> CheckpointErro
     )
 
 
-def _tensors(path: Path, source: Source, mapping: Table | None, chosen: Format) -> Tensors:
+def _tensors(path: Path, source: Source, mapping: StateMapping | None, chosen: Format) -> Tensors:
     """Return the source's state, laid out as the format has it."""
     if isinstance(source, nnx.State):
         raise CheckpointError(
@@ -171,14 +170,14 @@ def _tensors(path: Path, source: Source, mapping: Table | None, chosen: Format) 
     if held.layout in chosen.layouts:
         return held
     try:
-        return relaid(path, held, held.mapping or tables.LINEN)
+        return relaid(path, held, held.mapping or LINEN)
     except CheckpointError as error:
         raise (
             error if mapping else CheckpointError(path, error.reason, error.mismatch, mend=_MEND)
         ) from error
 
 
-def _from_torch(path: Path, source: Any, mapping: Table | None) -> Held:
+def _from_torch(path: Path, source: Any, mapping: StateMapping | None) -> InMemory:
     tensors = source.state_dict() if isinstance(source, torch.nn.Module) else source
     if not isinstance(tensors, Mapping) or not tensors:
         raise CheckpointError(
@@ -191,11 +190,11 @@ def _from_torch(path: Path, source: Any, mapping: Table | None) -> Held:
 
 
 def _torch_held(
-    path: Path, tensors: Mapping[Any, Any], kinds: Mapping[str, str], mapping: Table | None
-) -> Held:
-    attention = mapping is None and tensors.keys() <= tables.LINEN.by_key.keys()
+    path: Path, tensors: Mapping[Any, Any], kinds: Mapping[str, str], mapping: StateMapping | None
+) -> InMemory:
+    attention = mapping is None and tensors.keys() <= LINEN.by_key.keys()
     if attention:
-        kinds = {**{key: rows[0].kind for key, rows in tables.LINEN.by_key.items()}, **kinds}
+        kinds = {**{key: rows[0].kind for key, rows in LINEN.by_key.items()}, **kinds}
     arrays, aliases = {}, {}
     seen: dict[Any, str] = {}
     for key, value in tensors.items():
@@ -207,8 +206,8 @@ def _torch_held(
         else:
             arrays[(key,)] = array
     specs = {key: spec_of(array) for key, array in arrays.items()}
-    table = tables.LINEN if attention else mapping
-    return Held(
+    table = LINEN if attention else mapping
+    return InMemory(
         "torch", arrays, specs, {(key,): kind for key, kind in kinds.items()}, aliases, table
     )
 
@@ -230,9 +229,9 @@ def _plain(path: Path, key: Any, value: Any) -> np.ndarray:
     return array
 
 
-def _from_flax(path: Path, source: Any, mapping: Table | None, chosen: Format) -> Held:
+def _from_flax(path: Path, source: Any, mapping: StateMapping | None, chosen: Format) -> InMemory:
     side = flax_side(source)
-    table = tables.NNX if side.kind == "nnx" else tables.LINEN
+    table = NNX if side.kind == "nnx" else LINEN
     required = {row.path for row in table.rows if row.required}
     attention = mapping is None and required <= side.leaves.keys() <= table.by_path.keys()
     to_torch = attention or mapping is not None or "linen" not in chosen.layouts
@@ -244,11 +243,11 @@ def _from_flax(path: Path, source: Any, mapping: Table | None, chosen: Format) -
     specs = {key: spec_of(array) for key, array in arrays.items()}
     tied = {held.path: held.first for held in entries(source) if held.first is not None}
     aliases = {key: first for key, first in tied.items() if first in arrays}
-    return Held(side.kind, arrays, specs, side.kinds, aliases, mapping)
+    return InMemory(side.kind, arrays, specs, side.kinds, aliases, mapping)
 
 
 def _host(path: Path, key: tuple[Any, ...], leaf: Any) -> np.ndarray:
-    name = "/".join(map(str, key))
+    name = slashed(key)
     if not isinstance(leaf, jax.Array | np.ndarray):
         raise CheckpointError(
             path, f"{shown(name)}: is a {type(leaf).__name__}, not an array of values", key=name

@@ -7,12 +7,11 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from ..conversion.mapping import Mapping as Table
-from ..conversion.mapping import Path
+from ..conversion.mapping import KeyPath, StateMapping
 from ..dtypes import DTYPES, numpy_dtype
 from .blocks import contiguous
 
-LayoutName = Literal["torch", "linen", "nnx"]
+FileLayout = Literal["torch", "linen", "nnx"]
 
 # No array may have more bytes, empty ones by their other axes included.
 _MOST = 2**62
@@ -76,37 +75,37 @@ class Tensors(Protocol):
     """
 
     @property
-    def layout(self) -> LayoutName: ...  # noqa: D102
+    def layout(self) -> FileLayout: ...  # noqa: D102
     @property
-    def specs(self) -> Mapping[Path, Spec]: ...  # noqa: D102
+    def specs(self) -> Mapping[KeyPath, Spec]: ...  # noqa: D102
     @property
-    def kinds(self) -> Mapping[Path, str]: ...  # noqa: D102
+    def kinds(self) -> Mapping[KeyPath, str]: ...  # noqa: D102
     @property
-    def aliases(self) -> Mapping[Path, Path]: ...  # noqa: D102
+    def aliases(self) -> Mapping[KeyPath, KeyPath]: ...  # noqa: D102
     @property
-    def mapping(self) -> Table | None: ...  # noqa: D102
+    def mapping(self) -> StateMapping | None: ...  # noqa: D102
 
-    def pieces(self, path: Path) -> Iterable[np.ndarray]:
+    def pieces(self, path: KeyPath) -> Iterable[np.ndarray]:
         """Return the tensor in pieces, one behind the other along the first axis; each may be any view."""
 
 
 @dataclass(frozen=True)
-class Held:
+class InMemory:
     """Tensors in memory."""
 
-    layout: LayoutName
-    arrays: Mapping[Path, np.ndarray]
-    specs: Mapping[Path, Spec]
-    kinds: Mapping[Path, str] = field(default_factory=dict)
-    aliases: Mapping[Path, Path] = field(default_factory=dict)
-    mapping: Table | None = None
+    layout: FileLayout
+    arrays: Mapping[KeyPath, np.ndarray]
+    specs: Mapping[KeyPath, Spec]
+    kinds: Mapping[KeyPath, str] = field(default_factory=dict)
+    aliases: Mapping[KeyPath, KeyPath] = field(default_factory=dict)
+    mapping: StateMapping | None = None
 
-    def pieces(self, path: Path) -> Iterable[np.ndarray]:
+    def pieces(self, path: KeyPath) -> Iterable[np.ndarray]:
         """Return the array, whole."""
         return [self.arrays[path]]
 
 
-def whole(tensors: Tensors, key: Path) -> np.ndarray:
+def whole(tensors: Tensors, key: KeyPath) -> np.ndarray:
     """Return the tensor in one contiguous, native array."""
     pieces = list(tensors.pieces(key))
     array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

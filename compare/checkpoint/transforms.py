@@ -2,21 +2,20 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from threading import Lock
 
 import numpy as np
 
 from ..conversion.apply_mapping import combined, torch_shape, unfit
-from ..conversion.errors import ConversionError, Entry, Mismatch, shown
+from ..conversion.errors import ConversionError, Mismatch, MismatchEntry, shown
 from ..conversion.layouts import flax_shape, layout, to_flax, to_torch
-from ..conversion.mapping import Left, Path, Row
-from ..conversion.mapping import Mapping as Table
+from ..conversion.mapping import KeyPath, Left, Row, StateMapping, slashed
 from ..conversion.unmatched import objection
 from ..dtypes import FLOATING, FLOATS, numpy_dtype
 from .errors import CheckpointError
 from .manifest import is_mask
-from .tensors import LayoutName, Spec, Tensors, whole
+from .tensors import FileLayout, Spec, Tensors, whole
 
 
 @dataclass(frozen=True)
@@ -24,13 +23,13 @@ class Relaid:
     """Tensors under other names and in another layout; what they are made of is read when they are asked for."""
 
     source: Tensors
-    layout: LayoutName
-    specs: Mapping[Path, Spec]
-    kinds: Mapping[Path, str]
-    aliases: Mapping[Path, Path]
-    mapping: Table | None
+    layout: FileLayout
+    specs: Mapping[KeyPath, Spec]
+    kinds: Mapping[KeyPath, str]
+    aliases: Mapping[KeyPath, KeyPath]
+    mapping: StateMapping | None
 
-    def pieces(self, path: Path) -> Iterable[np.ndarray]:
+    def pieces(self, path: KeyPath) -> Iterable[np.ndarray]:
         """Return the tensor in pieces: views of what is read, so that nothing is copied whole."""
         assert self.mapping is not None
         if self.layout != "torch":
@@ -48,7 +47,7 @@ class Relaid:
             yield found if key == row.torch_key else np.zeros_like(found)
 
 
-def relaid(path: FilePath, source: Tensors, mapping: Table) -> Relaid:
+def relaid(path: Path, source: Tensors, mapping: StateMapping) -> Relaid:
     """Return the tensors of a torch-layout source as Flax keeps them, or the other way round.
 
     Raises:
@@ -64,20 +63,22 @@ def relaid(path: FilePath, source: Tensors, mapping: Table) -> Relaid:
         ) from error
 
 
-def _to_flax(source: Tensors, mapping: Table) -> Relaid:
+def _to_flax(source: Tensors, mapping: StateMapping) -> Relaid:
     held = {str(key[0]): spec for key, spec in source.specs.items()}
     held |= {str(key[0]): source.specs[first] for key, first in source.aliases.items()}
     missing, misshaped, refused = [], [], []
-    specs: dict[Path, Spec] = {}
+    specs: dict[KeyPath, Spec] = {}
     for path, row in mapping.by_path.items():
         keys = [key for key in (row.torch_key, row.plus) if key is not None]
         if absent := [key for key in keys if key not in held]:
-            missing += [Entry(key, row.place) for key in absent if row.required]
+            missing += [MismatchEntry(key, row.place) for key in absent if row.required]
             continue
         try:
             shape = row.shape or flax_shape(row.layout, _part_shape(row, held[keys[0]].shape))
         except ValueError as error:
-            refused.append(Entry(row.torch_key, row.place, held[keys[0]].shape, reason=str(error)))
+            refused.append(
+                MismatchEntry(row.torch_key, row.place, held[keys[0]].shape, reason=str(error))
+            )
             continue
         wrong = [entry for key in keys if (entry := unfit(row, key, held[key], shape))]
         misshaped += [entry for entry in wrong if not entry.reason]
@@ -87,7 +88,9 @@ def _to_flax(source: Tensors, mapping: Table) -> Relaid:
         source, mapping, lambda item: (item.torch_key,) if item.path is None else None
     )
     known = mapping.by_key.keys() | mapping.left_keys()
-    unexpected = [Entry(key, "", spec.shape) for key, spec in held.items() if key not in known]
+    unexpected = [
+        MismatchEntry(key, "", spec.shape) for key, spec in held.items() if key not in known
+    ]
     for row in mapping.rows:
         home = mapping.by_path[row.path].torch_key
         tied = source.aliases.get((row.torch_key,)) == (home,) or source.aliases.get((home,)) == (
@@ -100,15 +103,15 @@ def _to_flax(source: Tensors, mapping: Table) -> Relaid:
     return Relaid(source, mapping.flax, specs, kinds, {}, mapping)
 
 
-def _to_torch(source: Tensors, mapping: Table) -> Relaid:
+def _to_torch(source: Tensors, mapping: StateMapping) -> Relaid:
     missing, refused = [], []
-    specs: dict[Path, Spec] = {}
+    specs: dict[KeyPath, Spec] = {}
     for key, rows in mapping.by_key.items():
         own = [row for row in rows if row.kind != "alias"]
         if not own:
             continue
         if absent := [row for row in own if row.path not in source.specs]:
-            missing += [Entry(key, row.place) for row in absent if row.required]
+            missing += [MismatchEntry(key, row.place) for row in absent if row.required]
             continue
         spec = source.specs[own[0].path]
         try:
@@ -119,16 +122,18 @@ def _to_torch(source: Tensors, mapping: Table) -> Relaid:
                 )
             specs[(key,)] = Spec(shapes.pop(), spec.dtype)
         except ValueError as error:
-            refused.append(Entry(key, own[0].place, spec.shape, reason=f"{own[0].place}: {error}"))
+            refused.append(
+                MismatchEntry(key, own[0].place, spec.shape, reason=f"{own[0].place}: {error}")
+            )
     refused += _objections(source, mapping, lambda item: item.path)
     known = mapping.by_path.keys() | {item.path for item in mapping.left}
     unexpected = [
-        Entry("/".join(map(str, path)), "", spec.shape)
+        MismatchEntry(slashed(path), "", spec.shape)
         for path, spec in source.specs.items()
         if path not in known
     ]
     _raise(missing, unexpected, [], refused)
-    homes: dict[Path, Path] = {
+    homes: dict[KeyPath, KeyPath] = {
         (row.torch_key,): (mapping.by_path[row.path].torch_key,)
         for row in mapping.rows
         if row.kind == "alias"
@@ -139,29 +144,29 @@ def _to_torch(source: Tensors, mapping: Table) -> Relaid:
 
 
 def _objections(
-    source: Tensors, mapping: Table, place: Callable[[Left], Path | None]
-) -> list[Entry]:
+    source: Tensors, mapping: StateMapping, place: Callable[[Left], KeyPath | None]
+) -> list[MismatchEntry]:
     found = []
     for item in mapping.left:
         path = place(item)
         if path is not None and path in source.specs and item.policy != "ignore":
             reason = objection(item.policy, _whole(source, path))
             found += (
-                [Entry(item.torch_key, "", source.specs[path].shape, reason=reason)]
+                [MismatchEntry(item.torch_key, "", source.specs[path].shape, reason=reason)]
                 if reason
                 else []
             )
     return found
 
 
-def _differing(source: Tensors, row: Row, home: str) -> list[Entry]:
+def _differing(source: Tensors, row: Row, home: str) -> list[MismatchEntry]:
     mine, its = (
         _whole(source, source.aliases.get((key,), (key,))) for key in (row.torch_key, home)
     )
     if mine.dtype == its.dtype and mine.shape == its.shape and mine.tobytes() == its.tobytes():
         return []
     return [
-        Entry(
+        MismatchEntry(
             row.torch_key, row.place, reason=f"is tied to {home} in Flax, and has other values here"
         )
     ]
@@ -171,19 +176,22 @@ def _part_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape if row.part is None or not shape else (shape[0] // row.part[1], *shape[1:])
 
 
-def _whole(source: Tensors, path: Path) -> np.ndarray:
+def _whole(source: Tensors, path: KeyPath) -> np.ndarray:
     return whole(source, source.aliases.get(path, path))
 
 
 def _raise(
-    missing: list[Entry], unexpected: list[Entry], misshaped: list[Entry], refused: list[Entry]
+    missing: list[MismatchEntry],
+    unexpected: list[MismatchEntry],
+    misshaped: list[MismatchEntry],
+    refused: list[MismatchEntry],
 ) -> None:
     mismatch = Mismatch(tuple(missing), tuple(unexpected), tuple(misshaped), tuple(refused))
     if mismatch:
         raise ConversionError(mismatch)
 
 
-def cast_array(path: FilePath, name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def cast_array(path: Path, name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return the array in another floating dtype.
 
     Raises:
@@ -209,7 +217,7 @@ class Cast:
 
     source: Tensors
     dtype: str
-    path: FilePath
+    path: Path
 
     def __post_init__(self) -> None:
         if self.dtype not in FLOATS:
@@ -221,34 +229,34 @@ class Cast:
             )
 
     @property
-    def layout(self) -> LayoutName:
+    def layout(self) -> FileLayout:
         """As the source."""
         return self.source.layout
 
     @property
-    def kinds(self) -> Mapping[Path, str]:
+    def kinds(self) -> Mapping[KeyPath, str]:
         """As the source."""
         return self.source.kinds
 
     @property
-    def aliases(self) -> Mapping[Path, Path]:
+    def aliases(self) -> Mapping[KeyPath, KeyPath]:
         """As the source."""
         return self.source.aliases
 
     @property
-    def mapping(self) -> Table | None:
+    def mapping(self) -> StateMapping | None:
         """As the source."""
         return self.source.mapping
 
     @property
-    def specs(self) -> Mapping[Path, Spec]:
+    def specs(self) -> Mapping[KeyPath, Spec]:
         """The specs with the dtype cast to."""
         return {
             path: spec._replace(dtype=self.dtype) if self._cast(path) else spec
             for path, spec in self.source.specs.items()
         }
 
-    def pieces(self, path: Path) -> Iterable[np.ndarray]:
+    def pieces(self, path: KeyPath) -> Iterable[np.ndarray]:
         """Return the pieces, cast.
 
         Raises:
@@ -258,9 +266,9 @@ class Cast:
             if not self._cast(path):
                 yield piece
                 continue
-            yield cast_array(self.path, "/".join(map(str, path)), piece, numpy_dtype(self.dtype))
+            yield cast_array(self.path, slashed(path), piece, numpy_dtype(self.dtype))
 
-    def _cast(self, path: Path) -> bool:
+    def _cast(self, path: KeyPath) -> bool:
         kind = self.source.kinds.get(path, "unknown")
         return self.source.specs[path].dtype in FLOATING and not is_mask(path, kind)
 
@@ -281,7 +289,7 @@ class Watched:
         self._tensors, self._progress, self._done, self._lock = tensors, progress, 0, Lock()
         self._total = sum(spec.nbytes for spec in tensors.specs.values())
 
-    def pieces(self, path: Path) -> Iterable[np.ndarray]:
+    def pieces(self, path: KeyPath) -> Iterable[np.ndarray]:
         """Return the pieces, each counted once it was used."""
         for piece in self._tensors.pieces(path):
             yield piece

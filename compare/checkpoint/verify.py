@@ -6,14 +6,13 @@ from os import PathLike
 
 import numpy as np
 
-from ..conversion.mapping import Mapping as Table
-from ..conversion.mapping import Path
+from ..conversion.mapping import KeyPath, StateMapping
 from .blocks import blocks
 from .convert import planned
 from .formats import open_checkpoint
 from .load import steady
 from .reader import Stored
-from .tensors import LayoutName, Tensors
+from .tensors import FileLayout, Tensors
 from .transforms import Progress, silent
 
 
@@ -29,7 +28,7 @@ def verify_checkpoint(
     source: str | PathLike[str],
     target: str | PathLike[str],
     *,
-    mapping: Table | None = None,
+    mapping: StateMapping | None = None,
     dtype: str | None = None,
     progress: Progress = silent,
 ) -> list[Difference]:
@@ -92,7 +91,7 @@ def _differences(tensors: Tensors, written: Stored, progress: Progress) -> list[
     return found
 
 
-def _by_name(tensors: Tensors, other: LayoutName) -> dict[tuple[str, ...], Path]:
+def _by_name(tensors: Tensors, other: FileLayout) -> dict[tuple[str, ...], KeyPath]:
     """Return the paths by their words; beside NNX, Linen's without the collection."""
     words = {tuple(map(str, path)): path for path in tensors.specs}
     if (tensors.layout, other) != ("linen", "nnx"):

@@ -3,33 +3,33 @@
 from collections.abc import Callable, Iterator
 
 from ..proof.agreement import Finding
-from ..proof.cases import Implementation, Trial
-from .causality import causality
-from .determinism import determinism
-from .dropout import dropout
-from .fused import fused
-from .gradients import gradients
-from .outputs import outputs
-from .stages import stages
-from .state import state
-from .training import training
+from ..proof.cases import Framework, Trial
+from .causality import check_causality
+from .determinism import check_determinism
+from .dropout import check_dropout
+from .fused import check_fused
+from .gradients import check_gradients
+from .outputs import check_outputs
+from .stages import check_stages
+from .state import check_state
+from .training import check_training
 
-CheckFunction = Callable[[Implementation, Trial, str], Iterator[Finding]]
+CheckFunction = Callable[[Framework, Trial, str], Iterator[Finding]]
 
 # In the order in which a fault should be looked for.
 CHECKS: dict[str, CheckFunction] = {
-    "state": state,
-    "stages": stages,
-    "outputs": outputs,
-    "causality": causality,
-    "determinism": determinism,
-    "gradients": gradients,
-    "fused": fused,
-    "dropout": dropout,
-    "training": training,
+    "state": check_state,
+    "stages": check_stages,
+    "outputs": check_outputs,
+    "causality": check_causality,
+    "determinism": check_determinism,
+    "gradients": check_gradients,
+    "fused": check_fused,
+    "dropout": check_dropout,
+    "training": check_training,
 }
 
 # These bring what they run on, and take of a trial its rate of dropout or its heads at most.
 ON_THEIR_OWN = ("fused", "dropout", "training")
 
-__all__ = ["CHECKS", "ON_THEIR_OWN", "CheckFunction", *CHECKS]
+__all__ = ["CHECKS", "ON_THEIR_OWN", "CheckFunction"]

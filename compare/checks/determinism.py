@@ -14,41 +14,37 @@ import torch
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from ..proof import tolerances
 from ..proof.agreement import Finding, agreement, identical
-from ..proof.cases import Implementation, Trial
+from ..proof.cases import Framework, Trial
 from ..proof.parity import exact_and_limit
 from ..runners.run import compiled, flax_forward, flax_state, jax_on, ready_torch, run
 
 
-def determinism(
-    implementation: Implementation, trial: Trial, device: str = "cpu"
-) -> Iterator[Finding]:
+def check_determinism(framework: Framework, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
     """Yield bits that are equal when run twice, and transforms of the program that stay within rounding, in float32."""
     given = trial.rounded("float32")
 
     def outputs(inputs: np.ndarray) -> np.ndarray:
-        return run(
-            implementation, given.config, given.state, inputs, device=device, keep=given.keep
-        )
+        return run(framework, given.config, given.state, inputs, device=device, keep=given.keep)
 
     eager = outputs(given.inputs)
     again = identical(outputs(given.inputs), eager)
-    yield Finding("determinism: twice", implementation, trial.name, again, tolerances.BITS)
+    yield Finding("determinism: twice", framework, trial.name, again, tolerances.BITS)
     _, limit = exact_and_limit(given.config, given.state, given.inputs, given.keep)
     if (
         given.keep is not None
     ):  # the pattern of dropout is the batch's, not one for each of its entries
         return
-    call = compiled(implementation, given.config, device)
-    if implementation == "torch":
+    call = compiled(framework, given.config, device)
+    if framework == "torch":
         found = {"vmap as the batch": _mapped_by_torch(given, device)}
     else:
-        found = _flax_transforms(implementation, given, device)
+        found = _flax_transforms(framework, given, device)
     found["a loop as the batch"] = np.concatenate(
         [call(given.state, one[None]) for one in given.inputs]
     )
     for name, transformed in found.items():
         agreed = agreement(transformed, eager, 2.0 * limit)
-        yield Finding(f"determinism: {name}", implementation, trial.name, agreed, tolerances.TWICE)
+        yield Finding(f"determinism: {name}", framework, trial.name, agreed, tolerances.TWICE)
 
 
 def compiled_by_torch(trial: Trial, device: str = "cpu") -> Finding:
@@ -85,16 +81,14 @@ def _mapped_by_torch(trial: Trial, device: str) -> np.ndarray:
         return tensor_to_numpy(torch.vmap(lambda one: module(one[None])[0])(inputs))
 
 
-def _flax_transforms(
-    implementation: Implementation, trial: Trial, device: str
-) -> dict[str, np.ndarray]:
-    forward = flax_forward(implementation, trial.config)
+def _flax_transforms(framework: Framework, trial: Trial, device: str) -> dict[str, np.ndarray]:
+    forward = flax_forward(framework, trial.config)
 
     def mapped(params: Any, buffers: Any, inputs: Any) -> jax.Array:
         return jax.vmap(lambda one: forward(params, buffers, None, one[None])[0])(inputs)
 
     with jax_on(device):
-        state = flax_state(implementation, trial.config, trial.state)
+        state = flax_state(framework, trial.config, trial.state)
         return {
             "jit as eager": np.asarray(jax.jit(forward)(*state, None, trial.inputs)),
             "vmap as the batch": np.asarray(jax.jit(mapped)(*state, trial.inputs)),

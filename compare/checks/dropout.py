@@ -10,21 +10,21 @@ import torch
 from ..conversion.tensors import tensor_to_numpy
 from ..proof import tolerances
 from ..proof.agreement import Agreement, Finding, agreement, identical
-from ..proof.cases import Implementation, Trial
+from ..proof.cases import Framework, Trial
 from ..runners.run import build_linen, build_nnx, build_torch, linen_template
 
 SHAPE = (64, 64, 128)
 AXES = ("batch", "queries", "keys")
 
 
-def dropout(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
+def check_dropout(framework: Framework, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
     """Drop ones at the trial's rate, with a fixed seed, as the module does while training and while not."""
     rate = trial.config.dropout
-    dropped = _drop(implementation, trial, device, training=True)
+    dropped = _drop(framework, trial, device, training=True)
     kept = dropped != 0
 
     def finding(what: str, agreed: Agreement, why: str) -> Finding:
-        return Finding(f"dropout: {what}", implementation, f"rate {rate}", agreed, why)
+        return Finding(f"dropout: {what}", framework, f"rate {rate}", agreed, why)
 
     yield finding("keep rate", _counted(kept, 1.0 - rate), tolerances.BINOMIAL)
     if kept.any():
@@ -43,7 +43,7 @@ def dropout(implementation: Implementation, trial: Trial, device: str = "cpu") -
         yield finding(
             f"neighbors along the {name}", _counted(first == second, alike), tolerances.BINOMIAL
         )
-    evaluated = _drop(implementation, trial, device, training=False)
+    evaluated = _drop(framework, trial, device, training=False)
     yield finding(
         "none in eval", identical(evaluated, np.ones(SHAPE, dtype=np.float32)), tolerances.BITS
     )
@@ -56,16 +56,14 @@ def _counted(events: np.ndarray, probability: float) -> Agreement:
     return agreement(np.array([count]), np.array([expected]), limit)
 
 
-def _drop(
-    implementation: Implementation, trial: Trial, device: str, *, training: bool
-) -> np.ndarray:
-    if implementation == "torch":
+def _drop(framework: Framework, trial: Trial, device: str, *, training: bool) -> np.ndarray:
+    if framework == "torch":
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)
             module = build_torch(trial.config, buffer=True).train(training)
             return tensor_to_numpy(module.dropout(torch.ones(SHAPE, device=device)))
     ones = jax.device_put(jnp.ones(SHAPE), jax.devices(device)[0])
-    if implementation == "nnx":
+    if framework == "nnx":
         model = build_nnx(trial.config, buffer=True)
         model.set_attributes(deterministic=not training)
         return np.asarray(model.dropout(ones))

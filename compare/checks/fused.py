@@ -8,40 +8,34 @@ import torch
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from ..proof import tolerances
 from ..proof.agreement import Finding, agreement, identical
-from ..proof.cases import Config, Implementation, Trial, draw
+from ..proof.cases import Config, Framework, Trial, draw
 from ..proof.parity import exact_and_limit
 from ..proof.rounding_bound import most_tiles
 from ..runners.differentiate import gradient
 from ..runners.run import compiled, ready_torch
-from .gradients import exact_derivatives, problem_of
+from .gradients import derivative_problem, exact_derivatives
 
 # The last strip of queries and the last tile of keys are not whole ones.
 TOKENS, CONTEXT_LENGTH = 600, 640
 
 
-def fused(implementation: Implementation, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
+def check_fused(framework: Framework, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
     """Yield findings in float64 and float32, of gradients in float64, and of edits; the trial tells how many heads."""
     heads = 2 if trial.config.num_heads is None else trial.config.num_heads
     config = Config(5, 4 * heads, CONTEXT_LENGTH, 0.0, num_heads=heads, implementation="fused")
     causal = draw(config, TOKENS, np.random.default_rng(7), batch=1)
     tiles = most_tiles(TOKENS)
     for dtype in ("float64", "float32"):
-        call = compiled(implementation, config, device)  # one program, whatever the mask
+        call = compiled(framework, config, device)  # one program, whatever the mask
         for name, mask in masks().items():
             given = causal.masked(f"fused, {name}", mask).rounded(dtype)
             exact, limit = exact_and_limit(config, given.state, given.inputs, tiles=tiles)
             agreed = agreement(call(given.state, given.inputs), exact, limit)
-            yield Finding(
-                f"fused in {dtype}", implementation, given.name, agreed, tolerances.OUTPUT
-            )
-    yield from _gradients(implementation, causal.masked("fused, blocks", masks()["blocks"]), device)
-    if (
-        implementation == "torch"
-    ):  # which has a kernel for each of them, and remembers what it looked at
-        yield from _gradients(implementation, causal, device)
-        yield from _gradients(
-            implementation, causal.masked("fused, window", masks()["window"]), device
-        )
+            yield Finding(f"fused in {dtype}", framework, given.name, agreed, tolerances.OUTPUT)
+    yield from _gradients(framework, causal.masked("fused, blocks", masks()["blocks"]), device)
+    if framework == "torch":  # which has a kernel for each of them, and remembers what it looked at
+        yield from _gradients(framework, causal, device)
+        yield from _gradients(framework, causal.masked("fused, window", masks()["window"]), device)
         yield from _edits(causal.rounded("float32"), device)
 
 
@@ -70,15 +64,15 @@ def masks() -> dict[str, np.ndarray]:
     }
 
 
-def _gradients(implementation: Implementation, trial: Trial, device: str) -> Iterator[Finding]:
-    problem = problem_of(trial)
-    found = gradient(implementation, problem, device)
+def _gradients(framework: Framework, trial: Trial, device: str) -> Iterator[Finding]:
+    problem = derivative_problem(trial)
+    found = gradient(framework, problem, device)
     for name, entry in exact_derivatives(problem).items():
         # The weights come out of one more logarithm and exponential than the formula has.
         agreed = agreement(found[name], entry.value.value, tolerances.regrouped(entry.value))
         yield Finding(
             "fused gradients",
-            implementation,
+            framework,
             f"{trial.name}, {name}",
             agreed,
             tolerances.FUSED_GRADIENT,

@@ -6,45 +6,41 @@ import numpy as np
 
 from ..proof import tolerances
 from ..proof.agreement import Finding, agreement, same_names
-from ..proof.cases import Config, Implementation, Trial
+from ..proof.cases import Config, Framework, Trial
 from ..proof.dual_numbers import Dual
 from ..proof.reference_gradient import attention_forward, attention_gradient
 from ..proof.remembered import remembered
 from ..proof.running_error import Bounded
-from ..runners.differentiate import Problem, derivatives
+from ..runners.differentiate import DerivativeProblem, derivatives
 
 
-def gradients(
-    implementation: Implementation, trial: Trial, device: str = "cpu"
-) -> Iterator[Finding]:
+def check_gradients(framework: Framework, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
     """Yield a finding for the names that have a gradient, and two for each: first and second derivative.
 
     A trial with a closed row has none: its outputs are NaN.
     """
     if trial.closed:
         return
-    problem = problem_of(trial)
+    problem = derivative_problem(trial)
     expected = exact_derivatives(problem)
-    found = derivatives(implementation, problem, device)
+    found = derivatives(framework, problem, device)
     names = same_names(found.gradient, expected)
-    yield Finding("gradients: of what", implementation, trial.name, names, tolerances.NAMES)
+    yield Finding("gradients: of what", framework, trial.name, names, tolerances.NAMES)
     for name in sorted(expected.keys() & found.gradient.keys()):
         first, second = expected[name].value, expected[name].tangent
         agreed = agreement(found.gradient[name], first.value, tolerances.both_sides(first))
-        yield Finding(
-            "gradients", implementation, f"{trial.name}, {name}", agreed, tolerances.GRADIENT
-        )
+        yield Finding("gradients", framework, f"{trial.name}, {name}", agreed, tolerances.GRADIENT)
         agreed = agreement(found.hessian_vector[name], second.value, tolerances.regrouped(second))
         yield Finding(
             "Hessian-vector products",
-            implementation,
+            framework,
             f"{trial.name}, {name}",
             agreed,
             tolerances.HESSIAN,
         )
 
 
-def problem_of(trial: Trial) -> Problem:
+def derivative_problem(trial: Trial) -> DerivativeProblem:
     """Return the trial with a drawn cotangent and direction."""
     random = np.random.default_rng(1)
     arrays = {**trial.state, "inputs": trial.inputs}
@@ -52,10 +48,12 @@ def problem_of(trial: Trial) -> Problem:
     direction = {
         key: random.standard_normal(array.shape) for key, array in arrays.items() if key != "mask"
     }
-    return Problem(trial.config, trial.state, trial.inputs, cotangent, direction, trial.keep)
+    return DerivativeProblem(
+        trial.config, trial.state, trial.inputs, cotangent, direction, trial.keep
+    )
 
 
-def exact_derivatives(problem: Problem) -> dict[str, Dual]:
+def exact_derivatives(problem: DerivativeProblem) -> dict[str, Dual]:
     """Return, by torch's names, each gradient with the Hessian-vector product as its tangent, and their bounds."""
     arrays = {**problem.state, "inputs": problem.inputs}
     mask = arrays.pop("mask")

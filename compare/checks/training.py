@@ -4,27 +4,23 @@ from collections.abc import Iterator
 
 from ..proof import tolerances
 from ..proof.agreement import Agreement, Finding, agreement, identical, same_names
-from ..proof.cases import Implementation, Trial
+from ..proof.cases import Framework, Trial
 from ..proof.reference_training import RECIPES, Limited, course, reference_training
 from ..runners.train import Trained, train
 
 
-def training(
-    implementation: Implementation, trial: Trial, device: str = "cpu"
-) -> Iterator[Finding]:
+def check_training(framework: Framework, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
     """Train the standard course, which has its own trial, under each recipe."""
     for recipe in RECIPES:
-        found = train(implementation, course(), recipe, device)
-        yield from judged(implementation, recipe.name, found, reference_training(recipe))
+        found = train(framework, course(), recipe, device)
+        yield from judged(framework, recipe.name, found, reference_training(recipe))
 
 
-def judged(
-    implementation: Implementation, name: str, found: Trained, expected: Limited
-) -> Iterator[Finding]:
+def judged(framework: Framework, name: str, found: Trained, expected: Limited) -> Iterator[Finding]:
     """Yield a finding for the losses, one for the parameters and one for the mask."""
 
     def finding(what: str, agreed: Agreement, why: str) -> Finding:
-        return Finding(f"training: {what}", implementation, name, agreed, why)
+        return Finding(f"training: {what}", framework, name, agreed, why)
 
     run, limit = expected
     names = same_names(found.run.parameters, run.parameters)

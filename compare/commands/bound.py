@@ -8,7 +8,7 @@ import numpy as np
 
 from ..dtypes import numpy_dtype
 from ..proof.agreement import agreement
-from ..proof.cases import IMPLEMENTATIONS, TITLES, Config, State, draw_parameters
+from ..proof.cases import FRAMEWORKS, TITLES, Config, State, draw_parameters
 from ..proof.parity import exact_and_limit
 from ..proof.reference import attention_stages, causal_mask
 from ..proof.rounding_bound import PRECISIONS, overflow
@@ -31,7 +31,7 @@ SLIP = 1e-6
 
 
 @dataclass
-class Tally:
+class BoundCounts:
     """What the cases of one dtype gave; `slips` by shape, the smallest."""
 
     cases: int = 0
@@ -43,10 +43,8 @@ class Tally:
 def sections(cases: int, seed: int = 0) -> Iterator[Section | str]:
     """Draw the cases and yield one section with a row for each dtype; on the way, how many are done."""
     random = np.random.default_rng(seed)
-    runners = {
-        (name, shape): compiled(name, shape[0]) for shape in SHAPES for name in IMPLEMENTATIONS
-    }
-    tallies = {dtype: Tally() for dtype in PRECISIONS}
+    runners = {(name, shape): compiled(name, shape[0]) for shape in SHAPES for name in FRAMEWORKS}
+    tallies = {dtype: BoundCounts() for dtype in PRECISIONS}
     for index in range(cases):
         if index % 20 == 0:
             yield f"{index} of {cases} cases"
@@ -77,7 +75,11 @@ def draw(
 
 
 def _judge(
-    tally: Tally, dtype: str, shape: tuple[Config, int], runners: dict, random: np.random.Generator
+    tally: BoundCounts,
+    dtype: str,
+    shape: tuple[Config, int],
+    runners: dict,
+    random: np.random.Generator,
 ) -> None:
     """Run one case in each implementation; keep error over bound, and the slip that the bound would catch."""
     state, inputs = draw(*shape, dtype, random)
@@ -86,7 +88,7 @@ def _judge(
         tally.outside += 1
         return
     exact, limit = exact_and_limit(shape[0], state, inputs)
-    for name in IMPLEMENTATIONS:
+    for name in FRAMEWORKS:
         tally.ratios[name].append(
             agreement(runners[name, shape](state, inputs), exact, limit).ratio
         )
@@ -100,13 +102,13 @@ def _judge(
         tally.slips[shape[0]] = min(tally.slips[shape[0]], float(1 / caught))
 
 
-def _section(tallies: dict[str, Tally], seed: int) -> Section:
+def _section(tallies: dict[str, BoundCounts], seed: int) -> Section:
     rows: list[list[Cell]] = []
     section = Section(
         f"The rounding bound under {sum(tally.cases for tally in tallies.values())} drawn cases"
     )
     for dtype, tally in tallies.items():
-        worst = {name: max(tally.ratios[name], default=float("nan")) for name in IMPLEMENTATIONS}
+        worst = {name: max(tally.ratios[name], default=float("nan")) for name in FRAMEWORKS}
         rows.append([dtype, tally.cases, tally.outside, *worst.values()])
         for name, ratio in worst.items():
             section.checks.append(
@@ -121,7 +123,7 @@ def _section(tallies: dict[str, Tally], seed: int) -> Section:
     section.blocks = [
         f"Seed {seed}. Outside: cases in which the dtype may overflow, not compared. Then the worst error over the "
         "bound of each implementation.",
-        Table(["dtype", "cases", "outside", *IMPLEMENTATIONS], rows),
+        Table(["dtype", "cases", "outside", *FRAMEWORKS], rows),
         "What the bound would catch: the smallest relative slip of the scores that leaves it, in the case of each "
         "size that shows it best. Above 1 the bound says nothing of the scores in that dtype.",
         Table(["tokens", "head_dim", *PRECISIONS], _slips(tallies)),
@@ -129,7 +131,7 @@ def _section(tallies: dict[str, Tally], seed: int) -> Section:
     return section
 
 
-def _slips(tallies: dict[str, Tally]) -> list[list[Cell]]:
+def _slips(tallies: dict[str, BoundCounts]) -> list[list[Cell]]:
     return [
         [tokens, config.output_embedding_dim, *(tally.slips[config] for tally in tallies.values())]
         for config, tokens in SHAPES

@@ -14,7 +14,7 @@ import torch
 from ..checkpoint import save_checkpoint
 from ..conversion.convert import torch_to_linen, torch_to_nnx
 from ..conversion.tensors import torch_state
-from ..proof.cases import IMPLEMENTATIONS, NOTEBOOK, TITLES, Config, State
+from ..proof.cases import FRAMEWORKS, NOTEBOOK, TITLES, Config, State
 from ..report.model import Check, Section, Table
 from ..runners.notebook_figures import initial_states
 from ..runners.run import build_nnx, build_torch, linen_template
@@ -84,10 +84,10 @@ def _load_all(paths: list[Path]) -> Loaded:
         return run_module("compare.commands.reload", [reader, *map(str, paths)], ON_CPU)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
-        found = pool.map(load, IMPLEMENTATIONS)
+        found = pool.map(load, FRAMEWORKS)
         return {
             (reader, entry["path"]): entry
-            for reader, entries in zip(IMPLEMENTATIONS, found, strict=True)
+            for reader, entries in zip(FRAMEWORKS, found, strict=True)
             for entry in entries
         }
 
@@ -105,10 +105,10 @@ def _section(
         value * torch.triu(torch.ones(NOTEBOOK.context_length, NOTEBOOK.context_length), diagonal=1)
     ).tolist()
     rows = []
-    kept = dict.fromkeys(IMPLEMENTATIONS, 0)
+    kept = dict.fromkeys(FRAMEWORKS, 0)
     for (suffix, writer), path in saved.items():
         masks = []
-        for reader in IMPLEMENTATIONS:
+        for reader in FRAMEWORKS:
             entry = loaded[reader, str(path)]
             masks.append(f"{entry['mask'][0][1]:g}")
             kept[reader] += entry["mask"] == expected and entry["parameters"] == parameters
@@ -119,10 +119,10 @@ def _section(
         [
             f"The mask is edited {INITIAL:g} -> {EDITED:g}, saved by each implementation, and loaded by each in a new "
             "process. The entry above the diagonal, as loaded into:",
-            Table(["format", "saved by", *(TITLES[reader] for reader in IMPLEMENTATIONS)], rows),
+            Table(["format", "saved by", *(TITLES[reader] for reader in FRAMEWORKS)], rows),
         ],
     )
-    for reader in IMPLEMENTATIONS:
+    for reader in FRAMEWORKS:
         section.checks.append(
             Check(
                 f"{kind} buffer: edit {fate}",

@@ -10,13 +10,20 @@ from ..checks.stages import first_parted
 from ..checks.training import judged
 from ..proof import cases, tolerances
 from ..proof.agreement import Finding
-from ..proof.cases import IMPLEMENTATIONS, TITLES
-from ..proof.reference_training import RECIPES, STEPS, Recipe, Run, course, reference_training
+from ..proof.cases import FRAMEWORKS, TITLES
+from ..proof.reference_training import (
+    RECIPES,
+    STEPS,
+    Recipe,
+    TrainingRun,
+    course,
+    reference_training,
+)
 from ..report.model import Block, Curves, Panels, Section
 from ..report.verdicts import ratio_table, settle
 from ..runners.products import leaking_dtypes
 from ..runners.record_stages import record_stages
-from ..runners.run import places
+from ..runners.run import devices_to_run
 from ..runners.train import train
 
 TITLE = {
@@ -59,13 +66,15 @@ def sections(
     `slow` adds what takes long: `torch.compile`.
     """
     for name in names or CHECKS:
-        for place in places(device):
-            section = Section(TITLE[name] + ("" if place == "cpu" else " (CUDA)"), [TEXT[name]])
+        for device_name in devices_to_run(device):
+            section = Section(
+                TITLE[name] + ("" if device_name == "cpu" else " (CUDA)"), [TEXT[name]]
+            )
             if name == "training":
-                yield from _train(section, place)
+                yield from _train(section, device_name)
             else:
-                for implementation in IMPLEMENTATIONS:
-                    yield f"{name}: {TITLES[implementation]} on {place}"
+                for framework in FRAMEWORKS:
+                    yield f"{name}: {TITLES[framework]} on {device_name}"
                     given = cases.fixed_trials()
                     some = {
                         "state": [given[0], given[-1]],
@@ -73,38 +82,38 @@ def sections(
                         "fused": [given[0]],
                     }
                     for trial in some.get(name, given):
-                        section.findings += CHECKS[name](implementation, trial, place)
+                        section.findings += CHECKS[name](framework, trial, device_name)
             if name == "determinism" and slow:
                 yield "determinism: torch.compile"
-                section.findings.append(compiled_by_torch(cases.fixed_trials()[0], place))
+                section.findings.append(compiled_by_torch(cases.fixed_trials()[0], device_name))
             if name == "outputs":
                 section.blocks += [
                     f"{tolerances.LEAKING.format(dtype=dtype)}." for dtype in leaking_dtypes()
                 ]
             section.blocks.append(ratio_table(section.findings))
             if name == "stages":
-                section.blocks += [_parted(section.findings), *_weights(place)]
+                section.blocks += [_parted(section.findings), *_weights(device_name)]
             section.checks += settle(
-                section.findings, name if place == "cpu" else f"{name} on cuda"
+                section.findings, name if device_name == "cpu" else f"{name} on cuda"
             )
             yield section
 
 
 def _parted(findings: Sequence[Finding]) -> str:
     parted = {
-        TITLES[place]: first_parted(
-            finding for finding in findings if finding.implementation == place
+        TITLES[framework]: first_parted(
+            finding for finding in findings if finding.implementation == framework
         )
-        for place in IMPLEMENTATIONS
+        for framework in FRAMEWORKS
     }
-    said = [f"{place}: {stage}" for place, stage in parted.items() if stage]
+    said = [f"{framework}: {stage}" for framework, stage in parted.items() if stage]
     return f"The first stage that parts: {', '.join(said)}." if said else "No stage parts."
 
 
 def _weights(device: str) -> Iterator[Panels]:
     """Yield the mask and the attention weights of the first two trials, first of the batch."""
     for trial in cases.fixed_trials()[:2]:
-        recorded = {TITLES[name]: record_stages(name, trial, device) for name in IMPLEMENTATIONS}
+        recorded = {TITLES[name]: record_stages(name, trial, device) for name in FRAMEWORKS}
         matrices = {name: found.weights[0].tolist() for name, found in recorded.items()}
         tokens = trial.inputs.shape[1]
         shown = {"mask": (trial.mask[:tokens, :tokens] != 0).astype(float).tolist(), **matrices}
@@ -116,14 +125,14 @@ def _train(section: Section, device: str) -> Iterator[str]:
     for recipe in RECIPES:
         yield f"training: the reference, {recipe.name}"
         expected = reference_training(recipe)
-        curves: dict[str, Run] = {}
-        for implementation in IMPLEMENTATIONS:
-            yield f"training: {TITLES[implementation]} on {device}, {recipe.name}"
-            found = train(implementation, course(), recipe, device)
-            section.findings += judged(implementation, recipe.name, found, expected)
-            curves[f"{implementation} float64"] = found.run
-            curves[f"{implementation} float32"] = train(
-                implementation, course().rounded("float32"), recipe, device
+        curves: dict[str, TrainingRun] = {}
+        for framework in FRAMEWORKS:
+            yield f"training: {TITLES[framework]} on {device}, {recipe.name}"
+            found = train(framework, course(), recipe, device)
+            section.findings += judged(framework, recipe.name, found, expected)
+            curves[f"{framework} float64"] = found.run
+            curves[f"{framework} float32"] = train(
+                framework, course().rounded("float32"), recipe, device
             ).run
         blocks += _pictures(recipe, expected.run, expected.limits, curves)
     section.blocks += blocks
@@ -132,11 +141,13 @@ def _train(section: Section, device: str) -> Iterator[str]:
 MARKED = (1, 2, 5, 10, 20, 50, 100, 200)
 
 
-def _pictures(recipe: Recipe, exact: Run, limit: Run, found: dict[str, Run]) -> list[Block]:
+def _pictures(
+    recipe: Recipe, exact: TrainingRun, limit: TrainingRun, found: dict[str, TrainingRun]
+) -> list[Block]:
     """Return the loss, and how the runs part from the reference with the step; of float32 it is only reported."""
     steps = list(range(1, STEPS + 1))
 
-    def apart(run: Run) -> list[float]:
+    def apart(run: TrainingRun) -> list[float]:
         each = [
             np.abs(run.parameters[key] - exact.parameters[key]).reshape(STEPS, -1)
             for key in exact.parameters
@@ -179,7 +190,7 @@ def _pictures(recipe: Recipe, exact: Run, limit: Run, found: dict[str, Run]) -> 
     ]
 
 
-def _largest(run: Run) -> list[float]:
+def _largest(run: TrainingRun) -> list[float]:
     return (
         np.concatenate([array.reshape(STEPS, -1) for array in run.parameters.values()], axis=1)
         .max(axis=1)

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..checkpoint.convert import Conversion, Line, Wanted, convert_checkpoint
 from ..checkpoint.transforms import Progress, silent
 from ..checkpoint.verify import Difference, verify_checkpoint
-from ..conversion.mapping import Mapping
+from ..conversion.mapping import StateMapping
 from ..report.model import Block, Cell, Check, Section, Table
 
 
@@ -23,7 +23,7 @@ def sections(
     progress: Progress = silent,
 ) -> Iterator[Section | str]:
     """Yield one section with the table of tensors and what was compared; before, what is being done."""
-    table = Mapping.load(mapping) if mapping else None
+    table = StateMapping.load(mapping) if mapping else None
     yield f"converting {source}"
     done = convert_checkpoint(
         source,

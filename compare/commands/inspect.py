@@ -16,6 +16,7 @@ from ..checkpoint.manifest import is_mask
 from ..checkpoint.tensors import Spec, spec_of
 from ..checkpoint.transforms import Progress, silent
 from ..conversion.errors import shown
+from ..conversion.mapping import slashed
 from ..conversion.state_kinds import entries
 from ..conversion.unmatched import host_values
 from ..report.model import Block, Cell, Check, Panels, Section, Table
@@ -59,15 +60,15 @@ def held(source: str, progress: Progress) -> tuple[list[Shown], list[str]]:
         found, total, done = [], sum(spec.nbytes for spec in stored.specs.values()), 0
         arrays = {}
         for path, array in stored.read():
-            name = "/".join(map(str, path))
+            name = slashed(path)
             found.append(Shown(name, stored.kinds.get(path, "unknown"), stored.specs[path], array))
             arrays[path] = array
             done += array.nbytes
             progress(done, total)
         found += [
             Shown(
-                "/".join(map(str, path)),
-                f"alias of {'/'.join(map(str, first))}",
+                slashed(path),
+                f"alias of {slashed(first)}",
                 stored.specs[first],
                 arrays[first],
             )
@@ -103,9 +104,7 @@ def _of_module(source: str) -> list[Shown]:
         ) from error
     shown_ = []
     for entry in held_:
-        kind = (
-            f"alias of {'/'.join(map(str, entry.first))}" if entry.first is not None else entry.kind
-        )
+        kind = f"alias of {slashed(entry.first)}" if entry.first is not None else entry.kind
         array = _values(entry.value) if entry.kind != "stream" else None
         shown_.append(
             Shown(
@@ -227,11 +226,11 @@ def _difference(
     return section
 
 
-def _what_differs(mine: Shown | None, its: Shown | None, source: str, other: str) -> str:
+def _what_differs(mine: Shown | None, its: Shown | None, source: str, other: str) -> str | None:
     if mine is None or its is None:
         return f"is only in {other if mine is None else source}"
     if mine.spec != its.spec or mine.array is None or its.array is None:
-        return "" if mine.spec == its.spec else f"{_words(mine.spec)} and {_words(its.spec)}"
+        return None if mine.spec == its.spec else f"{_words(mine.spec)} and {_words(its.spec)}"
     one, two = (np.ascontiguousarray(array).reshape(-1) for array in (mine.array, its.array))
     differing = (
         (one.view(np.uint8) != two.view(np.uint8)).reshape(one.size, -1).any(axis=1)
@@ -239,7 +238,7 @@ def _what_differs(mine: Shown | None, its: Shown | None, source: str, other: str
         else np.zeros(0)
     )
     if not differing.any():
-        return ""
+        return None
     wide = np.complex128 if one.dtype.kind == "c" else np.float64
     apart = np.abs(one[differing].astype(wide) - two[differing].astype(wide))
     return f"{int(differing.sum()):,} of {one.size:,} values, by up to {float(np.nanmax(apart, initial=0.0)):.3g}"

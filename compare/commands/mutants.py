@@ -13,7 +13,7 @@ from ..checks import CHECKS, ON_THEIR_OWN
 from ..mutants import MUTANTS, Mutant, planted
 from ..proof import cases
 from ..proof.agreement import Finding
-from ..proof.cases import IMPLEMENTATIONS, TITLES, Implementation
+from ..proof.cases import FRAMEWORKS, TITLES, Framework
 from ..report.model import Cell, Check, Grid, Section, Table
 from ..report.verdicts import worst_of
 from .bound import SHAPES
@@ -81,10 +81,10 @@ def judge(mutant: Mutant, names: Iterable[str] = tuple(CHECKS), *, first: bool =
     return verdict
 
 
-def fixed_findings(check: str, implementation: Implementation) -> Iterator[Finding]:
+def fixed_findings(check: str, framework: Framework) -> Iterator[Finding]:
     """Yield all findings of a check on the fixed cases."""
     for trial in cases.fixed_trials()[:1] if check in ON_THEIR_OWN else cases.fixed_trials():
-        yield from CHECKS[check](implementation, trial, "cpu")
+        yield from CHECKS[check](framework, trial, "cpu")
 
 
 def worst(findings: list[Finding]) -> float:
@@ -106,16 +106,16 @@ def _honest(configurations: int) -> Generator[Section | str, None, float]:
         if index % 10 == 0:
             yield f"{index} of {configurations} honest configurations"
         trial = drawn(random)
-        for implementation in IMPLEMENTATIONS:
+        for framework in FRAMEWORKS:
             for name in names:
-                findings = list(CHECKS[name](implementation, trial, "cpu"))
+                findings = list(CHECKS[name](framework, trial, "cpu"))
                 compared += len(findings)
                 alarms += [finding for finding in findings if not finding.held]
                 largest[name] = max(largest.get(name, 0.0), worst(findings) if findings else 0.0)
     for name in CHECKS:
-        for implementation in IMPLEMENTATIONS:
+        for framework in FRAMEWORKS:
             yield f"{name} on the fixed trials, honest"
-            findings = list(fixed_findings(name, implementation))
+            findings = list(fixed_findings(name, framework))
             compared += len(findings)
             alarms += [finding for finding in findings if not finding.held]
             largest[name] = max(largest.get(name, 0.0), worst(findings))
@@ -166,7 +166,7 @@ def _section(verdicts: list[Verdict], honest: float) -> Section:
             for verdict in verdicts
             if verdict.mutant.name == name
         }
-        margins = [_shown(mine[place]) if place in mine else None for place in IMPLEMENTATIONS]
+        margins = [_shown(mine[place]) if place in mine else None for place in FRAMEWORKS]
         seen = list(
             dict.fromkeys(check for verdict in mine.values() for check in verdict.caught_by)
         )
@@ -185,7 +185,7 @@ def _section(verdicts: list[Verdict], honest: float) -> Section:
         [
             "The worst error/limit of any check (inf: a bit, a name or a NaN where there should be none; error: the "
             "program does not run), and the checks that saw it:",
-            Table(["bug", *IMPLEMENTATIONS, "seen by"], rows),
+            Table(["bug", *FRAMEWORKS, "seen by"], rows),
             f"The largest honest error/limit is {honest:.2g}. The smallest of any planted bug is {smallest.margin:.3g} "
             f"({smallest.mutant.name}, {TITLES[smallest.mutant.implementation]}): "
             f"{smallest.margin / honest:.2g} times as large. "
@@ -193,7 +193,7 @@ def _section(verdicts: list[Verdict], honest: float) -> Section:
             Grid("Planted bugs and checks: error/limit", list(CHECKS), grid),
         ],
     )
-    for place in IMPLEMENTATIONS:
+    for place in FRAMEWORKS:
         mine_all = [verdict for verdict in verdicts if verdict.mutant.implementation == place]
         if not mine_all:
             continue

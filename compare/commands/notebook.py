@@ -10,7 +10,7 @@ import numpy as np
 from ..checkpoint import load_checkpoint, save_checkpoint
 from ..conversion.convert import linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
 from ..conversion.tensors import numpy_state, torch_state
-from ..proof.cases import IMPLEMENTATIONS, NOTEBOOK, TITLES, Implementation, State
+from ..proof.cases import FRAMEWORKS, NOTEBOOK, TITLES, Framework, State
 from ..report.model import Check, Panels, Section, Table
 from ..runners.notebook_figures import (
     PRINT_ROUNDING,
@@ -86,21 +86,18 @@ class _Cell(NamedTuple):
     """A cell that printed outputs, its rows as each implementation matches them."""
 
     name: str
-    rows: dict[Implementation, list[RowMatch]]
+    rows: dict[Framework, list[RowMatch]]
 
-    def fitting(self, implementation: Implementation) -> int:
+    def fitting(self, framework: Framework) -> int:
         """Count the rows found, under the same pattern of dropout as in torch."""
-        pairs = zip(self.rows[implementation], self.rows["torch"], strict=True)
+        pairs = zip(self.rows[framework], self.rows["torch"], strict=True)
         return sum(match.patterns > 0 and match.dropped == torch.dropped for match, torch in pairs)
 
 
 def _match(name: str, state: State, printed: list[Any]) -> _Cell:
     return _Cell(
         name,
-        {
-            implementation: match_rows(implementation, state, np.array(printed))
-            for implementation in IMPLEMENTATIONS
-        },
+        {framework: match_rows(framework, state, np.array(printed)) for framework in FRAMEWORKS},
     )
 
 
@@ -115,19 +112,19 @@ def _outputs(title: str, cell: _Cell) -> Section:
     section = Section(
         title,
         [
-            Table(["row", "printed by the notebook", *IMPLEMENTATIONS, "dropped"], rows),
+            Table(["row", "printed by the notebook", *FRAMEWORKS, "dropped"], rows),
             "torch, linen, nnx: distance to the printed row in units of 1e-5. Dropped: the attention weights that "
             f"dropout took in the notebook. {_same_input(cell.rows['torch'])}",
         ],
     )
     section.checks += [
-        _rows_check(f"{cell.name}: output rows", name, [cell]) for name in IMPLEMENTATIONS
+        _rows_check(f"{cell.name}: output rows", name, [cell]) for name in FRAMEWORKS
     ]
     return section
 
 
 def _all_rows(cells: list[_Cell]) -> Section:
-    checks = [_rows_check("all output rows", name, cells) for name in IMPLEMENTATIONS]
+    checks = [_rows_check("all output rows", name, cells) for name in FRAMEWORKS]
     counts = ", ".join(f"{check.implementation} {check.count}" for check in checks)
     patterns = {match.patterns for cell in cells for rows in cell.rows.values() for match in rows}
     fits = (
@@ -142,12 +139,12 @@ def _all_rows(cells: list[_Cell]) -> Section:
     )
 
 
-def _rows_check(name: str, implementation: Implementation, cells: list[_Cell]) -> Check:
-    fitting = sum(cell.fitting(implementation) for cell in cells)
-    total = sum(len(cell.rows[implementation]) for cell in cells)
+def _rows_check(name: str, framework: Framework, cells: list[_Cell]) -> Check:
+    fitting = sum(cell.fitting(framework) for cell in cells)
+    total = sum(len(cell.rows[framework]) for cell in cells)
     return Check(
         name,
-        TITLES[implementation],
+        TITLES[framework],
         fitting == total,
         f"{fitting} of {total} rows",
         f"{total} rows, under the same patterns of dropout as torch",
@@ -190,7 +187,7 @@ def _state(title: str, cell: str, state: State, printed: dict[str, Any]) -> Sect
     arrays = {name: numpy_state(found) for name, found in held.items()}
     section = Section(title)
     for key in printed:
-        panels = {TITLES[name]: arrays[name][key].tolist() for name in IMPLEMENTATIONS}
+        panels = {TITLES[name]: arrays[name][key].tolist() for name in FRAMEWORKS}
         section.blocks.append(Panels(key, panels, decimals=0 if key == "mask" else 4))
     if printed.keys() < state.keys():
         section.blocks.append(
@@ -241,7 +238,7 @@ def _edit(state: State) -> Section:
         _mask_check("cell 19: mask edited", name, mask, expected) for name, mask in masks.items()
     ]
     edited = {**state, "mask": 2.0 * state["mask"]}
-    for name in IMPLEMENTATIONS:
+    for name in FRAMEWORKS:
         same = np.array_equal(
             run(name, NOTEBOOK, state, inputs()), run(name, NOTEBOOK, edited, inputs())
         )
@@ -280,7 +277,7 @@ def _reload(title: str, cell: str, state: State, *, buffer: bool) -> Section:
     expected = np.array(figures()[key])
     name = f"{cell}: edit {'kept' if buffer else 'lost'}"
     section.checks += [
-        _mask_check(name, implementation, mask, expected) for implementation, mask in masks.items()
+        _mask_check(name, framework, mask, expected) for framework, mask in masks.items()
     ]
     return section
 
@@ -294,11 +291,11 @@ def _masks(held: dict[str, Any], *, buffer: bool) -> dict[str, np.ndarray]:
     }
 
 
-def _mask_check(name: str, implementation: str, found: np.ndarray, expected: np.ndarray) -> Check:
+def _mask_check(name: str, framework: str, found: np.ndarray, expected: np.ndarray) -> Check:
     same = np.array_equal(found, expected)
     return Check(
         name,
-        TITLES[implementation],
+        TITLES[framework],
         same,
         "as printed" if same else f"{found.tolist()}",
         "as printed",

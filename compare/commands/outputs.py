@@ -8,11 +8,11 @@ import torch
 
 from ..conversion.tensors import numpy_state
 from ..proof.agreement import Agreement, agreement
-from ..proof.cases import CASES, IMPLEMENTATIONS, TITLES, Case, Implementation, State
+from ..proof.cases import CASES, FRAMEWORKS, TITLES, Case, Framework, State
 from ..proof.parity import exact_and_limit
 from ..proof.rounding_bound import FLOAT64_RELATIVE, PRECISIONS, TF32
 from ..report.model import Cell, Check, Histogram, Section, Table
-from ..runners.run import build_torch, compiled, missing_cuda, places, run
+from ..runners.run import build_torch, compiled, devices_to_run, missing_cuda, run
 
 SEED = 211
 DTYPES = ("float64", "float32")
@@ -22,8 +22,8 @@ ULPS = tuple(4.0**power for power in range(-3, 8))
 
 def sections(device: str | None = None) -> Iterator[Section]:
     """Yield one section a device."""
-    for place in places(device):
-        yield _section(place)
+    for each in devices_to_run(device):
+        yield _section(each)
     missing = missing_cuda()
     if device is not None or not missing:
         return
@@ -50,15 +50,15 @@ class _Result(NamedTuple):
 
     case: str
     dtype: str
-    against_exact: dict[Implementation, Agreement]
-    against_torch: dict[Implementation, Agreement]
+    against_exact: dict[Framework, Agreement]
+    against_torch: dict[Framework, Agreement]
     ulps: dict[str, np.ndarray]
 
 
 def _measure(case: Case, dtype: str, device: str) -> _Result:
     state = case_state(case, dtype)
     inputs = case.inputs().astype(dtype)
-    found = {name: compiled(name, case.config, device)(state, inputs) for name in IMPLEMENTATIONS}
+    found = {name: compiled(name, case.config, device)(state, inputs) for name in FRAMEWORKS}
     exact, limit = exact_and_limit(case.config, state, inputs)
     ulp = np.spacing(np.abs(exact).astype(dtype)).astype(np.float64)
     return _Result(
@@ -78,7 +78,7 @@ def defaults(device: str) -> Table:
     rows: list[list[Cell]] = []
     for case in CASES:
         state, inputs = case_state(case, "float32"), case.inputs()
-        for name in IMPLEMENTATIONS:
+        for name in FRAMEWORKS:
             outputs = run(name, case.config, state, inputs, device=device, matmul="default")
             ratios = []
             for precision in (PRECISIONS["float32"], TF32):
@@ -91,7 +91,7 @@ def defaults(device: str) -> Table:
 def _histogram(results: list[_Result]) -> Histogram:
     """Count how far the float32 outputs of all cases are from the reference, and how far they may be, in ulps."""
     counts = {}
-    for name in (*IMPLEMENTATIONS, "bound"):
+    for name in (*FRAMEWORKS, "bound"):
         ulps = np.concatenate(
             [result.ulps[name].ravel() for result in results if result.dtype == "float32"]
         )
@@ -128,7 +128,7 @@ def _section(device: str) -> Section:
             "float32 with each framework's default settings, against both bounds; not judged:"
         ]
         section.blocks.append(defaults(device))
-    for name in IMPLEMENTATIONS:
+    for name in FRAMEWORKS:
         agreed = [result.against_exact[name] for result in results]
         measured = f"worst error/bound {max(a.ratio for a in agreed):.2g}"
         count = f"{sum(a.held for a in agreed)}/{len(agreed)}"

@@ -30,13 +30,13 @@ def checksum(state: State) -> str:
     return digest.hexdigest()[:16]
 
 
-def load(implementation: str, path: Path) -> tuple[Any, State]:
+def load(framework: str, path: Path) -> tuple[Any, State]:
     """Load the checkpoint into a fresh module; return its mask and its state."""
     buffer = path.name.startswith("with-")
-    if implementation == "torch":
+    if framework == "torch":
         module = load_checkpoint(path, build_torch(NOTEBOOK, buffer=buffer))
         return module.mask, numpy_state(module.state_dict())
-    if implementation == "nnx":
+    if framework == "nnx":
         model = load_checkpoint(path, build_nnx(NOTEBOOK, buffer=buffer))
         return model.mask, numpy_state(nnx_to_torch(model))
     variables = load_checkpoint(path, linen_template(NOTEBOOK, buffer=buffer))
@@ -45,10 +45,10 @@ def load(implementation: str, path: Path) -> tuple[Any, State]:
 
 def main() -> None:
     """Print the JSON list of what each path gave."""
-    implementation, *paths = sys.argv[1:]
+    framework, *paths = sys.argv[1:]
     found = []
     for path in map(Path, paths):
-        mask, state = load(implementation, path)
+        mask, state = load(framework, path)
         found.append(
             {"path": str(path), "mask": np.asarray(mask).tolist(), "parameters": checksum(state)}
         )

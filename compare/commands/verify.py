@@ -6,7 +6,7 @@ from pathlib import Path
 from ..checkpoint.formats import open_checkpoint
 from ..checkpoint.transforms import Progress, silent
 from ..checkpoint.verify import verify_checkpoint
-from ..conversion.mapping import Mapping
+from ..conversion.mapping import StateMapping
 from ..report.model import Section, Table
 from .convert import compared
 
@@ -20,7 +20,7 @@ def sections(
 ) -> Iterator[Section | str]:
     """Yield one section with the differences; before, what is being done."""
     yield f"comparing {source} and {target}"
-    table = Mapping.load(mapping) if mapping else None
+    table = StateMapping.load(mapping) if mapping else None
     found = verify_checkpoint(source, target, mapping=table, dtype=dtype, progress=progress)
     with open_checkpoint(target) as written:
         nbytes = sum(spec.nbytes for spec in written.specs.values())

@@ -8,26 +8,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import Entry, Mismatch, Shape
+from .errors import Mismatch, MismatchEntry, Shape
 from .layouts import Layout, layout, to_flax
 from .layouts import to_torch as laid_for_torch
-from .mapping import Left, Path, Row
-from .mapping import Mapping as Table
+from .mapping import KeyPath, Left, Row, StateMapping, slashed
 from .tensors import Untransferable, dense, tensor_to_numpy, to_host, to_jax, to_torch
 from .unmatched import host_values, objection
 
 
 def flax_from_torch(
-    tensors: Mapping[str, Any], wanted: Mapping[Path, Any], mapping: Table, copy: bool
-) -> tuple[dict[Path, jax.Array], Mismatch]:
+    tensors: Mapping[str, Any], wanted: Mapping[KeyPath, Any], mapping: StateMapping, copy: bool
+) -> tuple[dict[KeyPath, jax.Array], Mismatch]:
     """Convert each wanted entry that the tensors have in the right shape; list the others."""
-    arrays: dict[Path, jax.Array] = {}
+    arrays: dict[KeyPath, jax.Array] = {}
     missing, misshaped = [], []
     refused = _left(mapping, tensors, wanted)
     kept = {item.path for item in mapping.left if item.path is not None}
     taken = mapping.left_keys()
     for path, row, leaf in _in_order(wanted, mapping.by_path):
-        place = "/".join(map(str, path))
+        place = slashed(path)
         keys = [row.torch_key, *filter(None, [row.plus])] if row else []
         taken.update(key for key in keys if key in tensors)
         absent = [key for key in keys if key not in tensors]
@@ -49,14 +48,16 @@ def flax_from_torch(
             arrays[path] = place_like(to_jax(found, copy=_shareable(row, copy)), leaf, copy)
         except Untransferable as error:
             refused.append(
-                Entry(row.torch_key, place, tuple(tensors[row.torch_key].shape), reason=str(error))
+                MismatchEntry(
+                    row.torch_key, place, tuple(tensors[row.torch_key].shape), reason=str(error)
+                )
             )
     for row in mapping.rows:
         if row.kind == "alias" and row.path in wanted and row.torch_key in tensors:
             taken.add(row.torch_key)
             refused += untied(row, tensors[row.torch_key], mapping, tensors)
     unexpected = [
-        Entry(str(key), "", found=tuple(getattr(value, "shape", ())))
+        MismatchEntry(str(key), "", found=tuple(getattr(value, "shape", ())))
         for key, value in tensors.items()
         if key not in taken
     ]
@@ -64,7 +65,7 @@ def flax_from_torch(
 
 
 def torch_from_flax(
-    leaves: Mapping[Path, Any], mapping: Table, copy: bool
+    leaves: Mapping[KeyPath, Any], mapping: StateMapping, copy: bool
 ) -> tuple[dict[str, Tensor], Mismatch]:
     """Convert each leaf that has a row; list the others, and the required rows that lack a leaf."""
     state: dict[str, Tensor] = {}
@@ -73,16 +74,16 @@ def torch_from_flax(
     kept = {item.path: item for item in mapping.left if item.path is not None}
     refused = _left(mapping, {}, leaves)
     for path, row, leaf in _in_order(leaves, mapping.by_path):
-        place = "/".join(map(str, path))
+        place = slashed(path)
         if row is None:
             unexpected += (
-                [Entry(place, place, found=tuple(getattr(leaf, "shape", ())))]
+                [MismatchEntry(place, place, found=tuple(getattr(leaf, "shape", ())))]
                 if path not in kept
                 else []
             )
         elif not isinstance(leaf, jax.Array | np.ndarray):
             refused.append(
-                Entry(
+                MismatchEntry(
                     row.torch_key,
                     place,
                     reason=f"is a {type(leaf).__name__}, not an array of values",
@@ -94,7 +95,9 @@ def torch_from_flax(
                     raise ValueError(f"the mapping is for {row.shape}; this is {leaf.shape}")
                 tensor = _to_tensor(layout(row.layout, leaf.shape), leaf, copy)
             except ValueError as error:
-                refused.append(Entry(row.torch_key, place, leaf.shape, reason=f"{place}: {error}"))
+                refused.append(
+                    MismatchEntry(row.torch_key, place, leaf.shape, reason=f"{place}: {error}")
+                )
                 continue
             for key, values in (
                 (row.torch_key, tensor),
@@ -110,19 +113,19 @@ def torch_from_flax(
         if row.kind == "alias" and mapping.by_path[row.path].torch_key in state:
             state[row.torch_key] = state[mapping.by_path[row.path].torch_key]
     missing = [
-        Entry(row.torch_key, row.place)
+        MismatchEntry(row.torch_key, row.place)
         for path, row in mapping.by_path.items()
         if row.required and path not in leaves
     ]
     return state, Mismatch(tuple(missing), tuple(unexpected), refused=tuple(refused))
 
 
-def unfit(row: Row, key: str, tensor: Any, flax_shape: Sequence[int]) -> Entry | None:
+def unfit(row: Row, key: str, tensor: Any, flax_shape: Sequence[int]) -> MismatchEntry | None:
     """Say what is wrong with a torch tensor that is to become the row's Flax array of that shape."""
     if not hasattr(tensor, "shape"):
-        return Entry(key, row.place, reason=f"is a {type(tensor).__name__}, not a tensor")
+        return MismatchEntry(key, row.place, reason=f"is a {type(tensor).__name__}, not a tensor")
     if row.shape is not None and row.shape != tuple(flax_shape):
-        return Entry(
+        return MismatchEntry(
             key,
             row.place,
             reason=f"the mapping is for {row.shape} in Flax; this is {tuple(flax_shape)}",
@@ -130,9 +133,9 @@ def unfit(row: Row, key: str, tensor: Any, flax_shape: Sequence[int]) -> Entry |
     try:
         expected = torch_shape(row, flax_shape)
     except ValueError as error:
-        return Entry(key, row.place, reason=str(error))
+        return MismatchEntry(key, row.place, reason=str(error))
     found = tuple(tensor.shape)
-    return None if found == expected else Entry(key, row.place, found, expected)
+    return None if found == expected else MismatchEntry(key, row.place, found, expected)
 
 
 def torch_shape(row: Row, flax_shape: Sequence[int]) -> Shape:
@@ -164,12 +167,14 @@ def combined(row: Row, tensors: Sequence[Any], copy: bool) -> Any:
     return tensors[0] + tensors[1]
 
 
-def untied(row: Row, value: Any, mapping: Table, tensors: Mapping[str, Any]) -> list[Entry]:
+def untied(
+    row: Row, value: Any, mapping: StateMapping, tensors: Mapping[str, Any]
+) -> list[MismatchEntry]:
     """List the alias whose values are not those of the entry it is tied to."""
     home = mapping.by_path[row.path].torch_key
     if home in tensors and not same_bits(value, tensors[home]):
         return [
-            Entry(
+            MismatchEntry(
                 row.torch_key,
                 row.place,
                 reason=f"is tied to {home} in Flax, and has other values here",
@@ -189,32 +194,34 @@ def same_bits(tensor: Any, first: Any) -> bool:
     return same and tensor_to_numpy(mine).tobytes() == tensor_to_numpy(its).tobytes()
 
 
-def _left(mapping: Table, tensors: Mapping[str, Any], leaves: Mapping[Path, Any]) -> list[Entry]:
+def _left(
+    mapping: StateMapping, tensors: Mapping[str, Any], leaves: Mapping[KeyPath, Any]
+) -> list[MismatchEntry]:
     """List the entries that may not be left where they are."""
     refused = []
     for item in mapping.left:
         value = _held(item, tensors, leaves)
         if value is not None and (reason := objection(item.policy, host_values(value))):
-            refused.append(Entry(item.torch_key, "", tuple(value.shape), reason=reason))
+            refused.append(MismatchEntry(item.torch_key, "", tuple(value.shape), reason=reason))
     return refused
 
 
-def _held(item: Left, tensors: Mapping[str, Any], leaves: Mapping[Path, Any]) -> Any:
+def _held(item: Left, tensors: Mapping[str, Any], leaves: Mapping[KeyPath, Any]) -> Any:
     return tensors.get(item.torch_key) if item.path is None else leaves.get(item.path)
 
 
-def _missing(key: str, row: Row | None, place: str, leaf: Any) -> Entry:
+def _missing(key: str, row: Row | None, place: str, leaf: Any) -> MismatchEntry:
     try:
-        return Entry(
+        return MismatchEntry(
             key, place, expected=torch_shape(row, leaf.shape) if row else tuple(leaf.shape)
         )
     except ValueError:
-        return Entry(key, place, expected=tuple(leaf.shape))
+        return MismatchEntry(key, place, expected=tuple(leaf.shape))
 
 
 def _in_order(
-    leaves: Mapping[Path, Any], rows: Mapping[Path, Row]
-) -> Iterable[tuple[Path, Row | None, Any]]:
+    leaves: Mapping[KeyPath, Any], rows: Mapping[KeyPath, Row]
+) -> Iterable[tuple[KeyPath, Row | None, Any]]:
     """Yield the leaves in the order of the table, those without a row last."""
     yield from ((path, row, leaves[path]) for path, row in rows.items() if path in leaves)
     yield from ((path, None, leaf) for path, leaf in leaves.items() if path not in rows)

@@ -15,11 +15,9 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 from torch import Tensor
 
-from . import mapping as tables
 from .apply_mapping import flax_from_torch, torch_from_flax
 from .errors import ConversionError, Mismatch
-from .mapping import Mapping as Table
-from .mapping import Path
+from .mapping import LINEN, NNX, KeyPath, StateMapping
 from .match import pair
 from .state_kinds import SAVED, FlaxSide, flax_side, linen_entries, linen_kind
 
@@ -34,7 +32,7 @@ def torch_to_linen(
     source: Source,
     template: Mapping[str, Any],
     *,
-    mapping: Table | None = None,
+    mapping: StateMapping | None = None,
     copy: bool = True,
     strict: Literal[True] = True,
 ) -> Variables: ...
@@ -43,7 +41,7 @@ def torch_to_linen(
     source: Source,
     template: Mapping[str, Any],
     *,
-    mapping: Table | None = None,
+    mapping: StateMapping | None = None,
     copy: bool = True,
     strict: Literal[False],
 ) -> tuple[Variables, Mismatch]: ...
@@ -51,7 +49,7 @@ def torch_to_linen(
     source: Source,
     template: Mapping[str, Any],
     *,
-    mapping: Table | None = None,
+    mapping: StateMapping | None = None,
     copy: bool = True,
     strict: bool = True,
 ) -> Variables | tuple[Variables, Mismatch]:
@@ -92,7 +90,7 @@ def torch_to_nnx(
     source: Source,
     model: Model,
     *,
-    mapping: Table | None = None,
+    mapping: StateMapping | None = None,
     copy: bool = True,
     strict: Literal[True] = True,
 ) -> Model: ...
@@ -101,7 +99,7 @@ def torch_to_nnx(
     source: Source,
     model: Model,
     *,
-    mapping: Table | None = None,
+    mapping: StateMapping | None = None,
     copy: bool = True,
     strict: Literal[False],
 ) -> tuple[Model, Mismatch]: ...
@@ -109,7 +107,7 @@ def torch_to_nnx(
     source: Source,
     model: Model,
     *,
-    mapping: Table | None = None,
+    mapping: StateMapping | None = None,
     copy: bool = True,
     strict: bool = True,
 ) -> Model | tuple[Model, Mismatch]:
@@ -146,7 +144,7 @@ def torch_to_nnx(
 def linen_to_torch(
     variables: Mapping[str, Any],
     *,
-    mapping: Table | None = None,
+    mapping: StateMapping | None = None,
     copy: bool = True,
     strict: Literal[True] = True,
 ) -> StateDict: ...
@@ -154,14 +152,14 @@ def linen_to_torch(
 def linen_to_torch(
     variables: Mapping[str, Any],
     *,
-    mapping: Table | None = None,
+    mapping: StateMapping | None = None,
     copy: bool = True,
     strict: Literal[False],
 ) -> tuple[StateDict, Mismatch]: ...
 def linen_to_torch(
     variables: Mapping[str, Any],
     *,
-    mapping: Table | None = None,
+    mapping: StateMapping | None = None,
     copy: bool = True,
     strict: bool = True,
 ) -> StateDict | tuple[StateDict, Mismatch]:
@@ -185,7 +183,7 @@ def linen_to_torch(
     leaves = {
         path: leaf for path, leaf in _linen_leaves(variables).items() if linen_kind(path) in SAVED
     }
-    state, mismatch = torch_from_flax(leaves, mapping or tables.LINEN, copy)
+    state, mismatch = torch_from_flax(leaves, mapping or LINEN, copy)
     if mismatch and strict:
         raise ConversionError(mismatch, _hint(mapping))
     return state if strict else (state, mismatch)
@@ -195,16 +193,24 @@ def linen_to_torch(
 def nnx_to_torch(
     model: nnx.Module,
     *,
-    mapping: Table | None = None,
+    mapping: StateMapping | None = None,
     copy: bool = True,
     strict: Literal[True] = True,
 ) -> StateDict: ...
 @overload
 def nnx_to_torch(
-    model: nnx.Module, *, mapping: Table | None = None, copy: bool = True, strict: Literal[False]
+    model: nnx.Module,
+    *,
+    mapping: StateMapping | None = None,
+    copy: bool = True,
+    strict: Literal[False],
 ) -> tuple[StateDict, Mismatch]: ...
 def nnx_to_torch(
-    model: nnx.Module, *, mapping: Table | None = None, copy: bool = True, strict: bool = True
+    model: nnx.Module,
+    *,
+    mapping: StateMapping | None = None,
+    copy: bool = True,
+    strict: bool = True,
 ) -> StateDict | tuple[StateDict, Mismatch]:
     """Return the torch state dict that holds the Params and Buffers of an NNX model.
 
@@ -226,7 +232,7 @@ def nnx_to_torch(
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected an nnx.Module")
-    state, mismatch = torch_from_flax(flax_side(model).leaves, mapping or tables.NNX, copy)
+    state, mismatch = torch_from_flax(flax_side(model).leaves, mapping or NNX, copy)
     if mismatch and strict:
         raise ConversionError(mismatch, _hint(mapping))
     return state if strict else (state, mismatch)
@@ -242,7 +248,7 @@ def _state_dict(source: Source) -> Mapping[str, Any]:
     )
 
 
-def _linen_leaves(variables: Mapping[str, Any]) -> dict[Path, Any]:
+def _linen_leaves(variables: Mapping[str, Any]) -> dict[KeyPath, Any]:
     if not isinstance(variables, Mapping) or isinstance(variables, nnx.State):
         raise TypeError(
             f"got a {type(variables).__name__}; expected Linen variables, as `model.init` returns them"
@@ -251,8 +257,8 @@ def _linen_leaves(variables: Mapping[str, Any]) -> dict[Path, Any]:
 
 
 def _to_flax(
-    source: Source, side: FlaxSide, mapping: Table | None, copy: bool
-) -> tuple[dict[Path, jax.Array], Mismatch]:
+    source: Source, side: FlaxSide, mapping: StateMapping | None, copy: bool
+) -> tuple[dict[KeyPath, jax.Array], Mismatch]:
     tensors = _state_dict(source)
     if mapping is not None:
         return flax_from_torch(tensors, side.leaves, mapping, copy)
@@ -263,7 +269,7 @@ def _to_flax(
     return arrays, replace(unpaired, refused=unpaired.refused + refused)
 
 
-def _hint(mapping: Table | None) -> str:
+def _hint(mapping: StateMapping | None) -> str:
     return (
         ""
         if mapping

@@ -7,7 +7,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Entry:
+class MismatchEntry:
     """One entry that did not fit: its torch key (or Flax path), where Flax keeps it, both shapes.
 
     Shapes are in torch's layout; `found` is None if the source lacks the entry, `expected` if the
@@ -29,10 +29,10 @@ class Mismatch:
     `misshaped`: both have it, with different shapes. `refused`: it cannot be carried without loss.
     """
 
-    missing: tuple[Entry, ...] = ()
-    unexpected: tuple[Entry, ...] = ()
-    misshaped: tuple[Entry, ...] = ()
-    refused: tuple[Entry, ...] = ()
+    missing: tuple[MismatchEntry, ...] = ()
+    unexpected: tuple[MismatchEntry, ...] = ()
+    misshaped: tuple[MismatchEntry, ...] = ()
+    refused: tuple[MismatchEntry, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.misshaped or self.refused)
@@ -64,7 +64,7 @@ def _shape(shape: Shape | None) -> str:
     return "" if shape is None else str(shape)
 
 
-def _mend(entry: Entry) -> str:
+def _mend(entry: MismatchEntry) -> str:
     if entry.name.rpartition(".")[2] == "mask" and entry.found and len(set(entry.found)) == 1:
         return f": build the target with context_length={entry.found[0]}"
     return ""

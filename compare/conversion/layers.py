@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 from torch import nn
 
-from .mapping import Left, Path, Row
+from .mapping import KeyPath, Left, Row
 from .state_kinds import FlaxSide
 
 SUPPORTED: tuple[type[nn.Module], ...] = (
@@ -45,12 +45,12 @@ def layer_types(source: Any) -> dict[str, nn.Module]:
     )
 
 
-def refusal(layer: nn.Module) -> str:
+def refusal(layer: nn.Module) -> str | None:
     """Say why Flax has no layer that computes the same, or nothing. Modules of the user's own are theirs to write."""
     own = list(layer.parameters(recurse=False)) + list(layer.buffers(recurse=False))
     name = type(layer).__name__
     if not own or not type(layer).__module__.startswith("torch.nn.modules"):
-        return ""
+        return None
     if not isinstance(layer, SUPPORTED):
         mend = next(
             (mend for kind, mend in _MENDS.items() if isinstance(layer, kind)), "replace it"
@@ -68,10 +68,10 @@ def refusal(layer: nn.Module) -> str:
         return f"{name} with add_bias_kv=True has no counterpart in Flax"
     if isinstance(layer, nn.MultiheadAttention) and layer.add_zero_attn:
         return f"{name} with add_zero_attn=True has no counterpart in Flax"
-    return ""
+    return None
 
 
-def nnx_layouts(model: nnx.Module) -> Mapping[Path, str]:
+def nnx_layouts(model: nnx.Module) -> Mapping[KeyPath, str]:
     """Return the layouts of the kernels whose NNX layer says more than their name does."""
     found = {}
     for path, layer in nnx.iter_graph(model):
@@ -184,7 +184,7 @@ def _dense_cell(
     return rows, [Left(second, "zero:2/3")] if gru and second in tensors else []
 
 
-def _only(flax: FlaxSide, name: str, tensors: Mapping[str, Any], key: str) -> list[Path]:
+def _only(flax: FlaxSide, name: str, tensors: Mapping[str, Any], key: str) -> list[KeyPath]:
     """Return the path of that dotted name, if there is just one and torch has the key."""
     found = flax.by_name.get(name, [])
     return found if len(found) == 1 and key in tensors else []

@@ -6,15 +6,25 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from os import PathLike
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from .errors import MappingError
 from .layouts import known_layout
 
-Path = tuple[Any, ...]  # names, or integers within an NNX list
+KeyPath = tuple[Any, ...]  # names, or integers within an NNX list
 Kind = Literal["parameter", "buffer", "statistics", "alias"]
 Policy = Literal["ignore", "verify", "refuse"]
+
+
+def slashed(path: KeyPath) -> str:
+    """Return the path as Flax writes it: "params/W_query/kernel"."""
+    return "/".join(map(str, path))
+
+
+def dotted(path: KeyPath) -> str:
+    """Return the path as torch writes it: "W_query.weight"."""
+    return ".".join(map(str, path))
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class Row:
     """
 
     torch_key: str
-    path: Path
+    path: KeyPath
     layout: str = "same"
     kind: Kind = "parameter"
     required: bool = True
@@ -46,7 +56,7 @@ class Row:
     @property
     def place(self) -> str:
         """The path, as one name."""
-        return "/".join(map(str, self.path))
+        return slashed(self.path)
 
 
 class Left(NamedTuple):
@@ -63,11 +73,11 @@ class Left(NamedTuple):
 
     torch_key: str
     policy: str
-    path: Path | None = None
+    path: KeyPath | None = None
 
 
 @dataclass(frozen=True)
-class Mapping:
+class StateMapping:
     """The rows of a whole module, each Flax array once: one table for both directions.
 
     Attributes:
@@ -99,7 +109,7 @@ class Mapping:
             raise ValueError(f"this mapping has {'/'.join(map(str, twice))} twice")
 
     @cached_property
-    def by_path(self) -> dict[Path, Row]:
+    def by_path(self) -> dict[KeyPath, Row]:
         """The rows by where Flax keeps them, aliases left out."""
         return {row.path: row for row in self.rows if row.kind != "alias"}
 
@@ -127,7 +137,7 @@ class Mapping:
         }
 
     @classmethod
-    def from_json(cls, content: Any) -> "Mapping":
+    def from_json(cls, content: Any) -> "StateMapping":
         """Return the table that `as_json` gave.
 
         Raises:
@@ -165,18 +175,18 @@ class Mapping:
         """Write the table to a JSON file, atomically."""
         from ..files import atomic_file
 
-        with atomic_file(FilePath(path)) as stream:
+        with atomic_file(Path(path)) as stream:
             stream.write(json.dumps(self.as_json(), indent=1).encode())
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> "Mapping":
+    def load(cls, path: str | PathLike[str]) -> "StateMapping":
         """Read the table from a JSON file.
 
         Raises:
             MappingError: no such file, or something else in it.
         """
         try:
-            return cls.from_json(json.loads(FilePath(path).read_text(encoding="utf-8")))
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError) as error:
             raise MappingError(f"{path}: {error}") from error
 
@@ -216,7 +226,7 @@ def _left(name: Any, policy: Any, path: Any) -> Left:
     return Left(name, policy, None if path is None else _path(path))
 
 
-def _path(path: Any) -> Path:
+def _path(path: Any) -> KeyPath:
     if (
         not isinstance(path, list | tuple)
         or not path
@@ -226,8 +236,8 @@ def _path(path: Any) -> Path:
     return tuple(path)
 
 
-def _twice(paths: Iterable[Path]) -> Path | None:
-    seen: set[Path] = set()
+def _twice(paths: Iterable[KeyPath]) -> KeyPath | None:
+    seen: set[KeyPath] = set()
     for path in paths:
         if path in seen:
             return path
@@ -243,8 +253,8 @@ class AttentionRow(NamedTuple):
     """
 
     torch_key: str
-    linen_path: Path
-    nnx_path: Path
+    linen_path: KeyPath
+    nnx_path: KeyPath
     layout: str
     kind: Kind
     required: bool
@@ -268,10 +278,10 @@ ROWS: tuple[AttentionRow, ...] = (
     *_projection("W_value"),
     *_projection("out_proj", required=False),
 )
-LINEN = Mapping(
+LINEN = StateMapping(
     tuple(Row(row.torch_key, row.linen_path, row.layout, row.kind, row.required) for row in ROWS)
 )
-NNX = Mapping(
+NNX = StateMapping(
     tuple(Row(row.torch_key, row.nnx_path, row.layout, row.kind, row.required) for row in ROWS),
     flax="nnx",
 )

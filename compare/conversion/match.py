@@ -11,11 +11,10 @@ from flax import nnx
 from torch import Tensor
 
 from .apply_mapping import unfit
-from .errors import ConversionError, Entry, Mismatch
+from .errors import ConversionError, Mismatch, MismatchEntry
 from .layers import compound_rows, layer_types, nnx_layouts, refusal
 from .layouts import layout
-from .mapping import Left, Path, Policy, Row
-from .mapping import Mapping as Table
+from .mapping import KeyPath, Left, Policy, Row, StateMapping, slashed
 from .state_kinds import FlaxSide, flax_side, one_trained, same_memory, torch_kinds
 
 # What a torch leaf may be called in Flax.
@@ -36,7 +35,7 @@ def match(
     rename: Mapping[str, str] | None = None,
     layouts: Mapping[str, str] | None = None,
     policy: Mapping[str, Policy] | None = None,
-) -> Table:
+) -> StateMapping:
     """Return the table that pairs the entries of a torch module or state dict with those of a Flax model.
 
     Args:
@@ -74,7 +73,7 @@ def pair(
     rename: Mapping[str, str] | None = None,
     layouts: Mapping[str, str] | None = None,
     policy: Mapping[str, Policy] | None = None,
-) -> tuple[Table, Mismatch]:
+) -> tuple[StateMapping, Mismatch]:
     """Like `match`, with the rows that were found and the list of what does not fit."""
     flax = flax_side(template)
     tensors = (
@@ -85,7 +84,7 @@ def pair(
     kinds |= torch_kinds(source) if isinstance(source, torch.nn.Module) else {}
     names, refused = _renamed(tensors, rename or {})
     refused += [
-        Entry(prefix, "", reason=reason)
+        MismatchEntry(prefix, "", reason=reason)
         for prefix, layer in types.items()
         if (reason := refusal(layer))
     ]
@@ -101,28 +100,30 @@ def pair(
     for key in [key for key in tensors if key not in done]:
         found = _candidates(key, names[key], flax)
         if len(found) > 1:
-            places = " and ".join("/".join(map(str, path)) for path in found)
+            places = " and ".join(slashed(path) for path in found)
             refused.append(
-                Entry(key, "", reason=f"ambiguous: it could be {places}; say which by rename")
+                MismatchEntry(
+                    key, "", reason=f"ambiguous: it could be {places}; say which by rename"
+                )
             )
             done.add(key)
         elif found:
             try:
                 rows.append(_row(key, found[0], tensors[key], flax, types, hints, chosen, kinds))
             except ValueError as error:
-                refused.append(Entry(key, "/".join(map(str, found[0])), reason=str(error)))
+                refused.append(MismatchEntry(key, slashed(found[0]), reason=str(error)))
             done.add(key)
     rows, twice = _each_once(rows)
     refused += [*twice, *_other_heads(rows, types)]
     rows += _aliases(tensors, rows, done)
     done |= {row.torch_key for row in rows}
-    mapping = Table(tuple(_in_order(rows, tensors)), tuple(left), flax=flax.kind)
+    mapping = StateMapping(tuple(_in_order(rows, tensors)), tuple(left), flax=flax.kind)
     return _settled(mapping, tensors, flax, done, names, refused, policy or {})
 
 
 def _renamed(
     tensors: Iterable[str], rename: Mapping[str, str]
-) -> tuple[dict[str, str], list[Entry]]:
+) -> tuple[dict[str, str], list[MismatchEntry]]:
     """Return every torch key under its Flax name, dotted, and the rules that nothing used."""
     rules = sorted(rename.items(), key=lambda rule: -rule[0].count("."))
     patterns = [
@@ -138,12 +139,12 @@ def _renamed(
                 names[key] = _filled(new, found.groups()) + key[found.end() :]
                 break
     unused = [
-        Entry(old, "", reason=f"renames to {new}, with another number of *")
+        MismatchEntry(old, "", reason=f"renames to {new}, with another number of *")
         for old, new in rename.items()
         if old.count("*") != new.count("*")
     ]
     unused += [
-        Entry(old, "", reason=_near("this rename rule fits no key", old, tensors))
+        MismatchEntry(old, "", reason=_near("this rename rule fits no key", old, tensors))
         for old in rename.keys() - used
     ]
     return names, unused
@@ -158,7 +159,7 @@ def _filled(new: str, steps: Sequence[str]) -> str:
 
 def _chosen_layouts(
     tensors: Iterable[str], layouts: Mapping[str, str]
-) -> tuple[dict[str, str], list[Entry]]:
+) -> tuple[dict[str, str], list[MismatchEntry]]:
     chosen: dict[str, str] = {}
     unused = []
     for pattern, name in layouts.items():
@@ -166,7 +167,9 @@ def _chosen_layouts(
         chosen |= dict.fromkeys(fitting, name)
         if not fitting:
             unused.append(
-                Entry(pattern, "", reason=_near("this layout fits no key", pattern, tensors))
+                MismatchEntry(
+                    pattern, "", reason=_near("this layout fits no key", pattern, tensors)
+                )
             )
     return chosen, unused
 
@@ -176,7 +179,7 @@ def _near(words: str, name: str, names: Iterable[str]) -> str:
     return f"{words}; did you mean {close[0]}?" if close else words
 
 
-def _candidates(key: str, name: str, flax: FlaxSide) -> list[Path]:
+def _candidates(key: str, name: str, flax: FlaxSide) -> list[KeyPath]:
     """Return the Flax paths that the torch key may belong to."""
     prefix, _, leaf = name.rpartition(".")
     dot = f"{prefix}." if prefix else ""
@@ -186,11 +189,11 @@ def _candidates(key: str, name: str, flax: FlaxSide) -> list[Path]:
 
 def _row(
     key: str,
-    path: Path,
+    path: KeyPath,
     tensor: Any,
     flax: FlaxSide,
     types: Mapping[str, torch.nn.Module],
-    hints: Mapping[Path, str],
+    hints: Mapping[KeyPath, str],
     chosen: Mapping[str, str],
     kinds: Mapping[str, str],
 ) -> Row:
@@ -215,7 +218,7 @@ def _row(
 
 def _layout(
     key: str,
-    path: Path,
+    path: KeyPath,
     tensor: Any,
     shape: Sequence[int],
     layer: torch.nn.Module | None,
@@ -267,20 +270,20 @@ def _layout(
     )
 
 
-def _each_once(rows: Sequence[Row]) -> tuple[list[Row], list[Entry]]:
+def _each_once(rows: Sequence[Row]) -> tuple[list[Row], list[MismatchEntry]]:
     """Return the rows, each Flax path once, and a complaint for each that would be taken twice."""
-    taken: dict[Path, Row] = {}
+    taken: dict[KeyPath, Row] = {}
     refused = []
     for row in rows:
         if row.path in taken:
             reason = f"would become {row.place}, as {taken[row.path].torch_key} does: say which by rename"
-            refused.append(Entry(row.torch_key, row.place, reason=reason))
+            refused.append(MismatchEntry(row.torch_key, row.place, reason=reason))
         else:
             taken[row.path] = row
     return list(taken.values()), refused
 
 
-def _other_heads(rows: Sequence[Row], types: Mapping[str, torch.nn.Module]) -> list[Entry]:
+def _other_heads(rows: Sequence[Row], types: Mapping[str, torch.nn.Module]) -> list[MismatchEntry]:
     """Complain of attention whose number of heads, which no shape in torch shows, is another in Flax."""
     refused = []
     for row in rows:
@@ -288,13 +291,16 @@ def _other_heads(rows: Sequence[Row], types: Mapping[str, torch.nn.Module]) -> l
         heads = layer.num_heads if isinstance(layer, torch.nn.MultiheadAttention) else None
         if row.layout == "heads_in" and row.shape and heads not in (None, row.shape[1]):
             reason = f"has {heads} heads in torch and {row.shape[1]} in Flax"
-            refused.append(Entry(row.torch_key, row.place, reason=reason))
+            refused.append(MismatchEntry(row.torch_key, row.place, reason=reason))
     return refused
 
 
 def allowing(
-    mapping: Table, tensors: Iterable[str], leaves: Mapping[Path, Any], policy: Mapping[str, Policy]
-) -> Table:
+    mapping: StateMapping,
+    tensors: Iterable[str],
+    leaves: Mapping[KeyPath, Any],
+    policy: Mapping[str, Policy],
+) -> StateMapping:
     """Return the table with what it does not know, and the policy allows to be left, among what is left."""
     known = mapping.by_key.keys() | {item.torch_key for item in mapping.left}
     used: set[str] = set()
@@ -303,10 +309,10 @@ def allowing(
         if (decided := _decide(key, policy, used)) in ("ignore", "verify"):
             left.append(Left(key, str(decided)))
     for path in [path for path in leaves if path not in mapping.by_path]:
-        place = "/".join(map(str, path))
+        place = slashed(path)
         if place not in known and (decided := _decide(place, policy, used)) in ("ignore", "verify"):
             left.append(Left(place, str(decided), path))
-    return Table(mapping.rows, (*mapping.left, *left), mapping.flax)
+    return StateMapping(mapping.rows, (*mapping.left, *left), mapping.flax)
 
 
 def _aliases(tensors: Mapping[str, Any], rows: Sequence[Row], done: set[Any]) -> list[Row]:
@@ -335,14 +341,14 @@ def _in_order(rows: Iterable[Row], tensors: Mapping[str, Any]) -> list[Row]:
 
 
 def _settled(
-    mapping: Table,
+    mapping: StateMapping,
     tensors: Mapping[str, Any],
     flax: FlaxSide,
     done: set[Any],
     names: Mapping[str, str],
-    refused: list[Entry],
+    refused: list[MismatchEntry],
     policy: Mapping[str, Policy],
-) -> tuple[Table, Mismatch]:
+) -> tuple[StateMapping, Mismatch]:
     """Settle what has no counterpart by the policy, and list what remains."""
     left, unexpected = list(mapping.left), []
     used: set[str] = set()
@@ -358,28 +364,32 @@ def _settled(
             unexpected.append(key)
     homes = {row.path for row in mapping.rows}
     taken = homes | {
-        path for entry in refused for path in flax.leaves if "/".join(map(str, path)) == entry.place
+        path for entry in refused for path in flax.leaves if slashed(path) == entry.place
     }
     missing, kept = [], []
     for path in [path for path in flax.leaves if path not in taken]:
-        place = "/".join(map(str, path))
+        place = slashed(path)
         decided = _decide(place, policy, used)
         if decided in ("ignore", "verify"):
             kept.append(Left(place, decided, path))
         else:
             missing.append(
-                Entry(torch_name(path, flax), place, expected=tuple(flax.leaves[path].shape))
+                MismatchEntry(
+                    torch_name(path, flax), place, expected=tuple(flax.leaves[path].shape)
+                )
             )
     refused += [
-        Entry(rule, "", reason="this policy fits nothing that is left")
+        MismatchEntry(rule, "", reason="this policy fits nothing that is left")
         for rule in policy.keys() - used
     ]
     unfitting = [entry for row in mapping.rows for entry in _shapes(row, tensors, flax)]
     refused += [entry for entry in unfitting if entry.reason]
     misshaped = [entry for entry in unfitting if not entry.reason]
-    table = Table(mapping.rows, (*left, *kept), mapping.flax)
+    table = StateMapping(mapping.rows, (*left, *kept), mapping.flax)
     extra = tuple(
-        Entry(key, "", _shape(tensors[key]), reason=_like(tensors[key], names[key], missing))
+        MismatchEntry(
+            key, "", _shape(tensors[key]), reason=_like(tensors[key], names[key], missing)
+        )
         for key in unexpected
     )
     return table, Mismatch(tuple(missing), extra, tuple(misshaped), tuple(refused))
@@ -397,7 +407,7 @@ def _decide(name: str, policy: Mapping[str, Policy], used: set[str]) -> Policy |
     return None
 
 
-def _shapes(row: Row, tensors: Mapping[str, Any], flax: FlaxSide) -> Iterable[Entry]:
+def _shapes(row: Row, tensors: Mapping[str, Any], flax: FlaxSide) -> Iterable[MismatchEntry]:
     for key in filter(None, (row.torch_key, row.plus)):
         entry = unfit(row, key, tensors[key], flax.leaves[row.path].shape)
         if entry is not None:
@@ -408,7 +418,7 @@ def _shape(tensor: Any) -> tuple[int, ...]:
     return tuple(getattr(tensor, "shape", ()))
 
 
-def torch_name(path: Path, flax: FlaxSide) -> str:
+def torch_name(path: KeyPath, flax: FlaxSide) -> str:
     """Return what torch would call the entry if the modules had the same names."""
     *modules, leaf = flax.names[path]
     known = {
@@ -423,7 +433,7 @@ def torch_name(path: Path, flax: FlaxSide) -> str:
     return ".".join((*modules, (known | stats).get(leaf, leaf)))
 
 
-def _like(tensor: Any, name: str, missing: Sequence[Entry]) -> str:
+def _like(tensor: Any, name: str, missing: Sequence[MismatchEntry]) -> str:
     """Say which missing entry this one may be: the only one of its size, or near by name."""
     close = get_close_matches(name, [entry.name for entry in missing], n=1)
     size = sorted(_shape(tensor))

@@ -25,7 +25,7 @@ from flax.traverse_util import flatten_dict
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .mapping import Path
+from .mapping import KeyPath, slashed
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _LINEN = {
@@ -37,28 +37,30 @@ _LINEN = {
 SAVED = ("parameter", "buffer", "statistics")
 
 
-class Held(NamedTuple):
+class StateEntry(NamedTuple):
     """One entry that a module holds: its path, its kind, its value, and of an alias the path of the first."""
 
-    path: Path
+    path: KeyPath
     kind: str
     value: Any
-    first: Path | None = None
+    first: KeyPath | None = None
 
     @property
     def name(self) -> str:
         """The path as one name: dotted in torch, with slashes in Flax."""
-        return "/".join(map(str, self.path))
+        return slashed(self.path)
 
 
-def entries(source: Any) -> list[Held]:
+def entries(source: Any) -> list[StateEntry]:
     """Return everything that a torch module, an NNX model or Linen variables hold, in their own order.
 
     Raises:
         TypeError: something else.
     """
     if isinstance(source, torch.nn.Module):
-        return [Held((name,), kind, value, first) for name, kind, value, first in _torch(source)]
+        return [
+            StateEntry((name,), kind, value, first) for name, kind, value, first in _torch(source)
+        ]
     if isinstance(source, nnx.Module):
         return list(_nnx(source))
     if isinstance(source, Mapping) and not isinstance(source, nnx.State):
@@ -68,10 +70,10 @@ def entries(source: Any) -> list[Held]:
     )
 
 
-def linen_entries(variables: Mapping[str, Any]) -> list[Held]:
+def linen_entries(variables: Mapping[str, Any]) -> list[StateEntry]:
     """Return the entries of Linen variables: the collection says what they are."""
     flat = flatten_dict(_dicts(variables))
-    return [Held(path, linen_kind(path), leaf) for path, leaf in flat.items()]
+    return [StateEntry(path, linen_kind(path), leaf) for path, leaf in flat.items()]
 
 
 def _dicts(tree: Any) -> Any:
@@ -81,7 +83,7 @@ def _dicts(tree: Any) -> Any:
     )
 
 
-def linen_kind(path: Path) -> str:
+def linen_kind(path: KeyPath) -> str:
     """Return the kind of a leaf of Linen variables, which its collection says."""
     return _LINEN.get(path[0], "buffer")
 
@@ -123,7 +125,7 @@ def same_memory(tensor: Tensor) -> tuple[Any, ...] | None:
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, *views)
 
 
-def _torch(module: torch.nn.Module) -> Iterator[tuple[str, str, Any, Path | None]]:
+def _torch(module: torch.nn.Module) -> Iterator[tuple[str, str, Any, KeyPath | None]]:
     seen: dict[Any, str] = {}
     for prefix, child in module.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
@@ -167,22 +169,22 @@ def _plain(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
             )
 
 
-def _nnx(model: nnx.Module) -> Iterator[Held]:
-    seen: dict[int, Path] = {}
+def _nnx(model: nnx.Module) -> Iterator[StateEntry]:
+    seen: dict[int, KeyPath] = {}
     for path, leaf in _nnx_leaves(model, (), frozenset()):
         first = seen.setdefault(id(leaf), path)
         value = leaf.get_value()
         yield (
-            Held(path, "alias", value, first)
+            StateEntry(path, "alias", value, first)
             if first != path
-            else Held(path, nnx_kind(leaf), value)
+            else StateEntry(path, nnx_kind(leaf), value)
         )
     for path, leaf in nnx.iter_graph(model):
         if isinstance(leaf, jax.Array | np.ndarray):
-            yield Held(path, "left behind", leaf)
+            yield StateEntry(path, "left behind", leaf)
 
 
-def _nnx_leaves(node: Any, path: Path, above: frozenset[int]) -> Iterator[tuple[Path, Any]]:
+def _nnx_leaves(node: Any, path: KeyPath, above: frozenset[int]) -> Iterator[tuple[KeyPath, Any]]:
     """Yield every Variable by every path that leads to it; `nnx.state` gives each but once."""
     if isinstance(node, nnx.Variable):
         yield path, node
@@ -199,10 +201,10 @@ class FlaxSide(NamedTuple):
     """What a Flax model stores; `by_name` has the paths of each dotted name, without the collection."""
 
     kind: FlaxKind
-    leaves: dict[Path, Any]
-    kinds: dict[Path, str]
-    names: dict[Path, tuple[str, ...]]
-    by_name: dict[str, list[Path]]
+    leaves: dict[KeyPath, Any]
+    kinds: dict[KeyPath, str]
+    names: dict[KeyPath, tuple[str, ...]]
+    by_name: dict[str, list[KeyPath]]
 
 
 def flax_side(template: Any) -> FlaxSide:
@@ -220,7 +222,7 @@ def flax_side(template: Any) -> FlaxSide:
         return _side(
             "nnx",
             [
-                Held(path, nnx_kind(leaf), leaf.get_value())
+                StateEntry(path, nnx_kind(leaf), leaf.get_value())
                 for path, leaf in flat
                 if nnx_kind(leaf) in SAVED
             ],
@@ -232,27 +234,29 @@ def flax_side(template: Any) -> FlaxSide:
     )
 
 
-def specs_side(kind: FlaxKind, specs: Mapping[Path, Any], kinds: Mapping[Path, str]) -> FlaxSide:
+def specs_side(
+    kind: FlaxKind, specs: Mapping[KeyPath, Any], kinds: Mapping[KeyPath, str]
+) -> FlaxSide:
     """Return the side of a file, of which shapes are known and perhaps kinds."""
     linen = {path: linen_kind(path) for path in specs} if kind == "linen" else {}
     return _side(
         kind,
         [
-            Held(path, kinds.get(path, linen.get(path, "unknown")), spec)
+            StateEntry(path, kinds.get(path, linen.get(path, "unknown")), spec)
             for path, spec in specs.items()
         ],
     )
 
 
-def _side(kind: FlaxKind, held: list[Held]) -> FlaxSide:
+def _side(kind: FlaxKind, held: list[StateEntry]) -> FlaxSide:
     leaves = {entry.path: entry.value for entry in held}
     for path, leaf in leaves.items():
         if not hasattr(leaf, "shape"):
             raise TypeError(
-                f"template {'/'.join(map(str, path))} is a {type(leaf).__name__}; expected an array"
+                f"template {slashed(path)} is a {type(leaf).__name__}; expected an array"
             )
     names = {path: tuple(map(str, path[1:] if kind == "linen" else path)) for path in leaves}
-    by_name: dict[str, list[Path]] = {}
+    by_name: dict[str, list[KeyPath]] = {}
     for path, name in names.items():
         by_name.setdefault(".".join(name), []).append(path)
     return FlaxSide(kind, leaves, {entry.path: entry.kind for entry in held}, names, by_name)

@@ -32,7 +32,7 @@ def may_lack(name: str, own: Any, policy: Mapping[str, Policy]) -> bool:
     return found == "ignore" or (found == "verify" and not objection("verify", host_values(own)))
 
 
-def objection(policy: str, array: np.ndarray | None) -> str:
+def objection(policy: str, array: np.ndarray | None) -> str | None:
     """Say why the entry may not be dropped under that policy, or nothing.
 
     Args:
@@ -40,26 +40,26 @@ def objection(policy: str, array: np.ndarray | None) -> str:
         array: its values; None if there are none, as in an abstract template.
     """
     if policy == "ignore" or array is None:
-        return ""
+        return None
     if policy.startswith("zero:"):
         index, count = map(int, policy.removeprefix("zero:").split("/"))
         if not array.ndim or len(array) % count:
             return f"has shape {array.shape}, which has no {count} parts"
         size = array.shape[0] // count
         return (
-            ""
+            None
             if not array[index * size : (index + 1) * size].astype(np.float64).any()
             else (f"part {index} of {count} is not zero, and Flax adds nothing there")
         )
     return _not_recomputed(array)
 
 
-def _not_recomputed(array: np.ndarray) -> str:
+def _not_recomputed(array: np.ndarray) -> str | None:
     """Compare with the causal mask, in either polarity, or with the number that blocked."""
     if array.size == 1 and array.ndim == 0:
         value = float(array.astype(np.float64))
         return (
-            ""
+            None
             if any(value == fill for fill in _FILLS)
             else f"is {value:g}, which no causal mask is filled with"
         )
@@ -74,7 +74,7 @@ def _not_recomputed(array: np.ndarray) -> str:
     nonzero = square.astype(bool)
     different = min(int((nonzero != blocked).sum()), int((nonzero == blocked).sum()))
     if not different:
-        return ""
+        return None
     return f"was edited: {different} of its {square.size} entries are not the causal mask's, and would be lost"
 
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ..proof.cases import IMPLEMENTATIONS, Implementation
+from ..proof.cases import FRAMEWORKS, Framework
 
 Change = tuple[str, str]
 
@@ -35,16 +35,16 @@ class Mutant(NamedTuple):
     """A bug planted in one implementation: the module whose source is changed, and the changes."""
 
     name: str
-    implementation: Implementation
+    implementation: Framework
     module: str
     changes: tuple[Change, ...]
 
 
-def _attention(name: str, *changes: Change, only: Implementation | None = None) -> list[Mutant]:
+def _attention(name: str, *changes: Change, only: Framework | None = None) -> list[Mutant]:
     """Plant the same changes in the attention of either framework."""
     return [
         Mutant(name, place, ATTENTION[place], changes)
-        for place in IMPLEMENTATIONS
+        for place in FRAMEWORKS
         if only in (None, place)
     ]
 
@@ -54,7 +54,7 @@ def _each(
 ) -> list[Mutant]:
     """Plant in each implementation its own changes, if it has any."""
     found = []
-    for place in IMPLEMENTATIONS:
+    for place in FRAMEWORKS:
         if change := changes.get(place):
             several = change if isinstance(change[0], tuple) else (change,)
             found.append(Mutant(name, place, modules[place], several))
@@ -63,7 +63,7 @@ def _each(
 
 def _classes(name: str, *changes: Change) -> list[Mutant]:
     """Plant the same changes in the three modules."""
-    return [Mutant(name, place, MODULES[place], changes) for place in IMPLEMENTATIONS]
+    return [Mutant(name, place, MODULES[place], changes) for place in FRAMEWORKS]
 
 
 def _flax(name: str, module: str, *changes: Change) -> list[Mutant]:
@@ -73,7 +73,7 @@ def _flax(name: str, module: str, *changes: Change) -> list[Mutant]:
 
 def _training(name: str, torch: Change | None, flax: Change | None) -> list[Mutant]:
     """Plant changes in the training loops."""
-    places: dict[Implementation, Change | None] = {"torch": torch, "linen": flax, "nnx": flax}
+    places: dict[Framework, Change | None] = {"torch": torch, "linen": flax, "nnx": flax}
     return [
         Mutant(name, place, "compare.runners.train", (change,))
         for place, change in places.items()
@@ -399,7 +399,7 @@ _STATE = [
                 ),
             ),
         )
-        for place in IMPLEMENTATIONS
+        for place in FRAMEWORKS
     ],
     *[
         Mutant(
@@ -414,7 +414,7 @@ _STATE = [
                 ),
             ),
         )
-        for place in IMPLEMENTATIONS
+        for place in FRAMEWORKS
     ],
 ]
 

@@ -10,8 +10,8 @@ import numpy as np
 from ..dtypes import numpy_dtype
 from .reference import causal_mask
 
-Implementation = Literal["torch", "linen", "nnx"]
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("torch", "linen", "nnx")
+Framework = Literal["torch", "linen", "nnx"]
+FRAMEWORKS: tuple[Framework, ...] = ("torch", "linen", "nnx")
 TITLES: dict[str, str] = {"torch": "PyTorch", "linen": "Flax Linen", "nnx": "Flax NNX"}
 
 # The parameters by torch's names, weights (out, in), and the mask if it is state.

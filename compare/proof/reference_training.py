@@ -90,7 +90,7 @@ CLIP_EPS = 1e-6
 Arrays = dict[str, np.ndarray]
 
 
-class Run(NamedTuple):
+class TrainingRun(NamedTuple):
     """A training run: the loss before each step, and each parameter after it, (steps, ...)."""
 
     losses: np.ndarray
@@ -100,8 +100,8 @@ class Run(NamedTuple):
 class Limited(NamedTuple):
     """The reference's run, and the limits for the distance of another run from it, of the same shapes."""
 
-    run: Run
-    limits: Run
+    run: TrainingRun
+    limits: TrainingRun
 
 
 @cache
@@ -120,13 +120,18 @@ def reference_training(recipe: Recipe) -> Limited:
         # The reference rounds too.
         return 2.0 * worst_case(deviations, count.reshape(-1, *[1] * (found.ndim - 2)))
 
-    exact = Run(run.losses[:, 0], {key: array[:, 0] for key, array in run.parameters.items()})
+    exact = TrainingRun(
+        run.losses[:, 0], {key: array[:, 0] for key, array in run.parameters.items()}
+    )
     return Limited(
-        exact, Run(limit(run.losses), {key: limit(array) for key, array in run.parameters.items()})
+        exact,
+        TrainingRun(
+            limit(run.losses), {key: limit(array) for key, array in run.parameters.items()}
+        ),
     )
 
 
-def _train(given: Course, recipe: Recipe) -> Run:
+def _train(given: Course, recipe: Recipe) -> TrainingRun:
     """Train 1 + TRAINING_SAMPLES times at once, the runs along the second axis of what is returned.
 
     The first run is the exact one. In the others every result of every step is moved by the most
@@ -151,7 +156,7 @@ def _train(given: Course, recipe: Recipe) -> Run:
             for key, entry in state.items()
         }
         history.append({key: entry[0] for key, entry in state.items()})
-    return Run(
+    return TrainingRun(
         np.array(losses), {key: np.stack([entry[key] for entry in history]) for key in state}
     )
 

@@ -173,7 +173,7 @@ def overflow(
     mask: np.ndarray,
     precision: Precision,
     num_heads: int | None = None,
-) -> str:
+) -> str | None:
     """Say where the computation may leave the dtype's range, so that the bound means nothing; else nothing.
 
     Scores are formed before they are divided by sqrt(head_dim), for blocked positions too.
@@ -190,7 +190,7 @@ def overflow(
         largest = magnitude.max(initial=0.0)
         if not largest <= precision.largest:
             return f"{name} may reach {largest:.3g}; the dtype ends at {precision.largest:.3g}"
-    return ""
+    return None
 
 
 def most_tiles(num_tokens: int) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from ..proof.agreement import Finding
-from ..proof.cases import IMPLEMENTATIONS, TITLES
+from ..proof.cases import FRAMEWORKS, TITLES
 from .model import Cell, Check, Table
 
 
@@ -16,12 +16,12 @@ def ratio_table(findings: Sequence[Finding]) -> Table:
         mine = [finding for finding in findings if finding.check == name]
         by_place = {
             place: [finding for finding in mine if finding.implementation == place]
-            for place in IMPLEMENTATIONS
+            for place in FRAMEWORKS
         }
         ratios = [worst_of(found).agreement.ratio if found else None for found in by_place.values()]
         worst = worst_of(mine)
         rows.append([name, len(mine), *ratios, worst.case if worst.agreement.ratio else ""])
-    return Table(["check", "tried", *IMPLEMENTATIONS, "worst in"], rows)
+    return Table(["check", "tried", *FRAMEWORKS, "worst in"], rows)
 
 
 def settle(findings: Sequence[Finding], name: str) -> list[Check]:

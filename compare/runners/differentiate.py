@@ -14,7 +14,7 @@ import torch
 
 from ..conversion.convert import linen_to_torch, torch_to_linen
 from ..conversion.tensors import numpy_state, torch_state
-from ..proof.cases import Config, Implementation, State
+from ..proof.cases import Config, Framework, State
 from .run import flax_forward, flax_state, jax_on, linen_template, ready_torch
 
 
@@ -25,7 +25,7 @@ class Derivatives(NamedTuple):
     hessian_vector: dict[str, np.ndarray]
 
 
-class Problem(NamedTuple):
+class DerivativeProblem(NamedTuple):
     """What is differentiated, where, and along which direction; everything in float64.
 
     config: the constructor arguments.
@@ -45,20 +45,20 @@ class Problem(NamedTuple):
 
 
 def derivatives(
-    implementation: Implementation, problem: Problem, device: str = "cpu"
+    framework: Framework, problem: DerivativeProblem, device: str = "cpu"
 ) -> Derivatives:
     """Differentiate one implementation on the device, "cpu" or "cuda"."""
-    if implementation == "torch":
+    if framework == "torch":
         return _torch(problem, device)
     with jax_on(device, np.float64):
-        return _flax(implementation, problem)
+        return _flax(framework, problem)
 
 
 def gradient(
-    implementation: Implementation, problem: Problem, device: str = "cpu"
+    framework: Framework, problem: DerivativeProblem, device: str = "cpu"
 ) -> dict[str, np.ndarray]:
     """Return the first derivatives alone; torch's by plain autograd, not by its function transforms."""
-    if implementation == "torch":
+    if framework == "torch":
         module = ready_torch(problem.config, problem.state, device, problem.keep)
         inputs = torch.from_numpy(problem.inputs).to(device).requires_grad_()
         given = {**dict(module.named_parameters()), "inputs": inputs}
@@ -66,11 +66,11 @@ def gradient(
         found = torch.autograd.grad(module(inputs), list(given.values()), cotangent)
         return numpy_state(dict(zip(given, found, strict=True)))
     with jax_on(device, np.float64):
-        by_flax, at, others = _flax_gradient(implementation, problem)
+        by_flax, at, others = _flax_gradient(framework, problem)
         return _by_torch_name(*jax.jit(by_flax)(*at, *others))
 
 
-def _torch(problem: Problem, device: str) -> Derivatives:
+def _torch(problem: DerivativeProblem, device: str) -> Derivatives:
     module = ready_torch(problem.config, problem.state, device, problem.keep)
     parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
     along = {name: torch.from_numpy(array).to(device) for name, array in problem.direction.items()}
@@ -94,14 +94,14 @@ def _torch(problem: Problem, device: str) -> Derivatives:
     return Derivatives(first, second)
 
 
-def _flax(implementation: Implementation, problem: Problem) -> Derivatives:
+def _flax(framework: Framework, problem: DerivativeProblem) -> Derivatives:
     direction = {key: array for key, array in problem.direction.items() if key != "inputs"}
     along = torch_to_linen(
         torch_state({**direction, "mask": problem.state["mask"]}),
         linen_template(problem.config, buffer=True),
     )
     tangents = along["params"], jnp.asarray(problem.direction["inputs"])
-    gradient, at, given = _flax_gradient(implementation, problem)
+    gradient, at, given = _flax_gradient(framework, problem)
 
     def derivatives(at: Any, tangents: Any, given: Any) -> Any:
         return jax.jvp(lambda params, inputs: gradient(params, inputs, *given), at, tangents)
@@ -111,11 +111,11 @@ def _flax(implementation: Implementation, problem: Problem) -> Derivatives:
 
 
 def _flax_gradient(
-    implementation: Implementation, problem: Problem
+    framework: Framework, problem: DerivativeProblem
 ) -> tuple[Callable[..., Any], tuple[Any, Any], tuple[Any, Any, Any]]:
     """Return the gradient by Linen's params and inputs as a function, where to take it, and what else it is given."""
-    forward = flax_forward(implementation, problem.config)
-    params, buffers = flax_state(implementation, problem.config, problem.state)
+    forward = flax_forward(framework, problem.config)
+    params, buffers = flax_state(framework, problem.config, problem.state)
 
     def scalar(params: Any, inputs: Any, buffers: Any, keep: Any, cotangent: Any) -> jax.Array:
         return (forward(params, buffers, keep, inputs) * cotangent).sum()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..conversion.tensors import numpy_state
-from ..proof.cases import NOTEBOOK, Implementation, State
+from ..proof.cases import NOTEBOOK, Framework, State
 from ..proof.reference import causal_mask
 from ..proof.rounding_bound import PRECISIONS, stage_bounds
 from .run import build_torch, run
@@ -65,7 +65,7 @@ def initial_states() -> tuple[State, State]:
 
 
 def match_rows(
-    implementation: Implementation, state: State, printed: np.ndarray, device: str = "cpu"
+    framework: Framework, state: State, printed: np.ndarray, device: str = "cpu"
 ) -> list[RowMatch]:
     """Find each printed row, (2, 6, 5), among the module's outputs under every pattern of dropout."""
     tokens = inputs()[0]
@@ -73,7 +73,7 @@ def match_rows(
     keep = _patterns(num_tokens)  # (patterns, keys)
     every_query = np.repeat(keep[:, None, :], num_tokens, axis=1)  # (patterns, queries, keys)
     batch = np.repeat(tokens[None], len(keep), axis=0)
-    found = run(implementation, NOTEBOOK, state, batch, device=device, keep=every_query).astype(
+    found = run(framework, NOTEBOOK, state, batch, device=device, keep=every_query).astype(
         np.float64
     )
     rounding = _rounding(state, batch, every_query)

@@ -11,7 +11,7 @@ from flax import linen
 from torch.overrides import TorchFunctionMode
 
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
-from ..proof.cases import Implementation, Trial
+from ..proof.cases import Framework, Trial
 from ..proof.reference import Stages
 from .run import NnxFunction, flax_forward, flax_state, jax_on, ready_torch
 
@@ -25,22 +25,22 @@ PRODUCERS = {
 }
 
 
-def record_stages(implementation: Implementation, trial: Trial, device: str = "cpu") -> Stages:
+def record_stages(framework: Framework, trial: Trial, device: str = "cpu") -> Stages:
     """Run the trial in its dtype and return its stages, shaped as those of `compare.proof.reference`.
 
     Raises:
         ValueError: a stage was never computed, or more than once.
     """
     recorded: dict[str, list[Any]] = {name: [] for name in Stages._fields}
-    if implementation == "torch":
+    if framework == "torch":
         _torch(trial, device, recorded)
     else:
         with jax_on(device, trial.inputs.dtype):
-            (_linen if implementation == "linen" else _nnx)(trial, recorded)
+            (_linen if framework == "linen" else _nnx)(trial, recorded)
     for name, found in recorded.items():
         if len(found) != 1:
             raise ValueError(f"the stage {name} was computed {len(found)} times; expected once")
-    convert = tensor_to_numpy if implementation == "torch" else np.asarray
+    convert = tensor_to_numpy if framework == "torch" else np.asarray
     return Stages(**{name: convert(found[0]) for name, found in recorded.items()})
 
 

@@ -16,7 +16,7 @@ import torch_impl
 
 from ..conversion.convert import torch_to_linen, torch_to_nnx
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy, torch_state
-from ..proof.cases import Config, Implementation, State
+from ..proof.cases import Config, Framework, State
 
 TorchAttention = (
     torch_impl.CausalAttentionWithBuffer
@@ -79,14 +79,14 @@ def linen_mask(config: Config, variables: Mapping[str, Any], *, buffer: bool) ->
     return mask.value if isinstance(mask, linen.module.Variable) else mask
 
 
-def missing_cuda() -> str:
+def missing_cuda() -> str | None:
     """Return which framework sees no CUDA device, or nothing if both see one."""
     lacking = [] if torch.cuda.is_available() else ["torch"]
     try:
         jax.devices("cuda")
     except RuntimeError:
         lacking.append("jax")
-    return f"no CUDA device is seen by {' and '.join(lacking)}" if lacking else ""
+    return f"no CUDA device is seen by {' and '.join(lacking)}" if lacking else None
 
 
 def sees_accelerator() -> bool:
@@ -94,7 +94,7 @@ def sees_accelerator() -> bool:
     return torch.cuda.is_available() or jax.default_backend() != "cpu"
 
 
-def places(device: str | None) -> list[str]:
+def devices_to_run(device: str | None) -> list[str]:
     """Return the devices to run on: the one asked for, or the CPU and CUDA where both frameworks see it."""
     if device is not None:
         return [device]
@@ -116,7 +116,7 @@ def jax_on(
 
 
 def run(
-    implementation: Implementation,
+    framework: Framework,
     config: Config,
     state: State,
     inputs: np.ndarray,
@@ -128,7 +128,7 @@ def run(
     """Return the outputs of one implementation, (batch, tokens, output_embedding_dim).
 
     Args:
-        implementation: which one; the class with the buffer if the state has a mask.
+        framework: which one; the class with the buffer if the state has a mask.
         config: the constructor arguments.
         state: the parameters by torch's names, in the working precision. Flax gets them converted.
         inputs: (batch, tokens, input_embedding_dim), in the state's dtype.
@@ -137,21 +137,21 @@ def run(
             framework's own draw; None runs without dropout.
         matmul: "default" leaves JAX the precision of products that it takes unasked, on a GPU TF32.
     """
-    runner = {"torch": _run_torch, "linen": _run_linen, "nnx": _run_nnx}[implementation]
-    if implementation == "torch":
+    runner = {"torch": _run_torch, "linen": _run_linen, "nnx": _run_nnx}[framework]
+    if framework == "torch":
         return runner(config, state, inputs, device, keep)
     with jax_on(device, inputs.dtype, matmul):
         return runner(config, state, inputs, jax.devices(device)[0], keep)
 
 
 def compiled(
-    implementation: Implementation, config: Config, device: str = "cpu"
+    framework: Framework, config: Config, device: str = "cpu"
 ) -> Callable[..., np.ndarray]:
     """Return a function of state, inputs and, optionally, `keep`, like `run`, that keeps its compiled program.
 
     The class with the buffer is run. In Flax it is compiled whole, where `run` goes step by step.
     """
-    if implementation == "torch":
+    if framework == "torch":
 
         def call_torch(
             state: State, inputs: np.ndarray, keep: np.ndarray | None = None
@@ -159,18 +159,18 @@ def compiled(
             return _run_torch(config, state, inputs, device, keep)
 
         return call_torch
-    forward = jax.jit(flax_forward(implementation, config))
+    forward = jax.jit(flax_forward(framework, config))
 
     def call(state: State, inputs: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
         with jax_on(device, inputs.dtype):
-            return np.asarray(forward(*flax_state(implementation, config, state), keep, inputs))
+            return np.asarray(forward(*flax_state(framework, config, state), keep, inputs))
 
     return call
 
 
-def flax_state(implementation: Implementation, config: Config, state: State) -> tuple[Any, Any]:
+def flax_state(framework: Framework, config: Config, state: State) -> tuple[Any, Any]:
     """Return the params and the buffers, as trees, that `flax_forward` takes."""
-    if implementation == "linen":
+    if framework == "linen":
         variables = torch_to_linen(torch_state(state), linen_template(config, buffer=True))
         return variables.pop("params"), variables
     model = torch_to_nnx(torch_state(state), _abstract_nnx(config))
@@ -178,7 +178,7 @@ def flax_state(implementation: Implementation, config: Config, state: State) -> 
 
 
 def flax_forward(
-    implementation: Implementation,
+    framework: Framework,
     config: Config,
     prepare: Callable[[NnxAttention], None] = lambda model: None,
 ) -> Callable[[Any, Any, Any, Any], jax.Array]:
@@ -188,7 +188,7 @@ def flax_forward(
     same program, JAX's compilation cache compiles it once. `prepare` is called with the NNX model
     of each call.
     """
-    return _linen_forward(config) if implementation == "linen" else _nnx_forward(config, prepare)
+    return _linen_forward(config) if framework == "linen" else _nnx_forward(config, prepare)
 
 
 def _linen_forward(config: Config) -> Callable[[Any, Any, Any, Any], jax.Array]:

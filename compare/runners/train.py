@@ -12,27 +12,25 @@ from flax import nnx
 
 from ..conversion.convert import linen_to_torch
 from ..conversion.tensors import numpy_state, numpy_to_tensor, tensor_to_numpy
-from ..proof.cases import Implementation
-from ..proof.reference_training import CLIP_EPS, SGD, Course, Recipe, Run
+from ..proof.cases import Framework
+from ..proof.reference_training import CLIP_EPS, SGD, Course, Recipe, TrainingRun
 from .run import TorchFunction, jax_on, linen_apply, ready_linen, ready_nnx, ready_torch
 
 
 class Trained(NamedTuple):
     """A run, and the mask as it is at its end."""
 
-    run: Run
+    run: TrainingRun
     mask: np.ndarray
 
 
-def train(
-    implementation: Implementation, course: Course, recipe: Recipe, device: str = "cpu"
-) -> Trained:
+def train(framework: Framework, course: Course, recipe: Recipe, device: str = "cpu") -> Trained:
     """Train one implementation on the device, "cpu" or "cuda", in the course's dtype."""
-    if implementation == "torch":
+    if framework == "torch":
         return _train_torch(course, recipe, device)
     # Optax raises a float to an int32 power, which strict promotion refuses.
     with jax_on(device, course.inputs.dtype), jax.numpy_dtype_promotion("standard"):
-        return (_train_linen if implementation == "linen" else _train_nnx)(course, recipe)
+        return (_train_linen if framework == "linen" else _train_nnx)(course, recipe)
 
 
 def torch_optimizer(recipe: Recipe, module: torch.nn.Module) -> torch.optim.Optimizer:
@@ -192,4 +190,4 @@ def _trained(
     losses: list[float], history: list[dict[str, np.ndarray]], mask: np.ndarray
 ) -> Trained:
     parameters = {name: np.stack([entry[name] for entry in history]) for name in history[0]}
-    return Trained(Run(np.array(losses), parameters), mask)
+    return Trained(TrainingRun(np.array(losses), parameters), mask)

@@ -27,7 +27,7 @@ SHARES = {"safetensors": 0.3, "msgpack": 0.3, "torch": 0.2, "sharded": 0.1, "orb
 
 
 @dataclass
-class Tally:
+class FormatCounts:
     """What one format came to; `bad` has the seed and number of inputs that did what none may, and why."""
 
     inputs: int = 0
@@ -37,7 +37,7 @@ class Tally:
 
 def sections(seconds: int, seed: int = 0, keep: Path | None = None) -> Iterator[Section | str]:
     """Yield one section with a row for each format; on the way, how many inputs were read."""
-    tallies = {kind: Tally() for kind in FORMATS}
+    tallies = {kind: FormatCounts() for kind in FORMATS}
     with tempfile.TemporaryDirectory(
         dir="/dev/shm" if Path("/dev/shm").is_dir() else None
     ) as folder:
@@ -125,7 +125,9 @@ class _Reader:
             self.process.stdout.close()
 
 
-def _campaign(kind: str, seed: int, seconds: float, tally: Tally, folder: Path) -> Iterator[int]:
+def _campaign(
+    kind: str, seed: int, seconds: float, tally: FormatCounts, folder: Path
+) -> Iterator[int]:
     """Read inputs with two processes, each with a seed of its own, for so long after both have begun.
 
     If nothing was heard of any input by then, wait for the first.
@@ -152,7 +154,7 @@ def _campaign(kind: str, seed: int, seconds: float, tally: Tally, folder: Path) 
             reader.end()
 
 
-def _hear(reader: _Reader, tally: Tally) -> None:
+def _hear(reader: _Reader, tally: FormatCounts) -> None:
     assert reader.process.stdout is not None
     line = reader.process.stdout.readline()
     reader.heard = time.monotonic()
@@ -170,7 +172,7 @@ def _hear(reader: _Reader, tally: Tally) -> None:
     reader.next = content["done"]
 
 
-def _replaced(kind: str, reader: _Reader, tally: Tally, crashed: bool) -> _Reader:
+def _replaced(kind: str, reader: _Reader, tally: FormatCounts, crashed: bool) -> _Reader:
     """Name the input at which the process ended or hung: the first behind what it reported that does it again."""
     number = _culprit(
         kind, reader.seed, reader.next, reader.folder.with_name(f"search-{reader.folder.name}")
@@ -208,7 +210,7 @@ def _culprit(kind: str, seed: str, first: int, folder: Path) -> int:
     return first
 
 
-def _keep(tallies: dict[str, Tally], keep: Path, work: Path) -> list[Path]:
+def _keep(tallies: dict[str, FormatCounts], keep: Path, work: Path) -> list[Path]:
     """Copy the bad inputs to where they stay, ten of each format at most."""
     from .fuzz_worker import Input
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.formats import open_checkpoint
+from ..conversion.mapping import slashed
 from ..conversion.tensors import tensor_to_numpy
 from .corrupt import mutated, seeds, state
 
@@ -66,7 +67,7 @@ def outcome(path: Path) -> str:
     """
     try:
         with open_checkpoint(path) as stored:
-            read = {"/".join(map(str, key)): array for key, array in stored.read()}
+            read = {slashed(key): array for key, array in stored.read()}
             if not stored.checked:
                 return "unverified"
     except CheckpointError:

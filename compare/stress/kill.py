@@ -24,7 +24,7 @@ LONGEST_SECONDS = {".pth": 0.06, ".safetensors": 0.06, ".msgpack": 0.06, ".orbax
 
 
 @dataclass
-class Tally:
+class FormatCounts:
     """What one format came to."""
 
     tries: int = 0
@@ -37,7 +37,7 @@ class Tally:
 
 def sections(tries: int, seed: int = 0) -> Iterator[Section | str]:
     """Yield one section with a row for each format; on the way, how many tries are done."""
-    tallies = {suffix: Tally() for suffix in SUFFIXES}
+    tallies = {suffix: FormatCounts() for suffix in SUFFIXES}
     for suffix in SUFFIXES:
         yield from _campaign(suffix, tallies[suffix], tries, random.Random(f"{seed}{suffix}"))
     rows: list[list[Cell]] = [
@@ -67,7 +67,7 @@ def sections(tries: int, seed: int = 0) -> Iterator[Section | str]:
     yield section
 
 
-def _campaign(suffix: str, tally: Tally, tries: int, draw: random.Random) -> Iterator[str]:
+def _campaign(suffix: str, tally: FormatCounts, tries: int, draw: random.Random) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = save_checkpoint(Path(folder) / f"state{suffix}", state(1))
         command = [sys.executable, "-m", "compare.stress.kill_worker", str(path)]
@@ -92,7 +92,7 @@ def _campaign(suffix: str, tally: Tally, tries: int, draw: random.Random) -> Ite
         ]
 
 
-def _try(path: Path, tally: Tally, writer: subprocess.Popen[str], seconds: float) -> None:
+def _try(path: Path, tally: FormatCounts, writer: subprocess.Popen[str], seconds: float) -> None:
     assert writer.stdin is not None and writer.stdout is not None
     before = _read(path, tally, 0)
     stop = threading.Event()
@@ -112,12 +112,12 @@ def _try(path: Path, tally: Tally, writer: subprocess.Popen[str], seconds: float
     tally.lost += after < before
 
 
-def _poll(path: Path, tally: Tally, least: int, stop: threading.Event) -> None:
+def _poll(path: Path, tally: FormatCounts, least: int, stop: threading.Event) -> None:
     while not stop.is_set():
         least = max(least, _read(path, tally, least))
 
 
-def _read(path: Path, tally: Tally, least: int) -> int:
+def _read(path: Path, tally: FormatCounts, least: int) -> int:
     """Return the value that the whole state has, or -1 if there is no whole state of at least that value."""
     tally.reads += 1
     try:

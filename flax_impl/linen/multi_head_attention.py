@@ -5,8 +5,8 @@ from jax import Array
 from jaxtyping import Float
 
 from ..attention import causal_mask
-from ..validation import check_dropout, check_heads, check_inputs, check_mask
 from ..dispatch import Implementation, check_implementation, masked_attention
+from ..validation import check_dropout, check_heads, check_inputs, check_mask
 from .dropout import dropping
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from math import prod
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgpack
@@ -11,7 +11,7 @@ from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ...conversion.errors import shown
-from ...conversion.mapping import Path
+from ...conversion.mapping import KeyPath, slashed
 from ...files import atomic_file
 from ..blocks import blocks
 from ..errors import CheckpointError
@@ -33,7 +33,7 @@ _MAX_HEAD = 1024  # more than dtype and shape take
 _CHUNKED = "__msgpack_chunked_array__"
 
 
-def open_(path: FilePath) -> Stored:
+def open_(path: Path) -> Stored:
     """Read the file into memory.
 
     Raises:
@@ -57,12 +57,12 @@ def open_(path: FilePath) -> Stored:
     except ValueError as error:
         raise _broken(path, shown(error)) from error
     try:
-        arrays: dict[Path, np.ndarray] = flatten_dict(tree)
+        arrays: dict[KeyPath, np.ndarray] = flatten_dict(tree)
     except RecursionError:
         raise _broken(path, "dicts within dicts") from None
     for key, value in arrays.items():
         if not isinstance(value, np.ndarray):
-            name = shown("/".join(map(str, key)))
+            name = shown(slashed(key))
             raise CheckpointError(
                 path,
                 f"{name}: is a {type(value).__name__}, not an array of values",
@@ -70,10 +70,10 @@ def open_(path: FilePath) -> Stored:
                 mend="save the variables alone: of a TrainState {'params': state.params}",
             )
     try:
-        specs: dict[Path, Spec] = {key: spec_of(array) for key, array in arrays.items()}
+        specs: dict[KeyPath, Spec] = {key: spec_of(array) for key, array in arrays.items()}
     except ValueError as error:
         raise _broken(path, shown(error)) from error
-    aliases: dict[Path, Path] = {}
+    aliases: dict[KeyPath, KeyPath] = {}
     if manifest is not None:
         specs, aliases = in_manifests_order(path, specs, manifest), dict(manifest.aliases)
     by_words = {tuple(map(str, key)): array for key, array in arrays.items()}
@@ -85,7 +85,7 @@ def open_(path: FilePath) -> Stored:
     return stored
 
 
-def write(path: FilePath, tensors: Tensors) -> None:
+def write(path: Path, tensors: Tensors) -> None:
     """Write the tree, tensor by tensor; its steps are words, and the manifest tells which of them were numbers.
 
     `flax.serialization.msgpack_serialize` would hold all of it in memory, twice.
@@ -94,7 +94,7 @@ def write(path: FilePath, tensors: Tensors) -> None:
         CheckpointError: names that would coincide.
     """
     tree = tree_of(path, {key: key for key in tensors.specs})
-    sums: dict[Path, str] = {}
+    sums: dict[KeyPath, str] = {}
     packer = msgpack.Packer()
     with atomic_file(path) as stream:
 
@@ -165,7 +165,7 @@ def _head(
     yield nbytes
 
 
-def tree_of(path: FilePath, leaves: Mapping[Path, Any]) -> dict[str, Any]:
+def tree_of(path: Path, leaves: Mapping[KeyPath, Any]) -> dict[str, Any]:
     """Return the leaves as nested dicts of words.
 
     Raises:
@@ -222,5 +222,5 @@ def _joined(parts: Mapping[Any, Any]) -> np.ndarray:
     return flat.reshape(spec.shape)
 
 
-def _broken(path: FilePath, why: str) -> CheckpointError:
+def _broken(path: Path, why: str) -> CheckpointError:
     return CheckpointError(path, f"not a whole Flax msgpack file ({why})", mend="take another copy")

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from copy import copy
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,13 +16,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ...conversion.errors import shown
-from ...conversion.mapping import Path
+from ...conversion.mapping import KeyPath, dotted, slashed
 from ...files import atomic_folder
 from ..blocks import BATCH_BYTES, in_batches
 from ..errors import CheckpointError
 from ..manifest import KEY, Manifest, checksum, in_manifests_order, linen_or_nnx, manifest_of
 from ..reader import Fetched, Stored
-from ..tensors import Held, Tensors, checked, whole
+from ..tensors import InMemory, Tensors, checked, whole
 from .msgpack import tree_of
 
 _METADATA = "_CHECKPOINT_METADATA"
@@ -41,7 +41,7 @@ _SLICE_BYTES = 16 << 20
 class Pending:
     """A leaf that is read only when its turn comes to be written."""
 
-    def __init__(self, key: Path, tensors: Tensors) -> None:
+    def __init__(self, key: KeyPath, tensors: Tensors) -> None:
         self.key, self.tensors, self.spec = key, tensors, tensors.specs[key]
         self.shape, self.dtype, self.nbytes = self.spec.shape, self.spec.numpy, self.spec.nbytes
         self.size, self.ndim = int(np.prod(self.shape)), len(self.shape)
@@ -52,7 +52,7 @@ class Pending:
         self.checksum = checksum([array], self.spec)
 
 
-def open_(path: FilePath) -> Stored:
+def open_(path: Path) -> Stored:
     """Open the folder; arrays are read into host memory as they are asked for, whatever device they were on.
 
     Raises:
@@ -86,13 +86,13 @@ def open_(path: FilePath) -> Stored:
         specs = {key[:-1]: spec for key, spec in specs.items()}
     else:
         names = {tuple(map(str, key)): key for key in specs}
-    aliases: dict[Path, Path] = {}
+    aliases: dict[KeyPath, KeyPath] = {}
     if manifest is not None:
         specs, aliases = in_manifests_order(path, specs, manifest), dict(manifest.aliases)
     layout = manifest.layout if manifest else linen_or_nnx(specs)
     stored = Stored(path, "orbax", layout, specs, manifest, aliases=aliases)
 
-    def fetch(paths: list[Path]) -> Fetched:
+    def fetch(paths: list[KeyPath]) -> Fetched:
         pairs = list(
             zip(paths, _restore(path, [names[tuple(map(str, key))] for key in paths]), strict=True)
         )
@@ -105,7 +105,7 @@ def open_(path: FilePath) -> Stored:
     return stored
 
 
-def write(path: FilePath, tensors: Tensors) -> None:
+def write(path: Path, tensors: Tensors) -> None:
     """Write the tree in place of an old Orbax folder if there is one, each array read as its turn comes.
 
     Raises:
@@ -113,9 +113,7 @@ def write(path: FilePath, tensors: Tensors) -> None:
     """
     import orbax.checkpoint as ocp
 
-    if empty := [
-        shown("/".join(map(str, key))) for key, spec in tensors.specs.items() if not spec.nbytes
-    ]:
+    if empty := [shown(slashed(key)) for key, spec in tensors.specs.items() if not spec.nbytes]:
         raise CheckpointError(
             path, f"Orbax cannot store arrays without elements: {', '.join(empty)}"
         )
@@ -130,7 +128,7 @@ def write(path: FilePath, tensors: Tensors) -> None:
             path,
             f"holds {', '.join(strange)} beside an Orbax checkpoint; it was left alone: choose another name",
         )
-    if len({".".join(map(str, key)) for key in tensors.specs}) != len(tensors.specs):
+    if len({dotted(key) for key in tensors.specs}) != len(tensors.specs):
         raise CheckpointError(
             path,
             "Orbax joins names by dots, and two of these would be one",
@@ -141,7 +139,7 @@ def write(path: FilePath, tensors: Tensors) -> None:
         handlers = (jax.Array, ocp.type_handlers.ArrayHandler()), (Pending, _pending_handler())
         with _checkpointer(*handlers) as checkpointer:
             tree = tree_of(path, leaves)
-            chunk_bytes = None if isinstance(tensors, Held) else _CHUNK_BYTES
+            chunk_bytes = None if isinstance(tensors, InMemory) else _CHUNK_BYTES
             save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), tree)
             args = ocp.args.PyTreeSave(tree, save_args=save_args)
             _in_a_thread(
@@ -159,12 +157,12 @@ def write(path: FilePath, tensors: Tensors) -> None:
         (folder / _METADATA).write_text(json.dumps(content), encoding="utf-8")
 
 
-def is_orbax(path: FilePath) -> bool:
+def is_orbax(path: Path) -> bool:
     """Tell whether it is the folder of a finished checkpoint."""
     return (path / "_METADATA").is_file()
 
 
-def _within(path: FilePath) -> str:
+def _within(path: Path) -> str:
     """Say which checkpoint the folder holds, if it is one of a file or of Orbax's manager."""
     inner = [found.parent for depth in ("*", "*/*") for found in path.glob(f"{depth}/_METADATA")]
     found = max(
@@ -175,7 +173,7 @@ def _within(path: FilePath) -> str:
     return f"give {shown(found)}" if found else ""
 
 
-def _require_plain(path: FilePath) -> None:
+def _require_plain(path: Path) -> None:
     """Raise CheckpointError if anything in the folder is a link, which could lead out of it."""
     for count, entry in enumerate(path.rglob("*")):
         if entry.is_symlink():
@@ -193,7 +191,7 @@ def _require_plain(path: FilePath) -> None:
             raise CheckpointError(path, f"holds more than {_MOST_FILES:,} files")
 
 
-def _manifest(path: FilePath) -> Manifest | None:
+def _manifest(path: Path) -> Manifest | None:
     try:
         content = json.loads((path / _METADATA).read_bytes()).get("custom_metadata") or {}
         return Manifest.loads(content[KEY]) if KEY in content else None
@@ -205,7 +203,7 @@ def _manifest(path: FilePath) -> Manifest | None:
         ) from error
 
 
-def _restore(path: FilePath, keys: Sequence[Path]) -> list[np.ndarray]:
+def _restore(path: Path, keys: Sequence[KeyPath]) -> list[np.ndarray]:
     import orbax.checkpoint as ocp
 
     wanted = unflatten_dict({key: 0 for key in keys})
@@ -217,7 +215,7 @@ def _restore(path: FilePath, keys: Sequence[Path]) -> list[np.ndarray]:
 
 
 @contextmanager
-def _reported(path: FilePath) -> Iterator[None]:
+def _reported(path: Path) -> Iterator[None]:
     """Turn whatever Orbax and TensorStore raise into one error."""
     try:
         yield
@@ -314,7 +312,7 @@ def _batches(
     """Yield the leaves in as many turns as memory asks for: at once, if all of them are in memory."""
     batch: list[tuple[Pending, Any, Any]] = []
     for leaf in leaves:
-        held = isinstance(leaf[0].tensors, Held)
+        held = isinstance(leaf[0].tensors, InMemory)
         if (
             batch
             and not held
@@ -327,7 +325,7 @@ def _batches(
         yield batch
 
 
-def _nbytes(pair: tuple[Path, np.ndarray]) -> int:
+def _nbytes(pair: tuple[KeyPath, np.ndarray]) -> int:
     return pair[1].nbytes
 
 

@@ -10,13 +10,13 @@ import mmap
 import os
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...conversion.errors import shown
-from ...conversion.mapping import Path
+from ...conversion.mapping import KeyPath, slashed
 from ...files import atomic_file
 from ..blocks import BATCH_BYTES, blocks, in_batches
 from ..errors import CheckpointError
@@ -30,7 +30,7 @@ from ..manifest import (
     torch_or_flax,
 )
 from ..reader import PART_BYTES, Stored, fetch_each, read_in_parts
-from ..tensors import LayoutName, Spec, Tensors, checked
+from ..tensors import FileLayout, Spec, Tensors, checked
 
 _DTYPES = {
     **{
@@ -63,7 +63,7 @@ class Header(NamedTuple):
     metadata: dict[str, str]
 
 
-def open_(path: FilePath) -> Stored:
+def open_(path: Path) -> Stored:
     """Open the file; nothing but its header is read.
 
     Raises:
@@ -89,21 +89,21 @@ def open_(path: FilePath) -> Stored:
     return stored
 
 
-def stored_from(path: FilePath, kind: str, header: Header) -> Stored:
+def stored_from(path: Path, kind: str, header: Header) -> Stored:
     """Return the checkpoint of the header, in the order of its manifest; its tensors are still to be fetched."""
     manifest = _manifest(path, header.metadata)
-    layout: LayoutName = manifest.layout if manifest else torch_or_flax(header.specs)
+    layout: FileLayout = manifest.layout if manifest else torch_or_flax(header.specs)
     steps = _steps(layout)
-    specs: dict[Path, Spec] = {}
+    specs: dict[KeyPath, Spec] = {}
     for name, spec in header.specs.items():
         specs[steps(name)] = spec
-    aliases: dict[Path, Path] = dict(manifest.aliases) if manifest else _aliases(header)
+    aliases: dict[KeyPath, KeyPath] = dict(manifest.aliases) if manifest else _aliases(header)
     if manifest is not None:
         specs = in_manifests_order(path, specs, manifest)
     return Stored(path, kind, layout, specs, manifest, aliases=aliases)
 
 
-def write(path: FilePath, tensors: Tensors) -> None:
+def write(path: Path, tensors: Tensors) -> None:
     """Write tensors one by one, in torch's layout under their names, in Flax's with slashes.
 
     Raises:
@@ -149,7 +149,7 @@ def write(path: FilePath, tensors: Tensors) -> None:
     with atomic_file(path) as stream:
         descriptor, data = stream.fileno(), len(header(manifest))
 
-        def put(key: Path) -> str:
+        def put(key: KeyPath) -> str:
             digest, offset = start(tensors.specs[key]), data + begins[key]
             alone = tensors.specs[key].nbytes > BATCH_BYTES
             for block in (
@@ -164,7 +164,7 @@ def write(path: FilePath, tensors: Tensors) -> None:
         _pwrite(descriptor, memoryview(header(manifest.with_checksums(sums))), 0)
 
 
-def read_header(path: FilePath, descriptor: int) -> Header:
+def read_header(path: Path, descriptor: int) -> Header:
     """Read and check the header of an open file.
 
     Raises:
@@ -233,7 +233,7 @@ def read_tensor(
     return np.frombuffer(memory, np.uint8, offset=offset).view(spec.numpy).reshape(spec.shape), None
 
 
-def _manifest(path: FilePath, metadata: Mapping[str, str]) -> Manifest | None:
+def _manifest(path: Path, metadata: Mapping[str, str]) -> Manifest | None:
     try:
         return Manifest.loads(metadata[KEY]) if KEY in metadata else None
     except ValueError as error:
@@ -242,21 +242,21 @@ def _manifest(path: FilePath, metadata: Mapping[str, str]) -> Manifest | None:
         ) from error
 
 
-def _steps(layout: LayoutName) -> Any:
+def _steps(layout: FileLayout) -> Any:
     return (lambda name: (name,)) if layout == "torch" else (lambda name: tuple(name.split("/")))
 
 
-def _joined(path: FilePath, key: Path, layout: LayoutName) -> str:
+def _joined(path: Path, key: KeyPath, layout: FileLayout) -> str:
     if layout != "torch" and (
         strange := [step for step in key if "/" in str(step) or not str(step)]
     ):
         raise CheckpointError(
             path,
             f"the name {strange[0]!r} in {key} cannot be told from a path",
-            key="/".join(map(str, key)),
+            key=slashed(key),
             mend="save it as .msgpack or .orbax, or rename it",
         )
-    name = key[0] if layout == "torch" else "/".join(map(str, key))
+    name = key[0] if layout == "torch" else slashed(key)
     if name == "__metadata__":
         raise CheckpointError(
             path, "the name __metadata__ is the format's own", key=name, mend="rename it"
@@ -264,7 +264,7 @@ def _joined(path: FilePath, key: Path, layout: LayoutName) -> str:
     return str(name)
 
 
-def _aliases(header: Header) -> dict[Path, Path]:
+def _aliases(header: Header) -> dict[KeyPath, KeyPath]:
     """Return the tied names that the library's `save_model` leaves in the metadata."""
     specs, metadata = header.specs, header.metadata
     return {
@@ -304,7 +304,7 @@ def _require_metadata(metadata: Any, count: int) -> None:
         raise ValueError(f"{others + ours:,} characters of metadata")
 
 
-def _require_whole(path: FilePath, found: Mapping[str, tuple[Spec, int, int]], size: int) -> None:
+def _require_whole(path: Path, found: Mapping[str, tuple[Spec, int, int]], size: int) -> None:
     """Every byte belongs to just one tensor."""
     ranges: Iterator[tuple[int, int]] = iter(
         sorted((begin, end) for _, begin, end in found.values() if begin < end)
@@ -330,7 +330,7 @@ def _pwrite(descriptor: int, block: memoryview, offset: int) -> None:
         block, offset = block[done:], offset + done
 
 
-def _broken(path: FilePath, what: str, expected: str, found: str) -> CheckpointError:
+def _broken(path: Path, what: str, expected: str, found: str) -> CheckpointError:
     return CheckpointError(
         path,
         f"not a whole safetensors file: {what}",

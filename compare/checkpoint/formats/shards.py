@@ -6,15 +6,15 @@ Source: https://huggingface.co/docs/huggingface_hub/package_reference/serializat
 import json
 import os
 from contextlib import ExitStack
-from pathlib import Path as FilePath
+from pathlib import Path
 
 from ...conversion.errors import shown
-from ...conversion.mapping import Path
+from ...conversion.mapping import KeyPath, slashed
 from ...files import atomic_file, atomic_folder
 from ..errors import CheckpointError
 from ..manifest import KEY, Manifest, manifest_of, no_name_twice
 from ..reader import Stored, fetch_each
-from ..tensors import Held, Spec, Tensors
+from ..tensors import InMemory, Spec, Tensors
 from . import safetensors
 from .safetensors import Header, read_header, read_tensor, stored_from
 
@@ -22,7 +22,7 @@ INDEX = ".safetensors.index.json"
 _MAX_INDEX_BYTES = 256 << 20
 
 
-def index_in(path: FilePath) -> FilePath | None:
+def index_in(path: Path) -> Path | None:
     """Return the index that the path is, or that the folder holds; None if there is none."""
     if path.name.endswith(INDEX):
         return path
@@ -30,7 +30,7 @@ def index_in(path: FilePath) -> FilePath | None:
     return found[0] if len(found) == 1 else None
 
 
-def open_(path: FilePath) -> Stored:
+def open_(path: Path) -> Stored:
     """Open index and shards; nothing but their headers is read.
 
     Raises:
@@ -77,16 +77,14 @@ def open_(path: FilePath) -> Stored:
             path, "sharded", Header({key: specs[key] for key in weight_map}, {}, metadata)
         )
         stored.close = opened.pop_all().close
-    join = (
-        (lambda key: key[0]) if stored.layout == "torch" else (lambda key: "/".join(map(str, key)))
-    )
+    join = (lambda key: key[0]) if stored.layout == "torch" else (lambda key: slashed(key))
     stored.fetch = fetch_each(
         stored, lambda key: read_tensor(stored, *places[join(key)], stored.specs[key])
     )
     return stored
 
 
-def write(path: FilePath, tensors: Tensors, shard_bytes: int) -> None:
+def write(path: Path, tensors: Tensors, shard_bytes: int) -> None:
     """Write shards of at most `shard_bytes`, a larger tensor alone, and their index.
 
     Raises:
@@ -101,7 +99,7 @@ def write(path: FilePath, tensors: Tensors, shard_bytes: int) -> None:
             path, f"holds {shown(strange[0])}; it was left alone: choose another name"
         )
     shards = _split(tensors, shard_bytes)
-    sums: dict[Path, str] = {}
+    sums: dict[KeyPath, str] = {}
     weight_map: dict[str, str] = {}
     with atomic_folder(path) as folder:
         for number, keys in enumerate(shards, 1):
@@ -111,7 +109,7 @@ def write(path: FilePath, tensors: Tensors, shard_bytes: int) -> None:
             with safetensors.open_(folder / name) as written:
                 assert written.manifest is not None
                 sums |= {key: record.checksum for key, record in written.manifest.records.items()}
-            weight_map |= {"/".join(map(str, key)): name for key in keys}
+            weight_map |= {slashed(key): name for key in keys}
         total = sum(spec.nbytes for spec in tensors.specs.values())
         manifest = manifest_of(tensors).with_checksums(sums)
         content = {
@@ -122,18 +120,18 @@ def write(path: FilePath, tensors: Tensors, shard_bytes: int) -> None:
             stream.write(json.dumps(content, indent=1).encode())
 
 
-class _Part(Held):
+class _Part(InMemory):
     """Some of the tensors, as one shard."""
 
-    def __init__(self, tensors: Tensors, keys: list[Path]) -> None:
+    def __init__(self, tensors: Tensors, keys: list[KeyPath]) -> None:
         specs = {key: tensors.specs[key] for key in keys}
         aliases = {key: first for key, first in tensors.aliases.items() if first in specs}
         super().__init__(tensors.layout, {}, specs, tensors.kinds, aliases)
         object.__setattr__(self, "pieces", tensors.pieces)
 
 
-def _split(tensors: Tensors, shard_bytes: int) -> list[list[Path]]:
-    shards: list[list[Path]] = [[]]
+def _split(tensors: Tensors, shard_bytes: int) -> list[list[KeyPath]]:
+    shards: list[list[KeyPath]] = [[]]
     size = 0
     for key, spec in tensors.specs.items():
         if shards[-1] and size + spec.nbytes > shard_bytes:
@@ -144,7 +142,7 @@ def _split(tensors: Tensors, shard_bytes: int) -> list[list[Path]]:
     return shards
 
 
-def _index(path: FilePath, index: FilePath) -> tuple[dict[str, str], str | None]:
+def _index(path: Path, index: Path) -> tuple[dict[str, str], str | None]:
     """Read the index: which tensor is in which file, and the manifest's text."""
     if not index.is_file() or (index.is_symlink() and path.is_dir()):
         raise _broken(path, f"{shown(index.name)} is no regular file")
@@ -163,14 +161,14 @@ def _index(path: FilePath, index: FilePath) -> tuple[dict[str, str], str | None]
     return dict(weight_map), manifest
 
 
-def _shard(path: FilePath, folder: FilePath, name: str) -> FilePath:
+def _shard(path: Path, folder: Path, name: str) -> Path:
     """Return the shard's path, which must be a regular file in the folder of the index.
 
     Raises:
         CheckpointError: it is not.
     """
     shard = folder / name
-    if FilePath(name).name != name or "\\" in name or shard.is_symlink():
+    if Path(name).name != name or "\\" in name or shard.is_symlink():
         raise CheckpointError(
             path,
             f"its index leads to {shown(name)}",
@@ -185,5 +183,5 @@ def _shard(path: FilePath, folder: FilePath, name: str) -> FilePath:
     return shard
 
 
-def _broken(path: FilePath, why: str) -> CheckpointError:
+def _broken(path: Path, why: str) -> CheckpointError:
     return CheckpointError(path, f"not a whole index of shards ({why})", mend="take another copy")

@@ -11,7 +11,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...conversion.errors import shown
-from ...conversion.mapping import Path
+from ...conversion.mapping import KeyPath
 from ...conversion.state_kinds import same_memory
 from ...conversion.tensors import Untransferable, dense, numpy_to_tensor, tensor_to_numpy
 from ...files import atomic_file, read_ahead
@@ -34,7 +34,7 @@ _SMALL_BYTES = 64 << 20
 _MOST_VIEWED = 16
 
 
-def open_(path: FilePath) -> Stored:
+def open_(path: Path) -> Stored:
     """Open the file; values are read as they are asked for, if it is large.
 
     Raises:
@@ -55,7 +55,7 @@ def open_(path: FilePath) -> Stored:
         )
     stored = Stored(path, "torch", "torch", specs, manifest, aliases=aliases)
 
-    def one(key: Path) -> tuple[np.ndarray, str | None]:
+    def one(key: KeyPath) -> tuple[np.ndarray, str | None]:
         array = tensor_to_numpy(state[key[0]])
         if small or stored.mapped or not array.flags.c_contiguous:
             return contiguous(array), None
@@ -68,7 +68,7 @@ def open_(path: FilePath) -> Stored:
 
     each = fetch_each(stored, one)
 
-    def fetch(keys: list[Path]) -> Fetched:
+    def fetch(keys: list[KeyPath]) -> Fetched:
         if stored.mapped and not small:
             read_ahead(path)
         return each(keys)
@@ -77,7 +77,7 @@ def open_(path: FilePath) -> Stored:
     return stored
 
 
-def write(path: FilePath, tensors: Tensors) -> None:
+def write(path: Path, tensors: Tensors) -> None:
     """Write the state dict, then the manifest as one more record of the zip."""
     arrays = {key: whole(tensors, key) for key in tensors.specs}
     state = {
@@ -98,7 +98,7 @@ def write(path: FilePath, tensors: Tensors) -> None:
             archive.writestr(zipfile.ZipInfo(f"{root}/{KEY}.json"), manifest.dumps())
 
 
-def _manifest(path: FilePath) -> Manifest | None:
+def _manifest(path: Path) -> Manifest | None:
     """Read the manifest, after looking at what the zip declares.
 
     Raises:
@@ -133,7 +133,7 @@ def _manifest(path: FilePath) -> Manifest | None:
         raise _broken(path, shown(error)) from error
 
 
-def _load(path: FilePath, source: Any, *, mapped: bool) -> dict[str, Tensor]:
+def _load(path: Path, source: Any, *, mapped: bool) -> dict[str, Tensor]:
     try:
         state = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RecursionError) as error:
@@ -161,12 +161,12 @@ def _load(path: FilePath, source: Any, *, mapped: bool) -> dict[str, Tensor]:
 
 
 def _specs(
-    path: FilePath, state: Mapping[str, Tensor]
-) -> tuple[dict[Path, Spec], dict[Path, Path]]:
+    path: Path, state: Mapping[str, Tensor]
+) -> tuple[dict[KeyPath, Spec], dict[KeyPath, KeyPath]]:
     """Return what each tensor is, tied names apart."""
-    specs: dict[Path, Spec] = {}
-    aliases: dict[Path, Path] = {}
-    seen: dict[Any, Path] = {}
+    specs: dict[KeyPath, Spec] = {}
+    aliases: dict[KeyPath, KeyPath] = {}
+    seen: dict[Any, KeyPath] = {}
     for key, tensor in state.items():
         try:
             dense(tensor)
@@ -192,8 +192,8 @@ def _specs(
 
 
 def _as_declared(
-    path: FilePath, state: Mapping[str, Tensor], specs: Mapping[Path, Spec], manifest: Manifest
-) -> tuple[dict[Path, Spec], dict[Path, Path]]:
+    path: Path, state: Mapping[str, Tensor], specs: Mapping[KeyPath, Spec], manifest: Manifest
+) -> tuple[dict[KeyPath, Spec], dict[KeyPath, KeyPath]]:
     """Return specs and tied names as the manifest has them.
 
     Raises:
@@ -215,5 +215,5 @@ def _as_declared(
     return in_manifests_order(path, own, manifest), dict(manifest.aliases)
 
 
-def _broken(path: FilePath, why: str) -> CheckpointError:
+def _broken(path: Path, why: str) -> CheckpointError:
     return CheckpointError(path, f"not a whole torch file ({why})", mend="take another copy")
