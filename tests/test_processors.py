@@ -12,15 +12,16 @@ from compare.report.machine import machine
 
 ROOT = Path(__file__).parent.parent
 NUMERIC = (
-    "outputs",
-    "fused",
-    "closed_rows",
-    "dropout",
-    "extremes",
-    "golden",
-    "masks",
-    "derivatives",
-    "checks",
+    "modules/test_outputs",
+    "modules/test_fused",
+    "modules/test_closed_rows",
+    "checks/test_dropout",
+    "checks/test_checks",
+    "runners/test_extreme_values",
+    "runners/test_notebook_figures",
+    "runners/test_differentiate",
+    "runners/test_train",
+    "checkpoint/test_masks",
 )
 FEATURES = machine()["features"].split(", ")
 XLA_AVX2 = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa=AVX2".strip()
@@ -76,15 +77,15 @@ def run(limits: dict[str, str], *arguments: str) -> str:
 def test_the_numbers_hold(name: str, value: str, feature: str) -> None:
     if feature and feature not in FEATURES:
         pytest.skip(f"this processor has no {feature}, so {name}={value} is no limit")
-    assert " passed" in run({name: value}, *(f"tests/test_{module}.py" for module in NUMERIC))
+    assert " passed" in run({name: value}, *(f"tests/{module}.py" for module in NUMERIC))
 
 
 def test_the_lowest_of_all() -> None:
     """In short: lower precision, closed rows, and the notebook's figures."""
     last = run(
         LOWEST,
-        "tests/test_fused.py",
-        "tests/test_closed_rows.py",
+        "tests/modules/test_fused.py",
+        "tests/modules/test_closed_rows.py",
         "-k",
         "lower_precision or finite or leaking",
     )

@@ -20,8 +20,8 @@ from compare.checkpoint.errors import CheckpointError, UnverifiedCheckpoint
 from compare.proof.cases import PRIME
 from compare.runners.run import build_nnx
 
+from ..support import linen_variables, torch_module
 from .faults import DATA_FAULTS, FAULTS
-from .support import linen_variables, torch_module
 
 # What would tell a reader to take the guard away.
 FORBIDDEN = ("weights_only=False", "partial_restore", "Traceback")
@@ -94,7 +94,7 @@ from pathlib import Path
 from compare.proof.cases import PRIME
 from compare.checkpoint import load_checkpoint
 from compare.conversion.errors import CheckpointError
-from tests.faults import DATA_FAULTS
+from tests.checkpoint.faults import DATA_FAULTS
 from tests.support import torch_module
 warnings.simplefilter("ignore")
 said = {}
@@ -113,7 +113,7 @@ print(json.dumps(said))
 def test_orbax_folders_with_broken_data(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent
+        command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2]
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -122,5 +122,5 @@ def test_orbax_folders_with_broken_data(tmp_path: Path) -> None:
 
 
 def test_the_readme_counts_them() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert f"is a table of {len(FAULTS) + len(DATA_FAULTS)} hostile and broken files" in readme

@@ -40,7 +40,7 @@ from compare.subprocesses import child_environment
 from flax_impl.mask_tiles import is_causal
 from torch_impl import mask_layout
 
-from .support import same_bits
+from ..support import same_bits
 
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies

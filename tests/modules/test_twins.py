@@ -12,7 +12,7 @@ import flax_impl.nnx
 import torch_impl
 import torch_impl.dispatch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CLASSES = ("CausalAttentionWithBuffer", "CausalAttentionWithoutBuffers", "CausalMultiHeadAttention")
 FRAMEWORKS_OWN = {"self", "rngs", "name", "parent"}
 

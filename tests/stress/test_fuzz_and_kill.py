@@ -21,10 +21,10 @@ from compare.stress import fuzz, kill
 from compare.stress.corrupt import FORMATS, seeds, state
 from compare.stress.fuzz_worker import Input, WrongTensorsError, outcome
 
-from .support import torch_module
+from ..support import torch_module
 
 RECORDS = Path(compare.__file__).parent / "records"
-CASES = Path(__file__).parent / "fuzz_cases"
+CASES = Path(__file__).parents[1] / "fuzz_cases"
 SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")
 
 

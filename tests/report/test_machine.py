@@ -9,7 +9,7 @@ from compare.proof.cases import Trial
 from compare.report.machine import machine
 from compare.runners.products import leaking_dtypes
 
-from .products import LeakingProducts
+from ..modules.products import LeakingProducts
 
 
 def trial(implementation: str) -> Trial:

@@ -24,7 +24,7 @@ from compare.checkpoint.convert import convert_checkpoint
 from compare.checkpoint.manifest import KEY
 from compare.proof.cases import PRIME
 
-from .support import linen_variables, state_of, torch_module
+from ..support import linen_variables, state_of, torch_module
 
 
 @dataclass(frozen=True)

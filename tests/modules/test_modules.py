@@ -19,7 +19,7 @@ from compare.proof.rounding_bound import FLOAT64_RELATIVE
 from compare.runners.run import linen_template
 from compare.subprocesses import run_module
 
-from .support import linen_variables, nnx_model, normal, numpy_state_of, torch_module
+from ..support import linen_variables, nnx_model, normal, numpy_state_of, torch_module
 
 D, T = PRIME_BIAS.input_embedding_dim, PRIME_BIAS.context_length
 NAMES = ("CausalAttentionWithBuffer", "CausalAttentionWithoutBuffers")
@@ -241,7 +241,7 @@ def test_donated_variables(device: str) -> None:
 def test_sharded_variables_in_a_child_process() -> None:
     """Two host devices: inputs split by batch, kernels by column, the mask by row."""
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    found = run_module("tests.sharded", environment=environment)
+    found = run_module("tests.modules.sharded", environment=environment)
     assert found["devices"] == 2
     assert found["round_trip"]
     assert found["placed_like_the_template"]

@@ -1,6 +1,6 @@
 """Run in a process of its own: load each checkpoint into a fresh module, and print the bits of its mask.
 
-`python -m tests.mask_reader IMPLEMENTATION PATH...`; the name of each path begins with the dtype of
+`python -m tests.checkpoint.mask_reader IMPLEMENTATION PATH...`; the name of each path begins with the dtype of
 its mask.
 """
 

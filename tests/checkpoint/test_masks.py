@@ -20,8 +20,8 @@ from compare.proof.cases import FRAMEWORKS, PRIME
 from compare.runners.run import build_nnx, build_torch, linen_template
 from compare.subprocesses import ON_CPU, run_module
 
+from ..support import linen_variables, nnx_model, same_bits, state_of, torch_module
 from .mask_reader import digest
-from .support import linen_variables, nnx_model, same_bits, state_of, torch_module
 
 SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")
 CAUSAL = np.triu(np.ones((7, 7), dtype=np.float32), 1)
@@ -88,7 +88,7 @@ def test_every_edit_in_every_format_from_each_into_each(tmp_path: Path) -> None:
                 )
                 expected[str(path)] = mask.astype(numpy_dtype(dtype))
     for reader in FRAMEWORKS:
-        found = run_module("tests.mask_reader", [reader, *expected], ON_CPU)
+        found = run_module("tests.checkpoint.mask_reader", [reader, *expected], ON_CPU)
         for path, mask in expected.items():
             wanted = mask.astype(np.int32) if mask.dtype == np.int64 and reader != "torch" else mask
             assert found[path] == digest(wanted), (reader, path)
@@ -147,7 +147,7 @@ def test_saved_on_the_device_loaded_on_the_cpu_and_back(
         path = compare.save_checkpoint(tmp_path / f"float32-{writer}{suffix}", holder)
         for reader in FRAMEWORKS:
             found = (
-                run_module("tests.mask_reader", [reader, str(path)], ON_CPU)
+                run_module("tests.checkpoint.mask_reader", [reader, str(path)], ON_CPU)
                 if device != "cpu"
                 else {}
             )

@@ -26,7 +26,7 @@ from compare.conversion.tensors import (
 from compare.proof.cases import PRIME, PRIME_BIAS, Config
 from compare.runners.run import build_nnx, linen_template
 
-from .support import linen_variables, nnx_model, same_bits, state_of, torch_module
+from ..support import linen_variables, nnx_model, same_bits, state_of, torch_module
 
 hypothesis = pytest.importorskip("hypothesis")
 given, st = hypothesis.given, hypothesis.strategies

@@ -9,7 +9,7 @@ from compare.proof.cases import CASES, FRAMEWORKS, PRIME, PRIME_BIAS, Case
 from compare.proof.rounding_bound import FLOAT64_RELATIVE
 from compare.runners.run import run
 
-from .support import judge, normal, numpy_state_of
+from ..support import judge, normal, numpy_state_of
 
 DTYPES = ("float32", "float64")
 T = PRIME.context_length

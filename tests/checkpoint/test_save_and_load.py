@@ -27,7 +27,7 @@ from compare.conversion.tensors import tensor_to_numpy
 from compare.proof.cases import FRAMEWORKS, PRIME, PRIME_BIAS, Config
 from compare.runners.run import build_nnx, build_torch, linen_template
 
-from .support import linen_variables, nnx_model, numpy_state_of, same_bits, state_of, torch_module
+from ..support import linen_variables, nnx_model, numpy_state_of, same_bits, state_of, torch_module
 
 pytestmark = pytest.mark.filterwarnings("ignore::compare.checkpoint.errors.UnverifiedCheckpoint")
 

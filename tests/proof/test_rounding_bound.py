@@ -16,7 +16,7 @@ from compare.proof.reference import attention_stages, masked_attention
 from compare.proof.rounding_bound import EXP_ULPS, PRECISIONS, overflow
 from compare.runners.run import run
 
-from .support import normal, numpy_state_of
+from ..support import normal, numpy_state_of
 
 hypothesis = pytest.importorskip("hypothesis")
 assume, given, settings, st = (

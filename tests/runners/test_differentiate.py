@@ -15,7 +15,7 @@ from compare.proof.cases import Config, Trial, draw
 from compare.runners.differentiate import DerivativeProblem
 from compare.runners.run import ready_linen, ready_nnx, ready_torch
 
-from .support import normal, numpy_state_of
+from ..support import normal, numpy_state_of
 
 SMALL = Config(3, 2, 5, 0.1, qkv_bias=True)
 

@@ -16,7 +16,7 @@ from compare.conversion.mapping import LINEN
 from compare.conversion.state_kinds import entries
 from compare.report.model import Check, Section
 
-from .support import linen_variables, nnx_model, torch_module
+from ..support import linen_variables, nnx_model, torch_module
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -42,7 +42,10 @@ def everything() -> torch.nn.Module:
 
 def test_inspect_names_every_kind(tmp_path: Path) -> None:
     code, printed = run(
-        "inspect", "tests.test_state_commands:everything", "--json", str(tmp_path / "report.json")
+        "inspect",
+        "tests.commands.test_state_commands:everything",
+        "--json",
+        str(tmp_path / "report.json"),
     )
     assert code == 0, printed
     assert "0 1 1 0 0 1 0 0 0" in printed

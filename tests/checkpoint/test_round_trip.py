@@ -26,8 +26,8 @@ from compare.checkpoint.verify import verify_checkpoint
 from compare.conversion.mapping import Row, StateMapping
 from compare.dtypes import DTYPES, numpy_dtype
 
+from ..support import same_bits
 from .faults import change_manifest
-from .support import same_bits
 
 hypothesis = pytest.importorskip("hypothesis")
 given, st = hypothesis.given, hypothesis.strategies

@@ -18,7 +18,7 @@ from compare.conversion.mapping import LINEN, NNX, Left, Row, StateMapping
 from compare.proof.cases import PRIME_BIAS
 from compare.runners.run import build_nnx, linen_template
 
-from .support import torch_module
+from ..support import torch_module
 
 
 def shapes(tree: Any) -> Any:
