@@ -13,10 +13,10 @@ from ..conversion.match import match
 from .errors import CheckpointError
 from .formats import KNOWN, exists, format_of, open_checkpoint, shards
 from .load import named, side_of, steady
-from .reader import Stored
+from .reader import Reader
 from .save import writable, write
 from .tensors import Spec, Tensors
-from .transforms import Cast, Progress, Watched, relaid, silent
+from .transforms import Progress, cast, relaid, silent, watched
 
 Wanted = Literal["torch", "flax"]
 _MEND = "give --map FILE, or --like a checkpoint of the other framework's; in Python mapping=compare.match(...)"
@@ -98,18 +98,18 @@ def convert_checkpoint(
             path, "is what is to be read, or holds it: write beside it, then rename"
         )
 
-    def work(stored: Stored) -> Conversion:
+    def work(stored: Reader) -> Conversion:
         tensors, lines = planned(
             stored, allowed, mapping=mapping, like=like, layout=layout, dtype=dtype
         )
         if not dry_run:
-            watched = Watched(tensors, progress)
+            counted = watched(tensors, progress)
             if chosen is not None:
-                write(path, resolved, chosen, watched)
+                write(path, resolved, chosen, counted)
             else:
                 assert shard_bytes is not None
                 put = partial(shards.write, shard_bytes=shard_bytes)
-                write(path, resolved, format_of("x.safetensors")._replace(write=put), watched)
+                write(path, resolved, format_of("x.safetensors")._replace(write=put), counted)
         left = tensors.mapping.left if tensors.layout != stored.layout and tensors.mapping else ()
         return Conversion(lines, stored.checked, left)
 
@@ -117,7 +117,7 @@ def convert_checkpoint(
 
 
 def planned(
-    stored: Stored,
+    stored: Reader,
     allowed: Iterable[str],
     *,
     mapping: StateMapping | None = None,
@@ -137,17 +137,22 @@ def planned(
         wanted = "flax"
     if wanted == "flax" and allowed == ("torch",):
         wanted = "torch"
-    tensors: Tensors = stored
     if (wanted == "torch") != (stored.layout == "torch"):
-        tensors = relaid(stored.path, stored, stored.spell(_mapping(stored, mapping, like, beside)))
-    if dtype is not None:
-        tensors = Cast(tensors, dtype, stored.path)
-    lines = [_line(path, spec, stored, tensors) for path, spec in tensors.specs.items()]
+        table = stored.spell(_mapping(stored, mapping, like, beside))
+        laid = relaid(stored.path, stored.tensors(), table)
+    else:
+        laid = stored.tensors()
+    tensors = laid if dtype is None else cast(laid, dtype, stored.path)
+    is_relaid = laid.layout != stored.layout
+    lines = [
+        _line(path, spec, tensors, laid.specs[path].dtype, is_relaid)
+        for path, spec in tensors.specs.items()
+    ]
     return tensors, lines
 
 
 def _mapping(
-    stored: Stored,
+    stored: Reader,
     mapping: StateMapping | None,
     like: str | PathLike[str] | None,
     beside: str | PathLike[str] | None,
@@ -166,7 +171,7 @@ def _mapping(
     )
 
 
-def _matched(stored: Stored, like: str | PathLike[str]) -> StateMapping:
+def _matched(stored: Reader, like: str | PathLike[str]) -> StateMapping:
     with open_checkpoint(like) as other:
         if (other.layout == "torch") == (stored.layout == "torch"):
             raise CheckpointError(
@@ -182,11 +187,10 @@ def _matched(stored: Stored, like: str | PathLike[str]) -> StateMapping:
             ) from error
 
 
-def _line(path: KeyPath, spec: Spec, stored: Stored, tensors: Tensors) -> Line:
+def _line(path: KeyPath, spec: Spec, tensors: Tensors, source_dtype: str, is_relaid: bool) -> Line:
     name = slashed(path)
     source, how = name, "same"
-    base = tensors.source if isinstance(tensors, Cast) else tensors
-    if base is not stored and tensors.mapping is not None:
+    if is_relaid and tensors.mapping is not None:
         rows = (
             [tensors.mapping.by_path[path]]
             if tensors.layout != "torch"
@@ -194,8 +198,7 @@ def _line(path: KeyPath, spec: Spec, stored: Stored, tensors: Tensors) -> Line:
         )
         source = " + ".join(row.place if tensors.layout == "torch" else _keys(row) for row in rows)
         how = rows[0].layout
-    held = base.specs[path].dtype
-    dtype = spec.dtype if held == spec.dtype else f"{held} -> {spec.dtype}"
+    dtype = spec.dtype if source_dtype == spec.dtype else f"{source_dtype} -> {spec.dtype}"
     return Line(
         source, name, tensors.kinds.get(path, "unknown"), spec.shape, dtype, how, spec.nbytes
     )

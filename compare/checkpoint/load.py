@@ -1,7 +1,7 @@
 """Load a checkpoint into either implementation: validate everything, then assign."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from stat import S_ISDIR
@@ -26,7 +26,7 @@ from .formats.shards import index_in
 from .load_flax import flax_leaves, install
 from .load_torch import fill_torch, require_fit
 from .manifest import is_mask
-from .reader import Stored
+from .reader import Reader
 from .tensors import Tensors, whole
 from .transforms import cast_array, relaid
 
@@ -110,7 +110,7 @@ def load_checkpoint(
                 f"policy {pattern}: there is no {decided!r}; there are {', '.join(get_args(Policy))}"
             )
 
-    def prepare(stored: Stored) -> Callable[[], Any]:
+    def prepare(stored: Reader) -> Callable[[], Any]:
         try:
             if isinstance(target, torch.nn.Module):
                 return _into_torch(stored, target, mapping, policy or {}, cast)
@@ -143,12 +143,13 @@ def read_checkpoint(path: str | PathLike[str], *, mapping: StateMapping | None =
         CheckpointError: no such file, or not a file of the format that its suffix names.
     """
 
-    def read(stored: Stored) -> StateDict:
+    def read(stored: Reader) -> StateDict:
         if stored.layout == "torch":
-            return _state(stored)
+            return _state(stored.read(), stored.aliases)
         table = mapping or stored.mapping or (LINEN if stored.layout == "linen" else NNX)
         try:
-            return _state(relaid(stored.path, stored, stored.spell(table)))
+            table = stored.spell(table)
+            return _whole_state(relaid(stored.path, stored.tensors(), table))
         except CheckpointError as error:
             if not error.mismatch or mapping or stored.mapping:
                 raise
@@ -162,7 +163,7 @@ def read_checkpoint(path: str | PathLike[str], *, mapping: StateMapping | None =
     return steady(path, read)
 
 
-def steady(path: str | PathLike[str], work: Callable[[Stored], Result]) -> Result:
+def steady(path: str | PathLike[str], work: Callable[[Reader], Result]) -> Result:
     """Open the checkpoint and do the work, again if it was replaced meanwhile: the old or the new, never both.
 
     Raises:
@@ -214,7 +215,7 @@ class _Named(NamedTuple):
     kind: str
 
 
-def named(stored: Stored) -> dict[str, _Named]:
+def named(stored: Reader) -> dict[str, _Named]:
     """Return the torch names of the file, tied ones among them, with the shapes that it declares."""
     homes = {key: key for key in stored.specs} | dict(stored.aliases)
     return {
@@ -224,27 +225,31 @@ def named(stored: Stored) -> dict[str, _Named]:
 
 
 def _into_torch(
-    stored: Stored,
+    stored: Reader,
     module: torch.nn.Module,
     mapping: StateMapping | None,
     policy: Mapping[str, Policy],
     cast: bool,
 ) -> Callable[[], torch.nn.Module]:
-    tensors: Tensors = stored
     stored.mapped = True  # the values are copied into the module
-    if stored.layout != "torch":
+    if stored.layout == "torch":
+        tensors = stored.tensors()
+    else:
         table = mapping or _own(stored, stored.layout)
         if table:
             table = allowing(stored.spell(table), (), stored.specs, policy)
-        tensors = relaid(
-            stored.path, stored, table or match(module, side_of(stored), policy=policy)
-        )
+        table = table or match(module, side_of(stored), policy=policy)
+        tensors = relaid(stored.path, stored.tensors(), table)
     left = tensors.mapping.left_keys() if tensors.mapping else set()
     homes = {key: key for key in tensors.specs} | dict(tensors.aliases)
     specs = {str(key[0]): tensors.specs[first] for key, first in homes.items()}
     kinds = {str(key[0]): tensors.kinds.get(first, "unknown") for key, first in homes.items()}
     dropped = require_fit(module, specs, kinds, policy, left, cast)
-    state = {key: tensor for key, tensor in _state(tensors).items() if key not in dropped}
+    if stored.layout == "torch":
+        state = _state(stored.read(), stored.aliases)
+    else:
+        state = _whole_state(tensors)
+    state = {key: tensor for key, tensor in state.items() if key not in dropped}
     if cast:
         own = module.state_dict()
         for key in [key for key in state if key in own]:
@@ -254,7 +259,7 @@ def _into_torch(
 
 
 def _torch_into_flax(
-    stored: Stored,
+    stored: Reader,
     target: Any,
     mapping: StateMapping | None,
     policy: Mapping[str, Policy],
@@ -265,11 +270,10 @@ def _torch_into_flax(
     table = (
         allowing(table, names, side.leaves, policy) if table else match(names, side, policy=policy)
     )
-    relaid(
-        stored.path, stored, table
-    )  # names and shapes first: nothing is read of a file that does not fit
-    state = _state(stored)
-    _require_masks(stored.path, stored, state)
+    # Names and shapes first: nothing is read from a file that does not fit.
+    relaid(stored.path, stored.tensors(), table)
+    state = _state(stored.read(), stored.aliases)
+    _require_masks(stored.path, stored.tensors(), state)
     for key, row in {
         key: rows[0] for key, rows in table.by_key.items() if cast and key in state
     }.items():
@@ -283,7 +287,7 @@ def _torch_into_flax(
 
 
 def _flax_into_flax(
-    stored: Stored, target: Any, policy: Mapping[str, Policy], cast: bool
+    stored: Reader, target: Any, policy: Mapping[str, Policy], cast: bool
 ) -> Callable[[], Any]:
     side = flax_side(target)
     leaves = flax_leaves(stored, side, policy, cast)
@@ -306,25 +310,26 @@ def _cast(path: Path, key: str, tensor: torch.Tensor, dtype: torch.dtype) -> tor
     )
 
 
-def _own(stored: Stored, kind: str) -> StateMapping | None:
+def _own(stored: Reader, kind: str) -> StateMapping | None:
     """Return the mapping that the file has for that kind of Flax model."""
     return stored.mapping if stored.mapping and stored.mapping.flax == kind else None
 
 
-def side_of(stored: Stored) -> FlaxSide:
+def side_of(stored: Reader) -> FlaxSide:
     """Return the Flax side that a file in Flax's layout is, for `compare.match`."""
     return specs_side("linen" if stored.layout == "linen" else "nnx", stored.specs, stored.kinds)
 
 
-def _state(tensors: Tensors) -> StateDict:
-    """Read everything, tied names as one tensor."""
-    read = (
-        tensors.read()
-        if isinstance(tensors, Stored)
-        else ((key, whole(tensors, key)) for key in tensors.specs)
-    )
-    state = {str(key[0]): numpy_to_tensor(_owned(array)) for key, array in read}
-    return state | {str(key[0]): state[str(first[0])] for key, first in tensors.aliases.items()}
+def _state(
+    arrays: Iterable[tuple[KeyPath, np.ndarray]], aliases: Mapping[KeyPath, KeyPath]
+) -> StateDict:
+    """Return the arrays as a state dict, tied names as one tensor."""
+    state = {str(key[0]): numpy_to_tensor(_owned(array)) for key, array in arrays}
+    return state | {str(key[0]): state[str(first[0])] for key, first in aliases.items()}
+
+
+def _whole_state(tensors: Tensors) -> StateDict:
+    return _state(((key, whole(tensors, key)) for key in tensors.specs), tensors.aliases)
 
 
 def _owned(array: np.ndarray) -> np.ndarray:

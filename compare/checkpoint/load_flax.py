@@ -15,12 +15,12 @@ from ..conversion.state_kinds import FlaxSide, linen_entries, one_trained, specs
 from ..conversion.tensors import Untransferable, numpy_to_tensor, to_jax
 from ..conversion.unmatched import decided, may_lack, objection
 from ..dtypes import FLOATING
-from .reader import Stored
+from .reader import Reader
 from .transforms import cast_array
 
 
 def flax_leaves(
-    stored: Stored, side: FlaxSide, policy: Mapping[str, Policy], cast: bool
+    stored: Reader, side: FlaxSide, policy: Mapping[str, Policy], cast: bool
 ) -> dict[KeyPath, jax.Array]:
     """Return the target's leaves with the values of the file.
 

@@ -1,9 +1,8 @@
-"""An opened checkpoint: what it holds is known, and read when asked for, each tensor checked."""
+"""An opened checkpoint: its names and shapes are known, its values are read and checked on demand."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -12,53 +11,70 @@ from ..conversion.mapping import KeyPath, StateMapping, slashed
 from .blocks import in_batches
 from .errors import CheckpointError
 from .manifest import Algorithm, Manifest, checksum, start
-from .tensors import FileLayout, Spec
+from .tensors import FileLayout, Spec, Tensors
 
 PART_BYTES = 1 << 20  # less than a processor's cache
 
 
-@dataclass
-class Stored:
-    """An opened file or folder.
+Fetched = Generator[tuple[KeyPath, np.ndarray], None, None]
+# What a tensor's values are, and their checksum if it was taken while they were read.
+ArrayAndChecksum = tuple[np.ndarray, str | None]
+
+
+class Reader:
+    """An opened file or folder. A subclass reads one format.
 
     Attributes:
-        path: where it is, as the user named it.
-        format: its name.
-        layout: by the manifest, or as the names look.
-        specs: by path, in the order of the manifest, or of the file.
-        manifest: None if the file has none: then nothing can be checked.
-        fetch: reads tensors, several at once.
-        close: gives back what is open.
-        mapped: whether large torch and safetensors files may be read in place, by who copies the
-            values.
+        path: the file or folder, as the user named it.
+        format: the name of the format.
+        layout: which framework's names and shapes it has: as the manifest says, or as the names look.
+        specs: shape and dtype by path, in the order of the manifest, or else of the file.
+        manifest: None if the file has none; then nothing can be checked.
+        aliases: further names of tensors, each with the first name.
+        mapped: set it to let large tensors be read in place, if their values are copied anyway.
     """
 
-    path: Path
-    format: str
-    layout: FileLayout
-    specs: Mapping[KeyPath, Spec]
-    manifest: Manifest | None
-    fetch: Callable[[list[KeyPath]], "Fetched"] = lambda _: _closed()
-    aliases: Mapping[KeyPath, KeyPath] = field(default_factory=dict)
-    close: Callable[[], None] = lambda: None
-    mapped: bool = False
-    _reading: "set[Fetched]" = field(default_factory=set)
+    format: ClassVar[str]
+
+    def __init__(
+        self,
+        path: Path,
+        layout: FileLayout,
+        specs: Mapping[KeyPath, Spec],
+        manifest: Manifest | None,
+        aliases: Mapping[KeyPath, KeyPath] | None = None,
+    ) -> None:
+        self.path = path
+        self.layout: FileLayout = layout
+        self.specs = specs
+        self.manifest = manifest
+        self.aliases = aliases or {}
+        self.mapped = False
+        self._is_closed = False
+        self._reading: set[Fetched] = set()
+
+    def read_tensor(self, path: KeyPath) -> ArrayAndChecksum:
+        """Return the values of one tensor, and their checksum if it was taken on the way."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give back what is open."""
 
     @property
     def kinds(self) -> Mapping[KeyPath, str]:
-        """The kinds that the manifest declares, or Linen's collections."""
+        """The kind of state of each tensor, if there is a manifest."""
         if self.manifest is not None:
             return {path: record.kind for path, record in self.manifest.records.items()}
         return {}
 
     @property
     def mapping(self) -> StateMapping | None:
-        """How torch and Flax names pair, if the manifest says it."""
+        """How torch and Flax names pair, if the manifest says so."""
         return self.manifest.mapping if self.manifest is not None else None
 
     @property
     def algorithm(self) -> Algorithm | None:
-        """How the checksums were taken, if there are any."""
+        """The algorithm of the checksums, if there are any."""
         return self.manifest.algorithm if self.manifest is not None else None
 
     @property
@@ -66,47 +82,60 @@ class Stored:
         """Whether every tensor is checked when it is read."""
         return self.manifest is not None
 
-    def spell(self, table: StateMapping) -> StateMapping:
-        """Take over how the table spells the steps of a path, and return it.
+    def tensors(self) -> Tensors:
+        """Return what can be written into another checkpoint, each tensor read when asked for."""
 
-        In a list of NNX they are numbers, of which a file that only Flax's own library wrote makes
-        words.
+        def pieces(path: KeyPath) -> Iterable[np.ndarray]:
+            return [array for _, array in self.read([path])]
+
+        return Tensors(self.layout, self.specs, pieces, self.kinds, self.aliases, self.mapping)
+
+    def spell(self, mapping: StateMapping) -> StateMapping:
+        """Adopt the mapping's spelling of paths, and return the mapping.
+
+        Positions in an NNX list are integers; a file that Flax's own library wrote has strings.
         """
         if self.manifest is None and self.layout != "torch":
-            places = (*table.by_path, *(item.path for item in table.left if item.path))
-            spelled = {tuple(map(str, path)): path for path in places}
+            paths = (*mapping.by_path, *(item.path for item in mapping.left if item.path))
+            spelled = {tuple(map(str, path)): path for path in paths}
             self.specs = {
                 spelled.get(tuple(map(str, path)), path): spec for path, spec in self.specs.items()
             }
-        return table
-
-    def pieces(self, path: KeyPath) -> Iterable[np.ndarray]:
-        """Return the tensor, whole."""
-        return [array for _, array in self.read([path])]
+        return mapping
 
     def read(self, paths: Iterable[KeyPath] | None = None) -> Iterator[tuple[KeyPath, np.ndarray]]:
-        """Yield tensors in turn, each checked against its checksum.
+        """Yield the tensors in turn, each checked against its checksum.
 
         Raises:
-            CheckpointError: more than fits into memory, or other values than were saved.
+            CheckpointError: a tensor larger than memory, or values other than those saved.
             ValueError: the checkpoint was closed before all of them were read.
         """
         wanted = list(self.specs if paths is None else paths)
         room = available_bytes()
         for path in wanted:
             self._require_room(path, room)
-        fetched = self.fetch(wanted)
+        if self._is_closed:
+            raise ValueError("the checkpoint is closed")
+        fetched = self._fetch(wanted)
         self._reading.add(fetched)
         left = len(wanted)
         try:
-            for found in fetched:
+            for path, array in fetched:
                 left -= 1
-                yield found
+                yield path, array
         finally:
             fetched.close()
             self._reading.discard(fetched)
         if left:
             raise ValueError("the checkpoint is closed")
+
+    def _fetch(self, paths: list[KeyPath]) -> Fetched:
+        """Yield the checked tensors in order, several of them read at a time."""
+
+        def read_and_check(path: KeyPath) -> np.ndarray:
+            return self.check(path, *self.read_tensor(path))
+
+        return in_batches(paths, lambda path: self.specs[path].nbytes, read_and_check)
 
     def check(self, path: KeyPath, array: np.ndarray, found: str | None = None) -> np.ndarray:
         """Return the array, its values those that were saved; `found` is its checksum, if it was taken on the way.
@@ -152,40 +181,16 @@ class Stored:
                 mend="the file is hostile, or this machine too small",
             )
 
-    def __enter__(self) -> "Stored":
+    def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for (
-            fetched
-        ) in self._reading:  # else they would go on with a descriptor that is soon another file's
+        # A reading that went on would use a descriptor that soon belongs to another file.
+        for fetched in self._reading:
             fetched.close()
         self._reading.clear()
+        self._is_closed = True
         self.close()
-        self.fetch = lambda _: (
-            _closed()
-        )  # the old one knows this object: both, and the file's values, would stay
-
-
-Fetched = Generator[tuple[KeyPath, np.ndarray], None, None]
-
-
-def _closed() -> Fetched:
-    yield from ()
-
-
-def fetch_each(
-    stored: Stored, one: Callable[[KeyPath], tuple[np.ndarray, str | None]]
-) -> Callable[[list[KeyPath]], Fetched]:
-    """Return a `fetch` that reads and checks the tensors one by one, several at a time.
-
-    `one` returns the array, and its checksum if it was taken on the way.
-    """
-
-    def work(path: KeyPath) -> np.ndarray:
-        return stored.check(path, *one(path))
-
-    return lambda paths: in_batches(paths, lambda path: stored.specs[path].nbytes, work)
 
 
 def read_in_parts(

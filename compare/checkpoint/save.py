@@ -20,7 +20,7 @@ from ..conversion.state_kinds import entries, flax_side, same_memory, torch_kind
 from ..conversion.tensors import Untransferable, dense, tensor_to_numpy, to_host
 from .errors import CheckpointError
 from .formats import Format, exists, format_of
-from .tensors import InMemory, Tensors, spec_of
+from .tensors import Tensors, spec_of, tensors_of
 from .transforms import relaid
 
 Source = torch.nn.Module | nnx.Module | Mapping[str, Any]
@@ -177,7 +177,7 @@ def _tensors(path: Path, source: Source, mapping: StateMapping | None, chosen: F
         ) from error
 
 
-def _from_torch(path: Path, source: Any, mapping: StateMapping | None) -> InMemory:
+def _from_torch(path: Path, source: Any, mapping: StateMapping | None) -> Tensors:
     tensors = source.state_dict() if isinstance(source, torch.nn.Module) else source
     if not isinstance(tensors, Mapping) or not tensors:
         raise CheckpointError(
@@ -191,7 +191,7 @@ def _from_torch(path: Path, source: Any, mapping: StateMapping | None) -> InMemo
 
 def _torch_held(
     path: Path, tensors: Mapping[Any, Any], kinds: Mapping[str, str], mapping: StateMapping | None
-) -> InMemory:
+) -> Tensors:
     attention = mapping is None and tensors.keys() <= LINEN.by_key.keys()
     if attention:
         kinds = {**{key: rows[0].kind for key, rows in LINEN.by_key.items()}, **kinds}
@@ -205,10 +205,9 @@ def _torch_held(
             aliases[(key,)] = (first,)
         else:
             arrays[(key,)] = array
-    specs = {key: spec_of(array) for key, array in arrays.items()}
     table = LINEN if attention else mapping
-    return InMemory(
-        "torch", arrays, specs, {(key,): kind for key, kind in kinds.items()}, aliases, table
+    return tensors_of(
+        "torch", arrays, {(key,): kind for key, kind in kinds.items()}, aliases, table
     )
 
 
@@ -229,7 +228,7 @@ def _plain(path: Path, key: Any, value: Any) -> np.ndarray:
     return array
 
 
-def _from_flax(path: Path, source: Any, mapping: StateMapping | None, chosen: Format) -> InMemory:
+def _from_flax(path: Path, source: Any, mapping: StateMapping | None, chosen: Format) -> Tensors:
     side = flax_side(source)
     table = NNX if side.kind == "nnx" else LINEN
     required = {row.path for row in table.rows if row.required}
@@ -240,10 +239,9 @@ def _from_flax(path: Path, source: Any, mapping: StateMapping | None, chosen: Fo
         state: StateDict = convert(source, mapping=mapping)
         return _torch_held(path, state, {}, mapping)
     arrays = {key: _host(path, key, leaf) for key, leaf in side.leaves.items()}
-    specs = {key: spec_of(array) for key, array in arrays.items()}
     tied = {held.path: held.first for held in entries(source) if held.first is not None}
     aliases = {key: first for key, first in tied.items() if first in arrays}
-    return InMemory(side.kind, arrays, specs, side.kinds, aliases, mapping)
+    return tensors_of(side.kind, arrays, side.kinds, aliases, mapping)
 
 
 def _host(path: Path, key: tuple[Any, ...], leaf: Any) -> np.ndarray:

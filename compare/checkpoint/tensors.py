@@ -1,9 +1,9 @@
 """Named tensors that can be written, and what is known of each before it is read."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -63,46 +63,48 @@ def checked(shape: object, dtype: object) -> Spec:
     return Spec(tuple(shape), str(dtype))
 
 
-class Tensors(Protocol):
-    """Named tensors that can be written: in memory, in a file, or in another layout than their file's.
+@dataclass(frozen=True)
+class Tensors:
+    """Named tensors that can be written, wherever their values come from.
 
     Attributes:
-        layout: whose names and shapes these are.
+        layout: which framework's names and shapes these are.
         specs: shape and dtype by path. A torch name is a path of one step.
-        kinds: what each is, as far as it is known.
-        aliases: further names of tensors, to the first.
+        pieces: returns the tensor of a path in pieces that follow one another along its first axis.
+            A piece may be a view with any strides.
+        kinds: the kind of state of each tensor, where it is known.
+        aliases: further names of tensors, each with the first name.
         mapping: how torch and Flax names pair, if that is known.
+        in_memory: whether the values are in memory already.
     """
 
-    @property
-    def layout(self) -> FileLayout: ...  # noqa: D102
-    @property
-    def specs(self) -> Mapping[KeyPath, Spec]: ...  # noqa: D102
-    @property
-    def kinds(self) -> Mapping[KeyPath, str]: ...  # noqa: D102
-    @property
-    def aliases(self) -> Mapping[KeyPath, KeyPath]: ...  # noqa: D102
-    @property
-    def mapping(self) -> StateMapping | None: ...  # noqa: D102
-
-    def pieces(self, path: KeyPath) -> Iterable[np.ndarray]:
-        """Return the tensor in pieces, one behind the other along the first axis; each may be any view."""
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """Tensors in memory."""
-
     layout: FileLayout
-    arrays: Mapping[KeyPath, np.ndarray]
     specs: Mapping[KeyPath, Spec]
+    pieces: Callable[[KeyPath], Iterable[np.ndarray]]
     kinds: Mapping[KeyPath, str] = field(default_factory=dict)
     aliases: Mapping[KeyPath, KeyPath] = field(default_factory=dict)
     mapping: StateMapping | None = None
+    in_memory: bool = False
 
-    def pieces(self, path: KeyPath) -> Iterable[np.ndarray]:
-        """Return the array, whole."""
-        return [self.arrays[path]]
+
+def tensors_of(
+    layout: FileLayout,
+    arrays: Mapping[KeyPath, np.ndarray],
+    kinds: Mapping[KeyPath, str] | None = None,
+    aliases: Mapping[KeyPath, KeyPath] | None = None,
+    mapping: StateMapping | None = None,
+) -> Tensors:
+    """Return the arrays as tensors in memory.
+
+    Raises:
+        ValueError: a dtype that no checkpoint holds.
+    """
+
+    def pieces(path: KeyPath) -> Iterable[np.ndarray]:
+        return [arrays[path]]
+
+    specs = {path: spec_of(array) for path, array in arrays.items()}
+    return Tensors(layout, specs, pieces, kinds or {}, aliases or {}, mapping, in_memory=True)
 
 
 def whole(tensors: Tensors, key: KeyPath) -> np.ndarray:

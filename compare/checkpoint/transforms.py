@@ -1,7 +1,7 @@
-"""Tensors in the other framework's layout, made from those of a file one by one."""
+"""Tensors in another layout or dtype: each is made when it is asked for, from the source's own."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
@@ -15,39 +15,10 @@ from ..conversion.unmatched import objection
 from ..dtypes import FLOATING, FLOATS, numpy_dtype
 from .errors import CheckpointError
 from .manifest import is_mask
-from .tensors import FileLayout, Spec, Tensors, whole
+from .tensors import Spec, Tensors, whole
 
 
-@dataclass(frozen=True)
-class Relaid:
-    """Tensors under other names and in another layout; what they are made of is read when they are asked for."""
-
-    source: Tensors
-    layout: FileLayout
-    specs: Mapping[KeyPath, Spec]
-    kinds: Mapping[KeyPath, str]
-    aliases: Mapping[KeyPath, KeyPath]
-    mapping: StateMapping | None
-
-    def pieces(self, path: KeyPath) -> Iterable[np.ndarray]:
-        """Return the tensor in pieces: views of what is read, so that nothing is copied whole."""
-        assert self.mapping is not None
-        if self.layout != "torch":
-            row = self.mapping.by_path[path]
-            parts = [_whole(self.source, (key,)) for key in filter(None, (row.torch_key, row.plus))]
-            chosen = layout(row.layout, self.specs[path].shape)
-            return [to_flax(chosen, combined(row, parts, copy=True))]
-        return self._torch_pieces(str(path[0]))
-
-    def _torch_pieces(self, key: str) -> Iterator[np.ndarray]:
-        assert self.mapping is not None
-        for row in self.mapping.by_key[key]:
-            array = _whole(self.source, row.path)
-            found = to_torch(layout(row.layout, array.shape), array)
-            yield found if key == row.torch_key else np.zeros_like(found)
-
-
-def relaid(path: Path, source: Tensors, mapping: StateMapping) -> Relaid:
+def relaid(path: Path, source: Tensors, mapping: StateMapping) -> Tensors:
     """Return the tensors of a torch-layout source as Flax keeps them, or the other way round.
 
     Raises:
@@ -63,7 +34,7 @@ def relaid(path: Path, source: Tensors, mapping: StateMapping) -> Relaid:
         ) from error
 
 
-def _to_flax(source: Tensors, mapping: StateMapping) -> Relaid:
+def _to_flax(source: Tensors, mapping: StateMapping) -> Tensors:
     held = {str(key[0]): spec for key, spec in source.specs.items()}
     held |= {str(key[0]): source.specs[first] for key, first in source.aliases.items()}
     missing, misshaped, refused = [], [], []
@@ -100,10 +71,16 @@ def _to_flax(source: Tensors, mapping: StateMapping) -> Relaid:
             refused += _differing(source, row, home)
     _raise(missing, unexpected, misshaped, refused)
     kinds = {path: mapping.by_path[path].kind for path in specs}
-    return Relaid(source, mapping.flax, specs, kinds, {}, mapping)
+
+    def pieces(path: KeyPath) -> Iterable[np.ndarray]:
+        row = mapping.by_path[path]
+        parts = [_whole(source, (key,)) for key in filter(None, (row.torch_key, row.plus))]
+        return [to_flax(layout(row.layout, specs[path].shape), combined(row, parts, copy=True))]
+
+    return Tensors(mapping.flax, specs, pieces, kinds, mapping=mapping)
 
 
-def _to_torch(source: Tensors, mapping: StateMapping) -> Relaid:
+def _to_torch(source: Tensors, mapping: StateMapping) -> Tensors:
     missing, refused = [], []
     specs: dict[KeyPath, Spec] = {}
     for key, rows in mapping.by_key.items():
@@ -140,7 +117,14 @@ def _to_torch(source: Tensors, mapping: StateMapping) -> Relaid:
     }
     aliases = {key: first for key, first in homes.items() if first in specs}
     kinds = {(key,): rows[0].kind for key, rows in mapping.by_key.items()}
-    return Relaid(source, "torch", specs, kinds, aliases, mapping)
+
+    def pieces(path: KeyPath) -> Iterator[np.ndarray]:
+        for row in mapping.by_key[path[0]]:
+            array = _whole(source, row.path)
+            part = to_torch(layout(row.layout, array.shape), array)
+            yield part if path[0] == row.torch_key else np.zeros_like(part)
+
+    return Tensors("torch", specs, pieces, kinds, aliases, mapping)
 
 
 def _objections(
@@ -211,88 +195,52 @@ def cast_array(path: Path, name: str, array: np.ndarray, dtype: np.dtype) -> np.
     return found
 
 
-@dataclass(frozen=True)
-class Cast:
-    """Tensors whose floating numbers, but those of masks, are cast when they are asked for."""
+def cast(tensors: Tensors, dtype: str, path: Path) -> Tensors:
+    """Return the tensors with floating values, except those of masks, in another dtype.
 
-    source: Tensors
-    dtype: str
-    path: Path
+    Raises:
+        CheckpointError: a dtype that is not floating. While the values are read, a finite number
+            that would become infinite.
+    """
+    if dtype not in FLOATS:
+        raise CheckpointError(
+            path, f"cannot be cast to {dtype}", expected=f"one of {', '.join(FLOATS)}", found=dtype
+        )
+    is_cast = {
+        key: spec.dtype in FLOATING and not is_mask(key, tensors.kinds.get(key, "unknown"))
+        for key, spec in tensors.specs.items()
+    }
+    specs = {
+        key: spec._replace(dtype=dtype) if is_cast[key] else spec
+        for key, spec in tensors.specs.items()
+    }
 
-    def __post_init__(self) -> None:
-        if self.dtype not in FLOATS:
-            raise CheckpointError(
-                self.path,
-                f"cannot be cast to {self.dtype}",
-                expected=f"one of {', '.join(FLOATS)}",
-                found=self.dtype,
-            )
+    def pieces(key: KeyPath) -> Iterable[np.ndarray]:
+        if not is_cast[key]:
+            return tensors.pieces(key)
+        to = numpy_dtype(dtype)
+        return (cast_array(path, slashed(key), piece, to) for piece in tensors.pieces(key))
 
-    @property
-    def layout(self) -> FileLayout:
-        """As the source."""
-        return self.source.layout
-
-    @property
-    def kinds(self) -> Mapping[KeyPath, str]:
-        """As the source."""
-        return self.source.kinds
-
-    @property
-    def aliases(self) -> Mapping[KeyPath, KeyPath]:
-        """As the source."""
-        return self.source.aliases
-
-    @property
-    def mapping(self) -> StateMapping | None:
-        """As the source."""
-        return self.source.mapping
-
-    @property
-    def specs(self) -> Mapping[KeyPath, Spec]:
-        """The specs with the dtype cast to."""
-        return {
-            path: spec._replace(dtype=self.dtype) if self._cast(path) else spec
-            for path, spec in self.source.specs.items()
-        }
-
-    def pieces(self, path: KeyPath) -> Iterable[np.ndarray]:
-        """Return the pieces, cast.
-
-        Raises:
-            CheckpointError: a finite number that the dtype holds only as an infinite one.
-        """
-        for piece in self.source.pieces(path):
-            if not self._cast(path):
-                yield piece
-                continue
-            yield cast_array(self.path, slashed(path), piece, numpy_dtype(self.dtype))
-
-    def _cast(self, path: KeyPath) -> bool:
-        kind = self.source.kinds.get(path, "unknown")
-        return self.source.specs[path].dtype in FLOATING and not is_mask(path, kind)
+    return replace(tensors, specs=specs, pieces=pieces)
 
 
 Progress = Callable[[int, int], None]
 
 
 def silent(done: int, total: int) -> None:
-    """Tell nobody."""
+    """Report no progress."""
 
 
-class Watched:
-    """Tensors that tell how many of their bytes have been asked for."""
+def watched(tensors: Tensors, progress: Progress) -> Tensors:
+    """Return the tensors, which call `progress(bytes done, bytes in all)` after each piece."""
+    total, done, lock = sum(spec.nbytes for spec in tensors.specs.values()), 0, Lock()
 
-    def __init__(self, tensors: Tensors, progress: Progress) -> None:
-        self.layout, self.specs, self.kinds = tensors.layout, tensors.specs, tensors.kinds
-        self.aliases, self.mapping = tensors.aliases, tensors.mapping
-        self._tensors, self._progress, self._done, self._lock = tensors, progress, 0, Lock()
-        self._total = sum(spec.nbytes for spec in tensors.specs.values())
-
-    def pieces(self, path: KeyPath) -> Iterable[np.ndarray]:
-        """Return the pieces, each counted once it was used."""
-        for piece in self._tensors.pieces(path):
+    def pieces(path: KeyPath) -> Iterator[np.ndarray]:
+        nonlocal done
+        for piece in tensors.pieces(path):
             yield piece
-            with self._lock:
-                self._done += piece.nbytes
-                self._progress(self._done, self._total)
+            with lock:
+                done += piece.nbytes
+                progress(done, total)
+
+    return replace(tensors, pieces=pieces)

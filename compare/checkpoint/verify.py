@@ -11,7 +11,7 @@ from .blocks import blocks
 from .convert import planned
 from .formats import open_checkpoint
 from .load import steady
-from .reader import Stored
+from .reader import Reader
 from .tensors import FileLayout, Tensors
 from .transforms import Progress, silent
 
@@ -52,15 +52,15 @@ def verify_checkpoint(
         allowed = ("torch",) if written.layout == "torch" else ("linen", "nnx")
         table = mapping or written.mapping
 
-        def work(stored: Stored) -> list[Difference]:
+        def work(stored: Reader) -> list[Difference]:
             tensors, _ = planned(stored, allowed, mapping=table, beside=target, dtype=dtype)
             return _differences(tensors, written, progress)
 
         return steady(source, work)
 
 
-def _differences(tensors: Tensors, written: Stored, progress: Progress) -> list[Difference]:
-    mine, its = _by_name(tensors, written.layout), _by_name(written, tensors.layout)
+def _differences(tensors: Tensors, written: Reader, progress: Progress) -> list[Difference]:
+    mine, its = _by_name(tensors, written.layout), _by_name(written.tensors(), tensors.layout)
     found = [
         Difference("/".join(name), "is only in the source") for name in mine.keys() - its.keys()
     ]

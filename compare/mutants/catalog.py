@@ -28,7 +28,7 @@ FILLED = r"scores = (?:scores\.masked_fill|jnp\.where).*\n"
 OPEN_MASK = "mask[:num_tokens, :num_tokens]"
 CONTEXT = r"return dropout\(weights\) @ values"
 RETURNED = "return dropout(weights) @ values"
-WRITTEN = r"return \[self\.arrays\[path\]\]"
+WRITTEN = r"return \[arrays\[path\]\]"
 
 
 class Mutant(NamedTuple):
@@ -395,7 +395,7 @@ _STATE = [
             (
                 (
                     WRITTEN,
-                    "return [self.arrays[path].astype('float16').astype(self.arrays[path].dtype)]",
+                    "return [arrays[path].astype('float16').astype(arrays[path].dtype)]",
                 ),
             ),
         )
@@ -409,7 +409,7 @@ _STATE = [
             (
                 (
                     WRITTEN,
-                    "mask, array = str(path[-1]) == 'mask', self.arrays[path]; "
+                    "mask, array = str(path[-1]) == 'mask', arrays[path]; "
                     "return [(array != 0).astype(array.dtype) if mask else array]",
                 ),
             ),

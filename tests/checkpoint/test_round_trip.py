@@ -21,7 +21,7 @@ from compare.checkpoint.errors import CheckpointError, UnverifiedCheckpoint
 from compare.checkpoint.formats import format_of, open_checkpoint, safetensors, torch_zip
 from compare.checkpoint.manifest import checksum
 from compare.checkpoint.reader import PART_BYTES
-from compare.checkpoint.tensors import InMemory, spec_of
+from compare.checkpoint.tensors import Tensors, spec_of, tensors_of
 from compare.checkpoint.verify import verify_checkpoint
 from compare.conversion.mapping import Row, StateMapping
 from compare.dtypes import DTYPES, numpy_dtype
@@ -36,8 +36,8 @@ SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")
 BITS = np.random.default_rng(0).integers(0, 256, 16 * 7 * 3, dtype=np.uint8)
 
 
-def held(arrays: dict[tuple[Any, ...], np.ndarray], layout: Any) -> InMemory:
-    return InMemory(layout, arrays, {path: spec_of(array) for path, array in arrays.items()})
+def held(arrays: dict[tuple[Any, ...], np.ndarray], layout: Any) -> Tensors:
+    return tensors_of(layout, arrays)
 
 
 def through(

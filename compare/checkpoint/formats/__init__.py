@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import CheckpointError
-from ..reader import Stored
+from ..reader import Reader
 from ..tensors import Tensors
 from . import msgpack, orbax, safetensors, shards, torch_zip
 
@@ -23,7 +23,7 @@ class Format(NamedTuple):
     is_folder: bool
     layouts: tuple[str, ...]
     write: Callable[[Path, Tensors], None]
-    open: Callable[[Path], Stored]
+    open: Callable[[Path], Reader]
 
 
 FORMATS = {
@@ -77,7 +77,7 @@ def _require(path: str | PathLike[str], name: str, package: str) -> None:
         )
 
 
-def open_checkpoint(path: str | PathLike[str]) -> Stored:
+def open_checkpoint(path: str | PathLike[str]) -> Reader:
     """Open a checkpoint of any format: what it holds is known, and read when asked for.
 
     Use it in a `with` block. A folder without suffix is an Orbax checkpoint, or shards with an
@@ -121,7 +121,7 @@ def exists(path: Path) -> bool:
     return True
 
 
-def _opened(path: Path, open_: Callable[[Path], Stored]) -> Stored:
+def _opened(path: Path, open_: Callable[[Path], Reader]) -> Reader:
     try:
         return open_(path)
     except OSError as error:

@@ -1,6 +1,6 @@
 """The Flax msgpack format: nested dicts of NumPy arrays, and the manifest as one more entry at the top."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +24,7 @@ from ..manifest import (
     no_name_twice,
     start,
 )
-from ..reader import Stored, fetch_each
+from ..reader import ArrayAndChecksum, Reader
 from ..tensors import Spec, Tensors, checked, spec_of
 
 _NDARRAY, _SCALAR = 1, 3  # the extension types of flax.serialization
@@ -33,7 +33,7 @@ _MAX_HEAD = 1024  # more than dtype and shape take
 _CHUNKED = "__msgpack_chunked_array__"
 
 
-def open_(path: Path) -> Stored:
+def open_(path: Path) -> Reader:
     """Read the file into memory.
 
     Raises:
@@ -80,9 +80,25 @@ def open_(path: Path) -> Stored:
     if len(by_words) != len(arrays):
         raise _broken(path, "a name that stands twice, as a number and as a word")
     layout = manifest.layout if manifest else linen_or_nnx(specs)
-    stored = Stored(path, "msgpack", layout, specs, manifest, aliases=aliases)
-    stored.fetch = fetch_each(stored, lambda key: (by_words[tuple(map(str, key))], None))
-    return stored
+    return MsgpackReader(by_words, path, layout, specs, manifest, aliases)
+
+
+class MsgpackReader(Reader):
+    """A msgpack file, whose arrays are views of the file's bytes in memory."""
+
+    format = "msgpack"
+
+    def __init__(self, arrays: dict[tuple[str, ...], np.ndarray], *header: Any) -> None:
+        super().__init__(*header)
+        self._arrays = arrays
+
+    def read_tensor(self, path: KeyPath) -> ArrayAndChecksum:
+        """Return the array."""
+        return self._arrays[tuple(map(str, path))], None
+
+    def close(self) -> None:
+        """Let go of the file's bytes."""
+        self._arrays = {}
 
 
 def write(path: Path, tensors: Tensors) -> None:
@@ -94,75 +110,89 @@ def write(path: Path, tensors: Tensors) -> None:
         CheckpointError: names that would coincide.
     """
     tree = tree_of(path, {key: key for key in tensors.specs})
-    sums: dict[KeyPath, str] = {}
+    checksums: dict[KeyPath, str] = {}
     packer = msgpack.Packer()
     with atomic_file(path) as stream:
 
-        def put(node: Any, more: int = 0) -> None:
-            if isinstance(node, dict):
-                stream.write(packer.pack_map_header(len(node) + more))
-                for name, inner in node.items():
-                    stream.write(packer.pack(name))
-                    put(inner)
+        def write_node(node: Any, more_entries: int = 0) -> None:
+            if not isinstance(node, dict):
+                checksums[node] = _write_array(
+                    stream, packer, tensors.specs[node], tensors.pieces(node)
+                )
                 return
-            spec, digest = tensors.specs[node], start(tensors.specs[node])
-            sizes = iter(_chunks(stream, packer, spec))
-            room = 0
-            for block in (
-                block for piece in tensors.pieces(node) for block in blocks(piece, alone=True)
-            ):
-                digest.update(block)
-                while block.nbytes:
-                    room = room or next(sizes)
-                    part, block = block[:room], block[room:]
-                    stream.write(part.data)
-                    room -= part.nbytes
-            for _ in sizes:  # an array without elements has an entry all the same
-                pass
-            sums[node] = digest.hexdigest()
+            stream.write(packer.pack_map_header(len(node) + more_entries))
+            for name, child in node.items():
+                stream.write(packer.pack(name))
+                write_node(child)
 
-        put(tree, more=1)
-        stream.write(
-            packer.pack(KEY) + packer.pack(manifest_of(tensors).with_checksums(sums).dumps())
-        )
+        write_node(tree, more_entries=1)
+        manifest = manifest_of(tensors).with_checksums(checksums)
+        stream.write(packer.pack(KEY) + packer.pack(manifest.dumps()))
 
 
-def _chunks(stream: BinaryIO, packer: msgpack.Packer, spec: Spec) -> Iterator[int]:
-    """Write the head of each entry of an array, yielding how many bytes have to follow it.
+def _write_array(
+    stream: BinaryIO, packer: msgpack.Packer, spec: Spec, pieces: Iterable[np.ndarray]
+) -> str:
+    """Write one array as Flax does, and return its checksum.
 
-    Source: `flax.serialization`: an extension entry of shape, dtype and bytes; above
-    `MAX_CHUNK_SIZE` a dict of them.
+    Source: `flax.serialization`: an extension entry of shape, dtype and bytes; an array above
+    `MAX_CHUNK_SIZE` is a dict of such entries.
     """
-    most = serialization.MAX_CHUNK_SIZE
-    if spec.nbytes <= most:
-        yield from _head(stream, packer, spec.shape, spec)
-        return
-    each, size = max(1, most // spec.numpy.itemsize), prod(spec.shape)
-    counts = [min(each, size - begin) for begin in range(0, size, each)]
+    digest = start(spec)
+    data = (block for piece in pieces for block in blocks(piece, alone=True))
+    if spec.nbytes <= serialization.MAX_CHUNK_SIZE:
+        _write_entry(stream, packer, spec.shape, spec, data, digest)
+        return str(digest.hexdigest())
+    counts = _chunk_sizes(spec)
+    shape = {str(axis): length for axis, length in enumerate(spec.shape)}
     stream.write(packer.pack_map_header(3) + packer.pack(_CHUNKED) + packer.pack(True))
-    stream.write(
-        packer.pack("shape")
-        + packer.pack({str(axis): length for axis, length in enumerate(spec.shape)})
-    )
+    stream.write(packer.pack("shape") + packer.pack(shape))
     stream.write(packer.pack("chunks") + packer.pack_map_header(len(counts)))
+    rest = np.empty(0, np.uint8)
     for index, count in enumerate(counts):
         stream.write(packer.pack(str(index)))
-        yield from _head(stream, packer, (count,), spec)
+        rest = _write_entry(stream, packer, (count,), spec, data, digest, rest)
+    return str(digest.hexdigest())
 
 
-def _head(
-    stream: BinaryIO, packer: msgpack.Packer, shape: tuple[int, ...], spec: Spec
-) -> Iterator[int]:
-    nbytes = prod(shape) * spec.numpy.itemsize
-    inner = (
-        packer.pack_array_header(3)
-        + packer.pack(shape)
-        + packer.pack(spec.dtype)
-        + _BIN_32
-        + nbytes.to_bytes(4, "big")
-    )
-    stream.write(b"\xc9" + (len(inner) + nbytes).to_bytes(4, "big") + bytes([_NDARRAY]) + inner)
-    yield nbytes
+def _chunk_sizes(spec: Spec) -> list[int]:
+    """Return how many elements go into each chunk of an array."""
+    most, size = max(1, serialization.MAX_CHUNK_SIZE // spec.numpy.itemsize), prod(spec.shape)
+    return [min(most, size - begin) for begin in range(0, size, most)]
+
+
+def _write_entry(
+    stream: BinaryIO,
+    packer: msgpack.Packer,
+    shape: tuple[int, ...],
+    spec: Spec,
+    data: Iterator[np.ndarray],
+    digest: Any,
+    rest: np.ndarray | None = None,
+) -> np.ndarray:
+    """Write the head of an entry and the bytes that belong to it; return the bytes left over.
+
+    Args:
+        stream: where to write.
+        packer: packs the head.
+        shape: the shape of the entry.
+        spec: the dtype of the entry.
+        data: the bytes of the whole array, in blocks.
+        digest: takes in every byte that is written.
+        rest: bytes that the entry before left over.
+    """
+    left = prod(shape) * spec.numpy.itemsize
+    head = packer.pack_array_header(3) + packer.pack(shape) + packer.pack(spec.dtype)
+    head += _BIN_32 + left.to_bytes(4, "big")
+    stream.write(b"\xc9" + (len(head) + left).to_bytes(4, "big") + bytes([_NDARRAY]) + head)
+    block = np.empty(0, np.uint8) if rest is None else rest
+    while left:
+        block = block if block.nbytes else next(data)
+        part, block = block[:left], block[left:]
+        digest.update(part)
+        stream.write(part.data)
+        left -= part.nbytes
+    return block
 
 
 def tree_of(path: Path, leaves: Mapping[KeyPath, Any]) -> dict[str, Any]:

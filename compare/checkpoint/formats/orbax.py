@@ -21,8 +21,8 @@ from ...files import atomic_folder
 from ..blocks import BATCH_BYTES, in_batches
 from ..errors import CheckpointError
 from ..manifest import KEY, Manifest, checksum, in_manifests_order, linen_or_nnx, manifest_of
-from ..reader import Fetched, Stored
-from ..tensors import InMemory, Tensors, checked, whole
+from ..reader import Fetched, Reader
+from ..tensors import Tensors, checked, whole
 from .msgpack import tree_of
 
 _METADATA = "_CHECKPOINT_METADATA"
@@ -52,7 +52,7 @@ class Pending:
         self.checksum = checksum([array], self.spec)
 
 
-def open_(path: Path) -> Stored:
+def open_(path: Path) -> Reader:
     """Open the folder; arrays are read into host memory as they are asked for, whatever device they were on.
 
     Raises:
@@ -90,19 +90,23 @@ def open_(path: Path) -> Stored:
     if manifest is not None:
         specs, aliases = in_manifests_order(path, specs, manifest), dict(manifest.aliases)
     layout = manifest.layout if manifest else linen_or_nnx(specs)
-    stored = Stored(path, "orbax", layout, specs, manifest, aliases=aliases)
+    return OrbaxReader(names, path, layout, specs, manifest, aliases)
 
-    def fetch(paths: list[KeyPath]) -> Fetched:
-        pairs = list(
-            zip(paths, _restore(path, [names[tuple(map(str, key))] for key in paths]), strict=True)
-        )
-        yield from (
-            (pair[0], array)
-            for pair, array in in_batches(pairs, _nbytes, lambda pair: stored.check(*pair))
-        )
 
-    stored.fetch = fetch
-    return stored
+class OrbaxReader(Reader):
+    """An Orbax folder. `names` has the path that Orbax uses, by the words of each path."""
+
+    format = "orbax"
+
+    def __init__(self, names: dict[tuple[str, ...], KeyPath], *header: Any) -> None:
+        super().__init__(*header)
+        self._names = names
+
+    def _fetch(self, paths: list[KeyPath]) -> Fetched:
+        arrays = _restore(self.path, [self._names[tuple(map(str, path))] for path in paths])
+        pairs = list(zip(paths, arrays, strict=True))
+        checked_pairs = in_batches(pairs, _nbytes, lambda pair: self.check(*pair))
+        yield from ((pair[0], array) for pair, array in checked_pairs)
 
 
 def write(path: Path, tensors: Tensors) -> None:
@@ -139,7 +143,7 @@ def write(path: Path, tensors: Tensors) -> None:
         handlers = (jax.Array, ocp.type_handlers.ArrayHandler()), (Pending, _pending_handler())
         with _checkpointer(*handlers) as checkpointer:
             tree = tree_of(path, leaves)
-            chunk_bytes = None if isinstance(tensors, InMemory) else _CHUNK_BYTES
+            chunk_bytes = None if tensors.in_memory else _CHUNK_BYTES
             save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), tree)
             args = ocp.args.PyTreeSave(tree, save_args=save_args)
             _in_a_thread(
@@ -312,7 +316,7 @@ def _batches(
     """Yield the leaves in as many turns as memory asks for: at once, if all of them are in memory."""
     batch: list[tuple[Pending, Any, Any]] = []
     for leaf in leaves:
-        held = isinstance(leaf[0].tensors, InMemory)
+        held = leaf[0].tensors.in_memory
         if (
             batch
             and not held

@@ -8,7 +8,7 @@ format's README, https://github.com/huggingface/safetensors.
 import json
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from ..manifest import (
     start,
     torch_or_flax,
 )
-from ..reader import PART_BYTES, Stored, fetch_each, read_in_parts
+from ..reader import PART_BYTES, ArrayAndChecksum, Reader, read_in_parts
 from ..tensors import FileLayout, Spec, Tensors, checked
 
 _DTYPES = {
@@ -63,7 +63,7 @@ class Header(NamedTuple):
     metadata: dict[str, str]
 
 
-def open_(path: Path) -> Stored:
+def open_(path: Path) -> Reader:
     """Open the file; nothing but its header is read.
 
     Raises:
@@ -72,35 +72,70 @@ def open_(path: Path) -> Stored:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         header = read_header(path, descriptor)
-        stored = stored_from(path, "safetensors", header)
+        places = {name: (descriptor, begin) for name, begin in header.begins.items()}
+        reader = SafetensorsReader(path, header, places)
     except BaseException:
         os.close(descriptor)
         raise
-    begins = {
-        tuple(map(str, _steps(stored.layout)(name))): begin for name, begin in header.begins.items()
-    }
-    stored.close = lambda: os.close(descriptor)
-    stored.fetch = fetch_each(
-        stored,
-        lambda key: read_tensor(
-            stored, descriptor, begins[tuple(map(str, key))], stored.specs[key]
-        ),
-    )
-    return stored
+    reader.on_close = lambda: os.close(descriptor)
+    return reader
 
 
-def stored_from(path: Path, kind: str, header: Header) -> Stored:
-    """Return the checkpoint of the header, in the order of its manifest; its tensors are still to be fetched."""
-    manifest = _manifest(path, header.metadata)
-    layout: FileLayout = manifest.layout if manifest else torch_or_flax(header.specs)
-    steps = _steps(layout)
-    specs: dict[KeyPath, Spec] = {}
-    for name, spec in header.specs.items():
-        specs[steps(name)] = spec
-    aliases: dict[KeyPath, KeyPath] = dict(manifest.aliases) if manifest else _aliases(header)
-    if manifest is not None:
-        specs = in_manifests_order(path, specs, manifest)
-    return Stored(path, kind, layout, specs, manifest, aliases=aliases)
+class SafetensorsReader(Reader):
+    """One file, or several with an index, in the order of the manifest.
+
+    Args:
+        path: the file or folder.
+        header: the names, shapes, dtypes and metadata of all files together.
+        places: the descriptor and the offset of each tensor, by the name in the header.
+    """
+
+    format = "safetensors"
+
+    def __init__(self, path: Path, header: Header, places: Mapping[str, tuple[int, int]]) -> None:
+        manifest = _manifest(path, header.metadata)
+        layout: FileLayout = manifest.layout if manifest else torch_or_flax(header.specs)
+        self._names = {_words(name, layout): name for name in header.specs}
+        specs: dict[KeyPath, Spec] = {
+            path_: header.specs[name] for path_, name in self._names.items()
+        }
+        if manifest is not None:
+            specs = in_manifests_order(path, specs, manifest)
+        aliases = dict(manifest.aliases) if manifest else _aliases(header)
+        super().__init__(path, layout, specs, manifest, aliases)
+        self._places = places
+        self.on_close: Callable[[], None] = lambda: None
+
+    def read_tensor(self, path: KeyPath) -> ArrayAndChecksum:
+        """Read one tensor into memory of its own, or map a large one if `mapped` allows it.
+
+        Raises:
+            CheckpointError: the file has become shorter. If a mapped file is cut, the process ends,
+                as with the library's own reader; nothing that saves by renaming cuts a file.
+        """
+        spec = self.specs[path]
+        descriptor, begin = self._places[self._names[tuple(map(str, path))]]
+        expected = f"{begin + spec.nbytes:,} bytes"
+        shorter = _broken(self.path, "its length", expected, "fewer, since it was opened")
+
+        def fill(offset: int, part: np.ndarray) -> None:
+            if os.preadv(descriptor, [part.data], begin + offset) != part.nbytes:
+                raise shorter
+
+        if not self.mapped or spec.nbytes < PART_BYTES or begin % spec.numpy.itemsize:
+            return read_in_parts(spec, fill, self.algorithm)
+        if os.fstat(descriptor).st_size < begin + spec.nbytes:
+            raise shorter
+        offset = begin % mmap.ALLOCATIONGRANULARITY
+        memory = mmap.mmap(
+            descriptor, offset + spec.nbytes, access=mmap.ACCESS_COPY, offset=begin - offset
+        )
+        array = np.frombuffer(memory, np.uint8, offset=offset)
+        return array.view(spec.numpy).reshape(spec.shape), None
+
+    def close(self) -> None:
+        """Close the files."""
+        self.on_close()
 
 
 def write(path: Path, tensors: Tensors) -> None:
@@ -205,34 +240,6 @@ def read_header(path: Path, descriptor: int) -> Header:
     )
 
 
-def read_tensor(
-    stored: Stored, descriptor: int, begin: int, spec: Spec
-) -> tuple[np.ndarray, str | None]:
-    """Read one tensor into memory of its own, or map a large one if who asks copies it.
-
-    Raises:
-        CheckpointError: the file has become shorter. (Cut while it is mapped, it ends the process,
-            as the library's own reader; nothing that saves by renaming cuts a file.)
-    """
-    shorter = _broken(
-        stored.path, "its length", f"{begin + spec.nbytes:,} bytes", "fewer, since it was opened"
-    )
-
-    def fill(at: int, part: np.ndarray) -> None:
-        if os.preadv(descriptor, [part.data], begin + at) != part.nbytes:
-            raise shorter
-
-    if not stored.mapped or spec.nbytes < PART_BYTES or begin % spec.numpy.itemsize:
-        return read_in_parts(spec, fill, stored.algorithm)
-    if os.fstat(descriptor).st_size < begin + spec.nbytes:
-        raise shorter
-    offset = begin % mmap.ALLOCATIONGRANULARITY
-    memory = mmap.mmap(
-        descriptor, offset + spec.nbytes, access=mmap.ACCESS_COPY, offset=begin - offset
-    )
-    return np.frombuffer(memory, np.uint8, offset=offset).view(spec.numpy).reshape(spec.shape), None
-
-
 def _manifest(path: Path, metadata: Mapping[str, str]) -> Manifest | None:
     try:
         return Manifest.loads(metadata[KEY]) if KEY in metadata else None
@@ -242,8 +249,9 @@ def _manifest(path: Path, metadata: Mapping[str, str]) -> Manifest | None:
         ) from error
 
 
-def _steps(layout: FileLayout) -> Any:
-    return (lambda name: (name,)) if layout == "torch" else (lambda name: tuple(name.split("/")))
+def _words(name: str, layout: FileLayout) -> tuple[str, ...]:
+    """Return the path of a name in the file."""
+    return (name,) if layout == "torch" else tuple(name.split("/"))
 
 
 def _joined(path: Path, key: KeyPath, layout: FileLayout) -> str:

@@ -6,6 +6,7 @@ Source: https://huggingface.co/docs/huggingface_hub/package_reference/serializat
 import json
 import os
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from ...conversion.errors import shown
@@ -13,10 +14,10 @@ from ...conversion.mapping import KeyPath, slashed
 from ...files import atomic_file, atomic_folder
 from ..errors import CheckpointError
 from ..manifest import KEY, Manifest, manifest_of, no_name_twice
-from ..reader import Stored, fetch_each
-from ..tensors import InMemory, Spec, Tensors
+from ..reader import Reader
+from ..tensors import Spec, Tensors
 from . import safetensors
-from .safetensors import Header, read_header, read_tensor, stored_from
+from .safetensors import Header, SafetensorsReader, read_header
 
 INDEX = ".safetensors.index.json"
 _MAX_INDEX_BYTES = 256 << 20
@@ -30,7 +31,7 @@ def index_in(path: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def open_(path: Path) -> Stored:
+def open_(path: Path) -> Reader:
     """Open index and shards; nothing but their headers is read.
 
     Raises:
@@ -73,15 +74,16 @@ def open_(path: Path) -> Stored:
             )
         if manifest is not None:
             metadata[KEY] = manifest
-        stored = stored_from(
-            path, "sharded", Header({key: specs[key] for key in weight_map}, {}, metadata)
-        )
-        stored.close = opened.pop_all().close
-    join = (lambda key: key[0]) if stored.layout == "torch" else (lambda key: slashed(key))
-    stored.fetch = fetch_each(
-        stored, lambda key: read_tensor(stored, *places[join(key)], stored.specs[key])
-    )
-    return stored
+        header = Header({key: specs[key] for key in weight_map}, {}, metadata)
+        reader = ShardsReader(path, header, places)
+        reader.on_close = opened.pop_all().close
+    return reader
+
+
+class ShardsReader(SafetensorsReader):
+    """Several safetensors files with their index."""
+
+    format = "sharded"
 
 
 def write(path: Path, tensors: Tensors, shard_bytes: int) -> None:
@@ -104,8 +106,7 @@ def write(path: Path, tensors: Tensors, shard_bytes: int) -> None:
     with atomic_folder(path) as folder:
         for number, keys in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            part = _Part(tensors, keys)
-            safetensors.write(folder / name, part)
+            safetensors.write(folder / name, _shard_of(tensors, keys))
             with safetensors.open_(folder / name) as written:
                 assert written.manifest is not None
                 sums |= {key: record.checksum for key, record in written.manifest.records.items()}
@@ -120,14 +121,11 @@ def write(path: Path, tensors: Tensors, shard_bytes: int) -> None:
             stream.write(json.dumps(content, indent=1).encode())
 
 
-class _Part(InMemory):
-    """Some of the tensors, as one shard."""
-
-    def __init__(self, tensors: Tensors, keys: list[KeyPath]) -> None:
-        specs = {key: tensors.specs[key] for key in keys}
-        aliases = {key: first for key, first in tensors.aliases.items() if first in specs}
-        super().__init__(tensors.layout, {}, specs, tensors.kinds, aliases)
-        object.__setattr__(self, "pieces", tensors.pieces)
+def _shard_of(tensors: Tensors, keys: list[KeyPath]) -> Tensors:
+    """Return some of the tensors."""
+    specs = {key: tensors.specs[key] for key in keys}
+    aliases = {key: first for key, first in tensors.aliases.items() if first in specs}
+    return replace(tensors, specs=specs, aliases=aliases, mapping=None)
 
 
 def _split(tensors: Tensors, shard_bytes: int) -> list[list[KeyPath]]:

@@ -26,7 +26,7 @@ from ...files import atomic_file, read_ahead
 from ..blocks import WORKERS, contiguous
 from ..errors import CheckpointError
 from ..manifest import KEY, Manifest, checksum, in_manifests_order, manifest_of
-from ..reader import Fetched, Stored, fetch_each, read_in_parts
+from ..reader import ArrayAndChecksum, Fetched, Reader, read_in_parts
 from ..tensors import Spec, Tensors, checked, whole
 
 _SMALL_BYTES = 64 << 20
@@ -34,7 +34,7 @@ _SMALL_BYTES = 64 << 20
 _MOST_VIEWED = 16
 
 
-def open_(path: Path) -> Stored:
+def open_(path: Path) -> Reader:
     """Open the file; values are read as they are asked for, if it is large.
 
     Raises:
@@ -53,28 +53,38 @@ def open_(path: Path) -> Stored:
         specs, aliases = _as_declared(
             path, state, specs | {key: specs[first] for key, first in aliases.items()}, manifest
         )
-    stored = Stored(path, "torch", "torch", specs, manifest, aliases=aliases)
+    return TorchZipReader(state, small, path, "torch", specs, manifest, aliases)
 
-    def one(key: KeyPath) -> tuple[np.ndarray, str | None]:
-        array = tensor_to_numpy(state[key[0]])
-        if small or stored.mapped or not array.flags.c_contiguous:
+
+class TorchZipReader(Reader):
+    """A torch file; the values of a large one are mapped until they are asked for."""
+
+    format = "torch"
+
+    def __init__(self, state: dict[str, Tensor], is_small: bool, *header: Any) -> None:
+        super().__init__(*header)
+        self._state, self._is_small = state, is_small
+
+    def read_tensor(self, path: KeyPath) -> ArrayAndChecksum:
+        """Return the values in memory of their own, or in place if `mapped` allows it."""
+        array = tensor_to_numpy(self._state[path[0]])
+        if self._is_small or self.mapped or not array.flags.c_contiguous:
             return contiguous(array), None
         flat = array.reshape(-1).view(np.uint8)
 
-        def fill(at: int, part: np.ndarray) -> None:
-            part[:] = flat[at : at + part.nbytes]
+        def fill(offset: int, part: np.ndarray) -> None:
+            part[:] = flat[offset : offset + part.nbytes]
 
-        return read_in_parts(stored.specs[key], fill, stored.algorithm)
+        return read_in_parts(self.specs[path], fill, self.algorithm)
 
-    each = fetch_each(stored, one)
+    def _fetch(self, paths: list[KeyPath]) -> Fetched:
+        if self.mapped and not self._is_small:
+            read_ahead(self.path)
+        return super()._fetch(paths)
 
-    def fetch(keys: list[KeyPath]) -> Fetched:
-        if stored.mapped and not small:
-            read_ahead(path)
-        return each(keys)
-
-    stored.fetch = fetch
-    return stored
+    def close(self) -> None:
+        """Let go of the tensors, and so of the mapped file."""
+        self._state = {}
 
 
 def write(path: Path, tensors: Tensors) -> None:
