@@ -77,7 +77,7 @@ def torch_to_linen(
     side = flax_side(template)
     arrays, mismatch = _to_flax(source, side, mapping, copy)
     if mismatch and strict:
-        raise ConversionError(mismatch)
+        raise ConversionError(mismatch, has_strict=True)
     kept = {
         path: leaf for path, leaf in leaves.items() if not isinstance(leaf, jax.ShapeDtypeStruct)
     }
@@ -135,7 +135,7 @@ def torch_to_nnx(
         raise TypeError(f"model is a {type(model).__name__}; expected an nnx.Module")
     arrays, mismatch = _to_flax(source, flax_side(model), mapping, copy)
     if mismatch and strict:
-        raise ConversionError(mismatch)
+        raise ConversionError(mismatch, has_strict=True)
     nnx.update(model, unflatten_dict(arrays))
     return model if strict else (model, mismatch)
 
@@ -185,7 +185,7 @@ def linen_to_torch(
     }
     state, mismatch = torch_from_flax(leaves, mapping or LINEN, copy)
     if mismatch and strict:
-        raise ConversionError(mismatch, _hint(mapping))
+        raise ConversionError(mismatch, _hint(mapping), has_strict=True)
     return state if strict else (state, mismatch)
 
 
@@ -234,7 +234,7 @@ def nnx_to_torch(
         raise TypeError(f"model is a {type(model).__name__}; expected an nnx.Module")
     state, mismatch = torch_from_flax(flax_side(model).leaves, mapping or NNX, copy)
     if mismatch and strict:
-        raise ConversionError(mismatch, _hint(mapping))
+        raise ConversionError(mismatch, _hint(mapping), has_strict=True)
     return state if strict else (state, mismatch)
 
 

@@ -1,9 +1,13 @@
 """What the converter raises, and the lists that it reports."""
 
 from dataclasses import dataclass
-from difflib import get_close_matches
+
+from .suggest import near
 
 Shape = tuple[int, ...]
+
+# How many entries of a kind a message lists: a missing rename rule concerns every layer.
+MAX_LINES = 12
 
 
 @dataclass(frozen=True)
@@ -38,26 +42,36 @@ class Mismatch:
         return bool(self.missing or self.unexpected or self.misshaped or self.refused)
 
     def __str__(self) -> str:
-        wanted = [entry.name for entry in self.missing]
-        lines = [
-            f"- missing {shown(entry.name)}: {shown(entry.place)} {_shape(entry.expected)} finds nothing"
-            for entry in self.missing
-        ]
-        for entry in self.unexpected:
-            close = get_close_matches(entry.name, wanted, n=1)
-            hint = (
-                f"; {entry.reason or f'did you mean {close[0]}?'}" if entry.reason or close else ""
-            )
-            lines.append(
-                f"+ unexpected {shown(entry.name)} {_shape(entry.found)}: the target has no place for it{hint}"
-            )
-        for entry in self.misshaped:
-            lines.append(
-                f"! {shown(entry.name)} has shape {_shape(entry.found)}; "
-                f"{shown(entry.place)} needs {_shape(entry.expected)}{_mend(entry)}"
-            )
-        lines += [f"! {shown(entry.name)}: {entry.reason}" for entry in self.refused]
+        missing_names = [entry.name for entry in self.missing]
+        kinds = (
+            (self.missing, _missing),
+            (self.unexpected, lambda entry: _unexpected(entry, missing_names)),
+            (self.misshaped, _misshaped),
+            (self.refused, lambda entry: f"! {shown(entry.name)}: {entry.reason}"),
+        )
+        lines: list[str] = []
+        for entries, line in kinds:
+            lines += [line(entry) for entry in entries[:MAX_LINES]]
+            if len(entries) > MAX_LINES:
+                lines.append(f"  … and {len(entries) - MAX_LINES:,} more")
         return "\n".join(lines)
+
+
+def _missing(entry: MismatchEntry) -> str:
+    name, expected = shown(entry.name), _shape(entry.expected)
+    return f"- missing {name}: {shown(entry.place)} {expected} finds nothing"
+
+
+def _unexpected(entry: MismatchEntry, missing_names: list[str]) -> str:
+    best = None if entry.reason else near(entry.name, missing_names)
+    hint = entry.reason or (f"did you mean {best}?" if best else "")
+    name, shape = shown(entry.name), _shape(entry.found)
+    return f"+ unexpected {name} {shape}: the target has no place for it{hint and f'; {hint}'}"
+
+
+def _misshaped(entry: MismatchEntry) -> str:
+    needed = f"{shown(entry.place)} needs {_shape(entry.expected)}"
+    return f"! {shown(entry.name)} has shape {_shape(entry.found)}; {needed}{_mend(entry)}"
 
 
 def _shape(shape: Shape | None) -> str:
@@ -73,12 +87,13 @@ def _mend(entry: MismatchEntry) -> str:
 class ConversionError(ValueError):
     """The source and the target do not hold the same entries; `mismatch` has the lists."""
 
-    def __init__(self, mismatch: Mismatch, hint: str = "") -> None:
+    def __init__(self, mismatch: Mismatch, hint: str = "", *, has_strict: bool = False) -> None:
         self.mismatch = mismatch
+        advice = "Build both sides with the same arguments and class"
+        advice += ", or pass strict=False to convert what fits." if has_strict else "."
         super().__init__(
-            f"the source does not fit the target; nothing was converted:\n{mismatch}\n"
-            "Build both sides with the same arguments and class, "
-            f"or pass strict=False to convert what fits. {hint}".rstrip()
+            "the source does not fit the target; nothing was converted:\n"
+            f"{mismatch}\n{advice} {hint}".rstrip()
         )
 
 

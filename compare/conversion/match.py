@@ -1,8 +1,7 @@
-"""Find which torch entry belongs to which Flax array: by name. Shapes only verify."""
+"""Find which torch entry belongs to which Flax array, by name. Shapes only verify."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,15 +15,15 @@ from .layers import compound_rows, layer_types, nnx_layouts, refusal
 from .layouts import layout
 from .mapping import KeyPath, Left, Policy, Row, StateMapping, slashed
 from .state_kinds import FlaxSide, flax_side, one_trained, same_memory, torch_kinds
+from .suggest import MAX_SUGGESTIONS, near, rename_hint
 
-# What a torch leaf may be called in Flax.
+# The names that a torch leaf may have in Flax.
 LEAVES = {
     "weight": ("kernel", "scale", "embedding", "negative_slope", "weight"),
     "running_mean": ("mean", "running_mean"),
     "running_var": ("var", "running_var"),
 }
-# What GPT-2's attention once stored, and what may be dropped only while it says what anyone would
-# recompute.
+# Old GPT-2 files store the causal mask; it may be dropped only while it is the causal mask.
 LEGACY = re.compile(r"(^|\.)attn\.(bias|masked_bias)$")
 
 
@@ -36,34 +35,41 @@ def match(
     layouts: Mapping[str, str] | None = None,
     policy: Mapping[str, Policy] | None = None,
 ) -> StateMapping:
-    """Return the table that pairs the entries of a torch module or state dict with those of a Flax model.
+    """Pair the entries of a torch module or state dict with those of a Flax model.
 
     Args:
-        source: a module, whose layers then say their layout themselves, or a state dict. Of a state
-            dict a weight of two axes that becomes a kernel is taken for a Linear's, one of three to
-            five for a convolution's that is not transposed.
+        source: a module, whose layers say their layout, or a state dict. In a state dict, a weight
+            with two axes that becomes a kernel is taken for a Linear's, and one with three to five
+            axes for a convolution's that is not transposed.
         template: Linen variables or their `jax.eval_shape`, or an NNX model.
-        rename: torch name to Flax name, dotted, each the whole name of an entry or of a module
+        rename: torch names to Flax names, dotted. Each is the whole name of an entry or of a module
             above it; `*` stands for one step: `{"h.*.attn": "blocks.*.attention"}`. The longest
-            rule that fits is taken.
-        layouts: torch key (a pattern) to one of `compare.conversion.layouts`, where neither side
-            says it: `{"head.weight": "flatten:8,4,4"}` for a Linear behind a flattened image.
-        policy: torch key or Flax path (a pattern) to what may happen if the other side lacks it:
-            `ignore`, `verify` (only if it is the causal mask that anyone would recompute) or
-            `refuse`, the default. GPT-2's `attn.bias` and `attn.masked_bias` are verified unless
-            said otherwise.
+            rule that fits wins.
+        layouts: torch keys (patterns) to layouts of `compare.conversion.layouts`, where neither
+            side shows the layout: `{"head.weight": "flatten:8,4,4"}` for a Linear that follows a
+            flattened image.
+        policy: torch keys or Flax paths (patterns) to what happens to an entry that exists on one
+            side only: `ignore`, `verify` (allow it only if it is the causal mask) or `refuse`, the
+            default. GPT-2's `attn.bias` and `attn.masked_bias` are verified by default.
+
+    Returns:
+        The mapping, good for both directions.
 
     Raises:
-        ConversionError: everything in one: layers without a counterpart, entries missing,
-            unexpected or ambiguous, of another shape or kind, rules that nothing used.
-        ValueError: a layout that does not exist.
+        ConversionError: one list of everything wrong: layers without a counterpart; entries that
+            are missing, unexpected, ambiguous, or differ in shape or kind; unused rules.
+        ValueError: a layout or a policy that does not exist.
     """
     mapping, mismatch = pair(source, template, rename=rename, layouts=layouts, policy=policy)
     if mismatch:
-        raise ConversionError(
-            mismatch, 'Pair names that differ by rename={"torch.name": "Flax.name"}.'
-        )
+        raise ConversionError(mismatch, _advice(mismatch))
     return mapping
+
+
+def _advice(mismatch: Mismatch) -> str:
+    unexpected = [entry.name for entry in mismatch.unexpected]
+    hint = rename_hint(unexpected, {entry.name for entry in mismatch.missing})
+    return hint or 'Pair names that differ with rename={"torch.name": "Flax.name"}.'
 
 
 def pair(
@@ -74,51 +80,207 @@ def pair(
     layouts: Mapping[str, str] | None = None,
     policy: Mapping[str, Policy] | None = None,
 ) -> tuple[StateMapping, Mismatch]:
-    """Like `match`, with the rows that were found and the list of what does not fit."""
-    flax = flax_side(template)
-    tensors = (
-        source.state_dict(keep_vars=True) if isinstance(source, torch.nn.Module) else dict(source)
-    )
-    types = layer_types(source)
-    kinds = {key: tensor.kind for key, tensor in tensors.items() if hasattr(tensor, "kind")}
-    kinds |= torch_kinds(source) if isinstance(source, torch.nn.Module) else {}
-    names, refused = _renamed(tensors, rename or {})
-    refused += [
-        MismatchEntry(prefix, "", reason=reason)
-        for prefix, layer in types.items()
-        if (reason := refusal(layer))
-    ]
-    chosen, unused = _chosen_layouts(tensors, layouts or {})
-    refused += unused
-    hints = nnx_layouts(template) if isinstance(template, nnx.Module) else {}
-    rows, left = compound_rows(tensors, names, flax)
-    done = (
-        {row.torch_key for row in rows}
-        | {row.plus for row in rows}
-        | {item.torch_key for item in left}
-    )
-    for key in [key for key in tensors if key not in done]:
-        found = _candidates(key, names[key], flax)
-        if len(found) > 1:
-            places = " and ".join(slashed(path) for path in found)
-            refused.append(
-                MismatchEntry(
-                    key, "", reason=f"ambiguous: it could be {places}; say which by rename"
-                )
-            )
-            done.add(key)
-        elif found:
+    """Return what `match` returns, and the list of what does not fit. Arguments are `match`'s."""
+    matcher = _Matcher(source, template, rename or {}, layouts or {}, policy or {})
+    matcher.refuse_layers()
+    matcher.pair_compound_layers()
+    matcher.pair_by_name()
+    matcher.drop_repeated_paths()
+    matcher.compare_heads()
+    matcher.pair_aliases()
+    return matcher.settle()
+
+
+class _Matcher:
+    """One call of `match`: its arguments, what is paired so far, and what is refused."""
+
+    def __init__(
+        self,
+        source: torch.nn.Module | Mapping[str, Any],
+        template: Any,
+        rename: Mapping[str, str],
+        layouts: Mapping[str, str],
+        policy: Mapping[str, Policy],
+    ) -> None:
+        is_module = isinstance(source, torch.nn.Module)
+        self.flax = flax_side(template)
+        self.tensors: dict[str, Any] = (
+            source.state_dict(keep_vars=True)
+            if isinstance(source, torch.nn.Module)
+            else dict(source)
+        )
+        self.layers = layer_types(source)
+        self.kinds: dict[str, str] = {
+            key: tensor.kind for key, tensor in self.tensors.items() if hasattr(tensor, "kind")
+        }
+        if is_module:
+            self.kinds |= torch_kinds(source)  # type: ignore[arg-type]
+        self.flax_layouts = nnx_layouts(template) if isinstance(template, nnx.Module) else {}
+        self.policy = policy
+        self.names, unused_names = _renamed(self.tensors, rename)
+        self.layouts, unused_layouts = _chosen_layouts(self.tensors, layouts)
+        self.refused = [*unused_names, *unused_layouts]
+        self.rows: list[Row] = []
+        self.left: list[Left] = []
+        self.done: set[str] = set()
+
+    def refuse_layers(self) -> None:
+        """Refuse the layers that Flax does not have."""
+        for prefix, layer in self.layers.items():
+            if reason := refusal(layer):
+                self.refused.append(MismatchEntry(prefix, "", reason=reason))
+
+    def pair_compound_layers(self) -> None:
+        """Pair attention, LSTM and GRU, which one framework stores in one piece."""
+        self.rows, self.left = compound_rows(self.tensors, self.names, self.flax)
+        keys = {key for row in self.rows for key in (row.torch_key, row.plus) if key}
+        self.done |= keys | {item.torch_key for item in self.left}
+
+    def pair_by_name(self) -> None:
+        """Pair every other tensor with the one Flax path of its name."""
+        for key in [key for key in self.tensors if key not in self.done]:
+            paths = _candidates(key, self.names[key], self.flax)
+            if not paths:
+                continue
+            self.done.add(key)
+            if len(paths) > 1:
+                choices = " and ".join(map(slashed, paths))
+                reason = f"ambiguous: it could be {choices}; say which with rename"
+                self.refused.append(MismatchEntry(key, "", reason=reason))
+                continue
             try:
-                rows.append(_row(key, found[0], tensors[key], flax, types, hints, chosen, kinds))
+                self.rows.append(self._row(key, paths[0]))
             except ValueError as error:
-                refused.append(MismatchEntry(key, slashed(found[0]), reason=str(error)))
-            done.add(key)
-    rows, twice = _each_once(rows)
-    refused += [*twice, *_other_heads(rows, types)]
-    rows += _aliases(tensors, rows, done)
-    done |= {row.torch_key for row in rows}
-    mapping = StateMapping(tuple(_in_order(rows, tensors)), tuple(left), flax=flax.kind)
-    return _settled(mapping, tensors, flax, done, names, refused, policy or {})
+                self.refused.append(MismatchEntry(key, slashed(paths[0]), reason=str(error)))
+
+    def _row(self, key: str, path: KeyPath) -> Row:
+        """Return the row of one tensor.
+
+        Raises:
+            ValueError: neither side shows the layout, or the kinds of state differ.
+        """
+        flax_kind = self.flax.kinds[path]
+        torch_kind = self.kinds.get(key, flax_kind)
+        if one_trained(torch_kind, flax_kind):
+            raise ValueError(
+                f"is a {torch_kind} in torch and a {flax_kind} in Flax: "
+                "one is trained, the other is not"
+            )
+        shape = tuple(self.flax.leaves[path].shape)
+        layer = self.layers.get(key.rpartition(".")[0])
+        name = self.layouts.get(key) or _layout(
+            key, path, self.tensors[key], shape, layer, self.flax_layouts.get(path)
+        )
+        layout(name, shape)
+        kind = {"buffer": "buffer", "statistics": "statistics"}.get(torch_kind, "parameter")
+        heads = shape if name.startswith("heads") else None
+        return Row(key, path, name, kind, shape=heads)  # type: ignore[arg-type]
+
+    def drop_repeated_paths(self) -> None:
+        """Keep the first row of each Flax path, and refuse the others."""
+        first_rows: dict[KeyPath, Row] = {}
+        for row in self.rows:
+            first = first_rows.setdefault(row.path, row)
+            if first is not row:
+                reason = (
+                    f"would become {row.place}, as {first.torch_key} does: say which with rename"
+                )
+                self.refused.append(MismatchEntry(row.torch_key, row.place, reason=reason))
+        self.rows = list(first_rows.values())
+
+    def compare_heads(self) -> None:
+        """Refuse attention whose number of heads differs: no shape in torch shows that number."""
+        for row in self.rows:
+            layer = self.layers.get(row.torch_key.rpartition(".")[0])
+            heads = layer.num_heads if isinstance(layer, torch.nn.MultiheadAttention) else None
+            if row.layout == "heads_in" and row.shape and heads not in (None, row.shape[1]):
+                reason = f"has {heads} heads in torch and {row.shape[1]} in Flax"
+                self.refused.append(MismatchEntry(row.torch_key, row.place, reason=reason))
+
+    def pair_aliases(self) -> None:
+        """Pair each key without a Flax path that shares its memory with a paired one."""
+        homes: dict[Any, Row] = {}
+        for row in self.rows:
+            memory = _memory(self.tensors[row.torch_key])
+            if memory is not None and row.part is None:
+                homes.setdefault(memory, row)
+        for key in [key for key in self.tensors if key not in self.done]:
+            home = homes.get(_memory(self.tensors[key]))
+            if home is not None:
+                self.rows.append(Row(key, home.path, home.layout, "alias", shape=home.shape))
+                self.done.add(key)
+
+    def settle(self) -> tuple[StateMapping, Mismatch]:
+        """Apply the policy to what has no counterpart, and list what remains."""
+        used_rules: set[str] = set()
+        unexpected = self._leave_torch_entries(used_rules)
+        missing = self._leave_flax_entries(used_rules)
+        self.refused += [
+            MismatchEntry(rule, "", reason="this policy fits nothing that is left")
+            for rule in self.policy.keys() - used_rules
+        ]
+        unfitting = [entry for row in self.rows for entry in self._unfitting(row)]
+        self.refused += [entry for entry in unfitting if entry.reason]
+        misshaped = tuple(entry for entry in unfitting if not entry.reason)
+        order = {key: index for index, key in enumerate(self.tensors)}
+        rows = sorted(self.rows, key=lambda row: order[row.torch_key])
+        mapping = StateMapping(tuple(rows), tuple(self.left), self.flax.kind)
+        entries = tuple(
+            MismatchEntry(
+                key,
+                "",
+                _shape(self.tensors[key]),
+                reason=self._likely(key, missing) if index < MAX_SUGGESTIONS else "",
+            )
+            for index, key in enumerate(unexpected)
+        )
+        return mapping, Mismatch(tuple(missing), entries, misshaped, tuple(self.refused))
+
+    def _leave_torch_entries(self, used_rules: set[str]) -> list[str]:
+        """Leave the torch entries that the policy allows; return the others."""
+        unexpected = []
+        for key in [key for key in self.tensors if key not in self.done]:
+            decided = _decide(key, self.policy, used_rules)
+            if decided is None and key.endswith("num_batches_tracked"):
+                decided = "ignore"
+            elif decided is None and LEGACY.search(key):
+                decided = "verify"
+            if decided in ("ignore", "verify"):
+                self.left.append(Left(key, decided))
+            else:
+                unexpected.append(key)
+        return unexpected
+
+    def _leave_flax_entries(self, used_rules: set[str]) -> list[MismatchEntry]:
+        """Leave the Flax entries that the policy allows; return the others."""
+        refused_names = {entry.place for entry in self.refused}
+        paired = {row.path for row in self.rows}
+        missing = []
+        for path, leaf in self.flax.leaves.items():
+            name = slashed(path)
+            if path in paired or name in refused_names:
+                continue
+            decided = _decide(name, self.policy, used_rules)
+            if decided in ("ignore", "verify"):
+                self.left.append(Left(name, decided, path))
+            else:
+                expected = tuple(leaf.shape)
+                missing.append(MismatchEntry(torch_name(path, self.flax), name, expected=expected))
+        return missing
+
+    def _unfitting(self, row: Row) -> Iterable[MismatchEntry]:
+        for key in filter(None, (row.torch_key, row.plus)):
+            entry = unfit(row, key, self.tensors[key], self.flax.leaves[row.path].shape)
+            if entry is not None:
+                yield entry
+
+    def _likely(self, key: str, missing: Sequence[MismatchEntry]) -> str:
+        """Suggest a missing entry: the only one of this size, or the nearest by name."""
+        size = sorted(_shape(self.tensors[key]))
+        alike = [entry.name for entry in missing if sorted(entry.expected or ()) == size]
+        names = [entry.name for entry in missing]
+        best = alike[0] if len(alike) == 1 else near(self.names[key], names)
+        return f"did you mean {best}?" if best else ""
 
 
 def _renamed(
@@ -144,7 +306,7 @@ def _renamed(
         if old.count("*") != new.count("*")
     ]
     unused += [
-        MismatchEntry(old, "", reason=_near("this rename rule fits no key", old, tensors))
+        MismatchEntry(old, "", reason=_with_nearest("this rename rule fits no key", old, tensors))
         for old in rename.keys() - used
     ]
     return names, unused
@@ -168,15 +330,15 @@ def _chosen_layouts(
         if not fitting:
             unused.append(
                 MismatchEntry(
-                    pattern, "", reason=_near("this layout fits no key", pattern, tensors)
+                    pattern, "", reason=_with_nearest("this layout fits no key", pattern, tensors)
                 )
             )
     return chosen, unused
 
 
-def _near(words: str, name: str, names: Iterable[str]) -> str:
-    close = get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"{words}; did you mean {close[0]}?" if close else words
+def _with_nearest(reason: str, name: str, names: Iterable[str]) -> str:
+    best = near(name, names, cutoff=0.5)
+    return f"{reason}; did you mean {best}?" if best else reason
 
 
 def _candidates(key: str, name: str, flax: FlaxSide) -> list[KeyPath]:
@@ -185,35 +347,6 @@ def _candidates(key: str, name: str, flax: FlaxSide) -> list[KeyPath]:
     dot = f"{prefix}." if prefix else ""
     leaves = LEAVES.get(leaf, (leaf,)) if key.rpartition(".")[2] in LEAVES else (leaf,)
     return [path for other in leaves for path in flax.by_name.get(dot + other, ())]
-
-
-def _row(
-    key: str,
-    path: KeyPath,
-    tensor: Any,
-    flax: FlaxSide,
-    types: Mapping[str, torch.nn.Module],
-    hints: Mapping[KeyPath, str],
-    chosen: Mapping[str, str],
-    kinds: Mapping[str, str],
-) -> Row:
-    """Return the row of one tensor.
-
-    Raises:
-        ValueError: neither side says how the one lies to the other, or their kinds differ.
-    """
-    kind = flax.kinds[path]
-    mine = kinds.get(key, kind)
-    if one_trained(mine, kind):
-        raise ValueError(
-            f"is a {mine} in torch and a {kind} in Flax: one is trained, the other is not"
-        )
-    shape = tuple(flax.leaves[path].shape)
-    layer = types.get(key.rpartition(".")[0])
-    name = chosen.get(key) or _layout(key, path, tensor, shape, layer, hints.get(path))
-    layout(name, shape)
-    known = {"buffer": "buffer", "statistics": "statistics"}.get(mine, "parameter")
-    return Row(key, path, name, known, shape=shape if name.startswith("heads") else None)  # type: ignore[arg-type]
 
 
 def _layout(
@@ -270,31 +403,6 @@ def _layout(
     )
 
 
-def _each_once(rows: Sequence[Row]) -> tuple[list[Row], list[MismatchEntry]]:
-    """Return the rows, each Flax path once, and a complaint for each that would be taken twice."""
-    taken: dict[KeyPath, Row] = {}
-    refused = []
-    for row in rows:
-        if row.path in taken:
-            reason = f"would become {row.place}, as {taken[row.path].torch_key} does: say which by rename"
-            refused.append(MismatchEntry(row.torch_key, row.place, reason=reason))
-        else:
-            taken[row.path] = row
-    return list(taken.values()), refused
-
-
-def _other_heads(rows: Sequence[Row], types: Mapping[str, torch.nn.Module]) -> list[MismatchEntry]:
-    """Complain of attention whose number of heads, which no shape in torch shows, is another in Flax."""
-    refused = []
-    for row in rows:
-        layer = types.get(row.torch_key.rpartition(".")[0])
-        heads = layer.num_heads if isinstance(layer, torch.nn.MultiheadAttention) else None
-        if row.layout == "heads_in" and row.shape and heads not in (None, row.shape[1]):
-            reason = f"has {heads} heads in torch and {row.shape[1]} in Flax"
-            refused.append(MismatchEntry(row.torch_key, row.place, reason=reason))
-    return refused
-
-
 def allowing(
     mapping: StateMapping,
     tensors: Iterable[str],
@@ -315,84 +423,9 @@ def allowing(
     return StateMapping(mapping.rows, (*mapping.left, *left), mapping.flax)
 
 
-def _aliases(tensors: Mapping[str, Any], rows: Sequence[Row], done: set[Any]) -> list[Row]:
-    """Return a row for each key that Flax has no place of its own for, but that shares the memory of one that has."""
-    homes: dict[Any, Row] = {}
-    for row in rows:
-        memory = _memory(tensors[row.torch_key])
-        if memory is not None and row.part is None:
-            homes.setdefault(memory, row)
-    found = []
-    for key in [key for key in tensors if key not in done]:
-        home = homes.get(_memory(tensors[key]))
-        if home is not None:
-            found.append(Row(key, home.path, home.layout, "alias", shape=home.shape))
-    return found
-
-
 def _memory(tensor: Any) -> Any:
     """Return what the names of one tensor have in common; a tensor of a file says it itself."""
     return same_memory(tensor) if isinstance(tensor, Tensor) else getattr(tensor, "memory", None)
-
-
-def _in_order(rows: Iterable[Row], tensors: Mapping[str, Any]) -> list[Row]:
-    order = {key: index for index, key in enumerate(tensors)}
-    return sorted(rows, key=lambda row: order[row.torch_key])
-
-
-def _settled(
-    mapping: StateMapping,
-    tensors: Mapping[str, Any],
-    flax: FlaxSide,
-    done: set[Any],
-    names: Mapping[str, str],
-    refused: list[MismatchEntry],
-    policy: Mapping[str, Policy],
-) -> tuple[StateMapping, Mismatch]:
-    """Settle what has no counterpart by the policy, and list what remains."""
-    left, unexpected = list(mapping.left), []
-    used: set[str] = set()
-    for key in [key for key in tensors if key not in done]:
-        decided = _decide(key, policy, used)
-        if decided is None and key.endswith("num_batches_tracked"):
-            decided = "ignore"
-        elif decided is None and LEGACY.search(key):
-            decided = "verify"
-        if decided in ("ignore", "verify"):
-            left.append(Left(key, decided))
-        else:
-            unexpected.append(key)
-    homes = {row.path for row in mapping.rows}
-    taken = homes | {
-        path for entry in refused for path in flax.leaves if slashed(path) == entry.place
-    }
-    missing, kept = [], []
-    for path in [path for path in flax.leaves if path not in taken]:
-        place = slashed(path)
-        decided = _decide(place, policy, used)
-        if decided in ("ignore", "verify"):
-            kept.append(Left(place, decided, path))
-        else:
-            missing.append(
-                MismatchEntry(
-                    torch_name(path, flax), place, expected=tuple(flax.leaves[path].shape)
-                )
-            )
-    refused += [
-        MismatchEntry(rule, "", reason="this policy fits nothing that is left")
-        for rule in policy.keys() - used
-    ]
-    unfitting = [entry for row in mapping.rows for entry in _shapes(row, tensors, flax)]
-    refused += [entry for entry in unfitting if entry.reason]
-    misshaped = [entry for entry in unfitting if not entry.reason]
-    table = StateMapping(mapping.rows, (*left, *kept), mapping.flax)
-    extra = tuple(
-        MismatchEntry(
-            key, "", _shape(tensors[key]), reason=_like(tensors[key], names[key], missing)
-        )
-        for key in unexpected
-    )
-    return table, Mismatch(tuple(missing), extra, tuple(misshaped), tuple(refused))
 
 
 def _decide(name: str, policy: Mapping[str, Policy], used: set[str]) -> Policy | None:
@@ -405,13 +438,6 @@ def _decide(name: str, policy: Mapping[str, Policy], used: set[str]) -> Policy |
                 )
             return decided
     return None
-
-
-def _shapes(row: Row, tensors: Mapping[str, Any], flax: FlaxSide) -> Iterable[MismatchEntry]:
-    for key in filter(None, (row.torch_key, row.plus)):
-        entry = unfit(row, key, tensors[key], flax.leaves[row.path].shape)
-        if entry is not None:
-            yield entry
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
@@ -431,12 +457,3 @@ def torch_name(path: KeyPath, flax: FlaxSide) -> str:
         {"mean": "running_mean", "var": "running_var"} if flax.kinds[path] == "statistics" else {}
     )
     return ".".join((*modules, (known | stats).get(leaf, leaf)))
-
-
-def _like(tensor: Any, name: str, missing: Sequence[MismatchEntry]) -> str:
-    """Say which missing entry this one may be: the only one of its size, or near by name."""
-    close = get_close_matches(name, [entry.name for entry in missing], n=1)
-    size = sorted(_shape(tensor))
-    alike = [entry.name for entry in missing if sorted(entry.expected or ()) == size]
-    best = alike if len(alike) == 1 else close
-    return f"did you mean {best[0]}?" if best else ""
