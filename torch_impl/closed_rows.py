@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from .attention import reference_attention
+from .private_api import is_transformed
 
 # By `id`: the mask, and the number of tokens, version and address with which it had no closed row.
 _open_masks: dict[int, tuple[weakref.ref[Tensor], tuple[int, int, int]]] = {}
@@ -60,8 +61,7 @@ def is_traced(tensor: Tensor) -> bool:
     return bool(
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        or is_transformed()
         or torch.is_autocast_enabled(tensor.device.type)
         or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     )

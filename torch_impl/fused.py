@@ -10,10 +10,9 @@ from torch import Tensor
 from .attention import causal_mask
 from .closed_rows import closed_rows, find_closed, guarded_attention, is_traced
 from .mask_layout import MaskLayout, Strip, mask_layout
+from .private_api import HAS_KERNELS, flash, flash_backward, softmax_backward
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def kernel_layout(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> MaskLayout | None:
@@ -23,6 +22,8 @@ def kernel_layout(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -
     query of NaN), in transforms of `torch.func`, forward-mode differentiation, tracing, autocast,
     and for subclasses of Tensor.
     """
+    if not HAS_KERNELS:
+        return None
     if not (_are_plain(queries, keys, values, mask) and _scores_are_finite(queries, keys)):
         return None
     return mask_layout(mask, queries.shape[-2])
@@ -169,7 +170,7 @@ def _strip_gradients(
             weights, closed = _weights(queries, keys, mask, layout, strip)
             strip_grad = _filled(grad[:, at], closed, 0.0)
             grad_weights = strip_grad @ _take(values, strip).mT
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_scores = softmax_backward(grad_weights, weights, -1, weights.dtype)
             grads[0][:, at] = grad_scores @ _take(keys, strip)
             _add(grads[1], strip, grad_scores.mT @ scaled[:, at])
             _add(grads[2], strip, weights.mT @ strip_grad)

@@ -585,7 +585,7 @@ def test_heads_are_matched_by_name() -> None:
 
 def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(attention, "QUICK_TOKENS", (32, 64))
-    monkeypatch.setattr(attention, "MEMORY_OF", ("torch ours",))
+    monkeypatch.setattr(attention, "MEMORY_OF", (("torch", "ours"),))
     monkeypatch.setattr(attention, "SAMPLE", 1e-4)
     picture = tmp_path / "bench.png"
     found = [

@@ -1,0 +1,32 @@
+"""A torch without its undocumented operators: the package imports, and the formula is taken."""
+
+import subprocess
+import sys
+
+SCRIPT = """
+import torch
+class WithoutFlash:
+    def __getattr__(self, name):
+        if name.startswith("_scaled_dot_product_flash_attention_for_cpu"):
+            raise AttributeError(name)
+        return getattr(aten, name)
+aten = torch.ops.aten
+torch.ops.aten = WithoutFlash()
+import torch_impl
+from torch_impl import private_api
+assert private_api.HAS_KERNELS is False
+torch.manual_seed(0)
+module = torch_impl.CausalAttentionWithBuffer(16, 16, 256, 0.0)
+formula = torch_impl.CausalAttentionWithBuffer(16, 16, 256, 0.0, implementation="reference")
+formula.load_state_dict(module.state_dict())
+inputs = torch.randn(2, 256, 16)
+print(torch.equal(module(inputs), formula(inputs)))
+module(inputs).sum().backward()
+"""
+
+
+def test_without_them_the_formula_is_taken() -> None:
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True"]
