@@ -29,7 +29,7 @@ from torch_impl import masked_attention
 from .support import torch_module
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+README = ROOT / "compare/README.md"
 
 
 def compare_command(

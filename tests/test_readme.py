@@ -1,30 +1,32 @@
-"""What the README says is so: its snippets run, its tables are the code's, its commands are CI's."""
+"""What the READMEs say is so: their snippets run, their tables are the records', their commands are CI's."""
 
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from flax import nnx
 
-from compare.conversion.mapping import ROWS
 from compare.mutants import MUTANTS
 
+from .record_tables import BLOCK, READMES, TABLES, filled, record
 from .support import linen_variables, nnx_model, torch_module
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SNIPPETS = {
+    f"{path.parent.relative_to(ROOT)}-{number}": snippet
+    for path in READMES
+    for number, snippet in enumerate(
+        re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    )
+}
 
 
-@pytest.mark.parametrize(
-    "snippet", SNIPPETS, ids=["torch", "linen", "nnx", "fused", "carry", "match"]
-)
+@pytest.mark.parametrize("snippet", SNIPPETS.values(), ids=SNIPPETS)
 def test_snippets_run(snippet: str, tmp_path: Path) -> None:
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{snippet}"
     command = [sys.executable, "-W", "error", "-c", script]
@@ -32,13 +34,38 @@ def test_snippets_run(snippet: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_mapping_is_the_converters() -> None:
-    for row in ROWS:
-        linen, nnx_path = "/".join(row.linen_path), "/".join(row.nnx_path)
-        assert (
-            f"| `{row.torch_key}` | `{linen}` | `{nnx_path}` | {row.layout} | {row.kind} |"
-            in README
-        )
+def test_the_first_screen() -> None:
+    """The sentence, the two commands, and code that does a user's job."""
+    assert len(README.splitlines()) <= 170
+    first = README.partition("## ")[0]
+    assert first.count("```sh") == 2
+    assert all(f"compare.{name}(" in first for name in ("match", "torch_to_nnx", "save_checkpoint"))
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.parent.relative_to(ROOT)))
+def test_the_tables_are_the_records(path: Path) -> None:
+    """Whole: a row too many and a row too few are both seen."""
+    text = path.read_text(encoding="utf-8")
+    assert text == filled(text), "run `python -m tests.record_tables`"
+
+
+def test_every_table_is_shown_once() -> None:
+    shown = [block[1] for path in READMES for block in BLOCK.findall(path.read_text("utf-8"))]
+    assert sorted(shown) == sorted(TABLES)
+
+
+def test_a_wrong_table_is_seen() -> None:
+    text = (ROOT / "compare/proof/README.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines(keepends=True) if line.startswith("| float32"))
+    assert filled(text.replace(row, row * 2)) != text.replace(row, row * 2)
+    assert filled(text.replace(row, "")) != text.replace(row, "")
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.parent.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), target
 
 
 def test_commands_start_from_a_bare_clone() -> None:
@@ -64,104 +91,20 @@ def test_the_state_table() -> None:
     assert isinstance(torch_module().W_key.weight, torch.nn.Parameter)
 
 
-def test_the_bound_table_is_the_records() -> None:
-    record = json.loads((ROOT / "compare/records/bound-cpu.json").read_text(encoding="utf-8"))
-    campaign, slips = (
-        block for block in record["sections"][0]["blocks"] if isinstance(block, dict)
-    )
-    assert record["command"] == "compare bound --cases 10000 --seed 0"
-    at_five_tokens = slips["rows"][1]
-    assert at_five_tokens[:2] == [5, 11]
-    for (dtype, cases, outside, *worst), slip in zip(
-        campaign["rows"], at_five_tokens[2:], strict=True
-    ):
-        cells = [dtype, str(cases), str(outside), *(f"{value:.2g}" for value in (*worst, slip))]
-        assert f"| {' | '.join(cells)} |" in README
-
-
-def test_the_table_of_planted_bugs_is_the_records() -> None:
-    record = json.loads((ROOT / "compare/records/mutants-cpu.json").read_text(encoding="utf-8"))
-    honest, planted = record["sections"]
-    ratios = [row[1] for row in honest["blocks"][1]["rows"]]
-    words = next(
-        block
-        for block in planted["blocks"]
-        if isinstance(block, str) and "smallest of any" in block
-    )
+def test_the_records_are_of_the_code() -> None:
+    assert record("bound")["command"] == "compare bound --cases 10000 --seed 0"
+    honest, planted = record("mutants")["sections"]
     grid = next(
         block
         for block in planted["blocks"]
         if isinstance(block, dict) and isinstance(block["rows"], dict)
     )
-    worst = [max(float(value or 0.0) for value in row) for row in grid["rows"].values()]
-    smallest = min(
-        value for value in worst if value > 1.0
-    )  # the others were seen by an error alone
-    bugs = planted["title"].split()[0]
-    held, tried = (
-        sum(int(check["count"].split("/")[i]) for check in planted["checks"]) for i in (0, 1)
-    )
-    compared = honest["blocks"][0].split("drawn; ")[1].split()[0]
-    row = f"| {bugs} | {tried} | {held} | {smallest:.2g} | 0 of {compared} | {max(ratios):.2g} |"
-    assert row in README
-    assert f"is {max(ratios):.2g}. The smallest of any planted bug is {smallest:.3g} " in words
-    assert [check["held"] for check in honest["checks"]] == [True]
     current = {f"{mutant.name} ({mutant.implementation})" for mutant in MUTANTS}
     assert set(grid["rows"]) == current, (
-        "the record is of other planted bugs; run `python -m compare mutants --json`"
+        "the record is of other planted bugs; run `compare mutants --json`"
     )
-
-
-def state_rows() -> list[str]:
-    """The rows that the records of the campaigns and benchmarks on state make in the README."""
-
-    def record(name: str) -> tuple[dict[str, Any], list[list[Any]]]:
-        content = json.loads(
-            (ROOT / f"compare/records/{name}-cpu.json").read_text(encoding="utf-8")
-        )
-        (section,) = content["sections"]
-        return content, next(block for block in section["blocks"] if isinstance(block, dict))[
-            "rows"
-        ]
-
-    killed, rows = record("kill")
-    tries, reads, lost = (sum(row[column] for row in rows) for column in (1, 4, 5))
-    what = f"`kill -9` while saving, another process reading {reads:,} times"
-    lines = [f"| {what} | {tries:,} | {lost} | `{killed['command']}` |"]
-    fuzzed, rows = record("fuzz")
-    inputs = sum(int(row[1].replace(",", "")) for row in rows)
-    lines.append(
-        f"| mutated files read | {inputs:,} | {sum(row[-1] for row in rows)} | `{fuzzed['command']}` |"
-    )
-    streamed, rows = record("stream")
-    allowed = streamed["sections"][0]["checks"][0]["expected"].split()[2]
-    lines += [
-        f"| `{source}` | `{target}` | {peak} | {allowed} |" for source, target, peak, *_ in rows
-    ]
-    _, rows = record("state")
-    for job, suffix, plain, ours, ratio in rows:
-        formats = " to ".join(f"`{word}`" for word in suffix.split(" to "))
-        lines.append(f"| {job} | {formats} | {plain} | {ours} | {ratio} |")
-    return lines
-
-
-def test_the_tables_of_state_are_the_records() -> None:
-    for row in state_rows():
-        assert row in README
-
-
-def attention_rows() -> Iterator[str]:
-    """The rows of the README's tables of attention: times under a causal mask in float32, ratios, memory."""
-    record = json.loads((ROOT / "compare/records/attention-cpu.json").read_text(encoding="utf-8"))
-    for section in record["sections"]:
-        if section["title"].startswith(("causal, float32", "Ratios", "Working memory")):
-            table = next(block for block in section["blocks"] if "rows" in block)
-            yield from ("| " + " | ".join(row) + " |" for row in table["rows"])
-
-
-def test_the_tables_of_attention_are_the_records() -> None:
-    for row in attention_rows():
-        assert row in README
+    assert [check["held"] for check in honest["checks"]] == [True]
+    assert f" {len(MUTANTS)} planted bugs " in README.replace("\n", " ")
 
 
 def test_the_errors_of_fused_attention_are_the_records() -> None:
@@ -180,9 +123,8 @@ def test_the_errors_of_fused_attention_are_the_records() -> None:
         ours, formula = (
             max(*ratios[f"torch {name}"], *ratios[f"{flax} {name}"]) for flax, name in NAMES
         )
-        assert f"{ours:.2g} at most in {dtype} (the formula: {formula:.2g})" in " ".join(
-            README.split()
-        )
+        text = " ".join((ROOT / "compare/bench/README.md").read_text(encoding="utf-8").split())
+        assert f"{ours:.2g} at most in {dtype} (the formula: {formula:.2g})" in text
 
 
 NAMES = (("Flax", "ours"), ("JAX", "formula"))

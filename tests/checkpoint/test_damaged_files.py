@@ -93,7 +93,7 @@ import json, sys, warnings
 from pathlib import Path
 from compare.proof.cases import PRIME
 from compare.checkpoint import load_checkpoint
-from compare.conversion.errors import CheckpointError
+from compare.checkpoint.errors import CheckpointError
 from tests.checkpoint.faults import DATA_FAULTS
 from tests.support import torch_module
 warnings.simplefilter("ignore")
@@ -122,5 +122,7 @@ def test_orbax_folders_with_broken_data(tmp_path: Path) -> None:
 
 
 def test_the_readme_counts_them() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert f"is a table of {len(FAULTS) + len(DATA_FAULTS)} hostile and broken files" in readme
+    readme = (Path(__file__).parents[2] / "compare/checkpoint/README.md").read_text(
+        encoding="utf-8"
+    )
+    assert f"is a table of {len(FAULTS) + len(DATA_FAULTS)} hostile and damaged files" in readme

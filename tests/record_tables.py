@@ -1,0 +1,148 @@
+"""The tables that the READMEs show between markers: `python -m tests.record_tables` writes them anew.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->` and is made from a record under
+`compare/records`, or from the code itself.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from compare.conversion.mapping import ROWS, slashed
+
+ROOT = Path(__file__).parent.parent
+READMES = sorted(path for path in ROOT.rglob("README.md") if ".venv" not in path.parts)
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
+
+Record = dict[str, Any]
+
+
+def record(name: str) -> Record:
+    path = ROOT / f"compare/records/{name}-cpu.json"
+    content: Record = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def first_table(section: Record) -> Record:
+    return next(block for block in section["blocks"] if isinstance(block, dict) and "rows" in block)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def mapping() -> str:
+    rows = []
+    for row in ROWS:
+        names = row.torch_key, slashed(row.linen_path), slashed(row.nnx_path)
+        rows.append([*(f"`{name}`" for name in names), row.layout, row.kind])
+    return table(["torch key", "Linen path", "NNX path", "layout", "kind"], rows)
+
+
+def bound() -> str:
+    campaign, slips = (
+        block for block in record("bound")["sections"][0]["blocks"] if "rows" in block
+    )
+    at_five_tokens = slips["rows"][1]
+    rows = [
+        [dtype, cases, outside, *(f"{value:.2g}" for value in (*worst, slip))]
+        for (dtype, cases, outside, *worst), slip in zip(
+            campaign["rows"], at_five_tokens[2:], strict=True
+        )
+    ]
+    columns = ["dtype", "cases", "may overflow", "PyTorch", "Flax Linen", "Flax NNX"]
+    return table([*columns, "smallest mistake caught"], rows)
+
+
+def mutants() -> str:
+    honest, planted = record("mutants")["sections"]
+    grid = next(
+        block
+        for block in planted["blocks"]
+        if isinstance(block, dict) and isinstance(block["rows"], dict)
+    )
+    worst = [max(float(value or 0.0) for value in row) for row in grid["rows"].values()]
+    smallest = min(value for value in worst if value > 1.0)  # an error alone caught the others
+    caught, tried = (
+        sum(int(check["count"].split("/")[index]) for check in planted["checks"])
+        for index in (0, 1)
+    )
+    compared = honest["blocks"][0].split("drawn; ")[1].split()[0]
+    largest = max(row[1] for row in honest["blocks"][1]["rows"])
+    alarms = f"{len(honest['findings'])} of {compared}"
+    columns = ["planted bugs", "in all frameworks", "caught", "smallest error/limit of a bug"]
+    row = [planted["title"].split()[0], tried, caught, f"{smallest:.2g}", alarms, f"{largest:.2g}"]
+    return table([*columns, "false alarms", "largest error/limit without a bug"], [row])
+
+
+def campaigns() -> str:
+    killed, fuzzed = record("kill"), record("fuzz")
+    rows = first_table(killed["sections"][0])["rows"]
+    tries, reads, lost = (sum(row[column] for row in rows) for column in (1, 4, 5))
+    what = f"`kill -9` during a save, while another process reads {reads:,} times"
+    lines = [[what, f"{tries:,}", lost, f"`{killed['command']}`"]]
+    rows = first_table(fuzzed["sections"][0])["rows"]
+    inputs = sum(int(row[1].replace(",", "")) for row in rows)
+    bad = sum(row[-1] for row in rows)
+    lines.append(["damaged files read", f"{inputs:,}", bad, f"`{fuzzed['command']}`"])
+    return table(["what was tried", "how often", "failures", "command"], lines)
+
+
+def streaming() -> str:
+    section = record("stream")["sections"][0]
+    allowed = section["checks"][0]["expected"].split()[2]
+    rows = [
+        [f"`{source}`", f"`{target}`", peak, allowed]
+        for source, target, peak, *_ in first_table(section)["rows"]
+    ]
+    return table(["from", "to", "peak, MB", "allowed, MB"], rows)
+
+
+def checkpoints() -> str:
+    rows = [
+        [job, " to ".join(f"`{word}`" for word in suffix.split(" to ")), plain, ours, ratio]
+        for job, suffix, plain, ours, ratio in first_table(record("state")["sections"][0])["rows"]
+    ]
+    return table(["job", "format", "library, s", "ours, s", "ratio"], rows)
+
+
+def attention(title: str) -> Callable[[], str]:
+    def one_table() -> str:
+        sections = record("attention")["sections"]
+        content = first_table(next(s for s in sections if s["title"].startswith(title)))
+        return table(content["columns"], content["rows"])
+
+    return one_table
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "mapping": mapping,
+    "bound": bound,
+    "mutants": mutants,
+    "campaigns": campaigns,
+    "streaming": streaming,
+    "checkpoints": checkpoints,
+    "attention-forward": attention("causal, float32, forward:"),
+    "attention-backward": attention("causal, float32, forward + backward"),
+    "attention-ratios": attention("Ratios"),
+    "attention-memory": attention("Working memory"),
+}
+
+
+def filled(text: str) -> str:
+    """Return the README with every table made anew."""
+    return BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]]()}{block[4]}", text)
+
+
+def main() -> None:
+    """Write the tables into every README."""
+    for path in READMES:
+        text = path.read_text(encoding="utf-8")
+        path.write_text(filled(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
