@@ -317,6 +317,25 @@ def bench_streaming(
 
 
 @app.command()
+def gpu(
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FOLDER", file_okay=False, help="Where the results go."),
+    ],
+    minutes: Annotated[float, typer.Option(min=0.5, help="The time for everything.")] = 9.0,
+) -> None:
+    """Run the GPU tests, outputs, checks and benchmark on CUDA; leave records, a log and a page."""
+    _require_packages("torch", "jax", "flax", "scipy", "optax", "jinja2", "matplotlib", "pytest")
+    _require_device("cuda")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"--out {out}: {error}") from error
+    job = Job("gpu", {"out": out.absolute(), "minutes": minutes})
+    _run([job], out / "summary.json", out / "summary.html")
+
+
+@app.command()
 def inspect(
     source: Annotated[
         str, typer.Argument(help="A file, a folder, or package.module:name of a module.")
@@ -502,7 +521,7 @@ def _require_device(device: str | None) -> None:
         from .runners.run import missing_cuda
 
         if missing := missing_cuda():
-            raise typer.BadParameter(f"--device cuda: {missing}")
+            raise typer.BadParameter(f"CUDA cannot be used: {missing}")
 
 
 def _require_exists(*paths: Path | None) -> None:

@@ -1,10 +1,11 @@
-"""Write beside the target, flush to the disk, rename: there is the old or the new, whole.
+"""Replace files and folders atomically: write a temporary one, flush it to the disk, rename it.
 
-A file that is open stays readable as it was. A folder is read file by file, so a reader that began
-with the old one may find it gone: `compare.open_checkpoint` notices and begins again.
+A reader sees either the whole old file or the whole new file, and an open file stays readable after
+it is replaced. A folder is read file by file, so the old folder may disappear during a read:
+`compare.open_checkpoint` notices this and starts again.
 
-Each temporary name is locked by the process that writes it. A process that was killed holds no
-lock, so the next save of the same path can tell what it left behind, and removes it.
+Each process locks its temporary files and folders. A killed process loses its locks, so the next
+save of the same path recognizes what it left behind and removes it.
 """
 
 import ctypes
@@ -27,15 +28,15 @@ _FLUSH_SECONDS, _FLUSH_BYTES = 0.05, 1 << 20
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file in the folder of `path` that becomes `path` when the block succeeds.
+    """Open a temporary file beside `path`, and rename it to `path` when the block succeeds.
 
-    The new file gets the old one's permissions. If the block raises, the temporary file is removed
-    and `path` is as it was.
+    The new file gets the permissions of the old one. If the block raises, the temporary file is
+    removed and `path` is unchanged.
     """
     sweep(path)
     forget(path)
     with (
-        _own(path, lambda temporary: temporary.touch(exist_ok=False)) as temporary,
+        _locked_temporary(path, lambda temporary: temporary.touch(exist_ok=False)) as temporary,
         temporary.open("r+b") as stream,
     ):
         if path.exists():
@@ -50,18 +51,23 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _flushing(descriptor: int) -> Iterator[None]:
-    """Begin to send to the disk what is written while more is being written, so that little is left for the end."""
-    send = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux; elsewhere all is left
+    """Start writing to the disk during the block, so that the final fsync has little left to do."""
+    # Only Linux has sync_file_range. Elsewhere the final fsync does all the work.
+    start_writing = getattr(ctypes.CDLL(None), "sync_file_range", None)
     done = threading.Event()
-    own = os.dup(descriptor)  # Ctrl-C may close the caller's before the thread has ended
+    duplicate = os.dup(descriptor)  # Ctrl-C may close `descriptor` before the thread has ended
 
     def flush() -> None:
-        with os.fdopen(own):
-            # A file without a name was given up.
-            while send and not done.wait(_FLUSH_SECONDS) and (status := os.fstat(own)).st_nlink:
-                # Without the end: who appends would wait for the page that he is in the middle of.
-                if begun := status.st_size // _FLUSH_BYTES * _FLUSH_BYTES:
-                    send(own, ctypes.c_int64(0), ctypes.c_int64(begun), _SYNC_FILE_RANGE_WRITE)
+        with os.fdopen(duplicate):
+            while start_writing and not done.wait(_FLUSH_SECONDS):
+                status = os.fstat(duplicate)
+                if not status.st_nlink:  # the file was removed: the save has failed
+                    break
+                # Leave out the last, partial block: the writer would wait for a page in progress.
+                if nbytes := status.st_size // _FLUSH_BYTES * _FLUSH_BYTES:
+                    start_writing(
+                        duplicate, ctypes.c_int64(0), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE
+                    )
 
     thread = threading.Thread(target=flush)
     try:
@@ -75,17 +81,16 @@ def _flushing(descriptor: int) -> Iterator[None]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path` that becomes `path` when the block succeeds.
+    """Make a temporary folder beside `path`, and rename it to `path` when the block succeeds.
 
-    An old folder is exchanged for the new one in a single step where the system can (Linux,
-    renameat2); elsewhere there is an instant between two renames when neither is there. The old one
-    stays in the system's cache: who reads it meanwhile goes from file to file, and is not to be
-    slowed down.
+    Linux exchanges the old and the new folder in one step (renameat2). Elsewhere two renames are
+    needed, and for an instant between them neither folder is at `path`. The old folder stays in the
+    page cache, because a reader may still be going through its files.
     """
     sweep(path)
-    with _own(path, Path.mkdir) as temporary:
-        # Within the locked folder, for Orbax puts another one, without the lock, in the place of
-        # what it is given.
+    with _locked_temporary(path, Path.mkdir) as temporary:
+        # Orbax replaces the folder that it is given with an unlocked one. So it gets a subfolder,
+        # and the lock stays on the outer folder.
         folder = temporary / "new"
         folder.mkdir()
         yield folder
@@ -98,8 +103,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _own(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """Make a temporary file or folder beside `path` and hold its lock; what is left of it at the end is removed."""
+def _locked_temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """Make and lock a temporary file or folder beside `path`; remove what is left at the end."""
     while True:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
@@ -115,11 +120,11 @@ def _own(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
 
 
 def sweep(path: Path) -> None:
-    """Remove what killed processes left behind of earlier tries to write `path`."""
-    ours = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.tmp")
-    for left in [entry for entry in path.parent.iterdir() if ours.fullmatch(entry.name)]:
-        with suppress(OSError, _SweptError), _locked(left, fcntl.LOCK_NB):
-            _remove(left)
+    """Remove the temporary files and folders of killed processes that were writing `path`."""
+    pattern = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.tmp")
+    for leftover in [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]:
+        with suppress(OSError, _SweptError), _locked(leftover, fcntl.LOCK_NB):
+            _remove(leftover)
 
 
 def _remove(path: Path) -> None:
@@ -130,12 +135,12 @@ def _remove(path: Path) -> None:
 
 
 class _SweptError(Exception):
-    """Another writer has removed the file before it was locked."""
+    """Another writer removed the temporary file or folder before it was locked."""
 
 
 @contextmanager
 def _locked(path: Path, flag: int = 0) -> Iterator[None]:
-    """Hold the lock of a file or folder; with LOCK_NB raise OSError if another process holds it."""
+    """Lock a file or folder; with LOCK_NB raise OSError if another process holds the lock."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError as error:
@@ -158,19 +163,19 @@ def _fsync(path: Path) -> None:
 
 
 def _install(new: Path, path: Path) -> None:
-    """Put the folder at `path`; what was there is then at `new`. Another writer may come between."""
+    """Move the folder `new` to `path`; an old folder at `path` is moved to `new`."""
     for _ in range(100):
         if path.exists():
             _exchange(new, path)
             return
-        with suppress(OSError):  # another writer was first: exchange with its folder
+        with suppress(OSError):  # another writer has just created `path`: exchange instead
             new.rename(path)
             return
-    raise OSError(f"{path} comes and goes; is another process removing it?")
+    raise OSError(f"{path} keeps appearing and disappearing; is another process removing it?")
 
 
 def _exchange(new: Path, path: Path) -> None:
-    """Swap the two folders, so that `new` holds what was at `path`."""
+    """Swap the two folders, so that the old folder is at `new`."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if (
         renameat2
@@ -185,23 +190,23 @@ def _exchange(new: Path, path: Path) -> None:
 
 
 def forget(path: Path) -> None:
-    """Ask for a file or folder to be dropped; what is not yet on the disk stays.
+    """Ask the system to drop a file or folder from the page cache; unwritten pages stay.
 
-    What is to be replaced leaves room so for the new. A virtual machine would have to ask its host
-    for that room, which can take longer than the writing.
+    This frees memory for the file that replaces it. A virtual machine would otherwise have to ask
+    its host for memory, which can take longer than the writing.
     """
     _advise(path, "POSIX_FADV_DONTNEED")
 
 
 def read_ahead(path: Path) -> None:
-    """Ask for a whole file at once; what is mapped would come in small pieces, a tenth slower."""
+    """Ask the system to read a whole file ahead; a mapped file read on demand is a tenth slower."""
     _advise(path, "POSIX_FADV_WILLNEED")
 
 
 def _advise(path: Path, advice: str) -> None:
     if not hasattr(os, "posix_fadvise"):
         return
-    with suppress(OSError):  # they may be gone, or not be ours to read
+    with suppress(OSError):  # a file may have been removed, or may not be readable
         for file in path.rglob("*") if path.is_dir() else [path]:
             if file.is_file():
                 with file.open("rb") as stream:

@@ -1,1 +1,1 @@
-"""How fast: attention beside its peers, and checkpoints beside plain library calls."""
+"""Benchmarks: attention against its peers, and checkpoints against plain library calls."""

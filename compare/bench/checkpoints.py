@@ -1,7 +1,7 @@
-"""Save, load and convert beside the plain library calls, interleaved on the same data in one run.
+"""Time saving, loading and converting against plain library calls, alternating on the same data.
 
-Each format has a process of its own, as in a program that saves or loads: how fast memory is to be
-had depends on what a process did before (NumPy leaves huge pages behind in the allocator).
+Each format runs in its own process, because the speed of allocation depends on what the process did
+before: NumPy leaves huge pages behind in the allocator.
 """
 
 import ctypes
@@ -32,25 +32,25 @@ SIDE = 2048
 MATRIX_BYTES = 4 * SIDE * SIDE
 SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")
 CONVERT = "convert"
-MEMORY = 5  # times the data: as much as either needs at once
-# What ours may take beside the plain call, or beside reading and writing.
+MEMORY = 5  # multiple of the data size: the most that either side needs at once
+# The smallest allowed ratio of the plain call's time to ours.
 LEAST, LEAST_CONVERTING = 0.8, 1 / 1.5
 
-Timed = tuple[str, str, str]  # job, format, whose
+Timed = tuple[str, str, str]  # job, format, side
 
 
 class Job(NamedTuple):
-    """What is timed: the plain library call, and ours. `before` is not."""
+    """A plain library call and our call, both timed. `before` runs before each, untimed."""
 
     name: str
     suffix: str
     plain: Callable[[], Any]
     ours: Callable[[], Any]
-    before: Callable[[str], None] = lambda whose: None
+    before: Callable[[str], None] = lambda side: None
 
 
 class Bench:
-    """The data, as a torch module and as Linen variables, and where it is written."""
+    """The data as a torch module and as Linen variables, and the folder that it is written to."""
 
     def __init__(self, folder: Path, megabytes: int) -> None:
         self.folder = folder
@@ -71,16 +71,16 @@ class Bench:
         self.mapping = StateMapping(tuple(rows))
         self.nbytes = count * MATRIX_BYTES
 
-    def path(self, whose: str, suffix: str) -> Path:
-        """Return where one side writes."""
-        return self.folder / f"{whose}{suffix}"
+    def path(self, side: str, suffix: str) -> Path:
+        """Return the path that one side ("plain" or "ours") writes to."""
+        return self.folder / f"{side}{suffix}"
 
     def source(self, suffix: str) -> Any:
-        """Return the state as the format's own framework has it."""
+        """Return the state in the framework of the format."""
         return self.variables if suffix in (".msgpack", ".orbax") else self.module
 
     def jobs(self, group: str) -> Iterator[Job]:
-        """Yield what is timed of a format, or of converting."""
+        """Yield the jobs of a format, or those of converting."""
         if group == CONVERT:
             source = save_checkpoint(self.path("ours", ".safetensors"), self.module)
             for suffix in SUFFIXES[1:]:
@@ -105,12 +105,12 @@ class Bench:
         plain, load = partial(self.load, group), partial(load_checkpoint, path, self.source(group))
         yield Job("load, just written", group, plain, load)
         yield Job(
-            "load, not cached", group, plain, load, lambda whose: forget(self.path(whose, group))
+            "load, not cached", group, plain, load, lambda side: forget(self.path(side, group))
         )
         yield Job("load, cached by reading", group, plain, load)
 
     def save(self, suffix: str) -> None:
-        """Save by the plain library."""
+        """Save with the plain library."""
         import orbax.checkpoint as ocp
         from safetensors.torch import save_file
 
@@ -126,7 +126,7 @@ class Bench:
                 checkpointer.save(path, self.variables, force=True)
 
     def load(self, suffix: str) -> Any:
-        """Load by the plain library into the module, or into JAX arrays."""
+        """Load with the plain library into the module, or into JAX arrays."""
         import orbax.checkpoint as ocp
         from safetensors.torch import load_file
 
@@ -143,7 +143,7 @@ class Bench:
             return checkpointer.restore(path, self.variables)
 
     def read_and_write(self, suffix: str) -> None:
-        """Read every value into memory, and write as many."""
+        """Read every value into memory, then save the same amount with the plain library."""
         from safetensors.torch import load_file
 
         for tensor in load_file(self.path("ours", ".safetensors")).values():
@@ -152,12 +152,12 @@ class Bench:
 
 
 def matrices(megabytes: int) -> int:
-    """Return how many matrices make about that many megabytes."""
+    """Return how many matrices fill about that many megabytes."""
     return max(1, megabytes * 1_000_000 // MATRIX_BYTES)
 
 
 def sections(megabytes: int, rounds: int) -> Iterator[Section | str]:
-    """Yield one section with the ratios; on the way, which round it is."""
+    """Yield the progress, then one section with the ratios."""
     times: dict[Timed, list[float]] = {}
     for group in (*SUFFIXES, CONVERT):
         with (
@@ -167,14 +167,16 @@ def sections(megabytes: int, rounds: int) -> Iterator[Section | str]:
             ) as process,
         ):
             yield f"{group}: round 0 of {rounds}"
-            for number, found in enumerate(process.map(_round, range(rounds + 1))):
+            for number, seconds_by_job in enumerate(process.map(_round, range(rounds + 1))):
                 yield f"{group}: round {min(number + 1, rounds)} of {rounds}"
-                for key, seconds in found.items() if number else ():  # the first warms up
+                if number == 0:  # a warm-up
+                    continue
+                for key, seconds in seconds_by_job.items():
                     times.setdefault(key, []).append(seconds)
     yield _section(times, megabytes, rounds)
 
 
-_PREPARED: list[tuple[Bench, list[Job]]] = []  # of the process that times
+_PREPARED: list[tuple[Bench, list[Job]]] = []  # set in the timing process
 
 
 def _prepare(folder: Path, megabytes: int, group: str) -> None:
@@ -183,29 +185,29 @@ def _prepare(folder: Path, megabytes: int, group: str) -> None:
 
 
 def _round(number: int) -> dict[Timed, float]:
-    """Return the seconds of every job of the process, each side once."""
+    """Run every job of the process once for each side, and return the seconds."""
     ((bench, jobs),) = _PREPARED
     times = {}
     for job in jobs:
-        both = [("plain", job.plain), ("ours", job.ours)]
-        for whose, call in (
-            both if number % 2 else reversed(both)
-        ):  # each comes after the other as often
-            job.before(whose)
+        sides = [("plain", job.plain), ("ours", job.ours)]
+        if number % 2 == 0:  # the order alternates from round to round
+            sides.reverse()
+        for side, call in sides:
+            job.before(side)
             _settle(bench.nbytes)
             begin = time.perf_counter()
-            found = call()
-            jax.block_until_ready(found if isinstance(found, dict) else None)
-            times[job.name, job.suffix, whose] = time.perf_counter() - begin
-            del found
+            result = call()
+            jax.block_until_ready(result if isinstance(result, dict) else None)
+            times[job.name, job.suffix, side] = time.perf_counter() - begin
+            del result
     return times
 
 
 def _settle(nbytes: int) -> None:
-    """Leave nothing to be written, no memory in the allocator's hand, and enough of it in the system's.
+    """Write dirty pages to the disk, return freed memory to the system and touch enough new pages.
 
-    Else one would wait for what the other has left to be written, use again memory that the other
-    gave back, or wait for memory from the host of a virtual machine.
+    Otherwise one side would wait for the other's pending writes, reuse memory that the other freed,
+    or wait for the host of a virtual machine to provide memory.
     """
     os.sync()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
@@ -233,12 +235,14 @@ def _section(times: dict[Timed, list[float]], megabytes: int, rounds: int) -> Se
             )
         )
     section.blocks = [
-        "Seconds, median (least to greatest), of the plain library call and of ours, now one first and now the other, "
-        "nothing left to be written, memory as in a new process, each format in its own. Ours takes and checks a "
-        "CRC-32 of every tensor, flushes to the disk and renames. Loading is into the module, or into JAX arrays. Just "
-        "written: the file is in the system's cache as it was written; not cached: the system was asked to forget it; "
-        "cached by reading: it is loaded once more. Converting, every kernel transposed, is beside reading every value "
-        "and the plain call that writes as many. Ratio: the plain call's time over ours.",
+        "Seconds: median (minimum-maximum) of the plain library call and of ours. The order "
+        "alternates. Before each call, pending writes are finished and memory is as in a new "
+        "process. Each format runs in its own process. Ours computes and checks a CRC-32 of every "
+        "tensor, flushes to the disk and renames. Loading fills the module, or JAX arrays. Just "
+        "written: the file is in the page cache because it was written. Not cached: the system was "
+        "asked to drop it. Cached by reading: it is loaded again. Converting transposes every "
+        "kernel. It is compared with reading every value and saving the same amount with the plain "
+        "library. Ratio: the plain call's time over ours.",
         Table(["job", "format", "plain", "ours", "ratio"], rows),
     ]
     return section

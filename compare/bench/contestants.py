@@ -1,8 +1,11 @@
-"""Who computes attention in `python -m compare bench`: the formula, the frameworks' own functions, and ours."""
+"""The attention functions of `compare bench attention`.
+
+They are the formula, the functions of the frameworks, and ours.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +23,13 @@ Step = Callable[[], Any]
 
 
 class AttentionProblem(NamedTuple):
-    """What every contestant is given.
+    """The input of every contestant.
 
-    heads: queries, keys and values, (batch, heads, tokens, head_dim), float32.
-    cotangent: of their shape.
-    mask: (tokens, tokens), nonzero blocks.
-    mask_name: what the mask is called; `causal` may be told to those who take that as an argument.
-    dtype: in which it is computed.
+    heads: queries, keys and values, each (batch, heads, tokens, head_dim), float32.
+    cotangent: the cotangent of the outputs, of the same shape and dtype.
+    mask: (tokens, tokens); a nonzero entry blocks.
+    mask_name: a key of MASKS; "causal" allows a contestant to use its `is_causal` argument.
+    dtype: the dtype of the computation.
     device: "cpu" or "cuda".
     """
 
@@ -39,10 +42,21 @@ class AttentionProblem(NamedTuple):
 
 
 class Contestant(NamedTuple):
-    """`make` gives the call that is timed, forward or forward and backward, or raises NotImplementedError."""
+    """One attention function.
+
+    name: its name in tables.
+    framework: "torch" or "jax".
+    make: takes the problem and whether to run the backward pass too, and returns the call to time.
+        It raises NotImplementedError if the function does not support the problem.
+    is_ours: whether it is `masked_attention` of this repository.
+    tokens_first: whether its arrays are (batch, tokens, heads, head_dim).
+    """
 
     name: str
+    framework: Literal["torch", "jax"]
     make: Callable[[AttentionProblem, bool], Step]
+    is_ours: bool = False
+    tokens_first: bool = False
 
 
 def draw_problem(
@@ -63,16 +77,17 @@ def _causal(num_tokens: int) -> np.ndarray:
 
 
 def _window(num_tokens: int) -> np.ndarray:
-    behind = np.subtract.outer(np.arange(num_tokens), np.arange(num_tokens))
-    return ((behind < 0) | (behind >= 256)).astype(np.float32)
+    distance = np.subtract.outer(np.arange(num_tokens), np.arange(num_tokens))
+    return ((distance < 0) | (distance >= 256)).astype(np.float32)
 
 
 def _random(num_tokens: int) -> np.ndarray:
-    """Close every other block of 64, at random, but none on the diagonal."""
+    """Block half of the 64 x 64 tiles at random, but none on the diagonal."""
     count = -(-num_tokens // 64)
-    closed = np.random.default_rng(1).random((count, count)) < 0.5
-    np.fill_diagonal(closed, False)
-    return closed.repeat(64, axis=0).repeat(64, axis=1)[:num_tokens, :num_tokens].astype(np.float32)
+    is_blocked = np.random.default_rng(1).random((count, count)) < 0.5
+    np.fill_diagonal(is_blocked, False)
+    pairs = is_blocked.repeat(64, axis=0).repeat(64, axis=1)
+    return pairs[:num_tokens, :num_tokens].astype(np.float32)
 
 
 MASKS: dict[str, Callable[[int], np.ndarray]] = {
@@ -83,40 +98,54 @@ MASKS: dict[str, Callable[[int], np.ndarray]] = {
 
 
 def contestants(device: str, *, slow: bool = True) -> Iterator[Contestant]:
-    """Yield those that run on the device; `slow` ones are compiled for seconds."""
-    yield Contestant("torch formula", partial(_torch, _masked(torch_impl.reference_attention)))
-    yield Contestant("torch SDPA is_causal", partial(_torch, _sdpa_causal))
-    yield Contestant("torch SDPA mask", partial(_torch, _sdpa_mask))
+    """Yield the contestants that run on the device; `slow` includes those that compile long."""
+    yield _torch_contestant("torch formula", _with_mask(torch_impl.reference_attention))
+    yield _torch_contestant("torch SDPA is_causal", _sdpa_causal)
+    yield _torch_contestant("torch SDPA mask", _sdpa_mask)
     if slow:
-        yield Contestant("torch flex_attention", partial(_torch, _flex))
-    yield Contestant("torch ours", partial(_torch, _masked(torch_impl.masked_attention)))
-    yield Contestant("JAX formula", partial(_jax, flax_impl.reference_attention, False))
-    yield Contestant("jax.nn", partial(_jax, _jax_nn, True))
+        yield _torch_contestant("torch flex_attention", _flex)
+    yield _torch_contestant("torch ours", _with_mask(torch_impl.masked_attention), is_ours=True)
+    yield _jax_contestant("JAX formula", flax_impl.reference_attention)
+    yield _jax_contestant("jax.nn", _jax_nn, tokens_first=True)
     if device == "cuda":
-        yield Contestant("jax.nn cudnn", partial(_jax, _jax_cudnn, True))
-    yield Contestant("flax.linen", partial(_jax, _flax_linen, True))
-    yield Contestant("flax.nnx", partial(_jax, _flax_nnx, True))
-    yield Contestant("Flax ours", partial(_jax, flax_impl.masked_attention, False))
+        yield _jax_contestant("jax.nn cudnn", _jax_cudnn, tokens_first=True)
+    yield _jax_contestant("flax.linen", _flax_linen, tokens_first=True)
+    yield _jax_contestant("flax.nnx", _flax_nnx, tokens_first=True)
+    yield _jax_contestant("Flax ours", flax_impl.masked_attention, is_ours=True)
 
 
 TorchAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# Returns the attention function for a problem and its mask on the device.
+TorchPrepare = Callable[[AttentionProblem, torch.Tensor], TorchAttention]
 
 
-def _torch(
-    prepare: Callable[[AttentionProblem, torch.Tensor], TorchAttention],
-    given: AttentionProblem,
-    backward: bool,
-) -> Step:
-    dtype = getattr(torch, given.dtype)
+def _torch_contestant(name: str, prepare: TorchPrepare, *, is_ours: bool = False) -> Contestant:
+    return Contestant(name, "torch", partial(_torch_step, prepare), is_ours)
+
+
+def _jax_contestant(
+    name: str,
+    attend: Callable[..., jax.Array],
+    *,
+    is_ours: bool = False,
+    tokens_first: bool = False,
+) -> Contestant:
+    make = partial(_jax_step, attend, tokens_first)
+    return Contestant(name, "jax", make, is_ours, tokens_first)
+
+
+def _torch_step(prepare: TorchPrepare, problem: AttentionProblem, backward: bool) -> Step:
+    dtype = getattr(torch, problem.dtype)
     queries, keys, values, cotangent = (
-        torch.from_numpy(array).to(given.device, dtype) for array in (*given.heads, given.cotangent)
+        torch.from_numpy(array).to(problem.device, dtype)
+        for array in (*problem.heads, problem.cotangent)
     )
-    attend = prepare(given, torch.from_numpy(given.mask).to(given.device))
+    attend = prepare(problem, torch.from_numpy(problem.mask).to(problem.device))
 
-    def finish(found: Any) -> Any:
-        if given.device == "cuda":
+    def finish(outputs: Any) -> Any:
+        if problem.device == "cuda":
             torch.cuda.synchronize()
-        return found
+        return outputs
 
     if not backward:
 
@@ -129,28 +158,26 @@ def _torch(
     return lambda: finish(torch.autograd.grad(attend(queries, keys, values), leaves, cotangent))
 
 
-def _masked(
-    attend: Callable[..., torch.Tensor],
-) -> Callable[[AttentionProblem, torch.Tensor], TorchAttention]:
-    return lambda given, mask: partial(attend, mask=mask)
+def _with_mask(attend: Callable[..., torch.Tensor]) -> TorchPrepare:
+    return lambda problem, mask: partial(attend, mask=mask)
 
 
-def _sdpa_causal(given: AttentionProblem, mask: torch.Tensor) -> TorchAttention:
-    if given.mask_name != "causal":
-        raise NotImplementedError("takes no such mask")
+def _sdpa_causal(problem: AttentionProblem, mask: torch.Tensor) -> TorchAttention:
+    if problem.mask_name != "causal":
+        raise NotImplementedError("supports only a causal mask")
     return partial(F.scaled_dot_product_attention, is_causal=True)
 
 
-def _sdpa_mask(given: AttentionProblem, mask: torch.Tensor) -> TorchAttention:
+def _sdpa_mask(problem: AttentionProblem, mask: torch.Tensor) -> TorchAttention:
     return partial(F.scaled_dot_product_attention, attn_mask=mask == 0)
 
 
-def _flex(given: AttentionProblem, mask: torch.Tensor) -> TorchAttention:
+def _flex(problem: AttentionProblem, mask: torch.Tensor) -> TorchAttention:
     from torch.nn.attention.flex_attention import create_block_mask
 
     num_tokens = len(mask)
     if num_tokens < 128:
-        raise NotImplementedError("its blocks are of 128 tokens")
+        raise NotImplementedError("needs at least 128 tokens, the size of its blocks")
     is_open = mask == 0
     blocks = create_block_mask(
         lambda batch, head, query, key: is_open[query, key],
@@ -158,7 +185,7 @@ def _flex(given: AttentionProblem, mask: torch.Tensor) -> TorchAttention:
         None,
         num_tokens,
         num_tokens,
-        device=given.device,
+        device=problem.device,
     )
     return partial(_compiled_flex(), block_mask=blocks)
 
@@ -170,21 +197,21 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention)
 
 
-def _jax(
-    attend: Callable[..., jax.Array], tokens_first: bool, given: AttentionProblem, backward: bool
+def _jax_step(
+    attend: Callable[..., jax.Array], tokens_first: bool, problem: AttentionProblem, backward: bool
 ) -> Step:
-    """Jit it once for all masks; `tokens_first` want (batch, tokens, heads, head_dim), and are told `is_causal`."""
-    device = jax.devices(given.device)[0]
+    """Return the jitted call; only `tokens_first` functions take the argument `is_causal`."""
+    device = jax.devices(problem.device)[0]
 
     def put(array: np.ndarray) -> jax.Array:
         array = array.swapaxes(1, 2) if tokens_first else array
         return jax.device_put(
-            jnp.asarray(np.ascontiguousarray(array), numpy_dtype(given.dtype)), device
+            jnp.asarray(np.ascontiguousarray(array), numpy_dtype(problem.dtype)), device
         )
 
-    heads, cotangent = [put(array) for array in given.heads], put(given.cotangent)
-    mask = jax.device_put(given.mask, device)
-    compiled = jitted(attend, given.mask_name == "causal" if tokens_first else None, backward)
+    heads, cotangent = [put(array) for array in problem.heads], put(problem.cotangent)
+    mask = jax.device_put(problem.mask, device)
+    compiled = jitted(attend, problem.mask_name == "causal" if tokens_first else None, backward)
     if backward:
         return lambda: jax.block_until_ready(compiled(*heads, mask, cotangent))
     return lambda: jax.block_until_ready(compiled(*heads, mask))
@@ -192,7 +219,11 @@ def _jax(
 
 @cache
 def jitted(attend: Callable[..., jax.Array], is_causal: bool | None, backward: bool) -> Any:
-    """Return the compiled attention, or the gradient of all three by the cotangent, which then comes last."""
+    """Return the jitted attention, cached so that all masks share one compilation.
+
+    With `backward`, return its vector-Jacobian product for queries, keys and values; the cotangent
+    is then the last argument.
+    """
     call = attend if is_causal is None else partial(attend, is_causal=is_causal)
     if not backward:
         return jax.jit(call)
@@ -221,7 +252,7 @@ def _jax_nn(queries: Any, keys: Any, values: Any, mask: Any, *, is_causal: bool)
 
 def _jax_cudnn(queries: Any, keys: Any, values: Any, mask: Any, *, is_causal: bool) -> jax.Array:
     if queries.dtype not in (jnp.bfloat16, jnp.float16) or not is_causal:
-        raise NotImplementedError("takes half precision, and no such mask")
+        raise NotImplementedError("supports only half precision and a causal mask")
     return jax.nn.dot_product_attention(
         queries, keys, values, is_causal=True, implementation="cudnn"
     )

@@ -1,1 +1,1 @@
-"""What is exact, how far rounding may go, and the verdict on two arrays: NumPy and SciPy alone."""
+"""The exact reference, the rounding bounds and the comparison of arrays, in NumPy and SciPy."""

@@ -1,4 +1,4 @@
-"""Compare two arrays entry by entry: how far apart, against what is allowed, and where."""
+"""Compare two arrays entry by entry: the worst error, its limit and its position."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,12 +8,18 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Agreement:
-    """How two arrays agree.
+    """The result of comparing two arrays entry by entry.
 
-    `ratio` is the worst |found - expected| / limit: at most 1 where they agree, inf where NaN or
-    inf stand in different places or a limit is infinite, NaN where no limit was given. `index` is
-    where that is, `found`, `expected` and `limit` what stands there. `absolute` is the largest
-    difference, and `relative` the same over the largest expected entry.
+    Attributes:
+        absolute: the largest difference.
+        relative: the largest difference over the largest expected entry.
+        ratio: the largest |found - expected| / limit; at most 1 if the arrays agree. It is inf
+            where NaN or inf are at different positions or a limit is infinite, and NaN if no
+            limit was given.
+        index: the position of the largest ratio; without a limit, of the first difference.
+        found: the entry found at that position.
+        expected: the entry expected there.
+        limit: the limit there.
     """
 
     absolute: float
@@ -26,19 +32,22 @@ class Agreement:
 
     @property
     def held(self) -> bool:
-        """Whether every entry lies within its limit; a NaN ratio does not."""
+        """Whether every entry lies within its limit; False if the ratio is NaN."""
         return self.ratio <= 1.0
 
     def __str__(self) -> str:
         return (
-            f"{self.found!r} where {self.expected!r} is expected, at {self.index}: "
+            f"found {self.found!r}, expected {self.expected!r} at {self.index}: "
             f"error/limit {self.ratio:.3g}, limit {self.limit:.3g}"
         )
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison that a check has made, of one implementation in one case; `why` gives the limit its reason."""
+    """One comparison that a check made, of one implementation in one case.
+
+    `why` describes how the limit is derived.
+    """
 
     check: str
     implementation: str
@@ -48,22 +57,25 @@ class Finding:
 
     @property
     def held(self) -> bool:
-        """Whether it lies within the limit."""
+        """Whether every entry lies within its limit."""
         return self.agreement.held
 
     def __str__(self) -> str:
-        return f"{self.check} ({self.implementation}), {self.case}: {self.agreement}. The limit: {self.why}"
+        return (
+            f"{self.check} ({self.implementation}), {self.case}: {self.agreement}. "
+            f"The limit: {self.why}"
+        )
 
 
 def agreement(
     found: np.ndarray, expected: np.ndarray, limit: np.ndarray | float | None = None
 ) -> Agreement:
-    """Compare each entry with its own limit; a limit of zero asks for equality, none only measures.
+    """Compare each entry with its own limit: 0 requires equality, None only measures.
 
-    NaN and infinities must stand in the same places, whatever the limit there.
+    NaN and infinities must be at the same positions in both arrays, whatever the limit is there.
 
     Raises:
-        ValueError: the shapes differ, a limit is negative, or there is nothing to compare.
+        ValueError: the shapes differ, a limit is negative, or the arrays are empty.
     """
     if limit is not None and np.any(np.asarray(limit) < 0):
         raise ValueError("a limit is negative")
@@ -73,50 +85,63 @@ def agreement(
         raise ValueError(f"nothing to compare: the arrays have shape {found.shape}")
     found, expected = found.astype(np.float64), expected.astype(np.float64)
     finite = np.isfinite(found) & np.isfinite(expected)
-    same = (found == expected) | (np.isnan(found) & np.isnan(expected))
+    equal = (found == expected) | (np.isnan(found) & np.isnan(expected))
     with np.errstate(invalid="ignore", divide="ignore"):
-        difference = np.where(finite, np.abs(found - expected), np.where(same, 0.0, np.inf))
-        bound = np.broadcast_to(np.nan if limit is None else limit, found.shape)
-        ratio = np.where(difference == 0.0, 0.0, difference / bound)
-    ratio = np.where(np.isnan(ratio) | np.isinf(bound), np.inf, ratio)
+        difference = np.where(finite, np.abs(found - expected), np.where(equal, 0.0, np.inf))
+        limits = np.broadcast_to(np.nan if limit is None else limit, found.shape)
+        ratio = np.where(difference == 0.0, 0.0, difference / limits)
+    ratio = np.where(np.isnan(ratio) | np.isinf(limits), np.inf, ratio)
     index = tuple(int(i) for i in np.unravel_index(np.argmax(ratio), ratio.shape))
     largest = np.abs(expected[finite]).max(initial=0.0)
     absolute = float(difference.max())
     relative = absolute / largest if largest else (0.0 if absolute == 0.0 else float("inf"))
-    worst = float("nan") if limit is None else float(ratio[index])
-    at = float(found[index]), float(expected[index]), float(bound[index])
-    return Agreement(absolute, float(relative), worst, index, *at)
+    return Agreement(
+        absolute=absolute,
+        relative=float(relative),
+        ratio=float("nan") if limit is None else float(ratio[index]),
+        index=index,
+        found=float(found[index]),
+        expected=float(expected[index]),
+        limit=float(limits[index]),
+    )
 
 
 def identical(found: np.ndarray, expected: np.ndarray) -> Agreement:
-    """Compare bit for bit, NaN payloads and the sign of 0 included; `absolute` counts the entries that differ.
+    """Compare bit for bit, including NaN payloads and the sign of 0.
+
+    `absolute` is the number of entries that differ.
 
     Raises:
-        ValueError: the dtypes or shapes differ, or there is nothing to compare.
+        ValueError: the dtypes or shapes differ, or the arrays are empty.
     """
     if found.dtype != expected.dtype:
         raise ValueError(f"cannot compare the bits of {found.dtype} and {expected.dtype}")
-    measured = agreement(found, expected)
-    differing = (_bytes(found) != _bytes(expected)).any(axis=-1)
-    index = tuple(int(i) for i in np.unravel_index(np.argmax(differing), differing.shape))
-    at = float(found[index]), float(expected[index]), 0.0
+    relative = agreement(found, expected).relative
+    differs = (_bytes(found) != _bytes(expected)).any(axis=-1)
+    index = tuple(int(i) for i in np.unravel_index(np.argmax(differs), differs.shape))
     return Agreement(
-        float(differing.sum()), measured.relative, np.inf if differing.any() else 0.0, index, *at
+        absolute=float(differs.sum()),
+        relative=relative,
+        ratio=np.inf if differs.any() else 0.0,
+        index=index,
+        found=float(found[index]),
+        expected=float(expected[index]),
+        limit=0.0,
     )
 
 
 def same_names(found: Iterable[str], expected: Iterable[str]) -> Agreement:
-    """Compare two sets of names; `absolute` counts those that are on one side only."""
-    left, right = set(found), set(expected)
-    apart = len(left ^ right)
+    """Compare two sets of names; `absolute` is the number of names on one side only."""
+    found, expected = set(found), set(expected)
+    unmatched = len(found ^ expected)
     return Agreement(
-        float(apart),
-        float(apart),
-        np.inf if apart else 0.0,
-        (),
-        float(len(left)),
-        float(len(right)),
-        0.0,
+        absolute=float(unmatched),
+        relative=float(unmatched),
+        ratio=np.inf if unmatched else 0.0,
+        index=(),
+        found=float(len(found)),
+        expected=float(len(expected)),
+        limit=0.0,
     )
 
 

@@ -1,4 +1,4 @@
-"""The configurations and inputs that the commands and the suite run."""
+"""The configurations and inputs used by the commands and the tests."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ Framework = Literal["torch", "linen", "nnx"]
 FRAMEWORKS: tuple[Framework, ...] = ("torch", "linen", "nnx")
 TITLES: dict[str, str] = {"torch": "PyTorch", "linen": "Flax Linen", "nnx": "Flax NNX"}
 
-# The parameters by torch's names, weights (out, in), and the mask if it is state.
+# The parameters by their torch names, weights (out, in), and the mask if it is state.
 State = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Config:
-    """The constructor arguments that the three implementations share; with `num_heads`, of the class that has heads."""
+    """The constructor arguments that the three implementations share.
+
+    `num_heads` selects the multi-head class, None the classes with a single head.
+    """
 
     input_embedding_dim: int
     output_embedding_dim: int
@@ -32,13 +35,13 @@ class Config:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of the constructors."""
+        """The keyword arguments for the constructors, without those that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration with the size of its inputs."""
+    """A configuration and the size of its inputs."""
 
     name: str
     config: Config
@@ -53,7 +56,8 @@ class Case:
 
 NOTEBOOK = Config(3, 5, 6, 0.1)
 
-# Every dimension is another prime, so that a swapped axis is a wrong shape and not a wrong number.
+# Every dimension is a different prime, so that a swapped axis gives a wrong shape, not a wrong
+# number.
 PRIME = Config(13, 11, 7, 0.1)
 PRIME_BIAS = Config(13, 11, 7, 0.1, qkv_bias=True)
 LONG = Config(61, 31, 67, 0.1, qkv_bias=True)
@@ -71,12 +75,13 @@ CASES = (
 class Trial(NamedTuple):
     """One configuration with everything that its output depends on.
 
-    name: for the reader.
-    config: the constructor arguments.
-    state: a mask, and the parameters by torch's names, weights (out, in).
-    inputs: (batch, tokens, input_embedding_dim).
-    keep: (batch, tokens, tokens), or with heads (batch, heads, tokens, tokens), True where dropout
-        keeps the weight; None for no dropout.
+    Attributes:
+        name: shown in reports.
+        config: the constructor arguments.
+        state: the mask, and the parameters by their torch names, weights (out, in).
+        inputs: (batch, tokens, input_embedding_dim).
+        keep: (batch, tokens, tokens), or with heads (batch, heads, tokens, tokens), True where
+            dropout keeps the weight; None for no dropout.
     """
 
     name: str
@@ -86,15 +91,16 @@ class Trial(NamedTuple):
     keep: np.ndarray | None = None
 
     def rounded(self, dtype: str) -> Trial:
-        """Return the trial with weights and inputs rounded to the dtype; the mask stays as it is."""
-        to: Any = numpy_dtype(dtype)
+        """Return the trial with weights and inputs rounded to the dtype; the mask is unchanged."""
+        target: Any = numpy_dtype(dtype)
         state = {
-            key: array if key == "mask" else array.astype(to) for key, array in self.state.items()
+            key: array if key == "mask" else array.astype(target)
+            for key, array in self.state.items()
         }
-        return self._replace(state=state, inputs=self.inputs.astype(to))
+        return self._replace(state=state, inputs=self.inputs.astype(target))
 
     def masked(self, name: str, mask: np.ndarray) -> Trial:
-        """Return the trial under another mask."""
+        """Return the trial with another name and mask."""
         return self._replace(name=name, state={**self.state, "mask": mask.copy()})
 
     @property
@@ -104,7 +110,7 @@ class Trial(NamedTuple):
 
     @property
     def closed(self) -> bool:
-        """Whether some row of the mask leaves nothing open among the tokens: that row is NaN."""
+        """Whether a row of the mask blocks every token, so that its output is NaN."""
         tokens = self.inputs.shape[1]
         return bool((self.mask[:tokens, :tokens] != 0).all(axis=1).any())
 
@@ -112,9 +118,15 @@ class Trial(NamedTuple):
 def draw_parameters(
     config: Config, random: np.random.Generator, scale: float = 1.0
 ) -> dict[str, np.ndarray]:
-    """Draw weights and biases in float64 by torch's names: normal, weights over sqrt(input_embedding_dim)."""
+    """Draw float64 parameters by their torch names.
+
+    The standard deviation of biases is `scale`, that of weights `scale` / sqrt(input width).
+    """
+    names = ["W_query", "W_key", "W_value"]
+    if config.num_heads is not None:
+        names.append("out_proj")
     parameters = {}
-    for name in ("W_query", "W_key", "W_value", *["out_proj"] * (config.num_heads is not None)):
+    for name in names:
         width = config.output_embedding_dim if name == "out_proj" else config.input_embedding_dim
         shape = config.output_embedding_dim, width
         parameters[f"{name}.weight"] = scale * random.standard_normal(shape) / np.sqrt(width)
@@ -126,17 +138,23 @@ def draw_parameters(
 def draw(
     config: Config, tokens: int, random: np.random.Generator, *, batch: int = 2, keep: bool = False
 ) -> Trial:
-    """Draw standard normal weights over sqrt(input_embedding_dim), biases and inputs; the mask is causal."""
+    """Draw a trial: parameters, standard normal inputs, and with `keep` a dropout pattern.
+
+    The mask is causal.
+    """
     state = draw_parameters(config, random)
     state["mask"] = causal_mask(config.context_length).astype(np.float32)
     inputs = random.standard_normal((batch, tokens, config.input_embedding_dim))
     heads = () if config.num_heads is None else (config.num_heads,)
-    kept = random.random((batch, *heads, tokens, tokens)) >= config.dropout if keep else None
-    return Trial("causal", config, state, inputs, kept)
+    pattern = random.random((batch, *heads, tokens, tokens)) >= config.dropout if keep else None
+    return Trial("causal", config, state, inputs, pattern)
 
 
 def fixed_trials() -> list[Trial]:
-    """Return the trials that every check is run on: between them, each part of the formula matters in one."""
+    """Return the trials that every check runs.
+
+    Each part of the formula changes the result of at least one of them.
+    """
     random = np.random.default_rng(211)
     prime = draw(Config(13, 11, 7, 0.4, qkv_bias=True), 5, random, keep=True)
     plain = prime._replace(keep=None)

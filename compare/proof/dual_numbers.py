@@ -1,4 +1,4 @@
-"""Numbers with a tangent: a formula run on them gives its value and its derivative along one direction."""
+"""Dual numbers: a formula evaluated on them also gives its derivative along one direction."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Dual:
 
     @property
     def mT(self) -> Dual:
-        """The last two axes swapped."""
+        """This number with its last two axes swapped."""
         return Dual(self.value.mT, self.tangent.mT)
 
     def __add__(self, other: Dual) -> Dual:
@@ -47,20 +47,20 @@ class Dual:
         )
 
     def scaled(self, factor: float, roundings: int = 1) -> Dual:
-        """Multiply by a number that itself comes out of `roundings` - 1 roundings."""
+        """Multiply by a constant that was itself computed with `roundings` - 1 roundings."""
         return Dual(self.value.scaled(factor, roundings), self.tangent.scaled(factor, roundings))
 
     def kept(self, keep: np.ndarray) -> Dual:
-        """Put an exact 0 where `keep` is False."""
+        """Replace the entries where `keep` is False by an exact 0."""
         return Dual(self.value.kept(keep), self.tangent.kept(keep))
 
     def exp(self) -> Dual:
-        """Return e to the value."""
+        """Return e raised to this number."""
         value = self.value.exp()
         return Dual(value, value * self.tangent)
 
     def shifted(self, opened: np.ndarray) -> Dual:
-        """Subtract the largest open entry of the last axis, a shift that softmax does not see."""
+        """Subtract the largest open entry of the last axis, which does not change softmax."""
         return Dual(self.value.shifted(opened), self.tangent)
 
     def sum(self, axis: int | tuple[int, ...], keepdims: bool = False) -> Dual:
@@ -68,7 +68,7 @@ class Dual:
         return Dual(self.value.sum(axis, keepdims), self.tangent.sum(axis, keepdims))
 
     def rows(self) -> Dual:
-        """Merge batch and tokens: (..., batch, tokens, width) becomes (..., batch * tokens, width)."""
+        """Reshape (..., batch, tokens, width) to (..., batch * tokens, width)."""
         return Dual(self.value.rows(), self.tangent.rows())
 
     def batched(self, batch: int) -> Dual:
@@ -76,7 +76,7 @@ class Dual:
         return Dual(self.value.batched(batch), self.tangent.batched(batch))
 
     def split(self, heads: int) -> Dual:
-        """Return (..., tokens, width) as (..., heads, tokens, head_dim)."""
+        """Reshape (..., tokens, width) to (..., heads, tokens, head_dim)."""
         return Dual(self.value.split(heads), self.tangent.split(heads))
 
     def merged(self) -> Dual:

@@ -1,4 +1,4 @@
-"""Judge the outputs of an implementation by the float64 reference and the rounding bound."""
+"""Compare the outputs of an implementation with the reference, within the rounding bound."""
 
 import numpy as np
 
@@ -16,13 +16,13 @@ def against_reference(
     inputs: np.ndarray,
     keep: np.ndarray | None = None,
 ) -> Agreement:
-    """Compare outputs with the reference, each entry within what rounding in the inputs' dtype explains.
+    """Compare outputs with the reference; the limit of each entry is its rounding bound.
 
     Args:
         outputs: (batch, tokens, output_embedding_dim), from any implementation.
-        config: for the dropout that `keep` was drawn with.
-        state: parameters by torch's names, and the mask; without one it is causal.
-        inputs: (batch, tokens, input_embedding_dim), in one of `PRECISIONS`.
+        config: the constructor arguments; `keep` was drawn with their dropout.
+        state: the parameters by their torch names, and the mask; without one it is causal.
+        inputs: (batch, tokens, input_embedding_dim), in one of the dtypes of `PRECISIONS`.
         keep: (batch, tokens, tokens), True where dropout kept the weight; None for no dropout.
     """
     exact, limit = exact_and_limit(config, state, inputs, keep)
@@ -37,10 +37,16 @@ def exact_and_limit(
     precision: Precision | None = None,
     tiles: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the reference's outputs, and how far from them rounding may carry an implementation.
+    """Return the reference outputs, and the largest error that rounding explains in each entry.
 
-    Arguments are those of `against_reference`; another precision than that of the inputs' dtype may
-    be given, and of how many tiles the implementation's softmax may be put together.
+    Args:
+        config: as for `against_reference`.
+        state: as for `against_reference`.
+        inputs: as for `against_reference`.
+        keep: as for `against_reference`.
+        precision: how the implementation rounds; None takes the precision of the inputs' dtype.
+        tiles: the largest number of tiles in which the implementation computes its softmax; 0 if
+            it computes each row at once.
     """
     return _exact_and_limit(
         config, state, inputs, keep, precision or PRECISIONS[inputs.dtype.name], tiles
@@ -60,7 +66,7 @@ def _exact_and_limit(
     exact = attention_stages(inputs, arrays, mask, keep, config.dropout, config.num_heads).context
     # The reference rounds too, in float64.
     bounds = [
-        stage_bounds(inputs, arrays, mask, each, keep, config.dropout, config.num_heads, tiles)
-        for each in (precision, PRECISIONS["float64"])
+        stage_bounds(inputs, arrays, mask, rounding, keep, config.dropout, config.num_heads, tiles)
+        for rounding in (precision, PRECISIONS["float64"])
     ]
     return exact, bounds[0].context + bounds[1].context

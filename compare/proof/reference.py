@@ -1,4 +1,4 @@
-"""Causal attention in NumPy float64: a third implementation, against which the others are judged."""
+"""Causal attention in NumPy float64: the reference for the three implementations."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,9 +7,12 @@ import numpy as np
 
 
 class Stages(NamedTuple):
-    """Every intermediate of the formula, in order; with heads, scores and weights have these after the batch."""
+    """Every intermediate result of the formula, in order.
 
-    queries: np.ndarray  # (..., tokens, width of all heads), as keys, values and context
+    With several heads, scores and weights have a head axis after the batch.
+    """
+
+    queries: np.ndarray  # (..., tokens, width of all heads), like keys, values and context
     keys: np.ndarray
     values: np.ndarray
     scores: np.ndarray  # (..., tokens, tokens), scaled, -inf where blocked
@@ -29,13 +32,14 @@ def attention_stages(
 
     Args:
         inputs: (batch, tokens, input_embedding_dim).
-        state: `W_query.weight` (out, in), `W_query.bias` if there is one, likewise key and value.
+        state: `W_query.weight` (out, in), `W_query.bias` if there is one; the same for `W_key` and
+            `W_value`.
         mask: (context_length, context_length); nonzero blocks.
         keep: (batch, tokens, tokens), True where dropout keeps the weight; None for no dropout.
-        dropout: the probability that `keep` was drawn with: kept weights are divided by 1 -
-            dropout.
-        num_heads: as of `CausalMultiHeadAttention`, with `out_proj` in the state and `keep` of
-            every head; None for the classes with one head.
+        dropout: the probability that `keep` was drawn with; kept weights are divided by
+            1 - dropout.
+        num_heads: the argument of `CausalMultiHeadAttention`; the state then has `out_proj`, and
+            `keep` is (batch, heads, tokens, tokens). None for the classes with a single head.
     """
     queries, keys, values = (
         _project(inputs, state, name) for name in ("W_query", "W_key", "W_value")
@@ -51,7 +55,10 @@ def attention_stages(
 
 
 def split_heads(array: np.ndarray, num_heads: int | None) -> np.ndarray:
-    """Return (..., tokens, width) as (..., heads, tokens, head_dim); as it is if there are no heads."""
+    """Reshape (..., tokens, width) to (..., heads, tokens, head_dim).
+
+    The array is returned unchanged if `num_heads` is None.
+    """
     if num_heads is None:
         return array
     return array.reshape(*array.shape[:-1], num_heads, array.shape[-1] // num_heads).swapaxes(
@@ -66,7 +73,7 @@ def merge_heads(array: np.ndarray) -> np.ndarray:
 
 
 def causal_mask(context_length: int) -> np.ndarray:
-    """Return the mask of a state that has none: 1 above the diagonal."""
+    """Return the causal mask, for a state without a mask: 1 above the diagonal, else 0."""
     return np.triu(np.ones((context_length, context_length)), k=1)
 
 
@@ -78,16 +85,16 @@ def masked_attention(
     keep: np.ndarray | None = None,
     dropout: float = 0.0,
 ) -> Stages:
-    """Return the stages of masked attention in float64, over any leading batch and head dimensions.
+    """Return the stages of masked attention in float64, for any leading dimensions.
 
     Args:
         queries: (..., tokens, head_dim), float64.
-        keys: likewise.
-        values: likewise.
+        keys: the same shape and dtype.
+        values: the same shape and dtype.
         mask: (context_length, context_length); nonzero blocks.
         keep: (..., tokens, tokens), True where dropout keeps the weight; None for no dropout.
-        dropout: the probability that `keep` was drawn with: kept weights are divided by 1 -
-            dropout.
+        dropout: the probability that `keep` was drawn with; kept weights are divided by
+            1 - dropout.
     """
     num_tokens, head_dim = queries.shape[-2:]
     blocked = mask[:num_tokens, :num_tokens] != 0
@@ -105,8 +112,7 @@ def _project(inputs: np.ndarray, state: Mapping[str, np.ndarray], name: str) -> 
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:
-    with np.errstate(
-        invalid="ignore"
-    ):  # a row blocked everywhere is -inf - -inf: NaN, as in the formula
+    # In a row that is blocked everywhere, -inf - -inf is NaN, as in the formula.
+    with np.errstate(invalid="ignore"):
         exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf))
         return exponentials / exponentials.sum(axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The derivatives of masked attention, written out: against these the gradients of the frameworks are judged."""
+"""The derivatives of masked attention, written out to check the frameworks' gradients."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -12,31 +12,33 @@ Number = TypeVar("Number", Bounded, Dual)
 
 
 def attention_forward(
-    given: Mapping[str, Number],
+    arrays: Mapping[str, Number],
     mask: np.ndarray,
     keep: np.ndarray | None = None,
     rate: float = 0.0,
     num_heads: int | None = None,
 ) -> dict[str, Number]:
-    """Return the stages of masked attention: queries, keys, values, weights, dropped, context, outputs.
+    """Return the stages of masked attention by name.
 
-    With heads, all but the outputs have these before the tokens; the outputs are those of
-    `out_proj`.
+    The names are queries, keys, values, weights, dropped (the weights after dropout), context and
+    outputs. With several heads, every stage except the outputs has a head axis before the tokens,
+    and the outputs are those of `out_proj`.
 
     Args:
-        given: `inputs` (batch, tokens, input_embedding_dim), `W_query.weight` (out, in), ...,
-            `W_query.bias` if any; the parameters may all have one leading axis more, and then the
-            stages have it.
-        mask: (context_length, context_length); nonzero blocks, leaving something open in every row.
+        arrays: `inputs` (batch, tokens, input_embedding_dim), `W_query.weight` (out, in), ...,
+            `W_query.bias` if there is one. All parameters may have an additional leading axis; the
+            stages then have it too.
+        mask: (context_length, context_length); nonzero blocks. Every row leaves some entry open.
         keep: (batch, tokens, tokens), True where dropout keeps the weight; None for no dropout.
         rate: the probability that `keep` was drawn with.
-        num_heads: as of `CausalMultiHeadAttention`; None for the classes with one head.
+        num_heads: the argument of `CausalMultiHeadAttention`; None for the classes with a single
+            head.
     """
-    inputs = given["inputs"]
+    inputs = arrays["inputs"]
     tokens = inputs.shape[-2]
     opened = mask[:tokens, :tokens] == 0
     queries, keys, values = (
-        _project(inputs, given, name) for name in ("W_query", "W_key", "W_value")
+        _project(inputs, arrays, name) for name in ("W_query", "W_key", "W_value")
     )
     if num_heads is not None:
         queries, keys, values = (stage.split(num_heads) for stage in (queries, keys, values))
@@ -45,66 +47,74 @@ def attention_forward(
     weights = exponentials / exponentials.sum(-1, keepdims=True)
     dropped = _dropped(weights, keep, rate)
     context = dropped @ values
-    outputs = context if num_heads is None else _project(context.merged(), given, "out_proj")
+    outputs = context if num_heads is None else _project(context.merged(), arrays, "out_proj")
     return {
-        **{"queries": queries, "keys": keys, "values": values, "weights": weights},
-        **{"dropped": dropped, "context": context, "outputs": outputs},
+        "queries": queries,
+        "keys": keys,
+        "values": values,
+        "weights": weights,
+        "dropped": dropped,
+        "context": context,
+        "outputs": outputs,
     }
 
 
 def attention_gradient(
-    given: Mapping[str, Number],
+    arrays: Mapping[str, Number],
     stages: Mapping[str, Number],
     cotangent: Number,
     keep: np.ndarray | None = None,
     rate: float = 0.0,
     num_heads: int | None = None,
 ) -> dict[str, Number]:
-    """Return the gradient of sum(outputs * cotangent) by everything in `given`.
+    """Return the gradient of sum(outputs * cotangent) with respect to every entry of `arrays`.
 
-    With w the weights before dropout, D what dropout does and g the cotangent: values get D(w)^T g;
-    w gets a = D(g values^T); the scores before softmax get w (a - sum(a w)) / sqrt(head_dim).
+    Let w be the weights before dropout, D the dropout and g the cotangent. The gradient of the
+    values is D(w)^T g. That of the weights is a = D(g values^T). That of the scores, before they
+    are divided by sqrt(head_dim), is w (a - sum(a w)) / sqrt(head_dim).
 
     Args:
-        given: as `attention_forward` was given.
-        stages: what it returned.
+        arrays: the argument of `attention_forward`.
+        stages: the stages that it returned.
         cotangent: (batch, tokens, output_embedding_dim).
-        keep: as `attention_forward` was given.
-        rate: likewise.
-        num_heads: likewise.
+        keep: the argument of `attention_forward`.
+        rate: the argument of `attention_forward`.
+        num_heads: the argument of `attention_forward`.
     """
     gradient: dict[str, Number] = {}
     if num_heads is not None:
         rows = cotangent.rows()
         gradient["out_proj.weight"] = rows.mT @ stages["context"].merged().rows()
         gradient["out_proj.bias"] = rows.sum(-2)
-        cotangent = (rows @ given["out_proj.weight"]).batched(cotangent.shape[-3]).split(num_heads)
+        cotangent = (rows @ arrays["out_proj.weight"]).batched(cotangent.shape[-3]).split(num_heads)
     weights = stages["weights"]
-    to_weights = _dropped(cotangent @ stages["values"].mT, keep, rate)
-    to_scores = weights * (to_weights - (to_weights * weights).sum(-1, keepdims=True))
-    to_scores = to_scores.scaled(stages["queries"].shape[-1] ** -0.5, roundings=4)
-    to_projected = {
-        "W_query": to_scores @ stages["keys"],
-        "W_key": to_scores.mT @ stages["queries"],
+    weights_gradient = _dropped(cotangent @ stages["values"].mT, keep, rate)
+    scores_gradient = weights * (
+        weights_gradient - (weights_gradient * weights).sum(-1, keepdims=True)
+    )
+    scores_gradient = scores_gradient.scaled(stages["queries"].shape[-1] ** -0.5, roundings=4)
+    projected_gradients = {
+        "W_query": scores_gradient @ stages["keys"],
+        "W_key": scores_gradient.mT @ stages["queries"],
         "W_value": stages["dropped"].mT @ cotangent,
     }
-    by_inputs = []
-    for name, arrived in to_projected.items():
+    inputs_gradients = []
+    for name, projected in projected_gradients.items():
         if num_heads is not None:
-            arrived = arrived.merged()
-        rows = arrived.rows()
-        gradient[f"{name}.weight"] = rows.mT @ given["inputs"].rows()
-        if f"{name}.bias" in given:
+            projected = projected.merged()
+        rows = projected.rows()
+        gradient[f"{name}.weight"] = rows.mT @ arrays["inputs"].rows()
+        if f"{name}.bias" in arrays:
             gradient[f"{name}.bias"] = rows.sum(-2)
-        by_inputs.append((rows @ given[f"{name}.weight"]).batched(arrived.shape[-3]))
-    gradient["inputs"] = by_inputs[0] + by_inputs[1] + by_inputs[2]
+        inputs_gradients.append((rows @ arrays[f"{name}.weight"]).batched(projected.shape[-3]))
+    gradient["inputs"] = inputs_gradients[0] + inputs_gradients[1] + inputs_gradients[2]
     return gradient
 
 
-def _project(inputs: Number, given: Mapping[str, Number], name: str) -> Number:
-    projected = inputs.rows() @ given[f"{name}.weight"].mT
-    if f"{name}.bias" in given:
-        projected = projected + given[f"{name}.bias"].spread(before=1)
+def _project(inputs: Number, arrays: Mapping[str, Number], name: str) -> Number:
+    projected = inputs.rows() @ arrays[f"{name}.weight"].mT
+    if f"{name}.bias" in arrays:
+        projected = projected + arrays[f"{name}.bias"].spread(before=1)
     return projected.batched(inputs.shape[-3])
 
 

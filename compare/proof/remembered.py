@@ -1,4 +1,7 @@
-"""Remember the results of a pure function of NumPy arrays: what is exact does not depend on who is judged by it."""
+"""Cache the results of pure functions of NumPy arrays, such as the exact reference values.
+
+All implementations are compared with the same reference, so it is computed only once.
+"""
 
 import hashlib
 import pickle
@@ -7,22 +10,22 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-Given = ParamSpec("Given")
+Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 MAX_RESULTS = 64
 
 
-def remembered(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """Return the function, which looks up the last `MAX_RESULTS` results by the content of its arguments.
+def remembered(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Return the function with a cache of the `MAX_RESULTS` results that were used last.
 
-    The arguments are NumPy arrays and other values that pickle alike when they are alike. Results
-    are shared: do not write to them.
+    Results are looked up by the content of the arguments: NumPy arrays, and other values whose
+    pickles are equal if the values are equal. Results are shared, so do not write to them.
     """
     results: OrderedDict[bytes, Result] = OrderedDict()
 
     @wraps(function)
-    def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         key = hashlib.blake2b(pickle.dumps((args, sorted(kwargs.items())), protocol=5)).digest()
         if key not in results:
             results[key] = function(*args, **kwargs)

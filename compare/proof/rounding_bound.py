@@ -1,37 +1,41 @@
-r"""How far rounding alone may carry an output of masked attention from the exact value.
+r"""A bound on how far rounding can move an output of masked attention from its exact value.
 
-The bound is a priori and elementwise. Every operation rounds its result to the working dtype, unit
-roundoff u; sums of products are accumulated with unit roundoff v, which is u for float32 and
-float64 and that of float32 for the half precisions, whose products it holds exactly. With
-gamma_n(v) = n v / (1 - n v), a sum of n terms in any order, fused or not, errs by at most
+The bound is a priori and elementwise. Every operation rounds its result to the working dtype, with
+unit roundoff u. Sums of products are accumulated with unit roundoff v. For float32 and float64, v
+is u. For the half precisions, v is that of float32, in which their products are exact. With
+gamma_n(v) = n v / (1 - n v), a sum of n terms in any order, fused or not, has an error of at most
 gamma_n(v) times the sum of the absolute terms (Higham, Accuracy and Stability of Numerical
-Algorithms, 2nd ed., sections 3.1 and 3.4). So a sum of n products, and k roundings of it, err by
+Algorithms, 2nd ed., sections 3.1 and 3.4). A sum of n products followed by k roundings therefore
+has an error of at most
 
     r(n, k) = (1 + gamma_n(v)) (1 + gamma_k(u)) - 1
 
-times the sum of the absolute products, plus f(k) = k s + n s_v where a rounding may flush to zero
-what is below the smallest normal number s (s_v: that of the accumulation). E(x) bounds the error of
-x; lengths: d inputs, h head_dim, n tokens.
+times the sum of the absolute products, plus f(k) = k s + n s_v. The latter covers results below the
+smallest normal number s (s_v in the accumulation), which may be flushed to zero. E(x) bounds the
+error of x. The lengths are d inputs, h head_dim and n tokens.
 
-    queries  E(q) = r(d, 2) (|x| |W|^T + |b|) + f(2); keys and values alike          product, bias
-    scores   E(s) = |q| E(k)^T + E(q) (|k| + E(k))^T + r(h, 1) (|q| + E(q)) (|k| + E(k))^T + f(1)
-    scaled   E(t) = (E(s) + gamma_4(u) (|s| + E(s))) / sqrt(h) + f(2)                 root,
-    reciprocal, product softmax  the computed exponent is t_j - max + eta_j, |eta_j| <= E(t)_j + u
-    |t_j - max| =: theta_j; exp errs by
-             phi = 2 u EXP_ULPS; the sum of positive terms by r(n, 1), the quotient by two
-             roundings, hence E(p)_j = p_j (e^{theta_j + max theta} (1 + phi) / (1 - phi) (1 + r(2n,
-             6)) - 1) + f(3), and never above 1 + r(2n, 6) + f(3), which no weight exceeds
-    dropout  E(w) = keep ((E(p) + gamma_3(u) (p + E(p))) / (1 - rate) + f(2))
-    context  E(c) = w E(v) + E(w) (|v| + E(v)) + r(n, 1) (w + E(w)) (|v| + E(v)) + f(1)
-    out_proj E(o) = E(c) |W|^T + r(d, 2) ((|c| + E(c)) |W|^T + |b|) + f(2)            product, bias;
-    d: all heads
+    queries   E(q) = r(d, 2) (|x| |W|^T + |b|) + f(2)
+              The roundings are those of the product and of the bias. Keys and values are alike.
+    scores    E(s) = |q| E(k)^T + E(q) (|k| + E(k))^T
+                     + r(h, 1) (|q| + E(q)) (|k| + E(k))^T + f(1)
+    scaled    E(t) = (E(s) + gamma_4(u) (|s| + E(s))) / sqrt(h) + f(2)
+              The roundings are those of the root, the reciprocal and the product.
+    softmax   E(p)_j = p_j (e^{theta_j + max theta} (1 + phi) / (1 - phi) (1 + r(2n, 6)) - 1) + f(3)
+              The computed exponent is t_j - max + eta_j with
+              |eta_j| <= E(t)_j + u |t_j - max| =: theta_j. `exp` errs by phi = 2 u EXP_ULPS, the
+              sum of positive terms by r(n, 1), and the quotient by two roundings. E(p)_j is also
+              at most 1 + r(2n, 6) + f(3), because no weight exceeds 1 + r(2n, 6).
+    dropout   E(w) = keep ((E(p) + gamma_3(u) (p + E(p))) / (1 - rate) + f(2))
+    context   E(c) = w E(v) + E(w) (|v| + E(v)) + r(n, 1) (w + E(w)) (|v| + E(v)) + f(1)
+    out_proj  E(o) = E(c) |W|^T + r(d, 2) ((|c| + E(c)) |W|^T + |b|) + f(2)
+              The roundings are those of the product and of the bias. d is the width of all heads.
 
-A softmax that goes from tile to tile multiplies what it has by an exponential at each of T tiles:
-to the growth of each weight, and of the sum, come T times an error of phi and gamma_3T(u). Its
-queries are scaled before the product: E(s) has r(h, 4).
+A softmax that is computed tile by tile multiplies its partial results by an exponential at each of
+T tiles. The growth of each weight, and that of the sum, then includes T times an error of phi, and
+gamma_3T(u). Its queries are scaled before the product, so E(s) has r(h, 4).
 
-Hypotheses: finite inputs, no overflow (`overflow` says where there may be one), and `exp` within
-EXP_ULPS.
+The bound assumes finite inputs, no overflow (`overflow` names the stage where one may occur), and
+an `exp` that is accurate to EXP_ULPS.
 """
 
 from collections.abc import Mapping
@@ -41,21 +45,28 @@ import numpy as np
 
 from .reference import Stages, attention_stages, merge_heads, split_heads
 
-# Measured on 8e6 arguments from -80 to 0, CPU: torch 0.57, XLA 1.01 (float32) and 1.69 (float64)
-# ulps; CUDA's expf is documented at 2. The next power of two above all of them.
+# Measured on the CPU with 8e6 arguments from -80 to 0: torch errs by 0.57 ulps, XLA by 1.01 in
+# float32 and 1.69 in float64. CUDA documents 2 ulps for expf. 4 is the next power of two above all.
 EXP_ULPS = 4
 
-# Beside the bound, a ceiling for float64, relative to the largest output: a slip of 0.01 % in any
-# factor is nine orders above it, the rounding seen at the sizes of `compare.proof.cases` (3e-16)
-# two and a half below.
+# A second limit for float64 outputs, relative to the largest output. A mistake of 0.01 % in any
+# factor exceeds it by nine orders of magnitude. The rounding errors measured at the sizes of
+# `compare.proof.cases` (3e-16) are two and a half orders below it.
 FLOAT64_RELATIVE = 1e-13
 
-# No fused path has tiles or strips of fewer keys than this, but the last.
+# Every tile or strip of a fused path has at least this many keys, except the last.
 SMALLEST_TILE = 128
 
 
 class Precision(NamedTuple):
-    """How a dtype rounds: unit roundoff, that of its sums, smallest normal and largest finite number."""
+    """How a dtype rounds.
+
+    Attributes:
+        roundoff: the unit roundoff u.
+        accumulated: the unit roundoff v of sums of products.
+        smallest: the smallest normal number.
+        largest: the largest finite number.
+    """
 
     roundoff: float
     accumulated: float
@@ -74,8 +85,8 @@ PRECISIONS = {
     "float16": Precision(2.0**-11, _FLOAT32.roundoff, 2.0**-14, 65504.0),
 }
 
-# Both operands of a product are rounded to 11 bits, which one rounding of twice the size covers;
-# the rest is float32.
+# TF32 rounds both operands of a product to 11 bits. One rounding of twice the size covers both.
+# Everything else is float32.
 TF32 = Precision(2.0**-10, _FLOAT32.roundoff, _FLOAT32.smallest, _FLOAT32.largest)
 
 
@@ -91,9 +102,19 @@ def stage_bounds(
 ) -> Stages:
     """Return, for each entry of every stage, the largest |computed - exact| that rounding explains.
 
-    Arguments are those of `attention_stages`, how the implementation rounds, and of how many tiles
-    its softmax may be put together. Blocked scores have a bound of 0; rows blocked everywhere have,
-    like their outputs, one of NaN.
+    Blocked scores have a bound of 0. In rows that are blocked everywhere, the bound is NaN, like
+    the output.
+
+    Args:
+        inputs: as for `attention_stages`.
+        state: as for `attention_stages`.
+        mask: as for `attention_stages`.
+        precision: how the implementation rounds.
+        keep: as for `attention_stages`.
+        dropout: as for `attention_stages`.
+        num_heads: as for `attention_stages`.
+        tiles: the largest number of tiles in which the implementation computes its softmax; 0 if
+            it computes each row at once.
     """
     stages = attention_stages(inputs, state, mask, num_heads=num_heads)
     projected = [
@@ -101,8 +122,8 @@ def stage_bounds(
     ]
     queries, keys, values = (split_heads(array, num_heads) for array in stages[:3])
     e_queries, e_keys, e_values = (split_heads(array, num_heads) for array in projected)
-    given = Stages(queries, keys, values, stages.scores, stages.weights, stages.context)
-    bounds = attention_bounds(given, (e_queries, e_keys, e_values), precision, keep, dropout, tiles)
+    exact = Stages(queries, keys, values, stages.scores, stages.weights, stages.context)
+    bounds = attention_bounds(exact, (e_queries, e_keys, e_values), precision, keep, dropout, tiles)
     e_context = bounds.context
     if num_heads is not None:
         weights = (
@@ -126,10 +147,15 @@ def attention_bounds(
     dropout: float = 0.0,
     tiles: int = 0,
 ) -> Stages:
-    """Return the bounds of attention alone, for the exact stages of `masked_attention` without dropout.
+    """Return the bounds of attention without the projections.
 
-    `errors` come with queries, keys and values, 0 where these are exact. The rest is as for
-    `stage_bounds`.
+    Args:
+        stages: the exact stages of `masked_attention`, computed without dropout.
+        errors: the bounds of queries, keys and values; 0 for those that are exact.
+        precision: as for `stage_bounds`.
+        keep: as for `stage_bounds`.
+        dropout: as for `stage_bounds`.
+        tiles: as for `stage_bounds`.
     """
     u = precision.roundoff
     queries, keys, values = stages[:3]
@@ -150,19 +176,16 @@ def attention_bounds(
     e_scaled = e_scaled + gamma(4, u) * (np.abs(scaled) + e_scaled) + _flushed(0, 2, precision)
     e_scaled = np.where(opened, e_scaled, 0.0)
 
-    weights, e_weights = (
-        stages.weights,
-        _softmax(scaled, e_scaled, opened, stages.weights, precision, tiles),
-    )
+    weights = stages.weights
+    e_weights = _softmax(scaled, e_scaled, opened, weights, precision, tiles)
     if keep is not None:
-        e_weights = (e_weights + gamma(3, u) * (weights + e_weights)) / (1.0 - dropout) + _flushed(
-            0, 2, precision
-        )
+        e_weights = (e_weights + gamma(3, u) * (weights + e_weights)) / (1.0 - dropout)
+        e_weights = e_weights + _flushed(0, 2, precision)
         e_weights = np.where(keep, e_weights, 0.0)
         weights = np.where(keep, weights, 0.0) / (1.0 - dropout)
-    reached = np.abs(values) + e_values
-    e_context = weights @ e_values + e_weights @ reached
-    e_context = e_context + _relative(num_tokens, 1, precision) * (weights + e_weights) @ reached
+    values = np.abs(values) + e_values
+    e_context = weights @ e_values + e_weights @ values
+    e_context = e_context + _relative(num_tokens, 1, precision) * (weights + e_weights) @ values
     e_context = e_context + _flushed(num_tokens, 1, precision)
     return Stages(e_queries, e_keys, e_values, e_scaled, e_weights, e_context)
 
@@ -174,42 +197,43 @@ def overflow(
     precision: Precision,
     num_heads: int | None = None,
 ) -> str | None:
-    """Say where the computation may leave the dtype's range, so that the bound means nothing; else nothing.
+    """Return which stage may leave the dtype's range, where the bound does not hold; else None.
 
-    Scores are formed before they are divided by sqrt(head_dim), for blocked positions too.
+    Scores are computed before they are divided by sqrt(head_dim), also at blocked positions.
     """
     stages = attention_stages(inputs, state, mask, num_heads=num_heads)
     bounds = stage_bounds(inputs, state, mask, precision, num_heads=num_heads)
     queries, keys = (split_heads(np.abs(array), num_heads) for array in stages[:2])
     scores = queries @ keys.swapaxes(-1, -2)
-    reached = {
+    magnitudes = {
         name: np.abs(getattr(stages, name)) + getattr(bounds, name)
         for name in ("queries", "keys", "values")
     }
-    for name, magnitude in {**reached, "scores": scores}.items():
+    magnitudes["scores"] = scores
+    for name, magnitude in magnitudes.items():
         largest = magnitude.max(initial=0.0)
         if not largest <= precision.largest:
-            return f"{name} may reach {largest:.3g}; the dtype ends at {precision.largest:.3g}"
+            return f"{name} may reach {largest:.3g}; the dtype holds up to {precision.largest:.3g}"
     return None
 
 
 def most_tiles(num_tokens: int) -> int:
-    """Return of how many tiles a fused softmax over so many tokens may be put together."""
+    """Return the largest number of tiles of a fused softmax over this many tokens."""
     return -(-num_tokens // SMALLEST_TILE)
 
 
 def gamma(n: int, u: float) -> float:
-    """How far, relative to its absolute terms, n roundings of unit u may carry a result."""
+    """Return the error bound of n roundings of unit roundoff u, relative to the absolute terms."""
     return n * u / (1.0 - n * u)
 
 
 def _relative(n: int, k: int, precision: Precision) -> float:
-    """r(n, k): a sum of n products in the accumulator, then k roundings to the dtype."""
+    """Return r(n, k), for a sum of n products in the accumulator and k roundings to the dtype."""
     return (1.0 + gamma(n, precision.accumulated)) * (1.0 + gamma(k, precision.roundoff)) - 1.0
 
 
 def _flushed(n: int, k: int, precision: Precision) -> float:
-    """f(k): what flushing to zero may take from a sum of n products and k roundings."""
+    """Return f(k), the error from flushing to zero in a sum of n products and k roundings."""
     accumulated = min(precision.smallest, _FLOAT32.smallest)
     return k * precision.smallest + n * accumulated
 
@@ -219,18 +243,17 @@ def _projection(
     state: Mapping[str, np.ndarray],
     name: str,
     precision: Precision,
-    inherited: np.ndarray | float = 0.0,
+    e_inputs: np.ndarray | float = 0.0,
 ) -> np.ndarray:
-    """Return the bound of a linear layer, given that of its inputs."""
+    """Return the bound of a linear layer, given the bound of its inputs."""
     weight = np.abs(state[f"{name}.weight"].astype(np.float64)).T
-    arrived = np.broadcast_to(inherited, inputs.shape)
-    absolute = (np.abs(inputs.astype(np.float64)) + arrived) @ weight
+    e_inputs = np.broadcast_to(e_inputs, inputs.shape)
+    absolute = (np.abs(inputs.astype(np.float64)) + e_inputs) @ weight
     bias = state.get(f"{name}.bias")
     absolute = absolute if bias is None else absolute + np.abs(bias.astype(np.float64))
     width = inputs.shape[-1]
-    return (
-        arrived @ weight + _relative(width, 2, precision) * absolute + _flushed(width, 2, precision)
-    )
+    rounding = _relative(width, 2, precision) * absolute + _flushed(width, 2, precision)
+    return e_inputs @ weight + rounding
 
 
 def _softmax(
@@ -254,8 +277,8 @@ def _softmax(
     growth = (
         growth + np.log1p(summed) + 2 * tiles * np.log1p(phi) + 2 * np.log1p(gamma(3 * tiles, u))
     )
-    # No weight, exact or computed, is above 1 + summed; a growth this large says no more than that.
-    told = np.where(growth < 30.0, weights * np.expm1(np.minimum(growth, 30.0)), weights + 1.0)
+    # No weight, exact or computed, exceeds 1 + summed. From a growth of 30 on, only that is used.
+    bound = np.where(growth < 30.0, weights * np.expm1(np.minimum(growth, 30.0)), weights + 1.0)
     return np.where(
-        opened, np.minimum(told, 1.0 + summed) + _flushed(0, 3, precision), 0.0 * weights
+        opened, np.minimum(bound, 1.0 + summed) + _flushed(0, 3, precision), 0.0 * weights
     )

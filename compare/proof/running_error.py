@@ -1,10 +1,10 @@
-"""Arrays that know how far rounding in float64 may carry a computation of them: running error analysis.
+"""Running error analysis: arrays that carry a bound on the rounding errors of their computation.
 
-Every operation adds to the errors that it inherits the largest rounding of its own: u times the
-result for one operation, gamma_n(u) times the absolute terms for a sum of n, whatever their order
-(Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., sections 3.1 to 3.3), EXP_ULPS for
-`exp`. A formula written with `@ * / + -`, `exp` and `sum` thereby gives its value and, entry by
-entry, the limit for anybody else's float64 computation of the same terms.
+Every operation adds its own largest rounding error to the errors of its operands. That is u times
+the result for a single operation, gamma_n(u) times the absolute terms for a sum of n terms in any
+order (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., sections 3.1 to 3.3), and
+EXP_ULPS for `exp`. A formula written with `@ * / + -`, `exp` and `sum` therefore gives its value
+and, entry by entry, a limit on the error of any float64 computation of the same terms.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ _U, _, _SMALLEST, _ = PRECISIONS["float64"]
 
 @dataclass(frozen=True)
 class Bounded:
-    """`value`, and `error` >= |computed - exact| for each entry; of equal shape."""
+    """`value`, and for each of its entries an `error` >= |computed - exact|."""
 
     value: np.ndarray
     error: np.ndarray
 
-    __array_ufunc__ = (
-        None  # array @ Bounded is Bounded.__rmatmul__, which is not there: lift arrays first
-    )
+    # `array @ Bounded` raises a TypeError: lift the array with `exact` first.
+    __array_ufunc__ = None
 
     @classmethod
     def exact(cls, array: np.ndarray) -> Bounded:
-        """Lift what both sides are given alike."""
+        """Lift an array that both sides start from: its error is 0."""
         value = np.asarray(array, dtype=np.float64)
         return cls(value, np.zeros_like(value))
 
@@ -43,7 +42,7 @@ class Bounded:
 
     @property
     def mT(self) -> Bounded:
-        """The last two axes swapped."""
+        """This array with its last two axes swapped."""
         return Bounded(self.value.swapaxes(-1, -2), self.error.swapaxes(-1, -2))
 
     def __add__(self, other: Bounded) -> Bounded:
@@ -67,21 +66,21 @@ class Bounded:
         left, right = np.abs(self.value) + self.error, np.abs(other.value) + other.error
         terms = self.value.shape[-1]
         inherited = np.abs(self.value) @ other.error + self.error @ right
-        own = gamma(terms, _U) * (left @ right) + 2 * terms * _SMALLEST
-        return Bounded(self.value @ other.value, inherited + own)
+        own_error = gamma(terms, _U) * (left @ right) + 2 * terms * _SMALLEST
+        return Bounded(self.value @ other.value, inherited + own_error)
 
     def scaled(self, factor: float, roundings: int = 1) -> Bounded:
-        """Multiply by a number that itself comes out of `roundings` - 1 roundings."""
+        """Multiply by a constant that was itself computed with `roundings` - 1 roundings."""
         error = abs(factor) * self.error
-        own = gamma(roundings, _U) * (np.abs(factor * self.value) + error)
-        return Bounded(factor * self.value, error + own + _SMALLEST)
+        own_error = gamma(roundings, _U) * (np.abs(factor * self.value) + error)
+        return Bounded(factor * self.value, error + own_error + _SMALLEST)
 
     def kept(self, keep: np.ndarray) -> Bounded:
-        """Put an exact 0 where `keep` is False."""
+        """Replace the entries where `keep` is False by an exact 0."""
         return Bounded(np.where(keep, self.value, 0.0), np.where(keep, self.error, 0.0))
 
     def exp(self) -> Bounded:
-        """Return e to the value."""
+        """Return e raised to this array."""
         value = np.exp(self.value)
         grown = np.expm1(self.error)
         return Bounded(value, value * (grown + 2 * _U * EXP_ULPS * (1 + grown)) + _SMALLEST)
@@ -96,9 +95,9 @@ class Bounded:
         return _rounded(value, inherited)
 
     def shifted(self, opened: np.ndarray) -> Bounded:
-        """Subtract the largest open entry of the last axis, a shift that softmax does not see: its choice is no error.
+        """Subtract the largest open entry of the last axis; entries that are not open become 0.
 
-        Where not open, the result is 0.
+        Softmax does not depend on this shift, so the error of the largest entry is not added.
         """
         largest = np.where(opened, self.value, -np.inf).max(axis=-1, keepdims=True)
         return _rounded(
@@ -114,7 +113,7 @@ class Bounded:
         return Bounded(value, inherited + gamma(terms, _U) * (absolute + inherited))
 
     def rows(self) -> Bounded:
-        """Merge batch and tokens: (..., batch, tokens, width) becomes (..., batch * tokens, width)."""
+        """Reshape (..., batch, tokens, width) to (..., batch * tokens, width)."""
         shape = (*self.shape[:-3], self.shape[-3] * self.shape[-2], self.shape[-1])
         return Bounded(self.value.reshape(shape), self.error.reshape(shape))
 
@@ -124,7 +123,7 @@ class Bounded:
         return Bounded(self.value.reshape(shape), self.error.reshape(shape))
 
     def split(self, heads: int) -> Bounded:
-        """Return (..., tokens, width) as (..., heads, tokens, head_dim)."""
+        """Reshape (..., tokens, width) to (..., heads, tokens, head_dim)."""
         return Bounded(split_heads(self.value, heads), split_heads(self.error, heads))
 
     def merged(self) -> Bounded:
@@ -138,5 +137,6 @@ class Bounded:
 
 
 def _rounded(value: np.ndarray, inherited: np.ndarray) -> Bounded:
+    """Return the result of an operation: its rounding adds to the inherited error."""
     inherited = np.broadcast_to(inherited, value.shape)
     return Bounded(value, inherited + _U * (np.abs(value) + inherited) + _SMALLEST)

@@ -1,4 +1,4 @@
-"""The limits that are no rounding bound of a forward pass, each with its reason; tests and checks take theirs here."""
+"""Tolerances other than the forward rounding bound, and how each limit is derived."""
 
 import numpy as np
 from scipy.stats import binom, chi2
@@ -6,58 +6,85 @@ from scipy.stats import binom, chi2
 from .rounding_bound import PRECISIONS
 from .running_error import Bounded
 
-OUTPUT = "the rounding bound of this dtype, entry by entry, plus the reference's (compare/proof/rounding_bound.py)"
-LEAKING = "this processor's {dtype} product leaks: NaN of one row reaches another (torch's fault, oneDNN issue 5717)"
-BITS = "none: the bits are the same"
-NAMES = "none: the names are the same"
-GRADIENT = "the running error bound of the written-out gradient, for both sides (compare/proof/running_error.py)"
-FUSED_GRADIENT = "the same, and twice for weights that come from the logarithm of their sum (compare/proof/running_error.py)"
-HESSIAN = "the running error bound, for both sides, and twice for terms grouped otherwise (compare/proof/running_error.py)"
-TWICE = "twice the rounding bound: each side lies within it of the exact value"
-BINOMIAL = "exact binomial limits, two-sided; an honest dropout passes but for one time in 10^10"
-SCALE = "1 / (1 - rate) and the product with it: three roundings"
-TRAINING = "each step's running error bound, carried on by the training itself (compare/proof/reference_training.py)"
+OUTPUT = (
+    "the elementwise rounding bound of this dtype plus that of the reference "
+    "(compare/proof/rounding_bound.py)"
+)
+LEAKING = (
+    "a defect of torch (oneDNN issue 5717): on this processor, a NaN row of a {dtype} matrix "
+    "product spreads to other rows"
+)
+BITS = "exact equality of the bits"
+NAMES = "exact equality of the names"
+GRADIENT = (
+    "the running error bound of the written-out gradient, once for each side "
+    "(compare/proof/running_error.py)"
+)
+FUSED_GRADIENT = (
+    "twice the running error bound of the written-out gradient for each side, because the weights "
+    "are computed from the logarithm of their sum (compare/proof/running_error.py)"
+)
+HESSIAN = (
+    "twice the running error bound for each side, because the terms may be grouped differently "
+    "(compare/proof/running_error.py)"
+)
+TWICE = "twice the rounding bound, because both sides may differ from the exact value by that much"
+BINOMIAL = (
+    "the exact two-sided binomial limit, which a correct dropout exceeds once in 10^10 counts"
+)
+SCALE = "the three roundings of 1 / (1 - rate) and of the product with it"
+TRAINING = (
+    "the running error bound of each step, propagated by the training itself "
+    "(compare/proof/reference_training.py)"
+)
 
-# The chance that an honest dropout is accused, for each count.
+# The probability that a correct dropout fails, for each count.
 FALSE_ALARM = 1e-10
-# Random signs from which the spread of a training run is estimated, and the chance to underestimate
-# it.
+# The number of random-sign runs that estimate the spread of a training run, and the probability
+# that the estimate is too low.
 TRAINING_SAMPLES, UNDERESTIMATED = 16, 1e-9
 
 
 def both_sides(bounded: Bounded) -> np.ndarray:
-    """Return how far two float64 computations of the same terms may lie apart."""
+    """Return the largest difference between two float64 computations of the same terms."""
     return 2.0 * bounded.error
 
 
 def regrouped(bounded: Bounded) -> np.ndarray:
-    """Return the same where the terms may be grouped otherwise: reverse over reverse against forward over reverse."""
+    """Return the largest difference if the two computations may also group the terms differently.
+
+    For example, reverse over reverse instead of forward over reverse differentiation.
+    """
     return 2.0 * both_sides(bounded)
 
 
 def binomial_distance(count: int, total: int, probability: float) -> tuple[float, float, float]:
-    """Return a count, what is expected, and the exact binomial limit on its side, as a distance from that."""
+    """Return the count, its expectation, and the largest distance between them that is allowed.
+
+    The limit is the exact binomial quantile on the count's side of the expectation.
+    """
     lower, upper = binom.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], total, probability)
     expected = total * probability
     return float(count), expected, float(upper - expected if count > expected else expected - lower)
 
 
 def dropout_scale() -> float:
-    """Return how far a kept weight times (1 - rate) may lie from 1, in float32."""
+    """Return the largest distance of a kept weight times (1 - rate) from 1, in float32."""
     return 3.0 * PRECISIONS["float32"].roundoff
 
 
 def worst_case(samples: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """Return a limit for a sum of that many errors, each within its bound, from sums of these bounds with random signs.
+    """Return a limit for the worst sum of n bounded errors, from sums with random signs.
 
-    To first order a run deviates by sum(a_i e_i), |e_i| <= r_i. With random signs that is sum(+-a_i
-    r_i), whose mean square is sum((a_i r_i)^2); by Cauchy-Schwarz the worst case, sum(|a_i r_i|),
-    is at most sqrt(n) times its root. The root is estimated from the samples; by their number's
-    chi-square law it is underestimated by more than the factor used here less than once in 10^9.
+    To first order, a run deviates by sum(a_i e_i) with |e_i| <= r_i. With random signs the
+    deviation is sum(+-a_i r_i), and its mean square is sum((a_i r_i)^2). By Cauchy-Schwarz, the
+    worst case sum(|a_i r_i|) is at most sqrt(n) times the root of that mean square. The root is
+    estimated from the samples. The estimate follows a chi-square law; the factor used here makes it
+    too low less than once in 10^9.
 
     Args:
         samples: (samples, ...), the deviations under random signs.
-        errors: how many errors have come together, broadcast against the rest.
+        errors: the number n of errors that have accumulated, broadcast against the other axes.
     """
     count = len(samples)
     root = np.sqrt((samples**2).mean(axis=0) * count / chi2.ppf(UNDERESTIMATED, count))

@@ -1,1 +1,1 @@
-"""Show a report: on the terminal, as JSON, as one HTML page."""
+"""Reports: on the terminal, as JSON and as one HTML page."""

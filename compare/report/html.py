@@ -1,4 +1,4 @@
-"""One page that holds a whole report: it needs no network, no script, and prints."""
+"""Render a report as one printable HTML page that needs no network and no script."""
 
 from itertools import count
 
@@ -11,7 +11,7 @@ from .terminal import cell_text
 
 
 def html(report: Report) -> str:
-    """Return the page; all text is escaped, for names and errors may hold anything."""
+    """Return the page. All text is escaped, because names and errors may contain any characters."""
     environment = Environment(
         loader=PackageLoader("compare.report", "."),
         autoescape=True,

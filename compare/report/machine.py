@@ -1,10 +1,10 @@
-"""The processor that figures come from, and what it can do: kernels differ with the instruction set."""
+"""Describe the processor: libraries choose their kernels by its instruction sets."""
 
 import os
 import platform
 from pathlib import Path
 
-# What torch, oneDNN, MKL and XLA choose their kernels by.
+# The instruction sets by which torch, oneDNN, MKL and XLA choose their kernels.
 FEATURES = (
     "avx2",
     "avx512f",
@@ -16,7 +16,7 @@ FEATURES = (
     "bf16",
     "sve",
 )
-# What keeps them from using all of it.
+# The environment variables that restrict this choice.
 LIMITS = (
     "ATEN_CPU_CAPABILITY",
     "ONEDNN_MAX_CPU_ISA",
@@ -27,20 +27,20 @@ LIMITS = (
 
 
 def machine() -> dict[str, str]:
-    """Return the processor, its cores, its features, the system, and the variables that limit the kernels, if any."""
+    """Return the processor, cores, features, system, and the variables of LIMITS that are set."""
     lines = _cpu_lines()
     flags = set(lines.get("flags", lines.get("Features", "")).split())
-    found = {
+    description = {
         "processor": lines.get("model name") or platform.processor() or platform.machine(),
         "cores": str(os.cpu_count()),
         "features": ", ".join(feature for feature in FEATURES if feature in flags) or "unknown",
         "system": platform.platform(),
     }
-    return found | {name: os.environ[name] for name in LIMITS if os.environ.get(name)}
+    return description | {name: os.environ[name] for name in LIMITS if os.environ.get(name)}
 
 
 def _cpu_lines() -> dict[str, str]:
-    """Return what Linux says of the first processor; elsewhere nothing."""
+    """Return the first entry of /proc/cpuinfo; an empty dict if the system has no such file."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
     except OSError:

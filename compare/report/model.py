@@ -1,4 +1,4 @@
-"""What a command found out, as plain data: what is printed is exactly what the JSON holds."""
+"""The results of a command as plain data: the terminal, the JSON and the HTML show the same."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ Cell = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class Check:
-    """One claim about one implementation. `held` is None if it was not run; `measured` then says why.
+    """One claim about one implementation.
 
-    `count` is "held/tried" where the claim is about several things alike.
+    `held` is None if the check was not run; `measured` then says why. `count` is "held/tried" where
+    the check covers several cases.
     """
 
     name: str
@@ -32,7 +33,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under column heads."""
+    """A table: rows and column headings."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -40,7 +41,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Panels:
-    """Matrices of the same thing, one for each implementation, to be shown side by side."""
+    """The same matrix from each implementation, shown side by side."""
 
     title: str
     matrices: Mapping[str, Sequence[Sequence[float]]]
@@ -48,8 +49,21 @@ class Panels:
 
 
 @dataclass(frozen=True)
+class ContestantStyle:
+    """How to draw a contestant of a benchmark. `framework` is "torch" or "jax"."""
+
+    framework: str
+    is_ours: bool
+
+
+@dataclass(frozen=True)
 class Curves:
-    """One value against another for each series, on a logarithmic scale, or on two; `marked` x are printed."""
+    """One y value for each x in each series.
+
+    The y axis is logarithmic, and with `log_x` the x axis too. The terminal prints only the values
+    at the `marked` x. `contestants` has the style of each series of a benchmark; it is empty if the
+    series are named by implementation, as in "linen float32".
+    """
 
     title: str
     x_label: str
@@ -58,11 +72,12 @@ class Curves:
     series: Mapping[str, Sequence[float]]
     marked: Sequence[float]
     log_x: bool = False
+    contestants: Mapping[str, ContestantStyle] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many values of each series lie between one edge and the next; the edges grow by a constant factor."""
+    """The number of values of each series between neighboring edges, on a logarithmic x axis."""
 
     title: str
     x_label: str
@@ -72,7 +87,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Grid:
-    """A value for each row and column, None where there is none; above 1 is beyond the limit."""
+    """One value for each row and column, or None; a value above 1 exceeds its limit."""
 
     title: str
     columns: Sequence[str]
@@ -84,7 +99,7 @@ Block = str | Table | Panels | Curves | Histogram | Grid
 
 @dataclass
 class Section:
-    """A heading, what is shown below it in order, the checks it settles, and every comparison behind them."""
+    """A title, the blocks below it in order, its checks, and every finding behind the checks."""
 
     title: str
     blocks: list[Block] = field(default_factory=list)
@@ -94,7 +109,10 @@ class Section:
 
 @dataclass
 class Report:
-    """Everything one command found. `look`: it was to show something, and claims nothing unless it checks."""
+    """Everything that one command found.
+
+    `look` is True for a command that only shows something: it has no verdict unless it has checks.
+    """
 
     command: str
     date: str
@@ -105,25 +123,25 @@ class Report:
 
     @property
     def checks(self) -> list[Check]:
-        """The checks of all sections, each once where two parts settle the same one."""
+        """The checks of all sections, without duplicates."""
         return list(dict.fromkeys(check for section in self.sections for check in section.checks))
 
     @property
     def places(self) -> list[str]:
-        """The implementations that were checked, in order."""
+        """The names of the checked implementations, in order."""
         return list(dict.fromkeys(check.implementation for check in self.checks))
 
     @property
     def by_name(self) -> dict[str, dict[str, Check]]:
-        """The checks by name, in order, then by implementation."""
-        found: dict[str, dict[str, Check]] = {}
+        """The checks by name, then by implementation, both in order."""
+        checks: dict[str, dict[str, Check]] = {}
         for check in self.checks:
-            found.setdefault(check.name, {})[check.implementation] = check
-        return found
+            checks.setdefault(check.name, {})[check.implementation] = check
+        return checks
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many checks came to each verdict, in its word."""
+        """The number of checks for each verdict."""
         return {
             word: sum(check.held is held for check in self.checks)
             for held, word in VERDICTS.items()
@@ -131,17 +149,17 @@ class Report:
 
     @property
     def held(self) -> bool:
-        """Whether something was checked and nothing failed."""
+        """Whether at least one check held and none failed."""
         results = [check.held for check in self.checks]
         return True in results and False not in results
 
     @property
     def claims(self) -> bool:
-        """Whether there is a verdict to give."""
+        """Whether the report has a verdict."""
         return bool(self.checks) or not self.look
 
     def as_json(self) -> dict[str, Any]:
-        """The report as JSON values, with the verdict first; NaN and infinities, which JSON lacks, as words."""
+        """The report as JSON values, verdict first; NaN and infinities become strings."""
         return _json({"held": self.held if self.claims else None, **asdict(self)})
 
 

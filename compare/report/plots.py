@@ -1,4 +1,4 @@
-"""Pictures of findings as SVG: the text takes the page's color, so that they read in light and dark."""
+"""Draw findings as SVG. Text takes the color of the page, so pictures fit light and dark themes."""
 
 import io
 from collections.abc import Mapping
@@ -9,29 +9,28 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from .model import Curves, Histogram, Panels
+from .model import ContestantStyle, Curves, Histogram, Panels
 
-# Stands for the page's text color until the SVG is written.
+# A placeholder for the text color of the page; replaced in the finished SVG.
 _INK = "#010203"
-# Okabe and Ito's colors, told apart by color-blind readers, on white and on black.
-_COLORS = {"torch": "#e69f00", "linen": "#56b4e9", "nnx": "#009e73"}
+# The palette of Okabe and Ito: distinguishable for color-blind readers, on white and on black.
+_COLORS = {"torch": "#e69f00", "linen": "#56b4e9", "nnx": "#009e73", "jax": "#009e73"}
 _OTHERS = ("#cc79a7", "#d55e00", "#0072b2")
 _STYLE: dict[Any, Any] = {
-    **{
-        "svg.fonttype": "none",
-        "font.size": 10,
-        "font.family": "sans-serif",
-        "axes.facecolor": "none",
-    },
-    **{
-        key: _INK
-        for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    },
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "font.family": "sans-serif",
+    "axes.facecolor": "none",
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
 }
 
 
 def picture(block: Panels | Curves | Histogram, number: int) -> str:
-    """Return the block as an SVG element; `number` keeps its ids apart from those of other pictures on the page."""
+    """Return the block as an SVG element; a different `number` gives different element ids."""
     draw: Any = {Panels: _panels, Curves: _curves, Histogram: _histogram}[type(block)]
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": str(number)}):
         figure = draw(block)
@@ -80,10 +79,12 @@ def _panels(panels: Panels) -> Figure:
 def _curves(curves: Curves) -> Figure:
     figure = Figure(figsize=(7.5, 3.8), layout="constrained")
     axis = figure.subplots()
-    for name, values in curves.series.items():
-        # On a logarithmic scale there is no place for equality.
-        positive = np.where(np.array(values) > 0, values, np.nan)
-        line = _contestant(name, curves.series) if curves.log_x else _line(name, curves.series)
+    for index, (name, values) in enumerate(curves.series.items()):
+        positive = np.where(np.array(values) > 0, values, np.nan)  # a logarithmic axis has no 0
+        if curves.contestants:
+            line = _contestant_line(curves.contestants[name], index)
+        else:
+            line = _line(name, curves.series)
         axis.plot(curves.x, positive, label=name, **line)
     axis.set(
         xlabel=curves.x_label,
@@ -99,16 +100,13 @@ def _curves(curves: Curves) -> Figure:
     return figure
 
 
-def _contestant(name: str, series: Mapping[str, Any]) -> dict[str, Any]:
-    """Color by framework, marks by place; ours stand out."""
-    framework = "torch" if name.startswith("torch") else "nnx"
-    ours = " ours" in name
-    marker = "osv^Dxp*+h"[list(series).index(name) % 10]
+def _contestant_line(style: ContestantStyle, index: int) -> dict[str, Any]:
+    """Return the line style: color by framework, marker by index, thick lines for ours."""
     return {
-        "color": _COLORS[framework],
-        "linewidth": 3.0 if ours else 1.0,
-        "marker": marker,
-        "alpha": 1.0 if ours else 0.8,
+        "color": _COLORS[style.framework],
+        "linewidth": 3.0 if style.is_ours else 1.0,
+        "marker": "osv^Dxp*+h"[index % 10],
+        "alpha": 1.0 if style.is_ours else 0.8,
     }
 
 
@@ -132,8 +130,9 @@ def _histogram(histogram: Histogram) -> Figure:
 
 
 def _line(name: str, series: Mapping[str, Any]) -> dict[str, Any]:
-    implementation, _, rest = name.partition(" ")
+    """Return the line style of a series named "framework dtype", or of another series."""
+    framework, _, dtype = name.partition(" ")
     others = [other for other in series if other.partition(" ")[0] not in _COLORS]
-    color = _COLORS.get(implementation) or _OTHERS[others.index(name) % len(_OTHERS)]
-    style = {"nnx": ":", "linen": "--"}.get(implementation, "-")
-    return {"color": color, "linestyle": style, "linewidth": 1.2 if rest == "float32" else 2.0}
+    color = _COLORS.get(framework) or _OTHERS[others.index(name) % len(_OTHERS)]
+    style = {"nnx": ":", "linen": "--"}.get(framework, "-")
+    return {"color": color, "linestyle": style, "linewidth": 1.2 if dtype == "float32" else 2.0}

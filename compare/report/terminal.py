@@ -1,4 +1,4 @@
-"""Print reports: lines of 80 columns where they fit, names never broken, color only on a terminal."""
+"""Print reports in 80 columns, with unbroken names, and with color only on a terminal."""
 
 import os
 import signal
@@ -18,14 +18,14 @@ from rich.text import Text
 from .model import VERDICTS, Cell, Check, Curves, Grid, Histogram, Panels, Report, Section, Table
 
 TEXT_WIDTH = 80
-# Wide enough for any table: a pipe has no width.
+# A pipe has no width, so any table must fit.
 _PIPE_WIDTH = 100_000
 _WHOLE_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
 _STYLES = {"held": "green", "FAILED": "bold red", "not run": "yellow"}
 
 
 class ReportConsole(Console):
-    """A console without a limit of width in a pipe, which a report outlives when its reader closes it."""
+    """A console that does not wrap lines in a pipe and does not fail when the pipe is closed."""
 
     def __init__(self) -> None:
         super().__init__(highlight=False)
@@ -34,12 +34,12 @@ class ReportConsole(Console):
             self.width = _PIPE_WIDTH
 
     def on_broken_pipe(self) -> None:
-        """Print nothing more; the files that were asked for are still written."""
+        """Stop printing, but let the command go on to write its files."""
         self.is_pipe_closed = self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def end_if_pipe_closed(self) -> None:
-        """End as every other program does whose reader has gone."""
+        """End by SIGPIPE, as other programs do, if the pipe was closed."""
         if self.is_pipe_closed:
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGPIPE)
@@ -54,7 +54,7 @@ def print_header(console: Console, report: Report) -> None:
 
 
 def print_section(console: Console, section: Section) -> None:
-    """Print one section, its failed checks spelled out."""
+    """Print one section: its blocks, then its failed checks in full."""
     _print_heading(console, section.title)
     for block in section.blocks:
         match block:
@@ -65,15 +65,15 @@ def print_section(console: Console, section: Section) -> None:
             case Panels():
                 _print_panels(console, block)
             case Curves(log_x=True):
-                _print_text(console, escape(f"{block.title}: drawn in the HTML."))
+                _print_text(console, escape(f"{block.title}: see the plot in the HTML report."))
             case Curves():
-                _print_table(console, _marked(block), block.title)
+                _print_table(console, _curves_table(block), block.title)
             case Histogram():
-                _print_table(console, _counted(block), block.title)
+                _print_table(console, _histogram_table(block), block.title)
             case Grid():
                 _print_text(
                     console,
-                    escape(f"{block.title}: {len(block.rows)} rows, in the JSON and the HTML."),
+                    escape(f"{block.title}: {len(block.rows)} rows, see the JSON or HTML report."),
                 )
     for check in section.checks:
         if check.held is False:
@@ -82,7 +82,7 @@ def print_section(console: Console, section: Section) -> None:
 
 
 def _print_text(console: Console, markup: str) -> None:
-    """Print text wrapped between words; a word that is longer than a line stays whole."""
+    """Print text wrapped between words; a word longer than a line is not broken."""
     text = Text.from_markup(markup)
     starts, end = [], 0
     for paragraph in text.plain.splitlines():
@@ -97,7 +97,7 @@ def _print_text(console: Console, markup: str) -> None:
 
 
 def _print_heading(console: Console, title: str) -> None:
-    """Print the title with a rule, or alone if it is longer than a line: a rule would cut it off."""
+    """Print the title with a rule, or without one if the rule would truncate it."""
     width = min(TEXT_WIDTH, console.width)
     if len(title) + 2 < width:
         console.print(Rule(f"[bold]{escape(title)}", align="left"), width=width)
@@ -106,17 +106,14 @@ def _print_heading(console: Console, title: str) -> None:
 
 
 def print_summary(console: Console, report: Report) -> None:
-    """Print every check as a row, every implementation as a column, and the verdict."""
-    rows = [
-        [
-            name,
-            *(
-                f"{VERDICTS[found[place].held]} {found[place].count}" if place in found else ""
-                for place in report.places
-            ),
-        ]
-        for name, found in report.by_name.items()
-    ]
+    """Print a table of checks by implementation, the checks that did not hold, and the verdict."""
+    rows = []
+    for name, checks in report.by_name.items():
+        row = [name]
+        for implementation in report.places:
+            check = checks.get(implementation)
+            row.append(f"{VERDICTS[check.held]} {check.count}" if check else "")
+        rows.append(row)
     _print_heading(console, "Summary")
     _print_table(console, Table(["check", *report.places], rows))
     for check in report.checks:
@@ -134,15 +131,15 @@ def _print_check(console: Console, check: Check) -> None:
     _print_text(console, f"[{_STYLES[verdict]}]{verdict}[/] {escape(line)}")
 
 
-def _marked(curves: Curves) -> Table:
-    places = [(x, curves.x.index(x)) for x in curves.marked]
-    rows: list[list[Cell]] = [
-        [f"{x:g}", *(values[i] for values in curves.series.values())] for x, i in places
-    ]
+def _curves_table(curves: Curves) -> Table:
+    rows: list[list[Cell]] = []
+    for x in curves.marked:
+        index = curves.x.index(x)
+        rows.append([f"{x:g}", *(values[index] for values in curves.series.values())])
     return Table([curves.x_label, *curves.series], rows)
 
 
-def _counted(histogram: Histogram) -> Table:
+def _histogram_table(histogram: Histogram) -> Table:
     edges = histogram.edges
     rows = [
         [f"{low:.3g} to {high:.3g}", *counts]
@@ -182,7 +179,7 @@ def _print_table(console: Console, table: Table, title: str | None = None) -> No
 
 
 def cell_text(cell: Cell) -> str:
-    """Return a table's cell as it is shown."""
+    """Return a table cell as text."""
     match cell:
         case None:
             return "-"
@@ -205,7 +202,7 @@ def _cell(cell: Cell) -> str:
 
 
 def _print_panels(console: Console, panels: Panels) -> None:
-    """Print the matrices side by side, as many as a line holds, and the others below."""
+    """Print the matrices side by side, as many as fit in a line, and the others below."""
     blocks = {name: _rows(matrix, panels.decimals) for name, matrix in panels.matrices.items()}
     widths = {name: max(len(name), *map(len, rows)) for name, rows in blocks.items()}
     console.print(f"[italic]{escape(panels.title)}")
@@ -222,7 +219,7 @@ def _print_panels(console: Console, panels: Panels) -> None:
 
 
 def _rows(matrix: Sequence[Sequence[float]], decimals: int) -> list[str]:
-    """Return the rows as text; a matrix of whole numbers has no decimals."""
+    """Return the rows as text, without decimals if all entries are whole numbers."""
     decimals = 0 if all(float(entry).is_integer() for row in matrix for entry in row) else decimals
     texts = [[f"{entry:.{decimals}f}" for entry in row] for row in matrix]
     width = max((len(text) for row in texts for text in row), default=0)

@@ -1,4 +1,4 @@
-"""From many findings to a table that fits a screen and a verdict for each check."""
+"""Summarize findings: a table of the worst ratios, and a verdict for each check."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,52 +10,54 @@ from .model import Cell, Check, Table
 
 
 def ratio_table(findings: Sequence[Finding]) -> Table:
-    """Return a row for each check: how many comparisons, the worst error/limit of each implementation, and where."""
+    """Return a table with one row for each check.
+
+    A row has the number of comparisons, the worst error/limit of each implementation, and the case
+    of the worst one.
+    """
     rows: list[list[Cell]] = []
     for name in dict.fromkeys(finding.check for finding in findings):
-        mine = [finding for finding in findings if finding.check == name]
-        by_place = {
-            place: [finding for finding in mine if finding.implementation == place]
-            for place in FRAMEWORKS
-        }
-        ratios = [worst_of(found).agreement.ratio if found else None for found in by_place.values()]
-        worst = worst_of(mine)
-        rows.append([name, len(mine), *ratios, worst.case if worst.agreement.ratio else ""])
+        of_check = [finding for finding in findings if finding.check == name]
+        ratios: list[float | None] = []
+        for framework in FRAMEWORKS:
+            of_framework = [finding for finding in of_check if finding.implementation == framework]
+            ratios.append(worst_of(of_framework).agreement.ratio if of_framework else None)
+        worst = worst_of(of_check)
+        rows.append([name, len(of_check), *ratios, worst.case if worst.agreement.ratio else ""])
     return Table(["check", "tried", *FRAMEWORKS, "worst in"], rows)
 
 
 def settle(findings: Sequence[Finding], name: str) -> list[Check]:
-    """Return a verdict for each implementation on all findings of one check.
+    """Return one check for each implementation, from all findings of the check `name`.
 
     Raises:
-        ValueError: nothing was compared.
+        ValueError: there are no findings.
     """
     if not findings:
         raise ValueError(f"{name}: nothing was compared")
     checks = []
-    for place in dict.fromkeys(finding.implementation for finding in findings):
-        mine = [finding for finding in findings if finding.implementation == place]
-        held = sum(finding.held for finding in mine)
-        worst = worst_of(mine)
-        measured = (
-            f"worst error/limit {worst.agreement.ratio:.2g}" if held == len(mine) else str(worst)
-        )
+    for framework in dict.fromkeys(finding.implementation for finding in findings):
+        of_framework = [finding for finding in findings if finding.implementation == framework]
+        num_held = sum(finding.held for finding in of_framework)
+        all_held = num_held == len(of_framework)
+        worst = worst_of(of_framework)
         checks.append(
             Check(
                 name,
-                TITLES[place],
-                held == len(mine),
-                measured,
+                TITLES[framework],
+                all_held,
+                f"worst error/limit {worst.agreement.ratio:.2g}" if all_held else str(worst),
                 "at most 1 everywhere",
-                f"{held}/{len(mine)}",
+                f"{num_held}/{len(of_framework)}",
             )
         )
     return checks
 
 
 def worst_of(findings: Iterable[Finding]) -> Finding:
-    """Return the finding that lies farthest beyond its limit; a NaN ratio counts as infinite."""
-    return max(
-        findings,
-        key=lambda found: np.inf if np.isnan(found.agreement.ratio) else found.agreement.ratio,
-    )
+    """Return the finding with the largest error/limit; NaN counts as infinity."""
+
+    def ratio(finding: Finding) -> float:
+        return np.inf if np.isnan(finding.agreement.ratio) else finding.agreement.ratio
+
+    return max(findings, key=ratio)

@@ -1,1 +1,1 @@
-"""Run one of the three implementations, NumPy in and out."""
+"""Run one of the three implementations, with NumPy arrays as inputs and outputs."""

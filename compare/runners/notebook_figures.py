@@ -1,9 +1,9 @@
-"""The source notebook's printed figures, and how a printed row is recognized under dropout.
+"""The figures that the source notebook printed, and the dropout patterns that reproduce its rows.
 
-The notebook never calls `.eval()`, so its outputs have dropout active, on random streams that Flax
-cannot share. But a row has few attention weights: each printed row must be what the module gives
-under *some* pattern of kept weights, scaled by 1 / (1 - dropout). All patterns are run through the
-module.
+The notebook never calls `.eval()`, so dropout was active in its outputs. Flax cannot reproduce
+torch's random numbers. But a row has few attention weights, so every dropout pattern can be tried:
+the module must give each printed row under *some* pattern of kept weights, scaled by
+1 / (1 - dropout).
 """
 
 import json
@@ -20,15 +20,21 @@ from ..proof.reference import causal_mask
 from ..proof.rounding_bound import PRECISIONS, stage_bounds
 from .run import build_torch, run
 
-# The notebook prints four decimals, so a figure lies within half a unit of the last one printed.
+# The notebook prints four decimals, so a value lies within half a unit of the last decimal.
 PRINT_ROUNDING = 0.5e-4
 
 
 class RowMatch(NamedTuple):
-    """One printed row, and the patterns of dropout under which the module gives it.
+    """One printed row, and the dropout patterns under which the module gives it.
 
-    `dropped` are the positions of the best pattern, `patterns` how many fit, `error` and `limit`
-    the distance of the best one from the printed figures and the one allowed.
+    Attributes:
+        batch: the index of the row in the batch.
+        token: the index of the row among the tokens.
+        printed: the printed figures.
+        dropped: the positions that the best pattern drops.
+        patterns: the number of patterns that fit.
+        error: the largest distance of the best pattern's outputs from the printed figures.
+        limit: the largest distance that is allowed.
     """
 
     batch: int
@@ -42,7 +48,7 @@ class RowMatch(NamedTuple):
 
 @cache
 def figures() -> dict[str, Any]:
-    """Return the notebook's figures; cell numbers are the notebook's."""
+    """Return the notebook's figures; the cell numbers are those of the notebook."""
     return json.loads(
         files("compare").joinpath("data/notebook_figures.json").read_text(encoding="utf-8")
     )
@@ -55,7 +61,7 @@ def inputs() -> np.ndarray:
 
 
 def initial_states() -> tuple[State, State]:
-    """Return the notebook's initial weights, without and with the buffer, drawn as it drew them."""
+    """Return the notebook's initial states, without and with the buffer, drawn in its order."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(figures()["torch_manual_seed"])
         without = build_torch(NOTEBOOK, buffer=False)
@@ -67,30 +73,31 @@ def initial_states() -> tuple[State, State]:
 def match_rows(
     framework: Framework, state: State, printed: np.ndarray, device: str = "cpu"
 ) -> list[RowMatch]:
-    """Find each printed row, (2, 6, 5), among the module's outputs under every pattern of dropout."""
+    """Match the printed rows, (2, 6, 5), with the module's outputs under every dropout pattern."""
     tokens = inputs()[0]
     num_tokens = len(tokens)
     keep = _patterns(num_tokens)  # (patterns, keys)
-    every_query = np.repeat(keep[:, None, :], num_tokens, axis=1)  # (patterns, queries, keys)
-    batch = np.repeat(tokens[None], len(keep), axis=0)
-    found = run(framework, NOTEBOOK, state, batch, device=device, keep=every_query).astype(
-        np.float64
-    )
-    rounding = _rounding(state, batch, every_query)
+    keep_per_query = np.repeat(keep[:, None, :], num_tokens, axis=1)  # (patterns, queries, keys)
+    repeated = np.repeat(tokens[None], len(keep), axis=0)
+    outputs = run(framework, NOTEBOOK, state, repeated, device=device, keep=keep_per_query)
+    outputs = outputs.astype(np.float64)
+    rounding = _rounding(state, repeated, keep_per_query)
     matches = []
-    for row in np.ndindex(*printed.shape[:2]):
-        # Behind the causal mask a weight is 0, dropped or not: such patterns are counted once.
-        visible = np.flatnonzero(keep[:, row[1] + 1 :].all(axis=1))
-        errors = np.abs(found[visible, row[1]] - printed[row])
-        limits = PRINT_ROUNDING + rounding[visible, row[1]]
+    for batch, token in np.ndindex(*printed.shape[:2]):
+        # The causal mask makes the weights of later tokens 0, dropped or not. Of the patterns that
+        # differ only there, one is counted.
+        distinct = np.flatnonzero(keep[:, token + 1 :].all(axis=1))
+        row = printed[batch, token]
+        errors = np.abs(outputs[distinct, token] - row)
+        limits = PRINT_ROUNDING + rounding[distinct, token]
         fits = (errors <= limits).all(axis=1)
         best = int(np.argmin(errors.max(axis=1)))
         matches.append(
             RowMatch(
-                batch=row[0],
-                token=row[1],
-                printed=tuple(printed[row].tolist()),
-                dropped=tuple(np.flatnonzero(~keep[visible[best]]).tolist()),
+                batch=batch,
+                token=token,
+                printed=tuple(row.tolist()),
+                dropped=tuple(np.flatnonzero(~keep[distinct[best]]).tolist()),
                 patterns=int(fits.sum()),
                 error=float(errors[best].max()),
                 limit=float(limits[best].max()),
@@ -105,9 +112,7 @@ def _patterns(num_tokens: int) -> np.ndarray:
 
 
 def _rounding(state: State, batch: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Return what float32 rounding may add: once in the notebook's run, once in ours."""
+    """Return the error that float32 rounding explains: once in the notebook's run, once in ours."""
     mask = causal_mask(NOTEBOOK.context_length)
-    return (
-        2.0
-        * stage_bounds(batch, state, mask, PRECISIONS["float32"], keep, NOTEBOOK.dropout).context
-    )
+    bounds = stage_bounds(batch, state, mask, PRECISIONS["float32"], keep, NOTEBOOK.dropout)
+    return 2.0 * bounds.context

@@ -1,17 +1,17 @@
-"""Whether torch's products on this processor keep a NaN to the rows where it belongs."""
+"""Check whether torch's matrix products on this processor keep a NaN to its own row."""
 
 import torch
 
-# Inner dimensions that are no multiples of the width of a tile; the left operand has rows enough
-# for tiles.
+# Inner dimensions that are not multiples of a tile's width. The left operand has enough rows for
+# the tiled kernels.
 INNER_SIZES = (31, 33, 37, 65, 163, 257)
 ROWS, COLUMNS = 64, 16
 
 
 def leaking_dtypes() -> list[str]:
-    """Return the dtypes in which a NaN row of the left operand makes another row of the product NaN, on the CPU.
+    """Return the dtypes in which a NaN row of the left operand reaches other rows, on the CPU.
 
-    On CPUs with AMX that is bfloat16, in torch 2.13 (oneDNN issue 5717).
+    With torch 2.13 on CPUs with AMX, that is bfloat16 (oneDNN issue 5717).
     """
     return [
         name

@@ -1,4 +1,4 @@
-"""Every intermediate of one implementation, as it runs: recorded from outside, the modules know nothing of it."""
+"""Record every intermediate result of one implementation from outside, while its module runs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from ..proof.cases import Framework, Trial
 from ..proof.reference import Stages
 from .run import NnxFunction, flax_forward, flax_state, jax_on, ready_torch
 
-# Where each stage comes out of a module; scores are what the softmax is given.
+# The stage that each child module outputs. The scores are recorded as the input of the softmax.
 PRODUCERS = {
     "W_query": "queries",
     "W_key": "keys",
@@ -26,7 +26,7 @@ PRODUCERS = {
 
 
 def record_stages(framework: Framework, trial: Trial, device: str = "cpu") -> Stages:
-    """Run the trial in its dtype and return its stages, shaped as those of `compare.proof.reference`.
+    """Run the trial in its dtype and return its stages, shaped as in `compare.proof.reference`.
 
     Raises:
         ValueError: a stage was never computed, or more than once.
@@ -37,11 +37,11 @@ def record_stages(framework: Framework, trial: Trial, device: str = "cpu") -> St
     else:
         with jax_on(device, trial.inputs.dtype):
             (_linen if framework == "linen" else _nnx)(trial, recorded)
-    for name, found in recorded.items():
-        if len(found) != 1:
-            raise ValueError(f"the stage {name} was computed {len(found)} times; expected once")
+    for name, arrays in recorded.items():
+        if len(arrays) != 1:
+            raise ValueError(f"the stage {name} was computed {len(arrays)} times; expected once")
     convert = tensor_to_numpy if framework == "torch" else np.asarray
-    return Stages(**{name: convert(found[0]) for name, found in recorded.items()})
+    return Stages(**{name: convert(arrays[0]) for name, arrays in recorded.items()})
 
 
 def _torch(trial: Trial, device: str, recorded: dict[str, list[Any]]) -> None:
@@ -74,13 +74,13 @@ def _linen(trial: Trial, recorded: dict[str, list[Any]]) -> None:
             recorded[PRODUCERS[context.module.name]].append(output)
         return output
 
-    given = flax_state("linen", trial.config, trial.state)
-    # Without dropout nothing but the softmax makes the weights.
+    state = flax_state("linen", trial.config, trial.state)
+    # Without dropout, no child module outputs the weights: record those of the softmax.
     with (
         linen.intercept_methods(intercept),
         _recorded_softmax(recorded, weights=trial.keep is None),
     ):
-        _run_compiled(flax_forward("linen", trial.config), given, trial, recorded)
+        _run_compiled(flax_forward("linen", trial.config), state, trial, recorded)
 
 
 def _nnx(trial: Trial, recorded: dict[str, list[Any]]) -> None:
@@ -92,43 +92,43 @@ def _nnx(trial: Trial, recorded: dict[str, list[Any]]) -> None:
                 NnxFunction(_recording(getattr(model, name), recorded[PRODUCERS[name]])),
             )
 
-    given = flax_state("nnx", trial.config, trial.state)
+    state = flax_state("nnx", trial.config, trial.state)
     with _recorded_softmax(recorded):
-        _run_compiled(flax_forward("nnx", trial.config, record), given, trial, recorded)
+        _run_compiled(flax_forward("nnx", trial.config, record), state, trial, recorded)
 
 
 def _run_compiled(
     forward: Callable[..., Any],
-    given: tuple[Any, Any],
+    state: tuple[Any, Any],
     trial: Trial,
     recorded: dict[str, list[Any]],
 ) -> None:
-    """Run the forward pass as one program whose results are what is recorded on the way."""
+    """Run the forward pass as one compiled program that returns the recorded stages."""
 
-    def stages(*given: Any) -> dict[str, list[Any]]:
-        recorded["context"].append(forward(*given))
+    def stages(*arguments: Any) -> dict[str, list[Any]]:
+        recorded["context"].append(forward(*arguments))
         return recorded
 
-    recorded.update(jax.jit(stages)(*given, trial.keep, trial.inputs))
+    recorded.update(jax.jit(stages)(*state, trial.keep, trial.inputs))
 
 
 def _recorded_softmax(recorded: dict[str, list[Any]], *, weights: bool = False) -> Any:
-    """Record the scores that the softmax is given, and if asked the weights that come out."""
+    """Return a patch that records the input of the softmax, and with `weights` also its output."""
     softmax = jax.nn.softmax
 
     def record(scores: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         recorded["scores"].append(scores)
-        found = softmax(scores, *args, **kwargs)
+        output = softmax(scores, *args, **kwargs)
         if weights:
-            recorded["weights"].append(found)
-        return found
+            recorded["weights"].append(output)
+        return output
 
     return patch.object(jax.nn, "softmax", record)
 
 
 def _recording(call: Callable[[Any], Any], into: list[Any]) -> Callable[[Any], Any]:
-    def recorded(given: Any) -> Any:
-        into.append(call(given))
+    def recorded(inputs: Any) -> Any:
+        into.append(call(inputs))
         return into[-1]
 
     return recorded

@@ -1,4 +1,4 @@
-"""Build one implementation with a given state, run it, and hand out NumPy."""
+"""Build one implementation with a given state, run it, and return NumPy arrays."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,63 +39,63 @@ def build_torch(config: Config, *, buffer: bool) -> TorchAttention:
     """Return a fresh torch module, with or without the buffer; with heads, always with it."""
     if config.num_heads is not None:
         return torch_impl.CausalMultiHeadAttention(**config.arguments)
-    kind = (
+    module_class = (
         torch_impl.CausalAttentionWithBuffer if buffer else torch_impl.CausalAttentionWithoutBuffers
     )
-    return kind(**config.arguments)
+    return module_class(**config.arguments)
 
 
 def build_linen(config: Config, *, buffer: bool) -> LinenAttention:
-    """Return the Linen module, with or without the buffer."""
+    """Return the Linen module, with or without the buffer; with heads, always with it."""
     if config.num_heads is not None:
         return flax_impl.CausalMultiHeadAttention(**config.arguments)
-    kind = (
+    module_class = (
         flax_impl.CausalAttentionWithBuffer if buffer else flax_impl.CausalAttentionWithoutBuffers
     )
-    return kind(**config.arguments)
+    return module_class(**config.arguments)
 
 
 def build_nnx(config: Config, *, buffer: bool) -> NnxAttention:
-    """Return a fresh NNX model, with or without the buffer."""
+    """Return a fresh NNX model, with or without the buffer; with heads, always with it."""
     if config.num_heads is not None:
         return flax_impl.nnx.CausalMultiHeadAttention(**config.arguments, rngs=nnx.Rngs(0))
-    kind = (
+    module_class = (
         flax_impl.nnx.CausalAttentionWithBuffer
         if buffer
         else flax_impl.nnx.CausalAttentionWithoutBuffers
     )
-    return kind(**config.arguments, rngs=nnx.Rngs(0))
+    return module_class(**config.arguments, rngs=nnx.Rngs(0))
 
 
 def linen_template(config: Config, *, buffer: bool) -> dict[str, Any]:
-    """Return the shapes of the Linen variables, without making them."""
+    """Return the shapes and dtypes of the Linen variables, without creating arrays."""
     inputs = jax.ShapeDtypeStruct((1, 1, config.input_embedding_dim), jnp.float32)
     return jax.eval_shape(build_linen(config, buffer=buffer).init, jax.random.key(0), inputs)
 
 
 def linen_mask(config: Config, variables: Mapping[str, Any], *, buffer: bool) -> jax.Array:
-    """Return the mask that the Linen module works with: its variable, or the constant that it makes."""
+    """Return the mask that the Linen module uses: its variable, or its constant."""
     mask = build_linen(config, buffer=buffer).bind(variables).mask
     return mask.value if isinstance(mask, linen.module.Variable) else mask
 
 
 def missing_cuda() -> str | None:
-    """Return which framework sees no CUDA device, or nothing if both see one."""
-    lacking = [] if torch.cuda.is_available() else ["torch"]
+    """Return which frameworks see no CUDA device, or None if both see one."""
+    without_cuda = [] if torch.cuda.is_available() else ["torch"]
     try:
         jax.devices("cuda")
     except RuntimeError:
-        lacking.append("jax")
-    return f"no CUDA device is seen by {' and '.join(lacking)}" if lacking else None
+        without_cuda.append("jax")
+    return f"no CUDA device is seen by {' and '.join(without_cuda)}" if without_cuda else None
 
 
 def sees_accelerator() -> bool:
-    """Return whether either framework sees another device than the CPU."""
+    """Return whether a framework sees a device other than the CPU."""
     return torch.cuda.is_available() or jax.default_backend() != "cpu"
 
 
 def devices_to_run(device: str | None) -> list[str]:
-    """Return the devices to run on: the one asked for, or the CPU and CUDA where both frameworks see it."""
+    """Return the device that was asked for, or the CPU, and CUDA if both frameworks see it."""
     if device is not None:
         return [device]
     return ["cpu"] if missing_cuda() else ["cpu", "cuda"]
@@ -105,7 +105,7 @@ def devices_to_run(device: str | None) -> list[str]:
 def jax_on(
     device: str, dtype: Any = np.float32, matmul: Literal["highest", "default"] = "highest"
 ) -> Iterator[None]:
-    """Run JAX on that device, with x64 where the dtype is float64, and with products kept from TF32."""
+    """Run JAX on the device: x64 is on for float64, and by default matrix products avoid TF32."""
     x64 = np.dtype(dtype) == np.float64
     with (
         jax.enable_x64(x64),
@@ -128,14 +128,15 @@ def run(
     """Return the outputs of one implementation, (batch, tokens, output_embedding_dim).
 
     Args:
-        framework: which one; the class with the buffer if the state has a mask.
+        framework: the framework; the class with the buffer runs if the state has a mask.
         config: the constructor arguments.
-        state: the parameters by torch's names, in the working precision. Flax gets them converted.
+        state: the parameters by their torch names, in the working dtype; converted for Flax.
         inputs: (batch, tokens, input_embedding_dim), in the state's dtype.
-        device: "cpu" or "cuda", for either framework. float32 products are kept from TF32.
-        keep: (batch, tokens, tokens), True where dropout keeps the weight, in place of each
-            framework's own draw; None runs without dropout.
-        matmul: "default" leaves JAX the precision of products that it takes unasked, on a GPU TF32.
+        device: "cpu" or "cuda"; on CUDA, torch's float32 products avoid TF32.
+        keep: (batch, tokens, tokens), True where dropout keeps the weight. It replaces the
+            framework's own random pattern; None runs without dropout.
+        matmul: JAX's precision of float32 products. "highest" avoids TF32; "default" uses TF32 on
+            GPUs.
     """
     runner = {"torch": _run_torch, "linen": _run_linen, "nnx": _run_nnx}[framework]
     if framework == "torch":
@@ -147,9 +148,10 @@ def run(
 def compiled(
     framework: Framework, config: Config, device: str = "cpu"
 ) -> Callable[..., np.ndarray]:
-    """Return a function of state, inputs and, optionally, `keep`, like `run`, that keeps its compiled program.
+    """Return a function like `run`, of state, inputs and optional `keep`, that is compiled once.
 
-    The class with the buffer is run. In Flax it is compiled whole, where `run` goes step by step.
+    It runs the class with the buffer. In Flax, the whole forward pass is compiled, while `run`
+    executes its operations one by one. In torch, nothing is compiled.
     """
     if framework == "torch":
 
@@ -169,7 +171,7 @@ def compiled(
 
 
 def flax_state(framework: Framework, config: Config, state: State) -> tuple[Any, Any]:
-    """Return the params and the buffers, as trees, that `flax_forward` takes."""
+    """Return the trees of params and buffers that the function of `flax_forward` takes."""
     if framework == "linen":
         variables = torch_to_linen(torch_state(state), linen_template(config, buffer=True))
         return variables.pop("params"), variables
@@ -182,11 +184,11 @@ def flax_forward(
     config: Config,
     prepare: Callable[[NnxAttention], None] = lambda model: None,
 ) -> Callable[[Any, Any, Any, Any], jax.Array]:
-    """Return the forward pass as a function of params, buffers, the kept weights or None, and inputs.
+    """Return the forward pass as a function of params, buffers, `keep` or None, and inputs.
 
-    Linen and NNX take the same arrays in the same order, under the same name: where both are the
-    same program, JAX's compilation cache compiles it once. `prepare` is called with the NNX model
-    of each call.
+    In Linen and NNX, the function has the same name and takes the same arrays in the same order. If
+    both are the same program, JAX's compilation cache therefore compiles it only once. `prepare` is
+    called with the NNX model at each call.
     """
     return _linen_forward(config) if framework == "linen" else _nnx_forward(config, prepare)
 
@@ -215,7 +217,7 @@ def _nnx_forward(
 
 
 def _abstract_nnx(config: Config) -> NnxAttention:
-    """Return the NNX model in `eval` mode, with the buffer, without its arrays."""
+    """Return the NNX model with the buffer, in `eval` mode, with shapes instead of arrays."""
     model: NnxAttention = nnx.eval_shape(partial(build_nnx, config, buffer=True))
     model.eval()
     return model
@@ -251,11 +253,14 @@ def _run_nnx(
 def ready_torch(
     config: Config, state: State, device: Any, keep: np.ndarray | None
 ) -> TorchAttention:
-    """Return the module with this state on the device, in `eval` mode or dropping what `keep` does not keep."""
+    """Return the module in `eval` mode on the device, with this state.
+
+    With `keep`, its dropout keeps exactly those weights.
+    """
     module = build_torch(config, buffer="mask" in state)
     module.load_state_dict(torch_state(state), assign=True)
     module.to(device).eval()
-    module.mask = module.mask.to(device)  # without the buffer, `.to` has left it behind
+    module.mask = module.mask.to(device)  # without the buffer, `.to` does not move it
     if keep is not None:
         kept = torch.from_numpy(keep).to(device)
         module.dropout = TorchFunction(
@@ -267,7 +272,10 @@ def ready_torch(
 def linen_apply(
     config: Config, keep: Any, *, buffer: bool
 ) -> Callable[[Mapping[str, Any], jax.Array], jax.Array]:
-    """Return `apply` of the Linen module, deterministic or dropping what `keep`, an array, does not keep."""
+    """Return `apply` of the Linen module.
+
+    With `keep`, its dropout keeps exactly those weights; with None, it is deterministic.
+    """
     model = build_linen(config, buffer=buffer)
 
     def intercept(
@@ -287,15 +295,17 @@ def linen_apply(
 def ready_linen(
     config: Config, state: State, keep: np.ndarray | None
 ) -> tuple[Callable[[Mapping[str, Any], jax.Array], jax.Array], dict[str, Any]]:
-    """Return `apply` and the variables, deterministic or dropping what `keep` does not keep."""
+    """Return `linen_apply` for this state and its variables."""
     buffer = "mask" in state
-    return linen_apply(config, keep, buffer=buffer), torch_to_linen(
-        torch_state(state), linen_template(config, buffer=buffer)
-    )
+    variables = torch_to_linen(torch_state(state), linen_template(config, buffer=buffer))
+    return linen_apply(config, keep, buffer=buffer), variables
 
 
 def ready_nnx(config: Config, state: State, keep: np.ndarray | None) -> NnxAttention:
-    """Return the model with this state, in `eval` mode or dropping what `keep` does not keep."""
+    """Return the model in `eval` mode, with this state.
+
+    With `keep`, its dropout keeps exactly those weights.
+    """
     model = torch_to_nnx(torch_state(state), build_nnx(config, buffer="mask" in state))
     model.eval()
     if keep is not None:
@@ -304,7 +314,7 @@ def ready_nnx(config: Config, state: State, keep: np.ndarray | None) -> NnxAtten
 
 
 class TorchFunction(torch.nn.Module):
-    """A function in the place of a child module, such as dropout with a given pattern."""
+    """A function in place of a child module, such as dropout with a fixed pattern."""
 
     def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -316,7 +326,7 @@ class TorchFunction(torch.nn.Module):
 
 
 class NnxFunction(nnx.Module):
-    """A function in the place of a child module, such as dropout with a given pattern."""
+    """A function in place of a child module, such as dropout with a fixed pattern."""
 
     def __init__(self, function: Callable[[jax.Array], jax.Array]) -> None:
         self.function = function

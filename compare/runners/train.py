@@ -1,4 +1,4 @@
-"""Training as each framework's users do it: `torch.optim`, and Optax under Linen and under `nnx.Optimizer`."""
+"""Train with each framework's own tools: `torch.optim`, Optax, and Optax in `nnx.Optimizer`."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from .run import TorchFunction, jax_on, linen_apply, ready_linen, ready_nnx, rea
 
 
 class Trained(NamedTuple):
-    """A run, and the mask as it is at its end."""
+    """A training run, and the mask at its end."""
 
     run: TrainingRun
     mask: np.ndarray
@@ -28,13 +28,13 @@ def train(framework: Framework, course: Course, recipe: Recipe, device: str = "c
     """Train one implementation on the device, "cpu" or "cuda", in the course's dtype."""
     if framework == "torch":
         return _train_torch(course, recipe, device)
-    # Optax raises a float to an int32 power, which strict promotion refuses.
+    # Optax raises a float to an int32 power, which strict dtype promotion rejects.
     with jax_on(device, course.inputs.dtype), jax.numpy_dtype_promotion("standard"):
         return (_train_linen if framework == "linen" else _train_nnx)(course, recipe)
 
 
 def torch_optimizer(recipe: Recipe, module: torch.nn.Module) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer of the module's parameters; buffers are none of them."""
+    """Return the recipe's optimizer for the module's parameters; buffers are not among them."""
     if recipe is SGD:
         return torch.optim.SGD(
             module.parameters(),
@@ -52,7 +52,7 @@ def torch_optimizer(recipe: Recipe, module: torch.nn.Module) -> torch.optim.Opti
 
 
 def optax_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """Return the same in Optax: there clipping is a part of it, and SGD's weight decay another."""
+    """Return the same optimizer in Optax, chained with clipping and, for SGD, weight decay."""
     if recipe is SGD:
         return optax.chain(
             clip_grad_norm(recipe.max_norm),
@@ -69,7 +69,7 @@ def optax_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def clip_grad_norm(max_norm: float) -> optax.GradientTransformation:
-    """Clip as torch does: `optax.clip_by_global_norm` lacks the 1e-6 that torch adds to the norm."""
+    """Clip as torch does: it adds 1e-6 to the norm, `optax.clip_by_global_norm` does not."""
 
     def clip(updates: Any, _parameters: Any) -> Any:
         norm = jnp.sqrt(sum(jnp.sum(update**2) for update in jax.tree.leaves(updates)))
@@ -81,16 +81,14 @@ def clip_grad_norm(max_norm: float) -> optax.GradientTransformation:
 
 def _train_torch(course: Course, recipe: Recipe, device: str) -> Trained:
     start = course.start
-    state = {
-        key: array.copy() for key, array in start.state.items()
-    }  # the optimizer writes into it
+    state = {key: array.copy() for key, array in start.state.items()}  # the optimizer changes it
     module = ready_torch(start.config, state, device, None).train()
     optimizer = torch_optimizer(recipe, module)
     losses, history = [], []
-    given = (
+    steps = (
         numpy_to_tensor(array).to(device) for array in (course.inputs, course.targets, course.keeps)
     )
-    for inputs, targets, keep in zip(*given, strict=True):
+    for inputs, targets, keep in zip(*steps, strict=True):
         module.dropout = TorchFunction(partial(_drop_torch, keep, start.config.dropout))  # type: ignore[assignment]
         optimizer.zero_grad()
         loss = torch.nn.functional.mse_loss(module(inputs), targets)
@@ -141,7 +139,7 @@ def _train_linen(course: Course, recipe: Recipe) -> Trained:
 
 
 class _Keep(nnx.Variable):
-    """The pattern of dropout of the present step."""
+    """The dropout pattern of the current step."""
 
 
 def _train_nnx(course: Course, recipe: Recipe) -> Trained:
@@ -160,9 +158,7 @@ def _train_nnx(course: Course, recipe: Recipe) -> Trained:
         optimizer.update(model, gradient)
         return loss
 
-    cached_step = nnx.cached_partial(
-        step, model, optimizer
-    )  # looks through the model's graph only once
+    cached_step = nnx.cached_partial(step, model, optimizer)  # traverses the model's graph once
     losses, history = [], []
     for inputs, targets, keep in zip(course.inputs, course.targets, course.keeps, strict=True):
         pattern[...] = jnp.asarray(keep)
@@ -172,7 +168,7 @@ def _train_nnx(course: Course, recipe: Recipe) -> Trained:
 
 
 class _NnxPattern(nnx.Module):
-    """Dropout with the pattern that a variable holds."""
+    """Dropout with the pattern that is stored in a variable."""
 
     def __init__(self, keep: _Keep, rate: float) -> None:
         self.keep = keep
@@ -189,5 +185,5 @@ def _torch_names(parameters: Any) -> dict[str, np.ndarray]:
 def _trained(
     losses: list[float], history: list[dict[str, np.ndarray]], mask: np.ndarray
 ) -> Trained:
-    parameters = {name: np.stack([entry[name] for entry in history]) for name in history[0]}
-    return Trained(TrainingRun(np.array(losses), parameters), mask)
+    stacked = {name: np.stack([parameters[name] for parameters in history]) for name in history[0]}
+    return Trained(TrainingRun(np.array(losses), stacked), mask)

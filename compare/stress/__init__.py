@@ -1,1 +1,1 @@
-"""Crash it, corrupt it: what checkpoints survive."""
+"""Stress tests of checkpoints: killed writers and damaged files."""

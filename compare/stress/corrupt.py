@@ -1,4 +1,8 @@
-"""Valid checkpoints, and random changes of them: bytes, and structure where the format checks its bytes itself."""
+"""Write valid checkpoints and damage them at random.
+
+A change hits either raw bytes or the structure. Structural changes recompute lengths and checksums,
+so that they reach the code behind the format's own checks.
+"""
 
 import io
 import json
@@ -16,7 +20,7 @@ from ..checkpoint.convert import convert_checkpoint
 
 FORMATS = ("safetensors", "msgpack", "torch", "sharded", "orbax")
 _NAMES = ("mask", "W_query.weight", "W_key.weight", "W_value.weight")
-_INTERESTING = (
+_BOUNDARY_NUMBERS = (
     0,
     1,
     7,
@@ -34,52 +38,48 @@ _INTERESTING = (
     2**63,
     2**64 - 1,
 )
-_WORDS: tuple[Any, ...] = (
-    *(
-        None,
-        True,
-        -1,
-        0,
-        1,
-        2**31,
-        2**62,
-        2**70,
-        1e308,
-        "",
-        "F32",
-        "F64",
-        "BOOL",
-        "float32",
-        "int4",
-        "../x",
-        "\0",
-    ),
-    *(
-        [],
-        [0],
-        [2**62, 0],
-        [-1],
-        [7, 7],
-        {},
-        {"a": 1},
-        [[]],
-        "mask",
-        "W_key.weight",
-        "torch",
-        "linen",
-    ),
+_JSON_VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2**31,
+    2**62,
+    2**70,
+    1e308,
+    "",
+    "F32",
+    "F64",
+    "BOOL",
+    "float32",
+    "int4",
+    "../x",
+    "\0",
+    [],
+    [0],
+    [2**62, 0],
+    [-1],
+    [7, 7],
+    {},
+    {"a": 1},
+    [[]],
+    "mask",
+    "W_key.weight",
+    "torch",
+    "linen",
 )
 
 
 def state() -> dict[str, torch.Tensor]:
-    """Return what the valid checkpoints hold."""
+    """Return the state that every valid checkpoint holds."""
     torch.manual_seed(0)
     return {name: torch.randn(3, 3) for name in _NAMES}
 
 
-def seeds(folder: Path, kind: str) -> list[Path]:
-    """Write the valid checkpoints of a format: with our manifest, and as the plain library has them."""
-    if kind == "sharded":
+def seeds(folder: Path, file_format: str) -> list[Path]:
+    """Write valid checkpoints of a format: with our manifest, and by the plain library."""
+    if file_format == "sharded":
         source = save_checkpoint(folder / "state.safetensors", state())
         convert_checkpoint(source, folder / "shards", shard_bytes=80)
         source.unlink()
@@ -89,66 +89,68 @@ def seeds(folder: Path, kind: str) -> list[Path]:
         "msgpack": ".msgpack",
         "torch": ".pth",
         "orbax": ".orbax",
-    }[kind]
-    written = [save_checkpoint(folder / f"state{suffix}", state())]
-    if kind == "torch":
+    }[file_format]
+    paths = [save_checkpoint(folder / f"state{suffix}", state())]
+    if file_format == "torch":
         torch.save(state(), folder / "plain.pth")
         torch.save(state(), folder / "old.pth", _use_new_zipfile_serialization=False)
-        written += [folder / "plain.pth", folder / "old.pth"]
-    if kind == "safetensors":
+        paths += [folder / "plain.pth", folder / "old.pth"]
+    if file_format == "safetensors":
         from safetensors.torch import save_file
 
         save_file(state(), folder / "plain.safetensors")
-        written.append(folder / "plain.safetensors")
-    return written
+        paths.append(folder / "plain.safetensors")
+    return paths
 
 
-def mutated(kind: str, data: bytes, draw: random.Random) -> bytes:
-    """Return the file's bytes, changed."""
-    if draw.random() < 0.5:
+def mutated(file_format: str, data: bytes, rng: random.Random) -> bytes:
+    """Return the bytes of a file after random changes."""
+    if rng.random() < 0.5:
         try:
-            return {"safetensors": _header, "torch": _record, "sharded": _json, "orbax": _json}[
-                kind
-            ](data, draw)
+            return _STRUCTURE_CHANGES[file_format](data, rng)
         except (KeyError, ValueError, zipfile.BadZipFile, struct.error, IndexError):
-            pass  # it has no such structure, or none left
-    for _ in range(draw.choice((1, 1, 1, 2, 4, 16))):
-        data = draw.choice(_CHANGES)(data, draw)
+            pass  # this file has no such structure
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+        data = rng.choice(_BYTE_CHANGES)(data, rng)
     return data
 
 
-def _flip(data: bytes, draw: random.Random) -> bytes:
-    at = draw.randrange(len(data) or 1)
-    return data[:at] + bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :] if data else data
+def _flip(data: bytes, rng: random.Random) -> bytes:
+    start = rng.randrange(len(data) or 1)
+    if not data:
+        return data
+    flipped = data[start] ^ 1 << rng.randrange(8)
+    return data[:start] + bytes([flipped]) + data[start + 1 :]
 
 
-def _cut(data: bytes, draw: random.Random) -> bytes:
-    return data[: draw.randrange(len(data) + 1)]
+def _cut(data: bytes, rng: random.Random) -> bytes:
+    return data[: rng.randrange(len(data) + 1)]
 
 
-def _insert(data: bytes, draw: random.Random) -> bytes:
-    at = draw.randrange(len(data) + 1)
-    return data[:at] + draw.randbytes(draw.choice((1, 2, 8, 64))) + data[at:]
+def _insert(data: bytes, rng: random.Random) -> bytes:
+    start = rng.randrange(len(data) + 1)
+    return data[:start] + rng.randbytes(rng.choice((1, 2, 8, 64))) + data[start:]
 
 
-def _remove(data: bytes, draw: random.Random) -> bytes:
-    at = draw.randrange(len(data) + 1)
-    return data[:at] + data[at + draw.choice((1, 2, 8, 64)) :]
+def _remove(data: bytes, rng: random.Random) -> bytes:
+    start = rng.randrange(len(data) + 1)
+    return data[:start] + data[start + rng.choice((1, 2, 8, 64)) :]
 
 
-def _copy(data: bytes, draw: random.Random) -> bytes:
-    begin, at = draw.randrange(len(data) + 1), draw.randrange(len(data) + 1)
-    return data[:at] + data[begin : begin + draw.choice((4, 16, 128))] + data[at:]
+def _copy(data: bytes, rng: random.Random) -> bytes:
+    source, target = rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)
+    return data[:target] + data[source : source + rng.choice((4, 16, 128))] + data[target:]
 
 
-def _number(data: bytes, draw: random.Random) -> bytes:
-    width, order = draw.choice((1, 2, 4, 8)), draw.choice(("little", "big"))
-    value = (draw.choice(_INTERESTING) % 256**width).to_bytes(width, order)
-    at = draw.randrange(len(data) + 1)
-    return data[:at] + value + data[at + width :]
+def _number(data: bytes, rng: random.Random) -> bytes:
+    width, order = rng.choice((1, 2, 4, 8)), rng.choice(("little", "big"))
+    value = (rng.choice(_BOUNDARY_NUMBERS) % 256**width).to_bytes(width, order)
+    start = rng.randrange(len(data) + 1)
+    return data[:start] + value + data[start + width :]
 
 
-_CHANGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
+_Change = Callable[[bytes, random.Random], bytes]
+_BYTE_CHANGES: tuple[_Change, ...] = (
     _flip,
     _flip,
     _cut,
@@ -159,45 +161,51 @@ _CHANGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 )
 
 
-def _header(data: bytes, draw: random.Random) -> bytes:
-    """Change the JSON of a safetensors header, and say its length rightly."""
+def _header(data: bytes, rng: random.Random) -> bytes:
+    """Change the JSON of a safetensors header and correct the length before it."""
     length = int.from_bytes(data[:8], "little")
-    raw = _json(data[8 : 8 + length], draw)
-    return len(raw).to_bytes(8, "little") + raw + data[8 + length :]
+    header = _json(data[8 : 8 + length], rng)
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
-def _record(data: bytes, draw: random.Random) -> bytes:
-    """Change a record of a zip, and pack it anew, so that its checksum is right."""
+def _record(data: bytes, rng: random.Random) -> bytes:
+    """Change a record of a zip archive and rewrite the archive with correct checksums."""
     stream = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(stream, "w") as new:
-        chosen = draw.choice(old.namelist())
+        chosen = rng.choice(old.namelist())
         for name in old.namelist():
             content = old.read(name)
             if name == chosen:
-                content = (
-                    _json(content, draw)
-                    if name.endswith(".json")
-                    else draw.choice(_CHANGES)(content, draw)
-                )
+                is_json = name.endswith(".json")
+                change = _json if is_json else rng.choice(_BYTE_CHANGES)
+                content = change(content, rng)
             new.writestr(zipfile.ZipInfo(name), content)
     return stream.getvalue()
 
 
-def _json(data: bytes, draw: random.Random) -> bytes:
-    """Change one place in JSON, or in JSON within it."""
+def _json(data: bytes, rng: random.Random) -> bytes:
+    """Change one value in JSON, or in JSON that is stored in a string inside it."""
     root: Any = {"": json.loads(data)}
-    holder: Any = root
+    parent: Any = root
     key: Any = ""
-    while isinstance(holder[key], dict | list) and holder[key] and draw.random() < 0.85:
-        holder = holder[key]
-        key = draw.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
-    found = holder[key]
-    if isinstance(found, str) and found[:1] == "{" and draw.random() < 0.9:
-        holder[key] = _json(found.encode(), draw).decode()
-    elif draw.random() < 0.2:
-        del holder[key]
-    elif isinstance(holder, dict) and draw.random() < 0.2:
-        holder[draw.choice(("mask", "x", "W_key.weight", "__metadata__"))] = holder.pop(key)
+    while isinstance(parent[key], dict | list) and parent[key] and rng.random() < 0.85:
+        parent = parent[key]
+        key = rng.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
+    value = parent[key]
+    if isinstance(value, str) and value[:1] == "{" and rng.random() < 0.9:
+        parent[key] = _json(value.encode(), rng).decode()
+    elif rng.random() < 0.2:
+        del parent[key]
+    elif isinstance(parent, dict) and rng.random() < 0.2:
+        parent[rng.choice(("mask", "x", "W_key.weight", "__metadata__"))] = parent.pop(key)
     else:
-        holder[key] = draw.choice(_WORDS)
+        parent[key] = rng.choice(_JSON_VALUES)
     return json.dumps(next(iter(root.values()), None)).encode()
+
+
+_STRUCTURE_CHANGES: dict[str, _Change] = {
+    "safetensors": _header,
+    "torch": _record,
+    "sharded": _json,
+    "orbax": _json,
+}

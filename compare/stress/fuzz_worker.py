@@ -1,7 +1,10 @@
-"""Read mutated checkpoints: `python -m compare.stress.fuzz_worker KIND SEED FIRST FOLDER`, until it is ended.
+"""Read mutated checkpoints until killed.
 
-Input number N of a seed is always the same. A line is printed for each hundred inputs, and one for
-each that did what no input may do.
+Usage: `python -m compare.stress.fuzz_worker FORMAT SEED FIRST FOLDER`.
+
+Input number N of a seed is always the same. The process prints one line of JSON per hundred inputs,
+and one for each bad input: one that raised an exception other than `CheckpointError`, loaded wrong
+values or took too long.
 """
 
 import json
@@ -24,67 +27,68 @@ from ..conversion.tensors import tensor_to_numpy
 from .corrupt import mutated, seeds, state
 
 SLOW_SECONDS = 5.0
-# Beyond what the process has when it begins.
-MEMORY_BYTES = 1 << 30
-EVERY = 100
+MEMORY_BYTES = 1 << 30  # limit on top of what the process uses before the first input
+REPORT_EVERY = 100
 
 
 class Input:
-    """The inputs of one format and seed, by number."""
+    """The numbered inputs of one format and seed."""
 
-    def __init__(self, kind: str, seed: str, folder: Path) -> None:
-        self.kind, self.seed, self.folder = kind, seed, folder
-        valid = folder / "valid"
-        valid.mkdir(parents=True, exist_ok=True)
-        self.valid = seeds(valid, kind)
+    def __init__(self, file_format: str, seed: str, folder: Path) -> None:
+        self.file_format, self.seed, self.folder = file_format, seed, folder
+        valid_folder = folder / "valid"
+        valid_folder.mkdir(parents=True, exist_ok=True)
+        self.valid = seeds(valid_folder, file_format)
 
     def make(self, number: int) -> Path:
         """Write input `number` and return its path."""
-        draw = random.Random(f"{self.kind} {self.seed} {number}")
-        source = draw.choice(self.valid)
+        rng = random.Random(f"{self.file_format} {self.seed} {number}")
+        source = rng.choice(self.valid)
         target = self.folder / source.name
         if source.is_file():
-            target.write_bytes(mutated(self.kind, source.read_bytes(), draw))
+            target.write_bytes(mutated(self.file_format, source.read_bytes(), rng))
             return target
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source, target)
-        file = draw.choice(sorted(path for path in target.rglob("*") if path.is_file()))
-        shards = file.suffix == ".safetensors"
-        file.write_bytes(mutated("safetensors" if shards else self.kind, file.read_bytes(), draw))
+        file = rng.choice(sorted(path for path in target.rglob("*") if path.is_file()))
+        file_format = "safetensors" if file.suffix == ".safetensors" else self.file_format
+        file.write_bytes(mutated(file_format, file.read_bytes(), rng))
         return target
 
 
 class WrongTensorsError(Exception):
-    """A manifest vouches for what was read, and it is not what was saved."""
+    """The tensors match their manifest but differ from what was saved."""
 
 
 def outcome(path: Path) -> str:
-    """Read the checkpoint: `refused`, `the same` as was saved, or `unverified`, since nothing tells.
+    """Read the checkpoint and return "refused", "the same" or "unverified".
+
+    "refused" means that it raised `CheckpointError`, "the same" that it has the tensors that were
+    saved, and "unverified" that it has no manifest to compare them with.
 
     Raises:
-        WrongTensorsError: a manifest vouches for a tensor that was not saved, for other values, or
-            for fewer tensors.
+        WrongTensorsError: the manifest accepts a missing tensor, an additional one or other values.
     """
     try:
         with open_checkpoint(path) as stored:
-            read = {slashed(key): array for key, array in stored.read()}
+            loaded = {slashed(key): array for key, array in stored.read()}
             if not stored.checked:
                 return "unverified"
     except CheckpointError:
         return "refused"
     saved = _saved(flax_names=path.suffix in (".msgpack", ".orbax"))
-    if wrong := sorted(saved.keys() ^ read.keys()):
+    if unpaired := sorted(saved.keys() ^ loaded.keys()):
         raise WrongTensorsError(
-            f"{', '.join(wrong)}: in what was saved or in what was read, not in both"
+            f"{', '.join(unpaired)}: saved but not loaded, or loaded but never saved"
         )
-    for name, array in read.items():
+    for name, array in loaded.items():
         if not np.array_equal(array, saved[name]):
-            raise WrongTensorsError(f"{name} has other values, and its checksum vouches for them")
+            raise WrongTensorsError(f"{name} has other values, although its checksum matches")
     return "the same"
 
 
 def _saved(flax_names: bool) -> dict[str, np.ndarray]:
-    """Return what the valid checkpoints hold, under the names that the format gives."""
+    """Return the state of the valid checkpoints, under torch names or Flax paths."""
     arrays = {name: tensor_to_numpy(tensor) for name, tensor in state().items()}
     if not flax_names:
         return arrays
@@ -96,36 +100,34 @@ def _saved(flax_names: bool) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    """Read inputs without end."""
-    kind, seed, first, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
-    inputs = Input(kind, seed, folder)
-    outcome(inputs.valid[0])  # what the first read allocates belongs to no input
-    used = int(
-        next(
-            line for line in Path("/proc/self/status").read_text().splitlines() if "VmSize" in line
-        ).split()[1]
-    )
-    resource.setrlimit(resource.RLIMIT_AS, (used * 1024 + MEMORY_BYTES, used * 1024 + MEMORY_BYTES))
+    """Read one input after the other, forever."""
+    file_format, seed, first, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
+    inputs = Input(file_format, seed, folder)
+    outcome(inputs.valid[0])  # the first read allocates memory that no input should be charged for
+    lines = Path("/proc/self/status").read_text().splitlines()
+    used_kilobytes = int(next(line for line in lines if "VmSize" in line).split()[1])
+    limit = used_kilobytes * 1024 + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     counts: Counter[str] = Counter()
     number = first
-    _say({"ready": True})
+    _send({"ready": True})
     while True:
-        begin = time.process_time()  # not the clock: the machine may be busy with something else
+        begin = time.process_time()  # not wall time: other processes may be busy
         path = inputs.make(number)
         try:
             counts[outcome(path)] += 1
         except BaseException:
-            _say({"bad": number, "why": traceback.format_exc()[-3000:]})
+            _send({"bad": number, "why": traceback.format_exc()[-3000:]})
         if (seconds := time.process_time() - begin) > SLOW_SECONDS:
-            _say({"bad": number, "why": f"took {seconds:.1f} s"})
+            _send({"bad": number, "why": f"took {seconds:.1f} s"})
         number += 1
-        if (number - first) % EVERY == 0 or kind == "orbax":
-            _say({"done": number, "counts": counts})
+        if (number - first) % REPORT_EVERY == 0 or file_format == "orbax":
+            _send({"done": number, "counts": counts})
             counts.clear()
 
 
-def _say(content: object) -> None:
-    print(json.dumps(content), flush=True)
+def _send(message: object) -> None:
+    print(json.dumps(message), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Kill a process at random moments of saving, while another reads: is the old or the new always there, whole?"""
+"""Kill a process at random moments of a save while another reads the checkpoint.
+
+Every read must return a complete state, either the old or the new one.
+"""
 
 import os
 import random
@@ -19,13 +22,13 @@ from ..subprocesses import ON_CPU, child_environment
 from .kill_worker import NAMES, state
 
 SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")
-# Several saves of any format fall into this, the first of a child among them.
+# The longest time until a kill. It spans several saves, including the first one of a child.
 LONGEST_SECONDS = {".pth": 0.06, ".safetensors": 0.06, ".msgpack": 0.06, ".orbax": 0.6}
 
 
 @dataclass
 class FormatCounts:
-    """What one format came to."""
+    """The counts of one format."""
 
     tries: int = 0
     lost: int = 0
@@ -36,38 +39,43 @@ class FormatCounts:
 
 
 def sections(tries: int, seed: int = 0) -> Iterator[Section | str]:
-    """Yield one section with a row for each format; on the way, how many tries are done."""
-    tallies = {suffix: FormatCounts() for suffix in SUFFIXES}
+    """Yield the progress, then one section with a row for each format."""
+    counts_by_suffix = {suffix: FormatCounts() for suffix in SUFFIXES}
     for suffix in SUFFIXES:
-        yield from _campaign(suffix, tallies[suffix], tries, random.Random(f"{seed}{suffix}"))
+        yield from _campaign(
+            suffix, counts_by_suffix[suffix], tries, random.Random(f"{seed}{suffix}")
+        )
     rows: list[list[Cell]] = [
-        [suffix, tally.tries, tally.saves, tally.leftovers, tally.reads, tally.lost]
-        for suffix, tally in tallies.items()
+        [suffix, counts.tries, counts.saves, counts.leftovers, counts.reads, counts.lost]
+        for suffix, counts in counts_by_suffix.items()
     ]
     section = Section(
-        f"kill -9 at {tries} random moments of saving in each format",
+        f"kill -9 at {tries} random moments of a save, for each format",
         [
-            "Before each try the checkpoint is there. A process saves again and again and is killed; meanwhile and "
-            "afterwards another reads: every read has to give one of the states, whole, and none older than the last.",
+            "A checkpoint exists before each try. One process saves repeatedly until it is killed. "
+            "Another process reads during and after the saves. Every read must return a complete "
+            "state that is not older than the last one read.",
             Table(["format", "killed", "finished saves", "cut short", "reads", "lost"], rows),
         ],
     )
-    for suffix, tally in tallies.items():
-        first = f"; first: {tally.complaints[0]}" if tally.complaints else ""
+    for suffix, counts in counts_by_suffix.items():
+        failed = f"{len(counts.complaints)} reads failed of {counts.reads}"
+        if counts.complaints:
+            failed += f"; first: {counts.complaints[0]}"
         section.checks.append(
             Check(
                 f"{suffix}: old or new, whole",
                 "all",
-                not tally.lost and not tally.complaints and tally.tries == tries,
-                f"{tally.lost} lost, {len(tally.complaints)} reads failed of {tally.reads}{first}",
+                not counts.lost and not counts.complaints and counts.tries == tries,
+                f"{counts.lost} lost, {failed}",
                 f"none of {tries} tries",
-                f"{tally.tries - tally.lost}/{tally.tries}",
+                f"{counts.tries - counts.lost}/{counts.tries}",
             )
         )
     yield section
 
 
-def _campaign(suffix: str, tally: FormatCounts, tries: int, draw: random.Random) -> Iterator[str]:
+def _campaign(suffix: str, counts: FormatCounts, tries: int, rng: random.Random) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = save_checkpoint(Path(folder) / f"state{suffix}", state(1))
         command = [sys.executable, "-m", "compare.stress.kill_worker", str(path)]
@@ -84,19 +92,19 @@ def _campaign(suffix: str, tally: FormatCounts, tries: int, draw: random.Random)
             for number in range(tries):
                 if number % 10 == 0:
                     yield f"{suffix}: {number} of {tries} tries"
-                _try(path, tally, writer, draw.uniform(0, LONGEST_SECONDS[suffix]))
+                _try(path, counts, writer, rng.uniform(0, LONGEST_SECONDS[suffix]))
             writer.stdin.close()
         save_checkpoint(path, state(0))
-        tally.complaints += [
-            f"{left.name} was left behind" for left in Path(folder).iterdir() if left != path
+        counts.complaints += [
+            f"{entry.name} was left behind" for entry in Path(folder).iterdir() if entry != path
         ]
 
 
-def _try(path: Path, tally: FormatCounts, writer: subprocess.Popen[str], seconds: float) -> None:
+def _try(path: Path, counts: FormatCounts, writer: subprocess.Popen[str], seconds: float) -> None:
     assert writer.stdin is not None and writer.stdout is not None
-    before = _read(path, tally, 0)
+    before = _read(path, counts, 0)
     stop = threading.Event()
-    reader = threading.Thread(target=_poll, args=(path, tally, before, stop))
+    reader = threading.Thread(target=_poll, args=(path, counts, before, stop))
     reader.start()
     print(before + 1, file=writer.stdin, flush=True)
     child = int(writer.stdout.readline())
@@ -105,30 +113,28 @@ def _try(path: Path, tally: FormatCounts, writer: subprocess.Popen[str], seconds
     writer.stdout.readline()
     stop.set()
     reader.join()
-    tally.tries += 1
-    tally.leftovers += len(list(path.parent.glob(f".{path.name}.*.tmp")))
-    after = _read(path, tally, before)
-    tally.saves += max(0, after - before)
-    tally.lost += after < before
+    counts.tries += 1
+    counts.leftovers += len(list(path.parent.glob(f".{path.name}.*.tmp")))
+    after = _read(path, counts, before)
+    counts.saves += max(0, after - before)
+    counts.lost += after < before
 
 
-def _poll(path: Path, tally: FormatCounts, least: int, stop: threading.Event) -> None:
+def _poll(path: Path, counts: FormatCounts, least: int, stop: threading.Event) -> None:
     while not stop.is_set():
-        least = max(least, _read(path, tally, least))
+        least = max(least, _read(path, counts, least))
 
 
-def _read(path: Path, tally: FormatCounts, least: int) -> int:
-    """Return the value that the whole state has, or -1 if there is no whole state of at least that value."""
-    tally.reads += 1
+def _read(path: Path, counts: FormatCounts, least: int) -> int:
+    """Return the value that fills the state, or -1 if the state is incomplete or below `least`."""
+    counts.reads += 1
     try:
-        found = read_checkpoint(path)
+        tensors = read_checkpoint(path)
     except CheckpointError as error:
-        tally.complaints.append(str(error))
+        counts.complaints.append(str(error))
         return -1
-    values = {float(tensor.min()) for tensor in found.values()} | {
-        float(tensor.max()) for tensor in found.values()
-    }
-    if tuple(found) != NAMES or len(values) != 1 or min(values) < least:
-        tally.complaints.append(f"{sorted(values)} read after {least}")
+    values = {float(value) for tensor in tensors.values() for value in (tensor.min(), tensor.max())}
+    if tuple(tensors) != NAMES or len(values) != 1 or min(values) < least:
+        counts.complaints.append(f"read {sorted(values)} after {least}")
         return -1
     return int(values.pop())

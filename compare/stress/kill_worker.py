@@ -1,8 +1,9 @@
-"""Save again and again in children that are to be killed: `python -m compare.stress.kill_worker PATH`.
+"""Fork children that save a checkpoint repeatedly until they are killed.
 
-For each line on standard input, `FIRST`, a child is forked that saves a state of FIRST, FIRST + 1,
-... at PATH until it is killed; its process number is printed. Forking spares each try the seconds
-of importing both frameworks.
+Usage: `python -m compare.stress.kill_worker PATH`. Each line on standard input is a number FIRST.
+For each line the worker forks a child and prints its process id. The child saves states filled with
+FIRST, FIRST + 1, ... at PATH until it is killed. Forking saves each try the seconds of importing
+both frameworks.
 """
 
 import os
@@ -10,7 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
-import orbax.checkpoint  # noqa: F401  imported here, so that the children need not
+import orbax.checkpoint  # noqa: F401  imported here so that no child has to
 import torch
 
 from ..checkpoint import save_checkpoint
@@ -20,12 +21,12 @@ SIZE = 256
 
 
 def state(value: int) -> dict[str, torch.Tensor]:
-    """Return a state every number of which is the value, so that a mixture of two is told from either."""
+    """Return a state filled with one value, so that a mixture of two states is detected."""
     return {name: torch.full((SIZE, SIZE), float(value)) for name in NAMES}
 
 
 def main() -> None:
-    """Fork a child for each line."""
+    """Fork a child for each line of standard input."""
     path = Path(sys.argv[1])
     print("ready", flush=True)
     for line in sys.stdin:

@@ -6,7 +6,7 @@ import pytest
 from compare.checks import CHECKS, ON_THEIR_OWN
 from compare.checks.causality import check_causality
 from compare.checks.determinism import compiled_by_torch
-from compare.checks.stages import check_stages, first_parted
+from compare.checks.stages import check_stages, first_differing_stage
 from compare.commands.checks import sections
 from compare.mutants import MUTANTS, planted
 from compare.proof import cases
@@ -55,9 +55,9 @@ def test_the_first_stage_that_parts_is_named(name: str, bug: str, stage: str) ->
     mutant = next(
         mutant for mutant in MUTANTS if (mutant.name, mutant.implementation) == (bug, name)
     )
-    assert first_parted(check_stages(name, TRIALS[0])) is None
+    assert first_differing_stage(check_stages(name, TRIALS[0])) is None
     with planted(mutant.module, mutant.changes):
-        assert first_parted(check_stages(name, TRIALS[0])) == stage
+        assert first_differing_stage(check_stages(name, TRIALS[0])) == stage
 
 
 def test_a_failure_says_both_values_where_and_why() -> None:
@@ -69,7 +69,7 @@ def test_a_failure_says_both_values_where_and_why() -> None:
         "why",
     )
     assert str(finding) == (
-        "outputs (torch), a case: 2.5 where 2.0 is expected, at (1,): error/limit 2, limit 0.25. The limit: why"
+        "outputs (torch), a case: found 2.5, expected 2.0 at (1,): error/limit 2, limit 0.25. The limit: why"
     )
     (check,) = settle([finding], "outputs")
     assert (check.held, check.count, check.measured) == (False, "0/1", str(finding))

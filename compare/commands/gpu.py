@@ -1,0 +1,163 @@
+"""Everything that needs a GPU, in one command: tests, outputs, checks and the attention benchmark.
+
+Each step is a process of its own, so that a crash or a hang of one does not lose the others.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..report.model import Block, Cell, Check, Section, Table
+from ..subprocesses import child_environment
+
+ROOT = Path(__file__).parents[2]
+# torch and JAX share the GPU: JAX would otherwise reserve most of its memory at once.
+ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+LOG = "log.txt"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process.
+
+    Attributes:
+        name: the name of the check, and of the files.
+        arguments: what follows `python -m`. "{json}", "{html}" and "{png}" stand for files in the
+            folder.
+        share: the share of the time that is left when the step begins.
+    """
+
+    name: str
+    arguments: Sequence[str]
+    share: float
+
+
+REPORTS = ("--json", "{json}", "--html", "{html}")
+STEPS = (
+    Step("outputs", ("compare", "outputs", "--device", "cuda", *REPORTS), 0.3),
+    Step("checks", ("compare", "checks", "--device", "cuda", *REPORTS), 0.5),
+    Step("tests", ("pytest", "-m", "gpu", "-v", "-n", "0", "-p", "no:cacheprovider"), 0.6),
+    Step(
+        "attention",
+        (
+            "compare",
+            "bench",
+            "attention",
+            "--quick",
+            "--device",
+            "cuda",
+            "--plot",
+            "{png}",
+            *REPORTS,
+        ),
+        1.0,
+    ),
+)
+
+
+def sections(out: Path, minutes: float) -> Iterator[Section | str]:
+    """Run the steps, and yield a section for each; before each, say what is being done.
+
+    Args:
+        out: an existing folder, which gets the records, the pages and the log.
+        minutes: the time for all steps together.
+    """
+    end = time.monotonic() + 60 * minutes
+    (out / LOG).write_text("")
+    yield _machine()
+    for step in STEPS:
+        seconds = step.share * (end - time.monotonic())
+        yield f"{step.name}: at most {seconds:.0f} s"
+        yield _run(step, out, seconds)
+
+
+def _machine() -> Section:
+    import jax
+    import torch
+
+    rows: list[list[Cell]] = [
+        ["PyTorch", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"],
+        ["JAX", ", ".join(map(str, jax.devices()))],
+        ["CUDA of PyTorch", str(torch.version.cuda)],
+    ]
+    return Section("The GPU", [Table(["seen by", "device"], rows)])
+
+
+def _run(step: Step, out: Path, seconds: float) -> Section:
+    """Run one step, its output appended to the log, and return what came of it."""
+    files = {kind: out / f"{step.name}-cuda.{kind}" for kind in ("json", "html", "png")}
+    arguments = [argument.format(**files) for argument in step.arguments]
+    command = [sys.executable, "-m", *arguments]
+    begin = time.monotonic()
+    with (out / LOG).open("a") as log:
+        log.write(f"\n$ python -m {' '.join(arguments)}\n")
+        log.flush()
+        try:
+            process = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=child_environment({**os.environ, **ENVIRONMENT}),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=seconds,
+            )
+            code: int | None = process.returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    took = time.monotonic() - begin
+    return Section(
+        f"{step.name} on cuda",
+        [f"`python -m {' '.join(arguments)}` took {took:.0f} s.", *_content(files["json"])],
+        [_verdict(step.name, code, took, files["json"], out / LOG)],
+    )
+
+
+def _verdict(name: str, code: int | None, seconds: float, record: Path, log: Path) -> Check:
+    """Return whether the step held: by its exit code, and by how much it ran."""
+    expected = "exit code 0, and something that ran"
+    if code is None:
+        return Check(name, "all", None, f"stopped after {seconds:.0f} s", expected)
+    last = next(
+        (line for line in reversed(log.read_text().splitlines()) if line.strip()), "no output"
+    )
+    counts = _counts(record)
+    measured = f"exit code {code}: {last.strip()[:200]}"
+    # pytest ends with 0 although every test was skipped.
+    ran = counts["held"] + counts["FAILED"] > 0 if counts else " passed" in last
+    return Check(name, "all", code == 0 and ran, measured, expected)
+
+
+def _counts(record: Path) -> dict[str, int]:
+    if not record.is_file():
+        return {}
+    checks = [check for section in _load(record)["sections"] for check in section["checks"]]
+    return {
+        word: sum(check["held"] is held for check in checks)
+        for word, held in (("held", True), ("FAILED", False), ("not run", None))
+    }
+
+
+def _content(record: Path) -> list[Block]:
+    """Return the counts of a step's report, and its failed checks."""
+    if not record.is_file():
+        return []
+    counts = ", ".join(f"{count} {word}" for word, count in _counts(record).items())
+    failed: list[Sequence[Cell]] = [
+        [check["name"], check["implementation"], check["measured"], check["expected"]]
+        for section in _load(record)["sections"]
+        for check in section["checks"]
+        if check["held"] is False
+    ]
+    table = [Table(["failed check", "framework", "measured", "expected"], failed)] if failed else []
+    return [f"{counts}. Record: {record.name}.", *table]
+
+
+def _load(record: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    return content

@@ -1,0 +1,52 @@
+"""The one command for a GPU machine, tried here with steps that need none."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from compare import cli
+from compare.commands import gpu
+from compare.commands.gpu import REPORTS, Step
+from compare.runners.run import missing_cuda
+
+SLEEP = Step("tests", ("timeit", "-n", "1", "import time; time.sleep(60)"), 0.05)
+FAILS = Step("checks", ("compare", "no-such-command"), 0.5)
+HOLDS = Step("outputs", ("compare", "outputs", "--device", "cpu", *REPORTS), 0.9)
+SKIPS = Step("attention", ("timeit", "-n", "1", "pass"), 0.5)
+
+
+@pytest.mark.skipif(missing_cuda() is None, reason="both frameworks see CUDA")
+def test_without_cuda_it_says_so_and_ends_with_2(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["gpu", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert "CUDA cannot be used: no CUDA device is seen by" in " ".join(
+        done.output.replace("│", " ").split()
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_each_step_leaves_its_record_and_its_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_require_device", lambda device: None)
+    monkeypatch.setattr(gpu, "STEPS", (HOLDS, FAILS, SLEEP, SKIPS))
+    out = tmp_path / "new/out"
+    done = CliRunner().invoke(cli.app, ["gpu", "--out", str(out), "--minutes", "1.5"])
+    assert done.exit_code == 1, done.output
+    report = json.loads((out / "summary.json").read_text())
+    verdicts = {
+        check["name"]: check for section in report["sections"] for check in section["checks"]
+    }
+    assert {name: check["held"] for name, check in verdicts.items()} == {
+        "outputs": True,
+        "checks": False,
+        "tests": None,
+        "attention": False,
+    }
+    assert verdicts["tests"]["measured"].startswith("stopped after ")
+    assert "No such command" in (out / gpu.LOG).read_text()
+    assert json.loads((out / "outputs-cuda.json").read_text())["held"] is True
+    assert (out / "outputs-cuda.html").is_file()
+    assert "NOT everything held" in (out / "summary.html").read_text()
