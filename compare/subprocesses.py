@@ -42,6 +42,7 @@ def run_module(
             capture_output=True,
             text=True,
             timeout=TIMEOUT_SECONDS,
+            process_group=0,  # Ctrl-C is this process's to handle: it ends the child
         )
     except subprocess.TimeoutExpired as error:
         raise ChildError(f"{' '.join(command)} did not end within {TIMEOUT_SECONDS} s") from error

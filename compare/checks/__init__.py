@@ -1,4 +1,4 @@
-"""The checks: each takes one implementation and one trial, and yields what it compared as findings."""
+"""The checks. Each one runs one framework on one trial and yields a finding per comparison."""
 
 from collections.abc import Callable, Iterator
 
@@ -16,7 +16,7 @@ from .training import check_training
 
 CheckFunction = Callable[[Framework, Trial, str], Iterator[Finding]]
 
-# In the order in which a fault should be looked for.
+# Ordered for debugging: a fault in one check explains failures in the later ones.
 CHECKS: dict[str, CheckFunction] = {
     "state": check_state,
     "stages": check_stages,
@@ -29,7 +29,8 @@ CHECKS: dict[str, CheckFunction] = {
     "training": check_training,
 }
 
-# These bring what they run on, and take of a trial its rate of dropout or its heads at most.
+# These checks bring their own inputs. They use at most the dropout rate or the number of heads of
+# the trial.
 ON_THEIR_OWN = ("fused", "dropout", "training")
 
 __all__ = ["CHECKS", "ON_THEIR_OWN", "CheckFunction"]

@@ -1,4 +1,4 @@
-"""No framework but one: what lies behind the mask changes no bit before it, unless it is NaN or infinite."""
+"""Causality: changing finite later tokens changes no bit of the outputs for earlier tokens."""
 
 from collections.abc import Iterator
 
@@ -14,29 +14,30 @@ LATER = {"another token": 3.0, "a huge token": -1e30}
 
 
 def check_causality(framework: Framework, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
-    """Change the last tokens under the causal mask: yield whether a bit before them changed.
+    """Replace the later tokens under the causal mask and compare the outputs of the earlier ones.
 
-    With NaN or inf there, every row becomes NaN: 0 * NaN is NaN in `weights @ values`.
+    Finite replacements must not change a bit. NaN or inf must turn every output into NaN, because
+    0 * NaN is NaN in `weights @ values`.
     """
-    given = trial.masked(
+    causal = trial.masked(
         trial.name, causal_mask(trial.config.context_length).astype(np.float32)
     ).rounded("float32")
-    first = given.inputs.shape[1] // 2
-    call = compiled(framework, given.config, device)
+    num_earlier = causal.inputs.shape[1] // 2
+    forward = compiled(framework, causal.config, device)
 
     def outputs(later: float | None) -> np.ndarray:
-        inputs = given.inputs.copy()
+        inputs = causal.inputs.copy()
         if later is not None:
-            inputs[:, first:] = later
-        return call(given.state, inputs, given.keep)
+            inputs[:, num_earlier:] = later
+        return forward(causal.state, inputs, causal.keep)
 
-    before = outputs(None)
+    unchanged = outputs(None)
     for name, later in LATER.items():
-        agreed = identical(outputs(later)[:, :first], before[:, :first])
+        agreed = identical(outputs(later)[:, :num_earlier], unchanged[:, :num_earlier])
         yield Finding(f"causality: {name}", framework, trial.name, agreed, tolerances.BITS)
-    nowhere = np.full_like(before, np.nan)
+    all_nan = np.full_like(unchanged, np.nan)
     for later in (np.nan, np.inf):
-        agreed = agreement(outputs(later), nowhere, 0.0)
+        agreed = agreement(outputs(later), all_nan, 0.0)
         yield Finding(
             f"causality: {later} reaches all", framework, trial.name, agreed, tolerances.BITS
         )

@@ -1,4 +1,4 @@
-"""The same program twice, compiled against eager, batched against one by one."""
+"""Determinism: repeated runs, compiled against eager, and batched against one entry at a time."""
 
 import os
 import tempfile
@@ -20,76 +20,81 @@ from ..runners.run import compiled, flax_forward, flax_state, jax_on, ready_torc
 
 
 def check_determinism(framework: Framework, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
-    """Yield bits that are equal when run twice, and transforms of the program that stay within rounding, in float32."""
-    given = trial.rounded("float32")
+    """Run the program twice and transformed, in float32.
+
+    Two runs must give the same bits. Transformed programs must agree within rounding.
+    """
+    trial = trial.rounded("float32")
 
     def outputs(inputs: np.ndarray) -> np.ndarray:
-        return run(framework, given.config, given.state, inputs, device=device, keep=given.keep)
+        return run(framework, trial.config, trial.state, inputs, device=device, keep=trial.keep)
 
-    eager = outputs(given.inputs)
-    again = identical(outputs(given.inputs), eager)
-    yield Finding("determinism: twice", framework, trial.name, again, tolerances.BITS)
-    _, limit = exact_and_limit(given.config, given.state, given.inputs, given.keep)
-    if (
-        given.keep is not None
-    ):  # the pattern of dropout is the batch's, not one for each of its entries
+    eager = outputs(trial.inputs)
+    repeated = identical(outputs(trial.inputs), eager)
+    yield Finding("determinism: twice", framework, trial.name, repeated, tolerances.BITS)
+    _, limit = exact_and_limit(trial.config, trial.state, trial.inputs, trial.keep)
+    # A dropout pattern covers the whole batch; it cannot be applied to one entry at a time.
+    if trial.keep is not None:
         return
-    call = compiled(framework, given.config, device)
+    forward = compiled(framework, trial.config, device)
     if framework == "torch":
-        found = {"vmap as the batch": _mapped_by_torch(given, device)}
+        transformed = {"vmap as the batch": _torch_vmap(trial, device)}
     else:
-        found = _flax_transforms(framework, given, device)
-    found["a loop as the batch"] = np.concatenate(
-        [call(given.state, one[None]) for one in given.inputs]
+        transformed = _flax_transforms(framework, trial, device)
+    transformed["a loop as the batch"] = np.concatenate(
+        [forward(trial.state, entry[None]) for entry in trial.inputs]
     )
-    for name, transformed in found.items():
-        agreed = agreement(transformed, eager, 2.0 * limit)
+    for name, result in transformed.items():
+        agreed = agreement(result, eager, 2.0 * limit)
         yield Finding(f"determinism: {name}", framework, trial.name, agreed, tolerances.TWICE)
 
 
 def compiled_by_torch(trial: Trial, device: str = "cpu") -> Finding:
-    """Compare `torch.compile` with eager; the first call takes seconds, and on the CPU needs a C++ compiler."""
-    given = trial.rounded("float32")
-    eager = run("torch", given.config, given.state, given.inputs, device=device, keep=given.keep)
-    _, limit = exact_and_limit(given.config, given.state, given.inputs, given.keep)
-    agreed = agreement(_run_compiled(given, device), eager, 2.0 * limit)
+    """Compare `torch.compile` with eager mode, in float32.
+
+    The first call takes seconds. On the CPU it needs a C++ compiler.
+    """
+    trial = trial.rounded("float32")
+    eager = run("torch", trial.config, trial.state, trial.inputs, device=device, keep=trial.keep)
+    _, limit = exact_and_limit(trial.config, trial.state, trial.inputs, trial.keep)
+    agreed = agreement(_torch_compile(trial, device), eager, 2.0 * limit)
     return Finding(
         "determinism: torch.compile as eager", "torch", trial.name, agreed, tolerances.TWICE
     )
 
 
-def _run_compiled(trial: Trial, device: str) -> np.ndarray:
+def _torch_compile(trial: Trial, device: str) -> np.ndarray:
     module = ready_torch(trial.config, trial.state, device, trial.keep)
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-        # Inductor's shared cache may hold kernels of a run under another instruction set.
+        # Inductor's default cache may hold kernels compiled for another instruction set.
         patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder),
         torch.no_grad(),
         warnings.catch_warnings(),
     ):
-        # torch 2.13 warns of a part of its own that its compiler imports.
+        # In torch 2.13 the compiler imports a deprecated part of torch itself.
         warnings.filterwarnings(
             "ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning
         )
         return tensor_to_numpy(torch.compile(module)(numpy_to_tensor(trial.inputs).to(device)))
 
 
-def _mapped_by_torch(trial: Trial, device: str) -> np.ndarray:
+def _torch_vmap(trial: Trial, device: str) -> np.ndarray:
     module = ready_torch(trial.config, trial.state, device, None)
     inputs = numpy_to_tensor(trial.inputs).to(device)
     with torch.no_grad():
-        return tensor_to_numpy(torch.vmap(lambda one: module(one[None])[0])(inputs))
+        return tensor_to_numpy(torch.vmap(lambda entry: module(entry[None])[0])(inputs))
 
 
 def _flax_transforms(framework: Framework, trial: Trial, device: str) -> dict[str, np.ndarray]:
     forward = flax_forward(framework, trial.config)
 
-    def mapped(params: Any, buffers: Any, inputs: Any) -> jax.Array:
-        return jax.vmap(lambda one: forward(params, buffers, None, one[None])[0])(inputs)
+    def batched(params: Any, buffers: Any, inputs: Any) -> jax.Array:
+        return jax.vmap(lambda entry: forward(params, buffers, None, entry[None])[0])(inputs)
 
     with jax_on(device):
         state = flax_state(framework, trial.config, trial.state)
         return {
             "jit as eager": np.asarray(jax.jit(forward)(*state, None, trial.inputs)),
-            "vmap as the batch": np.asarray(jax.jit(mapped)(*state, trial.inputs)),
+            "vmap as the batch": np.asarray(jax.jit(batched)(*state, trial.inputs)),
         }

@@ -1,4 +1,4 @@
-"""Each framework's own dropout: how often it keeps, by what it scales, whether neighbors know of each other."""
+"""Each framework's own dropout: its keep rate, its scale, and the independence of neighbors."""
 
 from collections.abc import Iterator
 
@@ -18,15 +18,18 @@ AXES = ("batch", "queries", "keys")
 
 
 def check_dropout(framework: Framework, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
-    """Drop ones at the trial's rate, with a fixed seed, as the module does while training and while not."""
+    """Apply the module's dropout to an array of ones, in training and in evaluation mode.
+
+    The rate is the trial's; the seed is fixed.
+    """
     rate = trial.config.dropout
     dropped = _drop(framework, trial, device, training=True)
     kept = dropped != 0
 
-    def finding(what: str, agreed: Agreement, why: str) -> Finding:
-        return Finding(f"dropout: {what}", framework, f"rate {rate}", agreed, why)
+    def finding(name: str, agreed: Agreement, why: str) -> Finding:
+        return Finding(f"dropout: {name}", framework, f"rate {rate}", agreed, why)
 
-    yield finding("keep rate", _counted(kept, 1.0 - rate), tolerances.BINOMIAL)
+    yield finding("keep rate", _count_agreement(kept, 1.0 - rate), tolerances.BINOMIAL)
     if kept.any():
         scaled = dropped[kept].astype(np.float64) * (1.0 - rate)
         yield finding(
@@ -34,14 +37,16 @@ def check_dropout(framework: Framework, trial: Trial, device: str = "cpu") -> It
             agreement(scaled, np.ones_like(scaled), tolerances.dropout_scale()),
             tolerances.SCALE,
         )
-    alike = rate**2 + (1.0 - rate) ** 2
+    equal_probability = rate**2 + (1.0 - rate) ** 2
     for axis, name in enumerate(AXES):
-        # Disjoint neighbors, so that the pairs are independent of each other too.
-        first, second = (
+        # The pairs are disjoint, so they are independent of each other.
+        even, odd = (
             np.take(kept, range(start, kept.shape[axis], 2), axis=axis) for start in (0, 1)
         )
         yield finding(
-            f"neighbors along the {name}", _counted(first == second, alike), tolerances.BINOMIAL
+            f"neighbors along the {name}",
+            _count_agreement(even == odd, equal_probability),
+            tolerances.BINOMIAL,
         )
     evaluated = _drop(framework, trial, device, training=False)
     yield finding(
@@ -49,7 +54,8 @@ def check_dropout(framework: Framework, trial: Trial, device: str = "cpu") -> It
     )
 
 
-def _counted(events: np.ndarray, probability: float) -> Agreement:
+def _count_agreement(events: np.ndarray, probability: float) -> Agreement:
+    """Compare the number of true events with the binomial distribution."""
     count, expected, limit = tolerances.binomial_distance(
         int(events.sum()), events.size, probability
     )
@@ -57,6 +63,7 @@ def _counted(events: np.ndarray, probability: float) -> Agreement:
 
 
 def _drop(framework: Framework, trial: Trial, device: str, *, training: bool) -> np.ndarray:
+    """Return an array of ones after the module's dropout."""
     if framework == "torch":
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)

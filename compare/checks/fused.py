@@ -1,4 +1,4 @@
-"""The fused attention: outputs, gradients and edits of the mask, at sizes where its kernels and tiles are at work."""
+"""The fused attention: outputs, gradients and mask edits, at sizes that need several tiles."""
 
 from collections.abc import Callable, Iterator
 
@@ -15,36 +15,43 @@ from ..runners.differentiate import gradient
 from ..runners.run import compiled, ready_torch
 from .gradients import derivative_problem, exact_derivatives
 
-# The last strip of queries and the last tile of keys are not whole ones.
+# Not multiples of the tile sizes: the last strip of queries and the last tile of keys are partial.
 TOKENS, CONTEXT_LENGTH = 600, 640
 
 
 def check_fused(framework: Framework, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
-    """Yield findings in float64 and float32, of gradients in float64, and of edits; the trial tells how many heads."""
+    """Compare outputs in float64 and float32, gradients in float64, and outputs after mask edits.
+
+    Only the trial's number of heads is used.
+    """
     heads = 2 if trial.config.num_heads is None else trial.config.num_heads
     config = Config(5, 4 * heads, CONTEXT_LENGTH, 0.0, num_heads=heads, implementation="fused")
     causal = draw(config, TOKENS, np.random.default_rng(7), batch=1)
     tiles = most_tiles(TOKENS)
     for dtype in ("float64", "float32"):
-        call = compiled(framework, config, device)  # one program, whatever the mask
+        forward = compiled(framework, config, device)  # one program for all masks
         for name, mask in masks().items():
-            given = causal.masked(f"fused, {name}", mask).rounded(dtype)
-            exact, limit = exact_and_limit(config, given.state, given.inputs, tiles=tiles)
-            agreed = agreement(call(given.state, given.inputs), exact, limit)
-            yield Finding(f"fused in {dtype}", framework, given.name, agreed, tolerances.OUTPUT)
+            masked = causal.masked(f"fused, {name}", mask).rounded(dtype)
+            exact, limit = exact_and_limit(config, masked.state, masked.inputs, tiles=tiles)
+            agreed = agreement(forward(masked.state, masked.inputs), exact, limit)
+            yield Finding(f"fused in {dtype}", framework, masked.name, agreed, tolerances.OUTPUT)
     yield from _gradients(framework, causal.masked("fused, blocks", masks()["blocks"]), device)
-    if framework == "torch":  # which has a kernel for each of them, and remembers what it looked at
+    if framework == "torch":  # torch has a kernel for each of these masks, and caches its analysis
         yield from _gradients(framework, causal, device)
         yield from _gradients(framework, causal.masked("fused, window", masks()["window"]), device)
         yield from _edits(causal.rounded("float32"), device)
 
 
 def masks() -> dict[str, np.ndarray]:
-    """Return masks of every kind, (CONTEXT_LENGTH, CONTEXT_LENGTH), float32; two of them close whole rows."""
+    """Return masks of every kind by name, (CONTEXT_LENGTH, CONTEXT_LENGTH) float32.
+
+    The two with "rows closed" in their name block whole rows.
+    """
     random = np.random.default_rng(11)
-    rows = np.arange(CONTEXT_LENGTH)
-    behind = rows[:, None] - rows
-    causal = (behind < 0).astype(np.float32)
+    positions = np.arange(CONTEXT_LENGTH)
+    distance = positions[:, None] - positions  # how far the key lies before the query
+    causal = (distance < 0).astype(np.float32)
+    outside_window = (distance < 0) | (distance >= 100)
     blocks = np.kron(random.random((20, 20)) < 0.5, np.ones((32, 32))).astype(np.float32)
     np.fill_diagonal(blocks, 0.0)
     closed = causal.copy()
@@ -54,22 +61,22 @@ def masks() -> dict[str, np.ndarray]:
     return {
         "causal": causal,
         "open": np.zeros_like(causal),
-        "window": ((behind < 0) | (behind >= 100)).astype(np.float32),
+        "window": outside_window.astype(np.float32),
         "blocks": blocks,
         "rows closed": closed,
-        "window, rows closed": np.where(
-            (rows % 97 == 3)[:, None], 1.0, (behind < 0) | (behind >= 100)
-        ).astype(np.float32),
+        "window, rows closed": np.where((positions % 97 == 3)[:, None], 1.0, outside_window).astype(
+            np.float32
+        ),
         "edited": edited,
     }
 
 
 def _gradients(framework: Framework, trial: Trial, device: str) -> Iterator[Finding]:
     problem = derivative_problem(trial)
-    found = gradient(framework, problem, device)
-    for name, entry in exact_derivatives(problem).items():
-        # The weights come out of one more logarithm and exponential than the formula has.
-        agreed = agreement(found[name], entry.value.value, tolerances.regrouped(entry.value))
+    gradients = gradient(framework, problem, device)
+    for name, exact in exact_derivatives(problem).items():
+        # The fused path needs one more logarithm and exponential for the weights than the formula.
+        agreed = agreement(gradients[name], exact.value.value, tolerances.regrouped(exact.value))
         yield Finding(
             "fused gradients",
             framework,
@@ -80,7 +87,7 @@ def _gradients(framework: Framework, trial: Trial, device: str) -> Iterator[Find
 
 
 def _edits(trial: Trial, device: str) -> Iterator[Finding]:
-    """Edit the mask after it was used: the next call must give the bits that a new tensor gives."""
+    """Edit a mask after its first use: the next call must give the bits that a new tensor gives."""
     module = ready_torch(trial.config, trial.state, device, None)
     inputs = numpy_to_tensor(trial.inputs).to(device)
     window = torch.from_numpy(masks()["window"]).to(device)
@@ -102,13 +109,13 @@ def _edits(trial: Trial, device: str) -> Iterator[Finding]:
         "copied over": by_copy,
         "loaded": by_load,
     }
-    if device == "cpu":  # elsewhere a write that goes round the version is not seen
+    if device == "cpu":  # other devices do not detect writes that leave the version unchanged
         edits["written through .data"] = by_data
     with torch.no_grad():
         module(inputs)
         for name, edit in edits.items():
             edit()
-            found = tensor_to_numpy(module(inputs))
+            outputs = tensor_to_numpy(module(inputs))
             module.mask = module.mask.clone()
-            agreed = identical(found, tensor_to_numpy(module(inputs)))
+            agreed = identical(outputs, tensor_to_numpy(module(inputs)))
             yield Finding(f"fused: mask {name}", "torch", trial.name, agreed, tolerances.BITS)

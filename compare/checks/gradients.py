@@ -1,4 +1,4 @@
-"""Gradients and Hessian-vector products in float64, against the formula written out; buffers have none."""
+"""Gradients and Hessian-vector products in float64 against the written-out derivative."""
 
 from collections.abc import Iterator
 
@@ -15,22 +15,22 @@ from ..runners.differentiate import DerivativeProblem, derivatives
 
 
 def check_gradients(framework: Framework, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
-    """Yield a finding for the names that have a gradient, and two for each: first and second derivative.
+    """Compare which entries have a gradient, then the first and second derivative of each entry.
 
-    A trial with a closed row has none: its outputs are NaN.
+    Buffers must have no gradient. A trial with a fully blocked row is skipped: its outputs are NaN.
     """
     if trial.closed:
         return
     problem = derivative_problem(trial)
     expected = exact_derivatives(problem)
-    found = derivatives(framework, problem, device)
-    names = same_names(found.gradient, expected)
+    actual = derivatives(framework, problem, device)
+    names = same_names(actual.gradient, expected)
     yield Finding("gradients: of what", framework, trial.name, names, tolerances.NAMES)
-    for name in sorted(expected.keys() & found.gradient.keys()):
+    for name in sorted(expected.keys() & actual.gradient.keys()):
         first, second = expected[name].value, expected[name].tangent
-        agreed = agreement(found.gradient[name], first.value, tolerances.both_sides(first))
+        agreed = agreement(actual.gradient[name], first.value, tolerances.both_sides(first))
         yield Finding("gradients", framework, f"{trial.name}, {name}", agreed, tolerances.GRADIENT)
-        agreed = agreement(found.hessian_vector[name], second.value, tolerances.regrouped(second))
+        agreed = agreement(actual.hessian_vector[name], second.value, tolerances.regrouped(second))
         yield Finding(
             "Hessian-vector products",
             framework,
@@ -41,7 +41,7 @@ def check_gradients(framework: Framework, trial: Trial, device: str = "cpu") -> 
 
 
 def derivative_problem(trial: Trial) -> DerivativeProblem:
-    """Return the trial with a drawn cotangent and direction."""
+    """Return the trial with a random cotangent and a random direction."""
     random = np.random.default_rng(1)
     arrays = {**trial.state, "inputs": trial.inputs}
     cotangent = random.standard_normal((*trial.inputs.shape[:2], trial.config.output_embedding_dim))
@@ -54,7 +54,10 @@ def derivative_problem(trial: Trial) -> DerivativeProblem:
 
 
 def exact_derivatives(problem: DerivativeProblem) -> dict[str, Dual]:
-    """Return, by torch's names, each gradient with the Hessian-vector product as its tangent, and their bounds."""
+    """Return the derivatives by torch name, each with its running error bound.
+
+    The value is the gradient; the tangent is the Hessian-vector product.
+    """
     arrays = {**problem.state, "inputs": problem.inputs}
     mask = arrays.pop("mask")
     return _exact_derivatives(
@@ -71,11 +74,11 @@ def _exact_derivatives(
     direction: dict[str, np.ndarray],
     keep: np.ndarray | None,
 ) -> dict[str, Dual]:
-    given = {
+    dual_arrays = {
         key: Dual(Bounded.exact(array), Bounded.exact(direction[key]))
         for key, array in arrays.items()
     }
-    along = Dual(Bounded.exact(cotangent), Bounded.exact(np.zeros_like(cotangent)))
-    dropped = keep, config.dropout, config.num_heads
-    stages = attention_forward(given, mask, *dropped)
-    return attention_gradient(given, stages, along, *dropped)
+    dual_cotangent = Dual(Bounded.exact(cotangent), Bounded.exact(np.zeros_like(cotangent)))
+    options = keep, config.dropout, config.num_heads
+    stages = attention_forward(dual_arrays, mask, *options)
+    return attention_gradient(dual_arrays, stages, dual_cotangent, *options)

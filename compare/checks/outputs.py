@@ -14,14 +14,18 @@ from ..runners.run import compiled
 
 
 def check_outputs(framework: Framework, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
-    """Yield a finding for each dtype, but where the dtype may overflow; with the trial's pattern of dropout."""
-    call = compiled(framework, trial.config, device)
+    """Compare the outputs in every dtype in which the trial cannot overflow.
+
+    The trial's dropout pattern is applied.
+    """
+    forward = compiled(framework, trial.config, device)
     for dtype, precision in PRECISIONS.items():
-        given = trial.rounded(dtype)
-        if overflow(given.inputs, given.state, given.mask, precision, given.config.num_heads):
+        rounded = trial.rounded(dtype)
+        state, inputs, keep = rounded.state, rounded.inputs, rounded.keep
+        if overflow(inputs, state, rounded.mask, precision, trial.config.num_heads):
             continue
-        found = call(given.state, given.inputs, given.keep)
-        agreed = against_reference(found, given.config, given.state, given.inputs, given.keep)
+        outputs = forward(state, inputs, keep)
+        agreed = against_reference(outputs, trial.config, state, inputs, keep)
         is_leak = framework == "torch" and np.isnan(agreed.found) and not np.isnan(agreed.expected)
         why = (
             tolerances.LEAKING.format(dtype=dtype)

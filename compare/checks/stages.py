@@ -1,4 +1,4 @@
-"""Queries, keys, values, scores, weights and context in that order, so that the first that parts is named."""
+"""The stages of attention in order: queries, keys, values, scores, weights and context."""
 
 from collections.abc import Iterable, Iterator
 
@@ -11,20 +11,21 @@ from ..runners.record_stages import record_stages
 
 
 def check_stages(framework: Framework, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
-    """Yield a finding for each stage, in float64."""
-    arrays, precision = trial.state, PRECISIONS["float64"]
-    found = record_stages(framework, trial, device)
-    asked = trial.config.dropout, trial.config.num_heads
-    exact = attention_stages(trial.inputs, arrays, trial.mask, trial.keep, *asked)
-    bound = stage_bounds(trial.inputs, arrays, trial.mask, precision, trial.keep, *asked)
+    """Compare each stage with the reference, in float64."""
+    state, precision = trial.state, PRECISIONS["float64"]
+    recorded = record_stages(framework, trial, device)
+    options = trial.config.dropout, trial.config.num_heads
+    exact = attention_stages(trial.inputs, state, trial.mask, trial.keep, *options)
+    bound = stage_bounds(trial.inputs, state, trial.mask, precision, trial.keep, *options)
     for name in exact._fields:
-        # -inf, where scores are blocked, is compared as such; both sides round.
-        agreed = agreement(getattr(found, name), getattr(exact, name), 2.0 * getattr(bound, name))
+        # Twice the bound, because both sides round. Blocked scores are -inf on both sides.
+        limit = 2.0 * getattr(bound, name)
+        agreed = agreement(getattr(recorded, name), getattr(exact, name), limit)
         yield Finding(f"stage: {name}", framework, trial.name, agreed, tolerances.OUTPUT)
 
 
-def first_parted(findings: Iterable[Finding]) -> str | None:
-    """Return the first stage that lies beyond its limit, or nothing."""
+def first_differing_stage(findings: Iterable[Finding]) -> str | None:
+    """Return the first stage that exceeds its limit, or None."""
     return next(
         (finding.check.removeprefix("stage: ") for finding in findings if not finding.held), None
     )

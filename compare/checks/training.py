@@ -1,4 +1,4 @@
-"""Training in float64: the same losses and parameters after every step, the mask as it was."""
+"""Training in float64: the same losses and parameters after every step, and an unchanged mask."""
 
 from collections.abc import Iterator
 
@@ -10,27 +10,29 @@ from ..runners.train import Trained, train
 
 
 def check_training(framework: Framework, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
-    """Train the standard course, which has its own trial, under each recipe."""
+    """Train on the standard course under each recipe. The course has its own trial."""
     for recipe in RECIPES:
-        found = train(framework, course(), recipe, device)
-        yield from judged(framework, recipe.name, found, reference_training(recipe))
+        trained = train(framework, course(), recipe, device)
+        yield from training_findings(framework, recipe.name, trained, reference_training(recipe))
 
 
-def judged(framework: Framework, name: str, found: Trained, expected: Limited) -> Iterator[Finding]:
-    """Yield a finding for the losses, one for the parameters and one for the mask."""
+def training_findings(
+    framework: Framework, recipe: str, trained: Trained, expected: Limited
+) -> Iterator[Finding]:
+    """Compare the trained names, the losses, the parameters and the mask with the reference."""
 
-    def finding(what: str, agreed: Agreement, why: str) -> Finding:
-        return Finding(f"training: {what}", framework, name, agreed, why)
+    def finding(name: str, agreed: Agreement, why: str) -> Finding:
+        return Finding(f"training: {name}", framework, recipe, agreed, why)
 
-    run, limit = expected
-    names = same_names(found.run.parameters, run.parameters)
+    exact, limit = expected
+    run = trained.run
+    names = same_names(run.parameters, exact.parameters)
     yield finding("what is trained", names, tolerances.NAMES)
-    yield finding(
-        "losses", agreement(found.run.losses, run.losses, limit.losses), tolerances.TRAINING
-    )
-    each = [
-        agreement(found.run.parameters[key], run.parameters[key], limit.parameters[key])
-        for key in run.parameters
+    yield finding("losses", agreement(run.losses, exact.losses, limit.losses), tolerances.TRAINING)
+    parameters = [
+        agreement(run.parameters[key], exact.parameters[key], limit.parameters[key])
+        for key in exact.parameters
     ]
-    yield finding("parameters", max(each, key=lambda agreed: agreed.ratio), tolerances.TRAINING)
-    yield finding("mask untouched", identical(found.mask, course().start.mask), tolerances.BITS)
+    worst = max(parameters, key=lambda agreed: agreed.ratio)
+    yield finding("parameters", worst, tolerances.TRAINING)
+    yield finding("mask untouched", identical(trained.mask, course().start.mask), tolerances.BITS)

@@ -1,1 +1,1 @@
-"""The parts of the command line, one file each; a child process lies beside its parent."""
+"""The parts of the command line, one file each. Child processes lie beside their parents."""

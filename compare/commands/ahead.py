@@ -1,4 +1,4 @@
-"""A second process that works on later parts of a command while the first one works on the earlier parts."""
+"""A second process that runs later jobs of a command while the first process runs earlier ones."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from .jobs import Job
 
 
 class Ahead:
-    """The second process: it takes jobs in the order of `ahead` while this process takes them from the beginning.
+    """The second process. It takes jobs in the order of `Job.ahead`, this process from the start.
 
-    Until `close`, torch computes in one thread in both: two would wait for the same cores by
-    spinning.
+    Until `close`, torch computes in one thread in both processes. With more, their threads would
+    spin while waiting for the same cores.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._jobs = jobs
-        context = multiprocessing.get_context(
-            "spawn"
-        )  # a fork would inherit the frameworks' threads
+        # A fork would inherit the frameworks' threads.
+        context = multiprocessing.get_context("spawn")
         self._claimed = context.Array("b", len(jobs))
         self._results, sender = context.Pipe(duplex=False)
         self._received: dict[int, list[Section]] = {}
@@ -41,24 +40,24 @@ class Ahead:
         torch.set_num_threads(1)
 
     def take(self, job: Job) -> list[Section] | None:
-        """Return what the second process found, waiting for it; None if the caller has to do the job itself.
+        """Wait for the second process and return the sections of the job, or None.
 
-        That is if the second process has not begun with it, or failed: then the caller meets the
-        error itself.
+        None means that the caller has to do the job: the second process has not started it, or has
+        failed. In the latter case the caller gets the same error.
         """
-        index = next(index for index, other in enumerate(self._jobs) if other is job)
+        index = next(index for index, candidate in enumerate(self._jobs) if candidate is job)
         if _claim(self._claimed, index):
             return None
         try:
             while index not in self._received:
-                other, sections = self._results.recv()
-                self._received[other] = sections
+                received, sections = self._results.recv()
+                self._received[received] = sections
         except (EOFError, OSError):
             return None
         return self._received.pop(index)
 
     def close(self) -> None:
-        """End the second process, whatever it does."""
+        """End the second process, even in the middle of a job."""
         self._process.terminate()
         self._process.join()
         self._results.close()
@@ -67,7 +66,7 @@ class Ahead:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Let a process that is started here compute in one thread, unless the user has set how many."""
+    """Let child processes compute in one thread, unless the user has set a number of threads."""
     if "OMP_NUM_THREADS" in os.environ:
         yield
         return
@@ -79,7 +78,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _claim(claimed: Any, index: int) -> bool:
-    """Return whether nobody has claimed the job before."""
+    """Claim the job, and return whether it was still free."""
     with claimed.get_lock():
         is_free = not claimed[index]
         claimed[index] = True
@@ -87,14 +86,14 @@ def _claim(claimed: Any, index: int) -> bool:
 
 
 def _work(jobs: Sequence[Job], claimed: Any, results: Connection) -> None:
-    """Do jobs and send their sections; after an error the process ends without sending them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with the first process
-    ahead = sorted((job.ahead, index) for index, job in enumerate(jobs) if job.ahead is not None)
-    for _, index in ahead:
+    """Run jobs and send their sections. An error ends the process and sends nothing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
+    order = sorted((job.ahead, index) for index, job in enumerate(jobs) if job.ahead is not None)
+    for _, index in order:
         job = jobs[index]
         if _claim(claimed, index):
             try:
-                found = list(job.sections())
+                items = list(job.sections())
             except Exception:
                 return
-            results.send((index, [section for section in found if isinstance(section, Section)]))
+            results.send((index, [item for item in items if isinstance(item, Section)]))

@@ -1,4 +1,4 @@
-"""The mask's life in checkpoints: edited, saved by one implementation, loaded by each in a new process."""
+"""Edit the mask, save it in every format, and load it in new processes of every framework."""
 
 import hashlib
 import tempfile
@@ -24,32 +24,30 @@ from .reload import checksum
 SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")
 EDITED, INITIAL = 2.0, 1.0
 
-# (reader, path) -> what the reader found there
+# (reader, path) -> what `reload.py` prints for that path
 Loaded = dict[tuple[str, str], dict[str, Any]]
 
 
 def sections() -> Iterator[Section | str]:
-    """Yield one section for the class with the buffer, one for the class without; before, what is being done."""
+    """Yield progress messages, then a section for the class with the buffer and one without."""
     without_buffer, with_buffer = initial_states()
     with tempfile.TemporaryDirectory() as folder:
         yield "saving in every format"
-        saved = _save_all(Path(folder), "with", edited_sources(NOTEBOOK, with_buffer, buffer=True))
-        lost = _save_all(
-            Path(folder), "without", edited_sources(NOTEBOOK, without_buffer, buffer=False)
-        )
+        buffered = edited_sources(NOTEBOOK, with_buffer, buffer=True)
+        plain = edited_sources(NOTEBOOK, without_buffer, buffer=False)
+        paths_with = _save_all(Path(folder), "with", buffered)
+        paths_without = _save_all(Path(folder), "without", plain)
         yield "loading in new processes"
-        loaded = _load_all([*saved.values(), *lost.values()])
-        yield _section("with", saved, loaded, checksum(with_buffer), EDITED, _same_bytes(saved))
-        yield _section(
-            "without", lost, loaded, checksum(without_buffer), INITIAL, _same_bytes(lost)
-        )
+        loaded = _load_all([*paths_with.values(), *paths_without.values()])
+        yield _section("with", paths_with, loaded, checksum(with_buffer), EDITED)
+        yield _section("without", paths_without, loaded, checksum(without_buffer), INITIAL)
 
 
 def edited_sources(config: Config, state: State, *, buffer: bool) -> dict[str, Any]:
-    """Return the state in each implementation, its mask edited 1 -> 2 the framework's own way.
+    """Return the state in each framework, with its mask edited from 1 to 2 the framework's own way.
 
-    A Linen module without the buffer has no place for the edit: its mask is made anew at every
-    call.
+    Linen variables without the buffer cannot hold the edit: the module makes the mask anew at
+    every call.
     """
     module = build_torch(config, buffer=buffer)
     module.load_state_dict(torch_state(state))
@@ -78,16 +76,16 @@ def _save_all(folder: Path, kind: str, sources: dict[str, Any]) -> dict[tuple[st
 
 
 def _load_all(paths: list[Path]) -> Loaded:
-    """Load every path in one new process for each implementation, two at a time."""
+    """Load every path in one new process per framework, two processes at a time."""
 
     def load(reader: str) -> list[dict[str, Any]]:
         return run_module("compare.commands.reload", [reader, *map(str, paths)], ON_CPU)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
-        found = pool.map(load, FRAMEWORKS)
+        loaded = pool.map(load, FRAMEWORKS)
         return {
             (reader, entry["path"]): entry
-            for reader, entries in zip(FRAMEWORKS, found, strict=True)
+            for reader, entries in zip(FRAMEWORKS, loaded, strict=True)
             for entry in entries
         }
 
@@ -98,9 +96,8 @@ def _section(
     loaded: Loaded,
     parameters: str,
     value: float,
-    same_bytes: dict[str, bool],
 ) -> Section:
-    """Tabulate what each reader found above the diagonal, and check it."""
+    """Tabulate the mask entry that each reader loaded, and check masks, parameters and bytes."""
     expected = (
         value * torch.triu(torch.ones(NOTEBOOK.context_length, NOTEBOOK.context_length), diagonal=1)
     ).tolist()
@@ -117,8 +114,9 @@ def _section(
     section = Section(
         f"Checkpoints {kind} the buffer: the edit is {fate}",
         [
-            f"The mask is edited {INITIAL:g} -> {EDITED:g}, saved by each implementation, and loaded by each in a new "
-            "process. The entry above the diagonal, as loaded into:",
+            f"The mask is edited from {INITIAL:g} to {EDITED:g}, saved by each implementation, and "
+            "loaded by each in a new process. The columns show the entry above the diagonal after "
+            "loading.",
             Table(["format", "saved by", *(TITLES[reader] for reader in FRAMEWORKS)], rows),
         ],
     )
@@ -133,6 +131,7 @@ def _section(
                 f"{kept[reader]}/{len(saved)}",
             )
         )
+    same_bytes = _same_bytes(saved)
     differing = [suffix for suffix, same in same_bytes.items() if not same]
     section.checks.append(
         Check(
@@ -148,9 +147,9 @@ def _section(
 
 
 def _same_bytes(saved: dict[tuple[str, str], Path]) -> dict[str, bool]:
-    """For each single-file format: whether all writers wrote the same bytes."""
+    """Return for each single-file format whether all writers wrote the same bytes."""
     digests: dict[str, set[str]] = {}
     for (suffix, _), path in saved.items():
         if path.is_file():
             digests.setdefault(suffix, set()).add(hashlib.sha256(path.read_bytes()).hexdigest())
-    return {suffix: len(found) == 1 for suffix, found in digests.items()}
+    return {suffix: len(values) == 1 for suffix, values in digests.items()}

@@ -1,13 +1,14 @@
-"""Every check on the fixed trials: state, stages, causality, determinism, gradients, dropout, training."""
+"""Run the checks on the fixed trials, and show their findings and curves."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..checks import CHECKS
 from ..checks.determinism import compiled_by_torch
-from ..checks.stages import first_parted
-from ..checks.training import judged
+from ..checks.stages import first_differing_stage
+from ..checks.training import training_findings
 from ..proof import cases, tolerances
 from ..proof.agreement import Finding
 from ..proof.cases import FRAMEWORKS, TITLES
@@ -26,157 +27,210 @@ from ..runners.record_stages import record_stages
 from ..runners.run import devices_to_run
 from ..runners.train import train
 
-TITLE = {
-    "state": "State: the mask is saved, moved, obeyed, and never trained",
-    "stages": "Stages in float64: where would they part?",
-    "outputs": "Outputs in four dtypes, under every kind of mask",
-    "causality": "Causality: what is blocked changes no bit",
-    "determinism": "Determinism: twice, compiled, batched",
-    "gradients": "Gradients and Hessian-vector products in float64",
-    "fused": "Fused attention in float64 and float32",
-    "dropout": "Dropout: each framework's own",
-    "training": f"Training: {STEPS} steps in float64",
-}
+# The steps whose values are printed below a training curve.
+MARKED_STEPS = (1, 2, 5, 10, 20, 50, 100, 200)
 
-TEXT = {
-    "state": "The mask is edited to -2.5 and sent through the converter and files. An int64 mask with an entry that 32 "
-    "bits do not hold is refused where JAX has x64 off. An edit is obeyed by the same module, compiled or not.",
-    "stages": "Each intermediate against the reference. A failure names the first that parts; later ones follow it.",
-    "outputs": "The trials round to each dtype; the reference computes from what they round to.",
-    "causality": "Tokens of the second half are replaced: no bit of the first half may change. NaN or inf there does "
-    "reach every row, in every implementation alike, because the formula multiplies it by a weight of 0.",
-    "determinism": "The same program twice gives the same bits; a transformed one stays within rounding.",
-    "gradients": "Of inputs and every parameter, against the derivative written out; buffers have none. The limit is "
-    "a running error bound, as the written-out formula computes it.",
-    "fused": "600 tokens, where kernels, strips and tiles are at work, under masks of every kind: outputs and "
-    "gradients against the same reference; and the mask edited after it was used, by every way that there is.",
-    "dropout": "Half a million ones are dropped with a fixed seed: share kept, scale, and whether neighbors agree more "
-    "often than chance has it. The streams differ between the frameworks; given the same pattern, outputs, gradients "
-    "and training agree, as the other checks show.",
-    "training": "The same batches, patterns of dropout, weight decay and clipping: `torch.optim` against Optax, under "
-    "Linen and `nnx.Optimizer`. The limit is each step's running error bound, carried on by the training itself.",
+
+@dataclass(frozen=True)
+class CheckPart:
+    """How one check is presented, and which trials it runs on.
+
+    Attributes:
+        title: the title of its section.
+        text: the explanation below the title.
+        trials: the indices of its trials in `fixed_trials()`; None for all of them.
+    """
+
+    title: str
+    text: str
+    trials: tuple[int, ...] | None = None
+
+
+CHECK_PARTS: dict[str, CheckPart] = {
+    "state": CheckPart(
+        "State: the mask is saved, moved, obeyed, and never trained",
+        "The mask is edited to -2.5, then converted and written to files; the same values must "
+        "come back. An int64 mask with an entry that does not fit 32 bits must be refused where "
+        "JAX has x64 off. The same module, compiled or not, must obey an edit of its mask.",
+        trials=(0, -1),
+    ),
+    "stages": CheckPart(
+        "Stages in float64: where does an implementation first differ?",
+        "Each intermediate result is compared with the reference. A failure names the first stage "
+        "that differs; later stages only inherit the difference.",
+    ),
+    "outputs": CheckPart(
+        "Outputs in four dtypes, under every kind of mask",
+        "The trials are rounded to each dtype. The reference is computed from the rounded values.",
+    ),
+    "causality": CheckPart(
+        "Causality: what is blocked changes no bit",
+        "The tokens of the second half are replaced: no bit of the first half's outputs may "
+        "change. NaN or inf there reaches every row, in all implementations alike, because the "
+        "formula multiplies it by a weight of 0.",
+    ),
+    "determinism": CheckPart(
+        "Determinism: twice, compiled, batched",
+        "Running the same program twice gives the same bits. A transformed program stays within "
+        "rounding.",
+    ),
+    "gradients": CheckPart(
+        "Gradients and Hessian-vector products in float64",
+        "The derivatives with respect to the inputs and every parameter are compared with the "
+        "written-out derivative. Buffers have none. The limit is a running error bound, computed "
+        "along with the written-out derivative.",
+    ),
+    "fused": CheckPart(
+        "Fused attention in float64 and float32",
+        "600 tokens, enough for several kernels, strips and tiles, under masks of every kind. "
+        "Outputs and gradients are compared with the same reference. The mask is also edited after "
+        "its first use, in every possible way.",
+        trials=(0,),
+    ),
+    "dropout": CheckPart(
+        "Dropout: each framework's own",
+        "Half a million ones are dropped with a fixed seed. The check measures the share kept, the "
+        "scale, and whether neighbors agree more often than by chance. The random streams differ "
+        "between the frameworks. Given the same pattern, outputs, gradients and training agree, as "
+        "the other checks show.",
+        trials=(0, -1),
+    ),
+    "training": CheckPart(
+        f"Training: {STEPS} steps in float64",
+        "The same batches, dropout patterns, weight decay and clipping: `torch.optim` against "
+        "Optax under Linen and under `nnx.Optimizer`. The limit is the running error bound of each "
+        "step, propagated through the later steps.",
+        trials=(),  # the training course has its own trial
+    ),
 }
 
 
 def sections(
     names: Sequence[str] = (), device: str | None = None, *, slow: bool = False
 ) -> Iterator[Section | str]:
-    """Yield a section for each check and device; on the way, what is being done. No names: all of them.
+    """Yield one section per check and device, and progress messages in between.
 
-    `slow` adds what takes long: `torch.compile`.
+    Args:
+        names: the checks to run; all if empty.
+        device: the device to run on; every device that both frameworks see if None.
+        slow: whether to run `torch.compile` too, which takes long.
     """
     for name in names or CHECKS:
         for device_name in devices_to_run(device):
-            section = Section(
-                TITLE[name] + ("" if device_name == "cpu" else " (CUDA)"), [TEXT[name]]
-            )
-            if name == "training":
-                yield from _train(section, device_name)
-            else:
-                for framework in FRAMEWORKS:
-                    yield f"{name}: {TITLES[framework]} on {device_name}"
-                    given = cases.fixed_trials()
-                    some = {
-                        "state": [given[0], given[-1]],
-                        "dropout": [given[0], given[-1]],
-                        "fused": [given[0]],
-                    }
-                    for trial in some.get(name, given):
-                        section.findings += CHECKS[name](framework, trial, device_name)
-            if name == "determinism" and slow:
-                yield "determinism: torch.compile"
-                section.findings.append(compiled_by_torch(cases.fixed_trials()[0], device_name))
-            if name == "outputs":
-                section.blocks += [
-                    f"{tolerances.LEAKING.format(dtype=dtype)}." for dtype in leaking_dtypes()
-                ]
-            section.blocks.append(ratio_table(section.findings))
-            if name == "stages":
-                section.blocks += [_parted(section.findings), *_weights(device_name)]
-            section.checks += settle(
-                section.findings, name if device_name == "cpu" else f"{name} on cuda"
-            )
-            yield section
+            yield from _run_check(name, device_name, slow=slow)
 
 
-def _parted(findings: Sequence[Finding]) -> str:
-    parted = {
-        TITLES[framework]: first_parted(
-            finding for finding in findings if finding.implementation == framework
-        )
-        for framework in FRAMEWORKS
-    }
-    said = [f"{framework}: {stage}" for framework, stage in parted.items() if stage]
-    return f"The first stage that parts: {', '.join(said)}." if said else "No stage parts."
+def _run_check(name: str, device: str, *, slow: bool) -> Iterator[Section | str]:
+    """Run one check on one device, and yield progress messages and its section."""
+    part = CHECK_PARTS[name]
+    on_cpu = device == "cpu"
+    section = Section(part.title if on_cpu else f"{part.title} (CUDA)", [part.text])
+    if name == "training":
+        yield from _train(section, device)
+    else:
+        yield from _run_trials(section, name, device)
+    if name == "determinism" and slow:
+        yield "determinism: torch.compile"
+        section.findings.append(compiled_by_torch(cases.fixed_trials()[0], device))
+    _add_results(section, name, device)
+    section.checks += settle(section.findings, name if on_cpu else f"{name} on cuda")
+    yield section
 
 
-def _weights(device: str) -> Iterator[Panels]:
-    """Yield the mask and the attention weights of the first two trials, first of the batch."""
-    for trial in cases.fixed_trials()[:2]:
-        recorded = {TITLES[name]: record_stages(name, trial, device) for name in FRAMEWORKS}
-        matrices = {name: found.weights[0].tolist() for name, found in recorded.items()}
-        tokens = trial.inputs.shape[1]
-        shown = {"mask": (trial.mask[:tokens, :tokens] != 0).astype(float).tolist(), **matrices}
-        yield Panels(f"attention weights, {trial.name}", shown, decimals=2)
+def _run_trials(section: Section, name: str, device: str) -> Iterator[str]:
+    """Run one check on its trials in every framework, and collect its findings."""
+    trials = cases.fixed_trials()
+    indices = CHECK_PARTS[name].trials
+    if indices is not None:
+        trials = [trials[index] for index in indices]
+    for framework in FRAMEWORKS:
+        yield f"{name}: {TITLES[framework]} on {device}"
+        for trial in trials:
+            section.findings += CHECKS[name](framework, trial, device)
+
+
+RATIO_TEXT = "The largest error over its limit in each framework; up to 1 holds."
 
 
 def _train(section: Section, device: str) -> Iterator[str]:
-    blocks: list[Block] = []
+    """Train under every recipe in every framework; collect the findings and the curves."""
     for recipe in RECIPES:
         yield f"training: the reference, {recipe.name}"
-        expected = reference_training(recipe)
-        curves: dict[str, TrainingRun] = {}
+        reference = reference_training(recipe)
+        runs: dict[str, TrainingRun] = {}
         for framework in FRAMEWORKS:
             yield f"training: {TITLES[framework]} on {device}, {recipe.name}"
-            found = train(framework, course(), recipe, device)
-            section.findings += judged(framework, recipe.name, found, expected)
-            curves[f"{framework} float64"] = found.run
-            curves[f"{framework} float32"] = train(
-                framework, course().rounded("float32"), recipe, device
-            ).run
-        blocks += _pictures(recipe, expected.run, expected.limits, curves)
-    section.blocks += blocks
+            trained = train(framework, course(), recipe, device)
+            section.findings += training_findings(framework, recipe.name, trained, reference)
+            runs[f"{framework} float64"] = trained.run
+            rounded = train(framework, course().rounded("float32"), recipe, device)
+            runs[f"{framework} float32"] = rounded.run
+        section.blocks += _training_blocks(recipe, reference.run, reference.limits, runs)
 
 
-MARKED = (1, 2, 5, 10, 20, 50, 100, 200)
+def _add_results(section: Section, name: str, device: str) -> None:
+    """Add the table of ratios to the section, and the blocks that only this check has."""
+    if name == "outputs":
+        section.blocks += [
+            f"{tolerances.LEAKING.format(dtype=dtype)}." for dtype in leaking_dtypes()
+        ]
+    section.blocks += [RATIO_TEXT, ratio_table(section.findings)]
+    if name == "stages":
+        section.blocks += [_first_differences(section.findings), *_weight_panels(device)]
 
 
-def _pictures(
-    recipe: Recipe, exact: TrainingRun, limit: TrainingRun, found: dict[str, TrainingRun]
+def _first_differences(findings: Sequence[Finding]) -> str:
+    """Say which stage is the first to differ in each implementation."""
+    differences = []
+    for framework in FRAMEWORKS:
+        stage = first_differing_stage(
+            finding for finding in findings if finding.implementation == framework
+        )
+        if stage is not None:
+            differences.append(f"{TITLES[framework]}: {stage}")
+    if not differences:
+        return "No stage differs."
+    return f"The first stage that differs: {', '.join(differences)}."
+
+
+def _weight_panels(device: str) -> Iterator[Panels]:
+    """Yield the mask and the attention weights of the first two trials, first batch entry only."""
+    for trial in cases.fixed_trials()[:2]:
+        tokens = trial.inputs.shape[1]
+        matrices = {"mask": (trial.mask[:tokens, :tokens] != 0).astype(float).tolist()}
+        for framework in FRAMEWORKS:
+            weights = record_stages(framework, trial, device).weights
+            matrices[TITLES[framework]] = weights[0].tolist()
+        yield Panels(f"attention weights, {trial.name}", matrices, decimals=2)
+
+
+def _training_blocks(
+    recipe: Recipe, exact: TrainingRun, limit: TrainingRun, runs: dict[str, TrainingRun]
 ) -> list[Block]:
-    """Return the loss, and how the runs part from the reference with the step; of float32 it is only reported."""
+    """Return the curves of the loss and of the distance from the reference, and a note on float32.
+
+    float32 is shown but not judged.
+    """
     steps = list(range(1, STEPS + 1))
 
-    def apart(run: TrainingRun) -> list[float]:
-        each = [
-            np.abs(run.parameters[key] - exact.parameters[key]).reshape(STEPS, -1)
-            for key in exact.parameters
-        ]
-        return np.concatenate(each, axis=1).max(axis=1).tolist()
+    def distances(run: TrainingRun) -> list[float]:
+        differences = {
+            key: np.abs(run.parameters[key] - exact.parameters[key]) for key in exact.parameters
+        }
+        return _largest_by_step(differences)
 
-    series = {"limit float64": _largest(limit), **{name: apart(run) for name, run in found.items()}}
-    keys = {
-        key: max(
-            float(np.abs(run.parameters[key] - array).max())
-            for name, run in found.items()
-            if "float32" in name
-        )
-        for key, array in exact.parameters.items()
-    }
-    worst = max(keys, key=lambda key: keys[key])
-    text = f"{recipe.name} in float32 parts most in {worst}, by {keys[worst]:.1e}" + (
-        ": its exact gradient is 0, and Adam divides what rounding leaves of it by its own size."
-        if recipe.name == "AdamW" and worst == "W_key.bias"
-        else "."
-    )
+    losses = {"reference": exact.losses.tolist()}
+    losses |= {name: run.losses.tolist() for name, run in runs.items() if "float64" in name}
+    series = {"limit float64": _largest_by_step(limit.parameters)}
+    series |= {name: distances(run) for name, run in runs.items()}
     return [
         Curves(
             f"{recipe.name}: loss",
             "step",
             "loss",
             steps,
-            {"reference": exact.losses.tolist()},
-            MARKED,
+            losses,
+            MARKED_STEPS,
         ),
         Curves(
             f"{recipe.name}: largest distance of a parameter from the reference",
@@ -184,15 +238,36 @@ def _pictures(
             "distance",
             steps,
             series,
-            MARKED,
+            MARKED_STEPS,
         ),
-        text,
+        _worst_in_float32(recipe, exact, runs),
     ]
 
 
-def _largest(run: TrainingRun) -> list[float]:
-    return (
-        np.concatenate([array.reshape(STEPS, -1) for array in run.parameters.values()], axis=1)
-        .max(axis=1)
-        .tolist()
+def _worst_in_float32(recipe: Recipe, exact: TrainingRun, runs: dict[str, TrainingRun]) -> str:
+    """Say which parameter differs most from the reference in float32, and by how much."""
+    distances = {
+        key: max(
+            float(np.abs(run.parameters[key] - array).max())
+            for name, run in runs.items()
+            if "float32" in name
+        )
+        for key, array in exact.parameters.items()
+    }
+    worst = max(distances, key=lambda key: distances[key])
+    text = (
+        f"In float32, {recipe.name} differs most from the reference in {worst}, "
+        f"by {distances[worst]:.1e}."
     )
+    if recipe.name == "AdamW" and worst == "W_key.bias":
+        text += (
+            " Its exact gradient is 0: only rounding noise remains, and AdamW divides that noise "
+            "by its own size."
+        )
+    return text
+
+
+def _largest_by_step(parameters: dict[str, np.ndarray]) -> list[float]:
+    """Return the largest entry of all arrays at each step."""
+    rows = [array.reshape(STEPS, -1) for array in parameters.values()]
+    return np.concatenate(rows, axis=1).max(axis=1).tolist()

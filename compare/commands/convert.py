@@ -1,4 +1,4 @@
-"""Carry a checkpoint into another format, layout or dtype, show the table, and compare what was written."""
+"""Convert a checkpoint to another format, layout or dtype, and compare the result bit for bit."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +22,10 @@ def sections(
     verify: bool = True,
     progress: Progress = silent,
 ) -> Iterator[Section | str]:
-    """Yield one section with the table of tensors and what was compared; before, what is being done."""
+    """Yield progress messages, then one section with the table of tensors and the comparison."""
     table = StateMapping.load(mapping) if mapping else None
     yield f"converting {source}"
-    done = convert_checkpoint(
+    conversion = convert_checkpoint(
         source,
         target,
         mapping=table,
@@ -36,35 +36,38 @@ def sections(
         dry_run=dry_run,
         progress=progress,
     )
-    section = _section(source, target, done, dry_run)
+    section = _section(source, target, conversion, dry_run)
     if not dry_run and verify:
         yield f"comparing {target}"
         differences = verify_checkpoint(
             source, target, mapping=table, dtype=dtype, progress=progress
         )
-        section.checks.append(compared(differences, len(done.lines), done.nbytes))
+        section.checks.append(
+            comparison_check(differences, len(conversion.lines), conversion.nbytes)
+        )
     yield section
 
 
-def _section(source: Path, target: Path, done: Conversion, dry_run: bool) -> Section:
-    rows: list[list[Cell]] = [_row(line) for line in done.lines]
+def _section(source: Path, target: Path, conversion: Conversion, dry_run: bool) -> Section:
+    rows: list[list[Cell]] = [_row(line) for line in conversion.lines]
+    tensors = f"{len(conversion.lines)} tensors"
     verb = "would become" if dry_run else "became"
-    words = f"{source} {verb} {target}: {len(done.lines)} tensors, {done.nbytes:,} bytes."
-    left = [
-        f"{item.torch_key} has no place on the other side and is left ({item.policy})."
-        for item in done.left
+    blocks: list[Block] = [
+        Table(["from", "to", "kind", "shape", "dtype", "layout"], rows),
+        f"{source} {verb} {target}: {tensors}, {conversion.nbytes:,} bytes.",
     ]
-    unverified = (
-        "The source has no manifest: whether its values are those that were saved is not known."
-    )
-    blocks: list[Block] = [Table(["from", "to", "kind", "shape", "dtype", "layout"], rows), words]
-    section = Section("Conversion", [*blocks, *left, *([] if done.checked else [unverified])])
-    if not dry_run:
-        section.checks.append(
-            Check(
-                "written", "all", True, f"{len(done.lines)} tensors", "every tensor of the source"
-            )
+    blocks += [
+        f"{item.torch_key} has no counterpart in the target and is left out ({item.policy})."
+        for item in conversion.left
+    ]
+    if not conversion.checked:
+        blocks.append(
+            "The source has no manifest, so it is not known whether its values are those that were "
+            "saved."
         )
+    section = Section("Conversion", blocks)
+    if not dry_run:
+        section.checks.append(Check("written", "all", True, tensors, "every tensor of the source"))
     return section
 
 
@@ -73,17 +76,16 @@ def _row(line: Line) -> list[Cell]:
     return [line.source, line.target, line.kind, shape, line.dtype, line.layout]
 
 
-def compared(differences: list[Difference], tensors: int, nbytes: int) -> Check:
+def comparison_check(differences: list[Difference], tensors: int, nbytes: int) -> Check:
     """Return the check that every element is the same on both sides."""
-    first = (
-        f"{len(differences)} differ; {differences[0].name} {differences[0].what}"
-        if differences
-        else ""
-    )
+    if differences:
+        measured = f"{len(differences)} differ; {differences[0].name} {differences[0].what}"
+    else:
+        measured = f"{tensors} tensors, {nbytes:,} bytes"
     return Check(
         "every element, bit for bit",
         "all",
         not differences,
-        first or f"{tensors} tensors, {nbytes:,} bytes",
+        measured,
         "the same names, shapes, dtypes and bits",
     )

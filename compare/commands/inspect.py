@@ -1,4 +1,4 @@
-"""Show what a module, a file or a folder holds; of two, what differs."""
+"""Show what a module, a file or a folder holds, or the differences between two of them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,12 +21,13 @@ from ..conversion.state_kinds import entries
 from ..conversion.unmatched import host_values
 from ..report.model import Block, Cell, Check, Panels, Section, Table
 
-_PICTURE = 16
+# Larger masks are shown as a grid of squares, this many along each axis.
+_GRID_SIZE = 16
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One entry: what it is, and its values if they are to be had."""
+class InspectedEntry:
+    """One entry. `spec` and `array` are None where it has no plain array of values."""
 
     name: str
     kind: str
@@ -37,88 +38,76 @@ class Shown:
 def sections(
     source: str, other: str | None = None, progress: Progress = silent
 ) -> Iterator[Section | str]:
-    """Yield a section for the source, and with another one a section of what differs; before, what is being done."""
+    """Yield progress messages, then one section: the source's entries, or how the two differ."""
     yield f"reading {source}"
-    mine, words = held(source, progress)
+    source_entries, source_notes = read_entries(source, progress)
     if other is None:
-        yield _section(source, mine, words)
+        yield _section(source, source_entries, source_notes)
         return
     yield f"reading {other}"
-    its, more = held(other, progress)
-    yield _difference(source, other, mine, its, [*words, *more])
+    other_entries, other_notes = read_entries(other, progress)
+    notes = [*source_notes, *other_notes]
+    yield _difference(source, other, source_entries, other_entries, notes)
 
 
-def held(source: str, progress: Progress) -> tuple[list[Shown], list[str]]:
-    """Return the entries of a file, a folder, or `package.module:name`, and what there is to say of it.
+def read_entries(source: str, progress: Progress) -> tuple[list[InspectedEntry], list[str]]:
+    """Return the entries of a file, a folder, or `package.module:name`, and notes on the whole.
 
     Raises:
-        CheckpointError: there is no such thing.
+        CheckpointError: the source does not exist or cannot be read.
     """
     if not Path(source).exists() and ":" in source:
-        return _of_module(source), []
+        return _module_entries(source), []
     with open_checkpoint(source) as stored:
-        found, total, done = [], sum(spec.nbytes for spec in stored.specs.values()), 0
+        listed = []
+        total = sum(spec.nbytes for spec in stored.specs.values())
+        done = 0
         arrays = {}
         for path, array in stored.read():
-            name = slashed(path)
-            found.append(Shown(name, stored.kinds.get(path, "unknown"), stored.specs[path], array))
+            kind = stored.kinds.get(path, "unknown")
+            listed.append(InspectedEntry(slashed(path), kind, stored.specs[path], array))
             arrays[path] = array
             done += array.nbytes
             progress(done, total)
-        found += [
-            Shown(
-                slashed(path),
-                f"alias of {slashed(first)}",
-                stored.specs[first],
-                arrays[first],
-            )
-            for path, first in stored.aliases.items()
-        ]
+        for path, first in stored.aliases.items():
+            kind = f"alias of {slashed(first)}"
+            listed.append(InspectedEntry(slashed(path), kind, stored.specs[first], arrays[first]))
         checked = (
-            "every checksum is right"
-            if stored.checked
-            else "no manifest, so nothing could be checked"
+            "all checksums match" if stored.checked else "no manifest, so nothing could be checked"
         )
-        return found, [
-            f"{source}: {stored.format}, {stored.layout} layout, {total:,} bytes, {checked}."
-        ]
+        note = f"{source}: {stored.format}, {stored.layout} layout, {total:,} bytes, {checked}."
+        return listed, [note]
 
 
-def _of_module(source: str) -> list[Shown]:
-    """Return the entries of an object that a module has, called if it is a function."""
-    place, _, name = source.partition(":")
+def _module_entries(source: str) -> list[InspectedEntry]:
+    """Return the entries of the object `package.module:name`; a function is called first."""
+    module_name, _, name = source.partition(":")
     try:
-        found = getattr(import_module(place), name)
-        if callable(found) and not isinstance(found, torch.nn.Module | nnx.Module):
-            found = found()
-        held_ = entries(found)
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # whatever the user's module does when it is imported or called
+        target = getattr(import_module(module_name), name)
+        if callable(target) and not isinstance(target, torch.nn.Module | nnx.Module):
+            target = target()
+        state_entries = entries(target)
+    # The user's module may raise anything when it is imported or called.
+    except (Exception, SystemExit) as error:
         raise CheckpointError(
             source,
-            f"is no module to look at ({type(error).__name__}: {shown(error)})",
-            expected="a file, a folder, or package.module:name of a torch or NNX module, Linen variables, or a "
-            "function without arguments that returns one",
+            f"is not a module that can be inspected ({type(error).__name__}: {shown(error)})",
+            expected="a file, a folder, or package.module:name of a torch or NNX module, "
+            "Linen variables, or a function without arguments that returns one",
         ) from error
-    shown_ = []
-    for entry in held_:
+    listed = []
+    for entry in state_entries:
         kind = f"alias of {slashed(entry.first)}" if entry.first is not None else entry.kind
+        if kind == "left behind":
+            kind = "plain: will be left behind"
         array = _values(entry.value) if entry.kind != "stream" else None
-        shown_.append(
-            Shown(
-                entry.name,
-                "plain: will be left behind" if kind == "left behind" else kind,
-                spec_of(array) if array is not None else None,
-                array,
-            )
-        )
-    return shown_
+        spec = spec_of(array) if array is not None else None
+        listed.append(InspectedEntry(entry.name, kind, spec, array))
+    return listed
 
 
 def _values(value: Any) -> np.ndarray | None:
-    """Return the values, or None where there are no plain ones."""
+    """Return the values as an array, or None where there is no plain array."""
     try:
         array = host_values(value)
         return array if array is None or spec_of(array) else None
@@ -126,14 +115,15 @@ def _values(value: Any) -> np.ndarray | None:
         return None
 
 
-def _section(source: str, found: list[Shown], words: list[str]) -> Section:
+def _section(source: str, listed: list[InspectedEntry], notes: list[str]) -> Section:
+    """Show a row for every entry, and pictures of the masks."""
     columns = ["name", "kind", "shape", "dtype", "bytes", "min", "mean", "max", "notes"]
-    section = Section(source, [Table(columns, [_row(entry) for entry in found]), *words])
-    section.blocks += _pictures({source: found})
+    section = Section(source, [Table(columns, [_row(entry) for entry in listed]), *notes])
+    section.blocks += _mask_panels({source: listed})
     return section
 
 
-def _row(entry: Shown) -> list[Cell]:
+def _row(entry: InspectedEntry) -> list[Cell]:
     if entry.spec is None:
         return [shown(entry.name), entry.kind, None, None, None, None, None, None, ""]
     shape = "x".join(map(str, entry.spec.shape)) or "scalar"
@@ -148,9 +138,10 @@ def _row(entry: Shown) -> list[Cell]:
 
 
 def _statistics(array: np.ndarray | None) -> list[Cell]:
-    """Return least, mean and greatest finite value, and what is not finite."""
+    """Return the least, mean and greatest finite value, and a note on the others."""
     if array is None or not array.size or array.dtype.kind == "c":
-        return [None, None, None, "" if array is None else "empty" if not array.size else ""]
+        is_empty = array is not None and not array.size
+        return [None, None, None, "empty" if is_empty else ""]
     wide = array.reshape(-1).astype(np.float64)
     finite = wide[np.isfinite(wide)]
     notes = [
@@ -163,37 +154,32 @@ def _statistics(array: np.ndarray | None) -> list[Cell]:
     return [float(finite.min()), float(finite.mean()), float(finite.max()), ", ".join(notes)]
 
 
-def _pictures(sides: Mapping[str, list[Shown]]) -> list[Block]:
-    """Return the masks, those of the same name side by side."""
+def _mask_panels(sides: Mapping[str, list[InspectedEntry]]) -> list[Block]:
+    """Return the masks of all sides; masks with the same name stand side by side."""
+    masks: dict[str, dict[str, list[list[float]]]] = {}
+    for side, listed in sides.items():
+        for entry in listed:
+            if entry.array is not None and _is_shown_mask(entry, entry.array):
+                masks.setdefault(entry.name, {})[side] = _coarse(entry.array)
     blocks: list[Block] = []
-    names = {entry.name: None for found in sides.values() for entry in found if _pictured(entry)}
-    for name in names:
-        matrices = {
-            side: _coarse(entry.array)
-            for side, found in sides.items()
-            for entry in found
-            if entry.name == name and _pictured(entry) and entry.array is not None
-        }
-        whole = all(len(matrix) < _PICTURE for matrix in matrices.values())
-        title = f"{name}: nonzero blocks" if whole else f"{name}: ninths of each square that block"
-        blocks.append(Panels(title, matrices))
+    for name, matrices in masks.items():
+        whole = all(len(matrix) < _GRID_SIZE for matrix in matrices.values())
+        content = "nonzero blocks" if whole else "blocked share of each square, in ninths"
+        blocks.append(Panels(f"{name}: {content}", matrices))
     return blocks
 
 
-def _pictured(entry: Shown) -> bool:
+def _is_shown_mask(entry: InspectedEntry, array: np.ndarray) -> bool:
     kind = entry.kind.partition(" of ")[0]
-    return (
-        entry.array is not None
-        and entry.array.ndim == 2
-        and entry.array.size > 0
-        and is_mask(tuple(entry.name.split("/")), kind)
-    )
+    is_matrix = array.ndim == 2 and array.size > 0
+    return is_matrix and is_mask(tuple(entry.name.split("/")), kind)
 
 
 def _coarse(array: Any) -> list[list[float]]:
-    if max(array.shape) < _PICTURE:
+    """Return a small mask as it is, a large one as a grid of blocked shares in ninths."""
+    if max(array.shape) < _GRID_SIZE:
         return array.astype(np.float64).tolist()
-    rows, columns = (np.array_split(np.arange(size), min(size, _PICTURE)) for size in array.shape)
+    rows, columns = (np.array_split(np.arange(size), min(size, _GRID_SIZE)) for size in array.shape)
     blocked = array.astype(bool)
     return [
         [float(np.round(9 * blocked[np.ix_(row, column)].mean())) for column in columns]
@@ -202,17 +188,24 @@ def _coarse(array: Any) -> list[list[float]]:
 
 
 def _difference(
-    source: str, other: str, mine: list[Shown], its: list[Shown], words: list[str]
+    source: str,
+    other: str,
+    source_entries: list[InspectedEntry],
+    other_entries: list[InspectedEntry],
+    notes: list[str],
 ) -> Section:
-    left, right = {entry.name: entry for entry in mine}, {entry.name: entry for entry in its}
+    """Show a row for every entry that differs, and check that there is none."""
+    left = {entry.name: entry for entry in source_entries}
+    right = {entry.name: entry for entry in other_entries}
     rows: list[list[Cell]] = []
     for name in dict.fromkeys([*left, *right]):
-        what = _what_differs(left.get(name), right.get(name), source, other)
-        rows += [[shown(name), what]] if what else []
-    section = Section(f"{source} and {other}", [*words])
+        difference = _describe_difference(left.get(name), right.get(name), source, other)
+        if difference is not None:
+            rows.append([shown(name), difference])
+    section = Section(f"{source} and {other}", [*notes])
     if rows:
         section.blocks.append(Table(["name", "difference"], rows))
-    section.blocks += _pictures({source: mine, other: its})
+    section.blocks += _mask_panels({source: source_entries, other: other_entries})
     same = f"{len(left.keys() & right.keys())} entries are the same"
     section.checks.append(
         Check(
@@ -226,25 +219,29 @@ def _difference(
     return section
 
 
-def _what_differs(mine: Shown | None, its: Shown | None, source: str, other: str) -> str | None:
-    if mine is None or its is None:
-        return f"is only in {other if mine is None else source}"
-    if mine.spec != its.spec or mine.array is None or its.array is None:
-        return None if mine.spec == its.spec else f"{_words(mine.spec)} and {_words(its.spec)}"
-    one, two = (np.ascontiguousarray(array).reshape(-1) for array in (mine.array, its.array))
-    differing = (
-        (one.view(np.uint8) != two.view(np.uint8)).reshape(one.size, -1).any(axis=1)
-        if one.size
-        else np.zeros(0)
-    )
+def _describe_difference(
+    left: InspectedEntry | None, right: InspectedEntry | None, source: str, other: str
+) -> str | None:
+    """Say how two entries differ, or return None if they are the same."""
+    if left is None or right is None:
+        return f"is only in {other if left is None else source}"
+    if left.spec != right.spec:
+        return f"{_describe_spec(left.spec)} and {_describe_spec(right.spec)}"
+    if left.array is None or right.array is None:
+        return None
+    first, second = (np.ascontiguousarray(array).reshape(-1) for array in (left.array, right.array))
+    if not first.size:
+        return None
+    differing = (first.view(np.uint8) != second.view(np.uint8)).reshape(first.size, -1).any(axis=1)
     if not differing.any():
         return None
-    wide = np.complex128 if one.dtype.kind == "c" else np.float64
-    apart = np.abs(one[differing].astype(wide) - two[differing].astype(wide))
-    return f"{int(differing.sum()):,} of {one.size:,} values, by up to {float(np.nanmax(apart, initial=0.0)):.3g}"
+    wide = np.complex128 if first.dtype.kind == "c" else np.float64
+    distances = np.abs(first[differing].astype(wide) - second[differing].astype(wide))
+    largest = float(np.nanmax(distances, initial=0.0))
+    return f"{int(differing.sum()):,} of {first.size:,} values, by up to {largest:.3g}"
 
 
-def _words(spec: Spec | None) -> str:
-    return (
-        "nothing" if spec is None else f"{spec.dtype} {'x'.join(map(str, spec.shape)) or 'scalar'}"
-    )
+def _describe_spec(spec: Spec | None) -> str:
+    if spec is None:
+        return "nothing"
+    return f"{spec.dtype} {'x'.join(map(str, spec.shape)) or 'scalar'}"

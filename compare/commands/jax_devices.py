@@ -1,7 +1,7 @@
-"""What JAX does when the mask and the weights are on two devices.
+"""Observe what JAX does when the mask and the weights are on two devices.
 
 `XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m compare.commands.jax_devices` prints
-the observations as JSON. The two devices are real to JAX: one on each side of a `device_put`.
+the observations as JSON. JAX treats the two host devices like any two devices.
 """
 
 import json
@@ -18,11 +18,11 @@ from ..proof.cases import NOTEBOOK
 from ..runners.notebook_figures import initial_states, inputs
 from ..runners.run import NnxAttention, build_linen, build_nnx, linen_mask, linen_template
 
-HERE, THERE = jax.devices("cpu")
+HOME, OTHER = jax.devices("cpu")
 
 
 def observe(call: Callable[[], Any], mask: jax.Array) -> dict[str, str]:
-    """Return where the mask is, and "works" or the error by which JAX refuses the call."""
+    """Run the call; return the devices of the mask, and "works" or the error that JAX raised."""
     try:
         jax.block_until_ready(call())
         result = "works"
@@ -32,17 +32,17 @@ def observe(call: Callable[[], Any], mask: jax.Array) -> dict[str, str]:
 
 
 def linen_cases() -> dict[str, Any]:
-    """The four cases with Linen variables."""
+    """Return the observations of the four cases with Linen variables."""
     without_buffer, with_buffer = map(torch_state, initial_states())
-    tokens = jax.device_put(inputs(), THERE)
+    tokens = jax.device_put(inputs(), OTHER)
     model, plain = build_linen(NOTEBOOK, buffer=True), build_linen(NOTEBOOK, buffer=False)
     variables = jax.device_put(
-        torch_to_linen(with_buffer, linen_template(NOTEBOOK, buffer=True)), HERE
+        torch_to_linen(with_buffer, linen_template(NOTEBOOK, buffer=True)), HOME
     )
-    moved = jax.device_put(variables, THERE)
+    moved = jax.device_put(variables, OTHER)
     left_behind = {"params": moved["params"], "buffers": variables["buffers"]}
     constant = jax.device_put(
-        torch_to_linen(without_buffer, linen_template(NOTEBOOK, buffer=False)), THERE
+        torch_to_linen(without_buffer, linen_template(NOTEBOOK, buffer=False)), OTHER
     )
     edited = {**moved, "buffers": {"mask": jnp.zeros_like(moved["buffers"]["mask"])}}
     captured = moved
@@ -71,13 +71,13 @@ def linen_cases() -> dict[str, Any]:
 
 
 def nnx_cases() -> dict[str, Any]:
-    """The four cases with NNX models: the plain mask is the committed, then the uncommitted one."""
+    """Return the observations of the four cases with NNX models."""
     without_buffer, with_buffer = map(torch_state, initial_states())
-    tokens = jax.device_put(inputs(), THERE)
+    tokens = jax.device_put(inputs(), OTHER)
     model = _moved(torch_to_nnx(with_buffer, build_nnx(NOTEBOOK, buffer=True)))
     plain = _moved(torch_to_nnx(without_buffer, build_nnx(NOTEBOOK, buffer=False)))
     uncommitted = observe(lambda: plain(tokens), plain.mask[...])
-    plain.mask = jax.device_put(plain.mask, HERE)
+    plain.mask = jax.device_put(plain.mask, HOME)
     committed = observe(lambda: plain(tokens), plain.mask[...])
 
     @jax.jit
@@ -103,9 +103,9 @@ def nnx_cases() -> dict[str, Any]:
 
 
 def _moved(model: NnxAttention) -> NnxAttention:
-    """Move the Params and Buffers of the model, as one moves a module's state."""
+    """Move the model's Params and Buffers to the other device, and switch dropout off."""
     state = nnx.state(model, nnx.Variable)
-    nnx.update(model, jax.device_put(state, THERE))
+    nnx.update(model, jax.device_put(state, OTHER))
     model.eval()
     return model
 

@@ -1,4 +1,4 @@
-"""The parts that a command is made of."""
+"""A job is one part of a command."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -7,8 +7,8 @@ from typing import Any
 
 from ..report.model import Section
 
-# The parts that have a package of their own; the others are modules beside this one.
-HOMES = {
+# The modules of the parts that lie in other packages. All other parts lie beside this module.
+OTHER_MODULES = {
     "attention": "compare.bench.attention",
     "state": "compare.bench.checkpoints",
     "stream": "compare.bench.streaming",
@@ -19,15 +19,15 @@ HOMES = {
 
 @dataclass(frozen=True)
 class Job:
-    """One part of a command, and the arguments of its `sections`.
+    """One part of a command, with the arguments of its `sections` function.
 
     Attributes:
         part: the name of the part: "checks", "kill".
         options: the keyword arguments.
-        ahead: the order in which a second process takes the job before its turn; None if it may
-            not.
-        counts_bytes: whether the part also takes `progress`, a function of the bytes done and the
-            bytes in all.
+        ahead: the position of the job in the order of the second process, which runs jobs ahead of
+            their turn; None if it must not run this one.
+        counts_bytes: whether `sections` also takes `progress`, a function that is called with the
+            bytes done and the total number of bytes.
     """
 
     part: str
@@ -36,11 +36,11 @@ class Job:
     counts_bytes: bool = False
 
     def sections(self, **more: Any) -> Iterator[Section | str]:
-        """Run the part: yield its sections, and before each, in words, what is being done."""
+        """Run the part: yield its sections, and progress messages as strings before them."""
         sections: Callable[..., Iterator[Section | str]] = import_module(self.module).sections
         return sections(**self.options, **more)
 
     @property
     def module(self) -> str:
-        """The module that does it."""
-        return HOMES.get(self.part, f"compare.commands.{self.part}")
+        """The name of the module whose `sections` function runs the part."""
+        return OTHER_MODULES.get(self.part, f"compare.commands.{self.part}")

@@ -1,4 +1,4 @@
-"""Plant every bug, run every check: which one sees it, by how much, and how far that is from honest rounding."""
+"""Plant every bug, run every check on it, and compare with the errors of the unmodified code."""
 
 import json
 import warnings
@@ -20,7 +20,13 @@ from .bound import SHAPES
 
 
 class Verdict(NamedTuple):
-    """What the checks made of one mutant: the worst error/limit of each, and the errors that ended some."""
+    """The results of the checks on one mutant.
+
+    Attributes:
+        mutant: the planted bug.
+        ratios: the worst error/limit of each check.
+        errors: the exceptions that ended checks, by check.
+    """
 
     mutant: Mutant
     ratios: dict[str, float]
@@ -28,7 +34,7 @@ class Verdict(NamedTuple):
 
     @property
     def caught_by(self) -> list[str]:
-        """The checks that saw it."""
+        """The checks that caught the mutant."""
         return [
             check
             for check, ratio in self.ratios.items()
@@ -37,36 +43,42 @@ class Verdict(NamedTuple):
 
     @property
     def margin(self) -> float:
-        """The worst error/limit of all checks."""
+        """The largest error/limit of all checks."""
         return max(self.ratios.values())
 
 
 def sections(
     configurations: int = 1000, *, first: bool = False, recorded: bool = False
 ) -> Iterator[Section | str]:
-    """Yield the configurations without a bug, then the mutants.
+    """Yield progress messages, then a section on the unmodified code and one on the mutants.
 
     Args:
-        configurations: how many configurations without a bug to draw.
+        configurations: the number of random configurations on which the unmodified code is run.
         first: stop at the first check that catches a mutant.
-        recorded: yield what the recorded run found instead; it settles nothing about this run.
+        recorded: yield a section with the recorded run instead, without any check.
     """
     if recorded:
         yield _recorded()
         return
-    honest = yield from _honest(configurations)
+    largest_without_bug = yield from _run_unmodified(configurations)
     verdicts = []
     for index, mutant in enumerate(MUTANTS):
         yield f"{index} of {len(MUTANTS)}: {mutant.name} in {TITLES[mutant.implementation]}"
         verdicts.append(judge(mutant, CHECKS, first=first))
-    yield _section(verdicts, honest)
+    yield _section(verdicts, largest_without_bug)
 
 
 def judge(mutant: Mutant, names: Iterable[str] = tuple(CHECKS), *, first: bool = False) -> Verdict:
-    """Run the named checks on the fixed trials with the mutant planted; `first` ends with what sees it first."""
+    """Run the named checks on the fixed trials with the mutant planted.
+
+    Args:
+        mutant: the bug to plant.
+        names: the checks to run.
+        first: stop at the first check that catches the mutant.
+    """
     verdict = Verdict(mutant, {}, {})
     with planted(mutant.module, mutant.changes), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what a wrong program divides by
+        warnings.simplefilter("ignore")  # a mutant may divide by zero or overflow
         for name in names:
             verdict.ratios[name] = 0.0
             try:
@@ -74,7 +86,7 @@ def judge(mutant: Mutant, names: Iterable[str] = tuple(CHECKS), *, first: bool =
                     verdict.ratios[name] = max(verdict.ratios[name], worst([finding]))
                     if first and not verdict.ratios[name] <= 1.0:
                         break
-            except Exception as error:  # whatever a wrong program raises
+            except Exception as error:  # a mutant may raise anything
                 verdict.errors[name] = f"{type(error).__name__}: {error}"
             if first and verdict.caught_by:
                 break
@@ -82,67 +94,71 @@ def judge(mutant: Mutant, names: Iterable[str] = tuple(CHECKS), *, first: bool =
 
 
 def fixed_findings(check: str, framework: Framework) -> Iterator[Finding]:
-    """Yield all findings of a check on the fixed cases."""
-    for trial in cases.fixed_trials()[:1] if check in ON_THEIR_OWN else cases.fixed_trials():
+    """Yield all findings of a check on the fixed trials."""
+    trials = cases.fixed_trials()
+    for trial in trials[:1] if check in ON_THEIR_OWN else trials:
         yield from CHECKS[check](framework, trial, "cpu")
 
 
 def worst(findings: list[Finding]) -> float:
-    """Return the largest error/limit; a NaN is infinite."""
+    """Return the largest error/limit; a NaN counts as infinite."""
     ratio = worst_of(findings).agreement.ratio
     return float("inf") if np.isnan(ratio) else ratio
 
 
-def _honest(configurations: int) -> Generator[Section | str, None, float]:
-    """Run the checks that depend on the configuration on drawn ones; return the largest error/limit of each."""
+def _run_unmodified(configurations: int) -> Generator[Section | str, None, float]:
+    """Run the checks without a bug, and return the largest error/limit.
+
+    The checks that depend on the configuration also run on random configurations.
+    """
     random = np.random.default_rng(5)
     largest: dict[str, float] = {}
-    alarms: list[Finding] = []
+    false_alarms: list[Finding] = []
     compared = 0
     names: list[str] = [
         name for name in ("stages", "outputs", "causality", "gradients") if name in CHECKS
     ]
     for index in range(configurations):
         if index % 10 == 0:
-            yield f"{index} of {configurations} honest configurations"
-        trial = drawn(random)
+            yield f"{index} of {configurations} configurations without a bug"
+        trial = draw_trial(random)
         for framework in FRAMEWORKS:
             for name in names:
                 findings = list(CHECKS[name](framework, trial, "cpu"))
                 compared += len(findings)
-                alarms += [finding for finding in findings if not finding.held]
+                false_alarms += [finding for finding in findings if not finding.held]
                 largest[name] = max(largest.get(name, 0.0), worst(findings) if findings else 0.0)
     for name in CHECKS:
         for framework in FRAMEWORKS:
-            yield f"{name} on the fixed trials, honest"
+            yield f"{name} on the fixed trials, without a bug"
             findings = list(fixed_findings(name, framework))
             compared += len(findings)
-            alarms += [finding for finding in findings if not finding.held]
+            false_alarms += [finding for finding in findings if not finding.held]
             largest[name] = max(largest.get(name, 0.0), worst(findings))
     rows: list[list[Cell]] = [[name, ratio] for name, ratio in largest.items()]
     yield Section(
-        f"The unbroken code: {configurations} drawn configurations",
+        f"The unmodified code: {configurations} random configurations",
         [
-            f"Sizes, weights, masks and dropout are drawn; {compared} comparisons. The largest error/limit of each "
-            "check, the fixed trials included:",
+            f"Random sizes, weights, masks and dropout patterns are drawn; {compared} comparisons. "
+            "The table shows the largest error/limit of each check, including the fixed trials.",
             Table(["check", "largest error/limit"], rows),
         ],
         [
             Check(
                 "no false alarm",
                 "all",
-                not alarms,
-                f"{len(alarms)} false alarms" + "".join(map(str, alarms[:1])),
+                not false_alarms,
+                f"{len(false_alarms)} false alarms" + "".join(map(str, false_alarms[:1])),
                 "none",
             )
         ],
-        alarms,
+        false_alarms,
     )
     return max(largest.values())
 
 
-def drawn(random: np.random.Generator) -> cases.Trial:
-    """Draw a trial: one of few sizes, so that compiling does not take the time, and everything else."""
+def draw_trial(random: np.random.Generator) -> cases.Trial:
+    """Draw a random trial. There are only a few sizes, to save compile time."""
     config, tokens = SHAPES[random.integers(len(SHAPES))]
     rate = float(random.choice([0.1, 0.4, 0.75]))
     trial = cases.draw(
@@ -154,23 +170,27 @@ def drawn(random: np.random.Generator) -> cases.Trial:
     mask = np.where(
         random.random((size, size)) < random.random(), random.choice([1.0, -2.0, 1e-30]), 0.0
     )
-    return trial.masked("drawn mask", mask.astype(np.float32))
+    return trial.masked("random mask", mask.astype(np.float32))
 
 
-def _section(verdicts: list[Verdict], honest: float) -> Section:
+def _section(verdicts: list[Verdict], largest_without_bug: float) -> Section:
+    """Tabulate the verdicts, and check for each implementation that every bug was caught."""
     rows: list[list[Cell]] = []
     names = list(dict.fromkeys(verdict.mutant.name for verdict in verdicts))
     for name in names:
-        mine = {
+        by_framework = {
             verdict.mutant.implementation: verdict
             for verdict in verdicts
             if verdict.mutant.name == name
         }
-        margins = [_shown(mine[place]) if place in mine else None for place in FRAMEWORKS]
-        seen = list(
-            dict.fromkeys(check for verdict in mine.values() for check in verdict.caught_by)
+        margins = [
+            _margin_cell(by_framework[framework]) if framework in by_framework else None
+            for framework in FRAMEWORKS
+        ]
+        caught_by = dict.fromkeys(
+            check for verdict in by_framework.values() for check in verdict.caught_by
         )
-        rows.append([name, *margins, ", ".join(seen)])
+        rows.append([name, *margins, ", ".join(caught_by)])
     missed = [verdict for verdict in verdicts if not verdict.caught_by]
     measured = [verdict for verdict in verdicts if verdict.margin > 1.0]
     smallest = min(measured or verdicts, key=lambda verdict: verdict.margin)
@@ -181,48 +201,53 @@ def _section(verdicts: list[Verdict], honest: float) -> Section:
         for verdict in verdicts
     }
     section = Section(
-        f"{len(names)} planted bugs, {len(verdicts)} with each implementation that can have them",
+        f"{len(names)} planted bugs, {len(verdicts)} counting each implementation separately",
         [
-            "The worst error/limit of any check (inf: a bit, a name or a NaN where there should be none; error: the "
-            "program does not run), and the checks that saw it:",
+            "The table shows the largest error/limit of any check, and the checks that caught the "
+            "bug. inf: a bit, a name or a NaN is wrong. error: the program does not run.",
             Table(["bug", *FRAMEWORKS, "seen by"], rows),
-            f"The largest honest error/limit is {honest:.2g}. The smallest of any planted bug is {smallest.margin:.3g} "
+            f"The largest error/limit without a bug is {largest_without_bug:.2g}. "
+            f"The smallest of any planted bug is {smallest.margin:.3g} "
             f"({smallest.mutant.name}, {TITLES[smallest.mutant.implementation]}): "
-            f"{smallest.margin / honest:.2g} times as large. "
-            f"{len(verdicts) - len(missed) - len(measured)} were seen by an error alone.",
+            f"{smallest.margin / largest_without_bug:.2g} times as large. "
+            f"{len(verdicts) - len(missed) - len(measured)} bugs were caught only by an exception.",
             Grid("Planted bugs and checks: error/limit", list(CHECKS), grid),
         ],
     )
-    for place in FRAMEWORKS:
-        mine_all = [verdict for verdict in verdicts if verdict.mutant.implementation == place]
-        if not mine_all:
+    for framework in FRAMEWORKS:
+        planted_here = [
+            verdict for verdict in verdicts if verdict.mutant.implementation == framework
+        ]
+        if not planted_here:
             continue
-        lost = [verdict.mutant.name for verdict in missed if verdict.mutant.implementation == place]
-        caught = len(mine_all) - len(lost)
+        missed_here = [
+            verdict.mutant.name for verdict in missed if verdict.mutant.implementation == framework
+        ]
+        caught = len(planted_here) - len(missed_here)
         section.checks.append(
             Check(
                 "planted bugs caught",
-                TITLES[place],
-                not lost,
-                f"missed: {', '.join(lost)}" if lost else "all",
+                TITLES[framework],
+                not missed_here,
+                f"missed: {', '.join(missed_here)}" if missed_here else "all",
                 "all",
-                f"{caught}/{len(mine_all)}",
+                f"{caught}/{len(planted_here)}",
             )
         )
     return section
 
 
-def _shown(verdict: Verdict) -> Cell:
+def _margin_cell(verdict: Verdict) -> Cell:
     return "error" if verdict.errors and not verdict.margin > 1.0 else verdict.margin
 
 
 def _recorded() -> Section:
-    """Return the recorded run, with its date and versions."""
+    """Return a section with the results, the date and the versions of the recorded run."""
     record: dict[str, Any] = json.loads(
         files("compare").joinpath("records/mutants-cpu.json").read_text("utf-8")
     )
     *_, campaign = record["sections"]
-    words = [block for block in campaign["blocks"] if isinstance(block, str)]
+    texts = [block for block in campaign["blocks"] if isinstance(block, str)]
     (grid,) = [
         block
         for block in campaign["blocks"]
@@ -236,8 +261,9 @@ def _recorded() -> Section:
     return Section(
         f"Recorded: {campaign['title']}",
         [
-            f"`python -m {record['command']}` on {record['date'][:10]}, on the CPU, with {versions}; not run now.",
-            words[-1],
+            f"Recorded on {record['date'][:10]} by `python -m {record['command']}` on the CPU, "
+            f"with {versions}. Not repeated now.",
+            texts[-1],
             Grid(grid["title"], grid["columns"], rows),
         ],
     )

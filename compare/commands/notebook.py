@@ -1,4 +1,4 @@
-"""The source notebook's story, cell by cell, in PyTorch, Flax Linen and Flax NNX."""
+"""Run the source notebook cell by cell in PyTorch, Flax Linen and Flax NNX."""
 
 import tempfile
 from collections.abc import Iterator
@@ -22,13 +22,13 @@ from ..runners.notebook_figures import (
 )
 from ..runners.run import build_nnx, build_torch, linen_mask, linen_template, run
 from .checkpoints import edited_sources
-from .devices import here, mismatch_check
+from .devices import cell_6_outcome, mismatch_check
 
 SUFFIX = {"torch": ".pth", "linen": ".msgpack", "nnx": ".orbax"}
 
 
 def sections() -> Iterator[Section]:
-    """Yield the cells that print something, in the notebook's order, then the count of rows."""
+    """Yield a section for each cell that prints something, then one with the count of rows."""
     without_buffer, with_buffer = initial_states()
     plain, buffered = figures()["without_buffer"], figures()["with_buffer"]
     cell_3 = _match("cell 3", without_buffer, plain["output_cell_3_cpu"])
@@ -68,28 +68,32 @@ def _setup() -> Section:
     return Section(
         "The notebook: PyTorch buffers, and their counterparts in Flax",
         [
-            f"torch.manual_seed({figures()['torch_manual_seed']}); input_embedding_dim {NOTEBOOK.input_embedding_dim}, "
-            f"output_embedding_dim {NOTEBOOK.output_embedding_dim}, context_length {NOTEBOOK.context_length}, "
-            f"dropout {NOTEBOOK.dropout}. Flax gets torch's weights through the converter. "
-            f"The batch, {inputs().shape}, is these tokens twice:",
+            f"torch.manual_seed({figures()['torch_manual_seed']}); "
+            f"input_embedding_dim {NOTEBOOK.input_embedding_dim}, "
+            f"output_embedding_dim {NOTEBOOK.output_embedding_dim}, "
+            f"context_length {NOTEBOOK.context_length}, dropout {NOTEBOOK.dropout}. Flax gets "
+            f"torch's weights through the converter. The batch has shape {inputs().shape} and "
+            "holds these tokens twice:",
             Panels("inputs", {"every implementation": inputs()[0].tolist()}, decimals=2),
-            "Dropout was active: the notebook never calls `.eval()`, so its printed outputs are random, and drawn on "
-            "streams that Flax does not have. Each printed row is therefore looked up among the module's outputs "
-            "under every pattern of dropped attention weights (2^1 for the first token to 2^6 for the last), kept "
-            f"weights scaled by 1 / (1 - {NOTEBOOK.dropout}). It has to fit to the last printed decimal "
-            f"({PRINT_ROUNDING:g}, plus float32 rounding). The rows printed on CUDA are matched on the CPU.",
+            "Dropout was active: the notebook never calls `.eval()`, so its printed outputs are "
+            "random, and Flax cannot reproduce torch's random stream. Therefore each printed row "
+            "is looked up among the module's outputs under every pattern of dropped attention "
+            "weights (2^1 patterns for the first token to 2^6 for the last). The weights that are "
+            f"kept are scaled by 1 / (1 - {NOTEBOOK.dropout}). A row must match to the last "
+            f"printed decimal ({PRINT_ROUNDING:g}, plus float32 rounding). The rows printed on "
+            "CUDA are matched on the CPU.",
         ],
     )
 
 
 class _Cell(NamedTuple):
-    """A cell that printed outputs, its rows as each implementation matches them."""
+    """A cell that printed outputs, and the matches of its rows in each framework."""
 
     name: str
     rows: dict[Framework, list[RowMatch]]
 
     def fitting(self, framework: Framework) -> int:
-        """Count the rows found, under the same pattern of dropout as in torch."""
+        """Count the rows that match under the same dropout pattern as in torch."""
         pairs = zip(self.rows[framework], self.rows["torch"], strict=True)
         return sum(match.patterns > 0 and match.dropped == torch.dropped for match, torch in pairs)
 
@@ -102,19 +106,23 @@ def _match(name: str, state: State, printed: list[Any]) -> _Cell:
 
 
 def _outputs(title: str, cell: _Cell) -> Section:
-    """Show the printed rows, how near each implementation comes, and which weights dropout took."""
+    """Show each printed row, its distance to each framework's outputs, and the dropped weights."""
     rows = []
-    for found in zip(*cell.rows.values(), strict=True):
-        printed = " ".join(f"{figure:7.4f}" for figure in found[0].printed)
-        distances = (f"{match.error * 1e5:.2f}" if match.patterns else "FAILED" for match in found)
-        drops = " or ".join(sorted({_drops(match) for match in found}))
-        rows.append([f"{found[0].batch},{found[0].token}", printed, *distances, drops])
+    for matches in zip(*cell.rows.values(), strict=True):
+        first = matches[0]
+        printed = " ".join(f"{figure:7.4f}" for figure in first.printed)
+        distances = (
+            f"{match.error * 1e5:.2f}" if match.patterns else "FAILED" for match in matches
+        )
+        drops = " or ".join(sorted({_drops(match) for match in matches}))
+        rows.append([f"{first.batch},{first.token}", printed, *distances, drops])
     section = Section(
         title,
         [
             Table(["row", "printed by the notebook", *FRAMEWORKS, "dropped"], rows),
-            "torch, linen, nnx: distance to the printed row in units of 1e-5. Dropped: the attention weights that "
-            f"dropout took in the notebook. {_same_input(cell.rows['torch'])}",
+            "torch, linen, nnx: the distance to the printed row in units of 1e-5. dropped: the "
+            "positions of the attention weights that dropout zeroed in the notebook. "
+            f"{_same_input(cell.rows['torch'])}",
         ],
     )
     section.checks += [
@@ -128,13 +136,13 @@ def _all_rows(cells: list[_Cell]) -> Section:
     counts = ", ".join(f"{check.implementation} {check.count}" for check in checks)
     patterns = {match.patterns for cell in cells for rows in cell.rows.values() for match in rows}
     fits = (
-        "exactly one pattern"
+        "exactly one dropout pattern"
         if patterns == {1}
-        else f"between {min(patterns)} and {max(patterns)} patterns"
+        else f"between {min(patterns)} and {max(patterns)} dropout patterns"
     )
     return Section(
         "The notebook's output rows",
-        [f"Reproduced: {counts}. Each row fits {fits} of dropout."],
+        [f"Reproduced: {counts}. Each row matches {fits}."],
         checks,
     )
 
@@ -147,7 +155,7 @@ def _rows_check(name: str, framework: Framework, cells: list[_Cell]) -> Check:
         TITLES[framework],
         fitting == total,
         f"{fitting} of {total} rows",
-        f"{total} rows, under the same patterns of dropout as torch",
+        f"{total} rows, under the same dropout patterns as torch",
         f"{fitting}/{total}",
     )
 
@@ -157,12 +165,16 @@ def _drops(match: RowMatch) -> str:
 
 
 def _same_input(matches: list[RowMatch]) -> str:
-    """Say what shows that dropout was active: one input, several outputs."""
+    """Say how many rows show that dropout was active: the same input gave another output."""
     tokens = len(matches) // 2
     differing = sum(
-        _drops(a) != _drops(b) for a, b in zip(matches[:tokens], matches[tokens:], strict=True)
+        _drops(first) != _drops(second)
+        for first, second in zip(matches[:tokens], matches[tokens:], strict=True)
     )
-    return f"Both halves of the batch are the same input; {differing} of {tokens} rows differ between them."
+    return (
+        f"Both halves of the batch are the same input, yet {differing} of {tokens} rows have other "
+        "weights dropped."
+    )
 
 
 def _mismatch() -> Section:
@@ -171,58 +183,63 @@ def _mismatch() -> Section:
         "Cell 6: the module on CUDA, the plain mask still on the CPU",
         [
             f"The notebook: {figures()['error_cell_6']}",
-            f"{here(check)} JAX's counterpart runs live on any machine: python -m compare devices.",
+            f"{cell_6_outcome(check)} The JAX counterpart runs on any machine: "
+            "python -m compare devices.",
         ],
         [check],
     )
 
 
 def _state(title: str, cell: str, state: State, printed: dict[str, Any]) -> Section:
-    """Show every printed entry as each implementation holds it, and its place there."""
+    """Show the values of every printed entry in each framework, and check them."""
     buffer = "mask" in state
     tensors = torch_state(state)
     variables = torch_to_linen(tensors, linen_template(NOTEBOOK, buffer=buffer))
     model = torch_to_nnx(tensors, build_nnx(NOTEBOOK, buffer=buffer))
-    held = {"torch": tensors, "linen": linen_to_torch(variables), "nnx": nnx_to_torch(model)}
-    arrays = {name: numpy_state(found) for name, found in held.items()}
+    arrays = {
+        "torch": numpy_state(tensors),
+        "linen": numpy_state(linen_to_torch(variables)),
+        "nnx": numpy_state(nnx_to_torch(model)),
+    }
     section = Section(title)
     for key in printed:
         panels = {TITLES[name]: arrays[name][key].tolist() for name in FRAMEWORKS}
         section.blocks.append(Panels(key, panels, decimals=0 if key == "mask" else 4))
     if printed.keys() < state.keys():
         section.blocks.append(
-            f"The notebook's print is cut before {', '.join(state.keys() - printed.keys())}."
+            f"The notebook's output ends before {', '.join(state.keys() - printed.keys())}."
         )
     section.blocks.append(
-        "Flax keeps a weight as `kernel`, (in, out), here transposed back. The mask is "
+        "Flax stores a weight as a `kernel` of shape (in, out), transposed back here. "
         + (
-            "`buffers/mask` in Linen and the `Buffer` `mask` in NNX."
+            "The mask is `buffers/mask` in Linen and the `Buffer` `mask` in NNX."
             if buffer
-            else "in none of the three."
+            else "None of the three has the mask in its state."
         )
     )
-    for name, found in arrays.items():
+    for name, entries in arrays.items():
         error = max(
-            float(np.abs(found[key].astype(np.float64) - np.array(printed[key])).max())
+            float(np.abs(entries[key].astype(np.float64) - np.array(printed[key])).max())
             for key in printed
         )
         section.blocks.append(
-            f"{TITLES[name]}: largest distance to the printed figures {error:.2g}."
+            f"{TITLES[name]}: the largest distance to the printed figures is {error:.2g}."
         )
         section.checks.append(
             Check(
                 f"{cell}: state dict",
                 TITLES[name],
-                found.keys() == state.keys() and error <= PRINT_ROUNDING,
-                f"largest difference {error:.3g}, entries {', '.join(found)}",
-                f"at most {PRINT_ROUNDING:g}, half of the last printed decimal; entries {', '.join(state)}",
+                entries.keys() == state.keys() and error <= PRINT_ROUNDING,
+                f"largest difference {error:.3g}, entries {', '.join(entries)}",
+                f"at most {PRINT_ROUNDING:g}, half a unit of the last printed decimal; "
+                f"entries {', '.join(state)}",
             )
         )
     return section
 
 
 def _edit(state: State) -> Section:
-    """Edit the mask in each implementation, and show that the output does not care: nonzero blocks."""
+    """Edit the mask in each framework; the outputs must not change, as any nonzero entry blocks."""
     sources = edited_sources(NOTEBOOK, state, buffer=True)
     masks = _masks(sources, buffer=True)
     section = Section(
@@ -230,7 +247,7 @@ def _edit(state: State) -> Section:
         [
             Panels("mask", {TITLES[name]: mask.tolist() for name, mask in masks.items()}),
             "PyTorch: mask[mask == 1] = 2, in place. Linen: new variables. NNX: mask[...] = "
-            "jnp.where(mask == 1, 2, mask). Any nonzero entry blocks, so the outputs stay as they are.",
+            "jnp.where(mask == 1, 2, mask). Any nonzero entry blocks: the outputs do not change.",
         ],
     )
     expected = np.array(figures()["mask_after_edit_cell_19"])
@@ -239,9 +256,9 @@ def _edit(state: State) -> Section:
     ]
     edited = {**state, "mask": 2.0 * state["mask"]}
     for name in FRAMEWORKS:
-        same = np.array_equal(
-            run(name, NOTEBOOK, state, inputs()), run(name, NOTEBOOK, edited, inputs())
-        )
+        before = run(name, NOTEBOOK, state, inputs())
+        after = run(name, NOTEBOOK, edited, inputs())
+        same = np.array_equal(before, after)
         measured = f"outputs {'' if same else 'not '}bitwise equal before and after"
         section.checks.append(
             Check("cell 19: outputs unchanged", TITLES[name], same, measured, "bitwise equal")
@@ -250,7 +267,7 @@ def _edit(state: State) -> Section:
 
 
 def _reload(title: str, cell: str, state: State, *, buffer: bool) -> Section:
-    """Edit, save in each framework's own format, load into fresh modules."""
+    """Edit the mask, save in each framework's own format, and load into fresh modules."""
     sources = edited_sources(NOTEBOOK, state, buffer=buffer)
     fresh: dict[str, Any] = {
         "torch": build_torch(NOTEBOOK, buffer=buffer),
@@ -270,7 +287,8 @@ def _reload(title: str, cell: str, state: State, *, buffer: bool) -> Section:
                 "mask, reloaded into a fresh module",
                 {TITLES[name]: mask.tolist() for name, mask in masks.items()},
             ),
-            f"{formats}. Every format, both directions and new processes: python -m compare checkpoints.",
+            f"{formats}. Every format, loaded by every framework in new processes: "
+            "python -m compare checkpoints.",
         ],
     )
     key = f"reloaded_mask_with{'' if buffer else 'out'}_buffer_{cell.replace(' ', '_')}"
@@ -282,21 +300,21 @@ def _reload(title: str, cell: str, state: State, *, buffer: bool) -> Section:
     return section
 
 
-def _masks(held: dict[str, Any], *, buffer: bool) -> dict[str, np.ndarray]:
-    """Return the mask that each implementation works with."""
+def _masks(modules: dict[str, Any], *, buffer: bool) -> dict[str, np.ndarray]:
+    """Return the mask that each framework uses. For Linen, `modules` holds the variables."""
     return {
-        "torch": held["torch"].mask.numpy(),
-        "linen": np.asarray(linen_mask(NOTEBOOK, held["linen"], buffer=buffer)),
-        "nnx": np.asarray(held["nnx"].mask[...]),
+        "torch": modules["torch"].mask.numpy(),
+        "linen": np.asarray(linen_mask(NOTEBOOK, modules["linen"], buffer=buffer)),
+        "nnx": np.asarray(modules["nnx"].mask[...]),
     }
 
 
-def _mask_check(name: str, framework: str, found: np.ndarray, expected: np.ndarray) -> Check:
-    same = np.array_equal(found, expected)
+def _mask_check(name: str, framework: str, mask: np.ndarray, expected: np.ndarray) -> Check:
+    same = np.array_equal(mask, expected)
     return Check(
         name,
         TITLES[framework],
         same,
-        "as printed" if same else f"{found.tolist()}",
+        "as printed" if same else f"{mask.tolist()}",
         "as printed",
     )

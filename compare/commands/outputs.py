@@ -1,4 +1,4 @@
-"""Same weights, same inputs, three implementations: how far apart, on every device and in two precisions."""
+"""Compare the outputs of the three implementations on every device, in float64 and float32."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,14 +16,15 @@ from ..runners.run import build_torch, compiled, devices_to_run, missing_cuda, r
 
 SEED = 211
 DTYPES = ("float64", "float32")
-# What is less counts as the first, what is more as the last.
+FLAX: tuple[Framework, ...] = ("linen", "nnx")
+# Edges of the histogram. Errors outside are counted in the first and the last interval.
 ULPS = tuple(4.0**power for power in range(-3, 8))
 
 
 def sections(device: str | None = None) -> Iterator[Section]:
-    """Yield one section a device."""
-    for each in devices_to_run(device):
-        yield _section(each)
+    """Yield one section per device."""
+    for device_name in devices_to_run(device):
+        yield _section(device_name)
     missing = missing_cuda()
     if device is not None or not missing:
         return
@@ -34,7 +35,7 @@ def sections(device: str | None = None) -> Iterator[Section]:
 
 
 def case_state(case: Case, dtype: str) -> State:
-    """Return the state of a torch module with the buffer, seeded, in the given precision."""
+    """Return the state of a torch module with the buffer, from a fixed seed, in this dtype."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         module = build_torch(case.config, buffer=True)
@@ -42,10 +43,15 @@ def case_state(case: Case, dtype: str) -> State:
 
 
 class _Result(NamedTuple):
-    """One case in one precision: each implementation against the reference, Linen and NNX against torch.
+    """The results of one case in one dtype.
 
-    `ulps` holds the errors of each implementation, and the `bound`, in units of the last place of
-    the exact outputs.
+    Attributes:
+        case: the name of the case.
+        dtype: the dtype of weights, inputs and outputs.
+        against_exact: each framework's agreement with the reference.
+        against_torch: the agreement of Linen and NNX with torch.
+        ulps: the errors of each framework, and "bound", in units of the last place of the exact
+            outputs.
     """
 
     case: str
@@ -58,23 +64,24 @@ class _Result(NamedTuple):
 def _measure(case: Case, dtype: str, device: str) -> _Result:
     state = case_state(case, dtype)
     inputs = case.inputs().astype(dtype)
-    found = {name: compiled(name, case.config, device)(state, inputs) for name in FRAMEWORKS}
+    outputs = {name: compiled(name, case.config, device)(state, inputs) for name in FRAMEWORKS}
     exact, limit = exact_and_limit(case.config, state, inputs)
     ulp = np.spacing(np.abs(exact).astype(dtype)).astype(np.float64)
+    ulps: dict[str, np.ndarray] = {
+        name: np.abs(array - exact) / ulp for name, array in outputs.items()
+    }
+    ulps["bound"] = limit / ulp
     return _Result(
-        case.name,
-        dtype,
-        {name: agreement(outputs, exact, limit) for name, outputs in found.items()},
-        {name: agreement(found[name], found["torch"]) for name in ("linen", "nnx")},
-        {
-            **{name: np.abs(outputs - exact) / ulp for name, outputs in found.items()},
-            "bound": limit / ulp,
-        },
+        case=case.name,
+        dtype=dtype,
+        against_exact={name: agreement(array, exact, limit) for name, array in outputs.items()},
+        against_torch={name: agreement(outputs[name], outputs["torch"]) for name in FLAX},
+        ulps=ulps,
     )
 
 
 def defaults(device: str) -> Table:
-    """Return the worst error of each implementation's default float32 over the bounds of float32 and of TF32."""
+    """Return error/bound with default float32 settings, against the float32 and TF32 bounds."""
     rows: list[list[Cell]] = []
     for case in CASES:
         state, inputs = case_state(case, "float32"), case.inputs()
@@ -89,14 +96,14 @@ def defaults(device: str) -> Table:
 
 
 def _histogram(results: list[_Result]) -> Histogram:
-    """Count how far the float32 outputs of all cases are from the reference, and how far they may be, in ulps."""
+    """Count the float32 errors of all cases, and the bounds, by their size in ulps."""
     counts = {}
     for name in (*FRAMEWORKS, "bound"):
         ulps = np.concatenate(
             [result.ulps[name].ravel() for result in results if result.dtype == "float32"]
         )
         counts[name] = np.histogram(np.clip(ulps, ULPS[0], ULPS[-1]), ULPS)[0].tolist()
-    title = "float32 outputs of all cases: error in units of the last place, and the bound"
+    title = "float32 outputs of all cases: errors and bounds in units of the last place"
     return Histogram(title, "ulps", list(ULPS), counts)
 
 
@@ -112,40 +119,40 @@ def _section(device: str) -> Section:
         ]
         for result in results
     ]
-    section = Section(
-        f"Outputs on {device.upper()}: the same function",
-        [
-            *([f"On {torch.cuda.get_device_name()}."] if device == "cuda" else []),
-            "Each implementation against a float64 reference: worst error over the rounding bound, entry by entry "
-            "(at most 1 holds; see compare/proof/rounding_bound.py). Then Flax, the worse of Linen and NNX, against "
-            "PyTorch: largest absolute difference, and the same over the largest output.",
-            Table(["case", "dtype", "torch", "linen", "nnx", "max abs", "max rel"], rows),
-        ],
-    )
-    section.blocks.append(_histogram(results))
+    section = Section(f"Outputs on {device.upper()}: the same function")
+    if device == "cuda":
+        section.blocks.append(f"On {torch.cuda.get_device_name()}.")
+    section.blocks += [
+        "torch, linen, nnx: the largest error against a float64 reference, each entry divided by "
+        "its rounding bound. At most 1 is allowed; see compare/proof/rounding_bound.py. max abs, "
+        "max rel: the largest difference between Flax and PyTorch for the worse of Linen and NNX, "
+        "absolute and divided by the largest output.",
+        Table(["case", "dtype", "torch", "linen", "nnx", "max abs", "max rel"], rows),
+        _histogram(results),
+    ]
     if device == "cuda":
         section.blocks += [
-            "float32 with each framework's default settings, against both bounds; not judged:"
+            "float32 with each framework's default settings, against both bounds. Not judged:",
+            defaults(device),
         ]
-        section.blocks.append(defaults(device))
     for name in FRAMEWORKS:
-        agreed = [result.against_exact[name] for result in results]
-        measured = f"worst error/bound {max(a.ratio for a in agreed):.2g}"
-        count = f"{sum(a.held for a in agreed)}/{len(agreed)}"
-        held = all(a.held for a in agreed)
+        agreements = [result.against_exact[name] for result in results]
+        measured = f"worst error/bound {max(agreed.ratio for agreed in agreements):.2g}"
+        count = f"{sum(agreed.held for agreed in agreements)}/{len(agreements)}"
+        held = all(agreed.held for agreed in agreements)
         section.checks.append(
             Check(f"outputs on {device}", TITLES[name], held, measured, "at most 1", count)
         )
-    for name in ("linen", "nnx"):
-        apart = max(
+    for name in FLAX:
+        largest = max(
             result.against_torch[name].relative for result in results if result.dtype == "float64"
         )
         section.checks.append(
             Check(
                 f"float64 on {device}: as PyTorch",
                 TITLES[name],
-                apart <= FLOAT64_RELATIVE,
-                f"relative difference {apart:.2g}",
+                largest <= FLOAT64_RELATIVE,
+                f"relative difference {largest:.2g}",
                 f"at most {FLOAT64_RELATIVE:g}",
             )
         )

@@ -1,8 +1,8 @@
-"""Load checkpoints into fresh modules, in a process that knows nothing of the one that saved them.
+"""Load checkpoints into fresh modules, in another process than the one that saved them.
 
-`python -m compare.commands.reload IMPLEMENTATION PATH...` prints, for each path, what was loaded:
-the mask that the module now works with, and a checksum of the parameters' bits. The class with the
-buffer is used where the path's name begins with `with`.
+`python -m compare.commands.reload FRAMEWORK PATH...` prints, for each path, the mask that the
+module uses after loading, and a checksum of the parameters' bits. The class with the buffer is used
+if the name of the path starts with "with-".
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from ..runners.run import build_nnx, build_torch, linen_mask, linen_template
 
 
 def checksum(state: State) -> str:
-    """Return a digest of the parameters, by name, dtype, shape and bits."""
+    """Return a digest of the parameters' names, dtypes, shapes and bits."""
     digest = hashlib.sha256()
     for key in sorted(state.keys() - {"mask"}):
         array = state[key]
@@ -31,7 +31,7 @@ def checksum(state: State) -> str:
 
 
 def load(framework: str, path: Path) -> tuple[Any, State]:
-    """Load the checkpoint into a fresh module; return its mask and its state."""
+    """Load the checkpoint into a fresh module, and return its mask and its state."""
     buffer = path.name.startswith("with-")
     if framework == "torch":
         module = load_checkpoint(path, build_torch(NOTEBOOK, buffer=buffer))
@@ -44,15 +44,15 @@ def load(framework: str, path: Path) -> tuple[Any, State]:
 
 
 def main() -> None:
-    """Print the JSON list of what each path gave."""
+    """Load every path, and print a JSON list with one object per path."""
     framework, *paths = sys.argv[1:]
-    found = []
+    results = []
     for path in map(Path, paths):
         mask, state = load(framework, path)
-        found.append(
+        results.append(
             {"path": str(path), "mask": np.asarray(mask).tolist(), "parameters": checksum(state)}
         )
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compare two checkpoints of the same state, in whatever formats and layouts, bit for bit."""
+"""Compare two checkpoints of the same state bit for bit, in any formats and layouts."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +8,7 @@ from ..checkpoint.transforms import Progress, silent
 from ..checkpoint.verify import verify_checkpoint
 from ..conversion.mapping import StateMapping
 from ..report.model import Section, Table
-from .convert import compared
+from .convert import comparison_check
 
 
 def sections(
@@ -18,17 +18,16 @@ def sections(
     dtype: str | None = None,
     progress: Progress = silent,
 ) -> Iterator[Section | str]:
-    """Yield one section with the differences; before, what is being done."""
+    """Yield a progress message, then one section with the differences."""
     yield f"comparing {source} and {target}"
     table = StateMapping.load(mapping) if mapping else None
-    found = verify_checkpoint(source, target, mapping=table, dtype=dtype, progress=progress)
-    with open_checkpoint(target) as written:
-        nbytes = sum(spec.nbytes for spec in written.specs.values())
-        section = Section(
-            f"{source} and {target}", checks=[compared(found, len(written.specs), nbytes)]
-        )
-    if found:
-        section.blocks.append(
-            Table(["name", "difference"], [[entry.name, entry.what] for entry in found])
-        )
+    differences = verify_checkpoint(source, target, mapping=table, dtype=dtype, progress=progress)
+    with open_checkpoint(target) as stored:
+        tensors = len(stored.specs)
+        nbytes = sum(spec.nbytes for spec in stored.specs.values())
+    section = Section(f"{source} and {target}")
+    section.checks.append(comparison_check(differences, tensors, nbytes))
+    if differences:
+        rows = [[difference.name, difference.what] for difference in differences]
+        section.blocks.append(Table(["name", "difference"], rows))
     yield section

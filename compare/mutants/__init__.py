@@ -1,4 +1,4 @@
-"""Planted bugs: each a change to one line of the sources, of the kind that ports really have."""
+"""Planted bugs: small changes to the sources, of the kinds that real ports have."""
 
 from .catalog import MUTANTS, Mutant
 from .plant import planted

@@ -1,4 +1,4 @@
-"""The planted bugs. A change is a regular expression and what it is replaced by, in one module's source."""
+"""The catalog of planted bugs. A change is a regular expression and its replacement."""
 
 from typing import NamedTuple
 
@@ -41,42 +41,42 @@ class Mutant(NamedTuple):
 
 
 def _attention(name: str, *changes: Change, only: Framework | None = None) -> list[Mutant]:
-    """Plant the same changes in the attention of either framework."""
+    """Return the mutants with these changes in `attention.py`, for all frameworks or only one."""
     return [
-        Mutant(name, place, ATTENTION[place], changes)
-        for place in FRAMEWORKS
-        if only in (None, place)
+        Mutant(name, framework, ATTENTION[framework], changes)
+        for framework in FRAMEWORKS
+        if only in (None, framework)
     ]
 
 
-def _each(
+def _per_framework(
     name: str, modules: dict[str, str], **changes: Change | tuple[Change, ...]
 ) -> list[Mutant]:
-    """Plant in each implementation its own changes, if it has any."""
-    found = []
-    for place in FRAMEWORKS:
-        if change := changes.get(place):
-            several = change if isinstance(change[0], tuple) else (change,)
-            found.append(Mutant(name, place, modules[place], several))
-    return found
+    """Return the mutants with a framework's own changes, for the frameworks that have any."""
+    mutants = []
+    for framework in FRAMEWORKS:
+        if change := changes.get(framework):
+            as_tuple = change if isinstance(change[0], tuple) else (change,)
+            mutants.append(Mutant(name, framework, modules[framework], as_tuple))
+    return mutants
 
 
 def _classes(name: str, *changes: Change) -> list[Mutant]:
-    """Plant the same changes in the three modules."""
-    return [Mutant(name, place, MODULES[place], changes) for place in FRAMEWORKS]
+    """Return the mutants with the same changes in the three `causal_attention.py`."""
+    return [Mutant(name, framework, MODULES[framework], changes) for framework in FRAMEWORKS]
 
 
 def _flax(name: str, module: str, *changes: Change) -> list[Mutant]:
-    """Plant the same changes in what both Linen and NNX use."""
-    return [Mutant(name, place, module, changes) for place in ("linen", "nnx")]
+    """Return the mutants with these changes in a module that both Linen and NNX use."""
+    return [Mutant(name, framework, module, changes) for framework in ("linen", "nnx")]
 
 
 def _training(name: str, torch: Change | None, flax: Change | None) -> list[Mutant]:
-    """Plant changes in the training loops."""
-    places: dict[Framework, Change | None] = {"torch": torch, "linen": flax, "nnx": flax}
+    """Return the mutants with these changes in the training loops."""
+    changes: dict[Framework, Change | None] = {"torch": torch, "linen": flax, "nnx": flax}
     return [
-        Mutant(name, place, "compare.runners.train", (change,))
-        for place, change in places.items()
+        Mutant(name, framework, "compare.runners.train", (change,))
+        for framework, change in changes.items()
         if change
     ]
 
@@ -92,7 +92,8 @@ _SCALING = [
         "scale by sqrt(input_embedding_dim)",
         (
             r"queries = self\.W_query\(inputs\)",
-            "queries = self.W_query(inputs)\n        queries = queries * (queries.shape[-1] / inputs.shape[-1]) ** 0.5",
+            "queries = self.W_query(inputs)\n"
+            "        queries = queries * (queries.shape[-1] / inputs.shape[-1]) ** 0.5",
         ),
     ),
     *_attention(
@@ -194,7 +195,7 @@ _MIXING = [
             "values = self.W_value(inputs) + self.W_value(inputs * 0)",
         ),
     ),
-    *_each(
+    *_per_framework(
         "bias left out",
         MODULES,
         torch=(r"(W_key = .*)bias=qkv_bias", r"\1bias=False"),
@@ -263,21 +264,21 @@ _DROPPING = [
         "flax_impl.attention",
         (r"dropout\(weights\)", "(weights * (dropout(weights) != 0).astype(weights.dtype))"),
     ),
-    *_each(
+    *_per_framework(
         "dropout keeps what it should drop",
         MODULES,
         torch=(r"nn\.Dropout\(dropout\)", "nn.Dropout(1 - dropout)"),
         linen=(r"nn\.Dropout\(self\.dropout\)", "nn.Dropout(1 - self.dropout)"),
         nnx=(r"nnx\.Dropout\(dropout", "nnx.Dropout(1 - dropout"),
     ),
-    *_each(
+    *_per_framework(
         "one pattern for the batch",
         MODULES,
         torch=(r"nn\.Dropout\(dropout\)", "nn.Dropout2d(dropout)"),
         linen=(r"nn\.Dropout\(self\.dropout\)", "nn.Dropout(self.dropout, broadcast_dims=(0,))"),
         nnx=(r"nnx\.Dropout\(dropout", "nnx.Dropout(dropout, broadcast_dims=(0,)"),
     ),
-    *_each(
+    *_per_framework(
         "dropout in eval",
         ATTENTION,
         torch=(r"dropout\(weights\)", "torch.nn.functional.dropout(weights, 0.1)"),
@@ -314,14 +315,14 @@ _GRADIENTS = [
 ]
 
 _STATE = [
-    *_each(
+    *_per_framework(
         "buffer trained",
         MODULES,
         torch=((r'self\.register_buffer\("mask", (.*)\)', r"self.mask = nn.Parameter(\1)"),),
         linen=((LINEN_VARIABLE, 'self.param("mask", lambda _: causal_mask(self.context_length))'),),
         nnx=((r"self\.mask = Buffer\(", "self.mask = nnx.Param("),),
     ),
-    *_each(
+    *_per_framework(
         "buffer left out of the checkpoint",
         MODULES,
         torch=(
@@ -330,7 +331,7 @@ _STATE = [
         linen=((LINEN_VARIABLE, "causal_mask(self.context_length)"),),
         nnx=((r"self\.mask = Buffer\((.*)\)", r"self.mask = \1"),),
     ),
-    *_each(
+    *_per_framework(
         "stale mask",
         MODULES,
         torch=(
@@ -368,7 +369,8 @@ _STATE = [
         (
             r"arrays\[path\] = (place_like\(.*\))",
             r"arrays[path] = \1\n            "
-            r'arrays[path] = jax.numpy.triu(jax.numpy.ones_like(\1), 1) if path[-1] == "mask" else \1',
+            r"arrays[path] = jax.numpy.triu(jax.numpy.ones_like(\1), 1) "
+            r'if path[-1] == "mask" else \1',
         ),
     ),
     *_flax(
@@ -376,7 +378,8 @@ _STATE = [
         "compare.conversion.apply_mapping",
         (
             r"arrays\[path\] = (place_like\(.*\))",
-            r"arrays[path] = \1.astype(jax.numpy.bfloat16).astype(jax.dtypes.canonicalize_dtype(\1.dtype))",
+            r"arrays[path] = \1.astype(jax.numpy.bfloat16)"
+            r".astype(jax.dtypes.canonicalize_dtype(\1.dtype))",
         ),
     ),
     *_flax(
@@ -384,13 +387,14 @@ _STATE = [
         "compare.conversion.tensors",
         (
             r"tensor = _fit_x64\(dense\(tensor\), copy=copy\)",
-            "tensor = dense(tensor)\n    tensor = tensor.int() if tensor.dtype == torch.int64 else tensor",
+            "tensor = dense(tensor)\n"
+            "    tensor = tensor.int() if tensor.dtype == torch.int64 else tensor",
         ),
     ),
     *[
         Mutant(
             "checkpoint in half precision",
-            place,
+            framework,
             "compare.checkpoint.tensors",
             (
                 (
@@ -399,12 +403,12 @@ _STATE = [
                 ),
             ),
         )
-        for place in FRAMEWORKS
+        for framework in FRAMEWORKS
     ],
     *[
         Mutant(
             "checkpoint stores a bool mask",
-            place,
+            framework,
             "compare.checkpoint.tensors",
             (
                 (
@@ -414,7 +418,7 @@ _STATE = [
                 ),
             ),
         )
-        for place in FRAMEWORKS
+        for framework in FRAMEWORKS
     ],
 ]
 
@@ -490,7 +494,8 @@ _OPTIMIZING = [
         (
             (
                 r"losses\.append\(float\(loss\)\)",
-                "losses.append(float(loss)); buffers = jax.tree.map(lambda mask: mask * (1 - 1e-3), buffers)",
+                "losses.append(float(loss)); "
+                "buffers = jax.tree.map(lambda mask: mask * (1 - 1e-3), buffers)",
             ),
         ),
     ),
@@ -508,7 +513,7 @@ _OPTIMIZING = [
 ]
 
 _HEADS = [
-    *_each(
+    *_per_framework(
         "heads of the tokens",
         HEADS,
         torch=(
@@ -524,14 +529,14 @@ _HEADS = [
             ".reshape(len(projected), self.num_heads, projected.shape[1], width)",
         ),
     ),
-    *_each(
+    *_per_framework(
         "heads joined in another order",
         HEADS,
         torch=(r"context\.transpose\(1, 2\)", "context.flip(1).transpose(1, 2)"),
         linen=(r"context\.swapaxes\(1, 2\)", "context[:, ::-1].swapaxes(1, 2)"),
         nnx=(r"context\.swapaxes\(1, 2\)", "context[:, ::-1].swapaxes(1, 2)"),
     ),
-    *_each(
+    *_per_framework(
         "out_proj left out",
         HEADS,
         torch=(r"guarded_projection\(self\.out_proj, (context.*), closed\)", r"\1"),

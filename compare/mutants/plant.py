@@ -1,4 +1,4 @@
-"""Put a changed copy of a module's functions and classes in the place of the true ones, for as long as wanted."""
+"""Replace a module's functions and classes by changed copies for a while."""
 
 import re
 import sys
@@ -16,52 +16,63 @@ PROJECT = ("compare", "flax_impl", "torch_impl")
 
 @contextmanager
 def planted(module_name: str, changes: Sequence[tuple[str, str]]) -> Iterator[None]:
-    """Run the module's source, changed by regular expressions, and use what it defines everywhere.
+    """Change the module's source by regular expressions, and use its definitions everywhere.
+
+    The original definitions are restored at the end.
+
+    Args:
+        module_name: the module whose source is changed.
+        changes: pairs of a pattern and its replacement.
 
     Raises:
-        ValueError: a pattern is not in the source, so that nothing would be changed.
+        ValueError: a pattern does not match the source, so it would change nothing.
     """
     module = import_module(module_name)
-    broken = _changed(module, changes)
-    kept: list[tuple[ModuleType, str, Any]] = []
+    changed = _changed_definitions(module, changes)
     replacements = {
-        id(value): broken[name]
+        id(value): changed[name]
         for name, value in vars(module).items()
-        if not name.startswith("__") and name in broken and broken[name] is not value
+        if not name.startswith("__") and name in changed and changed[name] is not value
     }
-    for user in [user for name, user in list(sys.modules.items()) if name.split(".")[0] in PROJECT]:
-        kept += [
-            (user, name, value) for name, value in vars(user).items() if id(value) in replacements
-        ]
+    originals = [
+        (user, name, value)
+        for user in _project_modules()
+        for name, value in vars(user).items()
+        if id(value) in replacements
+    ]
     try:
-        for user, name, value in kept:
+        for user, name, value in originals:
             setattr(user, name, replacements[id(value)])
-        _forget_compiled()
+        _clear_jit_caches()
         yield
     finally:
-        for user, name, value in kept:
+        for user, name, value in originals:
             setattr(user, name, value)
-        _forget_compiled()
+        _clear_jit_caches()
 
 
-def _forget_compiled() -> None:
-    """Clear the caches of the project's jitted functions: they hold what the functions called before."""
-    modules = [
-        module for name, module in list(sys.modules.items()) if name.split(".")[0] in PROJECT
-    ]
-    for value in [value for module in modules for value in vars(module).values()]:
+def _project_modules() -> list[ModuleType]:
+    """Return the imported modules of the project."""
+    return [module for name, module in list(sys.modules.items()) if name.split(".")[0] in PROJECT]
+
+
+def _clear_jit_caches() -> None:
+    """Clear the caches of the project's jitted functions, which hold the replaced definitions."""
+    for value in [value for module in _project_modules() for value in vars(module).values()]:
         if isinstance(value, jax.stages.Wrapped):
             value.clear_cache()  # type: ignore[attr-defined]
 
 
-def _changed(module: ModuleType, changes: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def _changed_definitions(module: ModuleType, changes: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Run the changed source of the module, and return what it defines."""
     assert module.__file__ is not None
     source = Path(module.__file__).read_text(encoding="utf-8")
     for pattern, replacement in changes:
         source, count = re.subn(pattern, replacement, source)
         if not count:
             raise ValueError(
-                f"{module.__name__} has nothing like {pattern!r}; the mutant does not apply"
+                f"{module.__name__} does not match {pattern!r}, so this bug cannot be planted; "
+                "update the pattern in compare/mutants/catalog.py"
             )
     namespace = {
         name: vars(module)[name] for name in ("__name__", "__package__", "__file__", "__spec__")

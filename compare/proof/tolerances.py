@@ -11,8 +11,8 @@ OUTPUT = (
     "(compare/proof/rounding_bound.py)"
 )
 LEAKING = (
-    "a defect of torch (oneDNN issue 5717): on this processor, a NaN row of a {dtype} matrix "
-    "product spreads to other rows"
+    "this processor's {dtype} product leaks: a NaN row spreads to other rows, which is a defect "
+    "of torch (oneDNN issue 5717)"
 )
 BITS = "exact equality of the bits"
 NAMES = "exact equality of the names"

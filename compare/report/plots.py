@@ -56,13 +56,21 @@ def _panels(panels: Panels) -> Figure:
     axes = figure.subplots(1, len(matrices), squeeze=False)[0]
     finite = np.concatenate([matrix[np.isfinite(matrix)] for matrix in matrices.values()])
     low, high = float(min(finite.min(initial=0.0), 0.0)), float(finite.max(initial=1.0))
+    if low < 0:  # signed values: white is 0
+        low, high, colors = -max(-low, high), max(-low, high), "PuOr"
+    else:
+        colors = "cividis"
     for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
-        image = axis.imshow(matrix, vmin=low, vmax=high, cmap="cividis", interpolation="nearest")
+        image = axis.imshow(matrix, vmin=low, vmax=high, cmap=colors, interpolation="nearest")
         axis.set_title(name, fontsize=10)
         axis.set_xticks(range(matrix.shape[1]))
         axis.set_yticks(range(matrix.shape[0]))
+        axis.set_xlabel("column")
+        if axis is axes[0]:
+            axis.set_ylabel("row")
         for (row, column), entry in np.ndenumerate(matrix):
-            dark = np.isfinite(entry) and entry < (low + high) / 2
+            share = (entry - low) / (high - low)
+            dark = np.isfinite(entry) and (share < 0.5 if low == 0 else abs(share - 0.5) > 0.35)
             axis.text(
                 column,
                 row,

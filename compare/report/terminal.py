@@ -178,6 +178,12 @@ def _print_table(console: Console, table: Table, title: str | None = None) -> No
     console.print(rich, crop=False, no_wrap=True)
 
 
+def number_text(number: float) -> str:
+    """Return two significant digits, without an exponent for numbers up to a million."""
+    text = f"{number:.2g}"
+    return f"{float(text):,.0f}" if 10 <= abs(number) < 1e6 else text
+
+
 def cell_text(cell: Cell) -> str:
     """Return a table cell as text."""
     match cell:
@@ -186,7 +192,7 @@ def cell_text(cell: Cell) -> str:
         case bool():
             return "yes" if cell else "no"
         case float():
-            return f"{cell:.2g}"
+            return number_text(cell)
         case _:
             return str(cell).rstrip()
 

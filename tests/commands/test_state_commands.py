@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def test_inspect_a_file_and_two(tmp_path: Path) -> None:
     assert code == 0
     assert "held" not in page.read_text().split("</style>")[1], "a look claims nothing"
     assert json.loads((tmp_path / "report.json").read_text())["held"] is None
-    assert "every checksum is right" in printed
+    assert "all checksums match" in printed
     assert (
         json.loads((tmp_path / "report.json").read_text())["sections"][0]["blocks"][0]["rows"][0][0]
         == "mask"
@@ -119,7 +120,7 @@ def test_inspect_a_file_and_two(tmp_path: Path) -> None:
     )
     code, printed = run("inspect", str(tmp_path / "plain.pth"))
     assert "no manifest, so nothing could be checked" in printed
-    assert "ninths of each square that block" in printed
+    assert "blocked share of each square, in ninths" in printed
 
 
 def test_convert_shows_the_table_and_compares(tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_convert_with_a_table_of_its_own(tmp_path: Path) -> None:
     assert code == 0, printed
     (tmp_path / "map.json").write_text("{}")
     for arguments, message in (
-        (["--map", str(tmp_path / "map.json")], "this is no mapping"),
+        (["--map", str(tmp_path / "map.json")], "not a valid mapping: expected an object"),
         (["--map", str(tmp_path / "none.json")], "no such file or folder"),
         (["--like", str(tmp_path / "none.orbax")], "no such file or folder"),
         (["--dtype", "int8"], "cannot be cast to int8"),
@@ -183,9 +184,12 @@ def test_convert_with_a_table_of_its_own(tmp_path: Path) -> None:
 def test_what_is_no_module_ends_with_2(tmp_path: Path) -> None:
     for source, message in (
         ("none.safetensors", "no such file or folder"),
-        ("no_such_package:name", "is no module to look at (ModuleNotFoundError"),
-        ("torch_impl:nothing", "is no module to look at (AttributeError"),
-        ("torch_impl:CausalAttentionWithBuffer", "is no module to look at (TypeError"),
+        ("no_such_package:name", "is not a module that can be inspected (ModuleNotFoundError"),
+        ("torch_impl:nothing", "is not a module that can be inspected (AttributeError"),
+        (
+            "torch_impl:CausalAttentionWithBuffer",
+            "is not a module that can be inspected (TypeError",
+        ),
         ("tests.support:linen_variables", ""),
     ):
         code, printed = run("inspect", source)
@@ -201,21 +205,11 @@ def test_a_conversion_that_went_wrong_is_seen(
 
     def wrong(*arguments: Any, **options: Any) -> Any:
         tensors, lines = true(*arguments, **options)
-        relaid = tensors.pieces
 
-        class Wrong:
-            layout, specs, kinds, aliases = (
-                tensors.layout,
-                tensors.specs,
-                tensors.kinds,
-                tensors.aliases,
-            )
-            mapping = tensors.mapping
+        def pieces(path: Any) -> Any:
+            return [piece * (1 if path[-1] == "mask" else 0.5) for piece in tensors.pieces(path)]
 
-            def pieces(self, path: Any) -> Any:
-                return [piece * (1 if path[-1] == "mask" else 0.5) for piece in relaid(path)]
-
-        return Wrong(), lines
+        return replace(tensors, pieces=pieces), lines
 
     monkeypatch.setattr(convert, "planned", wrong)
     code, printed = run("convert", str(source), str(tmp_path / "state.msgpack"))
