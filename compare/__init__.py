@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .checkpoint.verify import verify_checkpoint
     from .conversion.convert import linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
     from .conversion.errors import ConversionError, MappingError, Mismatch
-    from .conversion.mapping import StateMapping
+    from .conversion.mapping import Mapping, StateMapping
     from .conversion.match import match
 
 __version__ = "0.1.0"
@@ -21,9 +21,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "CheckpointError": ".checkpoint.errors",
     "ConversionError": ".conversion.errors",
-    "StateMapping": ".conversion.mapping",
+    "Mapping": ".conversion.mapping",
     "MappingError": ".conversion.errors",
     "Mismatch": ".conversion.errors",
+    "StateMapping": ".conversion.mapping",
     "UnverifiedCheckpoint": ".checkpoint.errors",
     "convert_checkpoint": ".checkpoint.convert",
     "linen_to_torch": ".conversion.convert",
@@ -41,6 +42,7 @@ _HOMES = {
 __all__ = [
     "CheckpointError",
     "ConversionError",
+    "Mapping",
     "MappingError",
     "Mismatch",
     "StateMapping",

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 # The instruction sets by which torch, oneDNN, MKL and XLA choose their kernels.
@@ -27,7 +28,7 @@ LIMITS = (
 
 
 def machine() -> dict[str, str]:
-    """Return the processor, cores, features, system, and the variables of LIMITS that are set."""
+    """Return the processor, system, threads, commit, and the variables of LIMITS that are set."""
     lines = _cpu_lines()
     flags = set(lines.get("flags", lines.get("Features", "")).split())
     description = {
@@ -35,8 +36,23 @@ def machine() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "features": ", ".join(feature for feature in FEATURES if feature in flags) or "unknown",
         "system": platform.platform(),
+        "threads": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
+        "commit": commit(),
     }
     return description | {name: os.environ[name] for name in LIMITS if os.environ.get(name)}
+
+
+def commit() -> str:
+    """Return the commit of this checkout, with "-dirty" if it was changed, or "unknown"."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return "unknown"
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def _cpu_lines() -> dict[str, str]:
