@@ -11,6 +11,7 @@ import shlex
 import stat
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from datetime import datetime
@@ -455,7 +456,7 @@ def _run(
 
 def _sections(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
     """Yield the sections of each job in turn, and show the progress."""
-    from .checkpoint.errors import CheckpointError
+    from .checkpoint.errors import CheckpointError, UnverifiedCheckpoint
     from .commands.ahead import Ahead
     from .conversion.errors import MappingError
     from .runners.compile_cache import compilation_cache
@@ -473,6 +474,8 @@ def _sections(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
     )
     with ExitStack() as stack:
         stack.enter_context(live)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", UnverifiedCheckpoint)  # the sections say it
         if jobs[0].part not in STATE:  # one of these measures compilation
             stack.enter_context(compilation_cache())
         task = live.add_task("starting", total=None, amount="")
