@@ -1,4 +1,4 @@
-"""Scaled dot-product attention that obeys a stored mask: the reference mathematics."""
+"""Scaled dot-product attention with a stored mask: the reference formula."""
 
 from collections.abc import Callable
 
@@ -9,16 +9,19 @@ from jaxtyping import Bool, Float, Shaped
 
 
 def causal_mask(context_length: int) -> Float[Array, "context_length context_length"]:
-    """Return the float32 mask with 1 above the diagonal: token i may not look at token j > i."""
+    """Return the float32 mask with 1 above the diagonal: token i cannot attend to token j > i."""
     return jnp.triu(jnp.ones((context_length, context_length), dtype=jnp.float32), k=1)
 
 
 def is_nonzero(mask: Shaped[Array, "..."]) -> Bool[Array, "..."]:
-    """Tell which entries are not 0, by their bits: XLA on the CPU takes a subnormal number for 0."""
+    """Return which entries are not 0.
+
+    The bits are compared, because XLA on the CPU treats subnormal numbers as 0.
+    """
     if not jnp.issubdtype(mask.dtype, jnp.floating):
         return mask.astype(bool)
     bits = jax.lax.bitcast_convert_type(mask, jnp.dtype(f"uint{8 * mask.dtype.itemsize}"))
-    return bits << 1 != 0  # without the sign, for -0.0
+    return bits << 1 != 0  # drop the sign bit: -0.0 counts as 0
 
 
 def reference_attention(
@@ -28,10 +31,10 @@ def reference_attention(
     mask: Shaped[Array, "context_length context_length"],
     dropout: Callable[[Array], Array] = lambda weights: weights,
 ) -> Float[Array, "*batch tokens head_dim"]:
-    """Mix the values by softmax(queries @ keys.T / sqrt(head_dim)) over the keys left open.
+    """Return softmax(queries @ keys.T / sqrt(head_dim)) @ values over the unblocked keys.
 
-    Any nonzero entry of the mask blocks, whatever its dtype. A row that is blocked everywhere gives
-    NaN, and a NaN or inf in a blocked value still reaches every row, through 0 * NaN.
+    Any nonzero entry of the mask blocks, whatever its dtype. A row that blocks every key gives NaN.
+    A NaN or inf in a blocked value still reaches every row, because 0 * NaN is NaN.
 
     Source: Vaswani et al., "Attention Is All You Need", section 3.2.1.
     """

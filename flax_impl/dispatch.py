@@ -1,4 +1,4 @@
-"""Attention that obeys a stored mask: by the formula, or tile by tile without what the mask closes."""
+"""Attention with a stored mask, by the reference formula or tile by tile."""
 
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -11,7 +11,7 @@ from .fused import fused_attention
 from .validation import check_covered
 
 Implementation = Literal["reference", "fused", "auto"]
-FEWEST_TOKENS = 768  # with fewer, "auto" takes the formula, which is as fast
+MIN_FUSED_TOKENS = 768  # with fewer, "auto" uses the formula, which is as fast
 
 
 def masked_attention(
@@ -22,36 +22,36 @@ def masked_attention(
     dropout: Callable[[Array], Array] | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "*batch tokens head_dim"]:
-    """Mix the values by softmax(queries @ keys.T / sqrt(head_dim)) over the keys that the mask leaves open.
+    """Return softmax(queries @ keys.T / sqrt(head_dim)) @ values over the unblocked keys.
 
     Args:
         queries: any leading dimensions, such as (batch, heads, tokens, head_dim).
-        keys: as the queries.
-        values: as the queries.
-        mask: any nonzero entry [i, j] keeps token i from looking at token j; its first tokens are
-            used.
-        dropout: applied to the weights, which only the formula has: with it, the formula is used.
-        implementation: "reference" is the formula, `reference_attention`; "fused" is
-            `fused_attention`, the same function by other steps; "auto" is "fused" where that is
-            faster.
+        keys: like the queries.
+        values: like the queries.
+        mask: any nonzero entry [i, j] blocks token i from attending to token j. Only the first
+            `tokens` rows and columns are used.
+        dropout: applied to the attention weights. Only the formula has them, so with dropout
+            the formula is used.
+        implementation: "reference" is the plain formula, `reference_attention`. "fused" is
+            `fused_attention`, which computes the same function tile by tile. "auto" is "fused"
+            where that is faster.
 
     Raises:
-        ValueError: an implementation of another name, or a mask that is smaller than the tokens are
-            many.
+        ValueError: an unknown implementation, or a mask smaller than (tokens, tokens).
     """
     check_implementation(implementation)
     check_covered(mask.shape, queries.shape[-2])
     if dropout is not None:
         return reference_attention(queries, keys, values, mask, dropout)
     if implementation == "fused" or (
-        implementation == "auto" and queries.shape[-2] >= FEWEST_TOKENS
+        implementation == "auto" and queries.shape[-2] >= MIN_FUSED_TOKENS
     ):
         return fused_attention(queries, keys, values, mask)
     return reference_attention(queries, keys, values, mask)
 
 
 def check_implementation(implementation: str) -> None:
-    """Raise ValueError unless there is an implementation of that name."""
+    """Raise ValueError unless the implementation is known."""
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"implementation is {implementation!r}; expected one of {get_args(Implementation)}"

@@ -1,4 +1,26 @@
-"""The attention of `reference_attention`, a tile of the score matrix at a time, without the tiles that are closed."""
+"""Attention one tile of the score matrix at a time, without the tiles that are fully blocked.
+
+The forward pass is the recurrence of FlashAttention. For each strip of queries:
+
+    m, l, acc = -inf, 0, 0            # running maximum, divisor and output of each query
+    for each tile of the strip that has an unblocked pair:
+        S = queries @ keys.T / sqrt(head_dim), -inf where blocked
+        new_m = max(m, max(S))        # max and sum run over the keys of the tile
+        P = exp(S - new_m)
+        acc = acc * exp(m - new_m) + P @ values
+        l = l * exp(m - new_m) + sum(P)
+        m = new_m
+    out, logsumexp = acc / l, m + log(l)
+
+The backward pass computes P again. Per tile, with D = sum(grad * out) over head_dim:
+
+    P, dP = exp(S - logsumexp), grad @ values.T
+    dS = P * (dP - D)
+    dq += dS @ keys / sqrt(head_dim); dk += dS.T @ queries / sqrt(head_dim); dv += P.T @ grad
+
+Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", and Dao et al.,
+"FlashAttention", algorithms 1 and 4.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,11 +34,11 @@ from jaxtyping import Bool, Float, Int, Shaped
 from .attention import is_nonzero, reference_attention
 from .mask_tiles import Shape, Tiling, is_causal, tile_shapes, tilings
 
-HEADS = 16  # at once; the memory that tiles take grows with it
+MAX_HEADS_AT_ONCE = 16  # the memory for the tiles grows with it
 
 
 class Head(NamedTuple):
-    """What a tile of scores is made from: scaled queries and keys and values, (tokens, head_dim), and the mask."""
+    """The inputs of one head: scaled queries, keys, values (tokens, head_dim), and the mask."""
 
     queries: Array
     keys: Array
@@ -25,11 +47,11 @@ class Head(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the gradients need to know of each query: two of shape (tokens,), the gradient (tokens, head_dim)."""
+    """What the backward pass needs of each query."""
 
-    logsumexp: Array
-    grad: Array
-    inner: Array  # the sum of gradient * output, over head_dim
+    logsumexp: Array  # (tokens,)
+    grad: Array  # (tokens, head_dim)
+    inner: Array  # (tokens,): the sum of grad * out over head_dim, D in the paper
 
 
 def fused_attention(
@@ -38,30 +60,28 @@ def fused_attention(
     values: Float[Array, "*batch tokens head_dim"],
     mask: Shaped[Array, "context_length context_length"],
 ) -> Float[Array, "*batch tokens head_dim"]:
-    """Return what `reference_attention` does, in memory that grows with the tokens and not with their square.
+    """Compute `reference_attention` in memory that is linear in the number of tokens.
 
-    The mask is looked at on the device: one compiled program serves every mask. bfloat16 and
-    float16 are computed in float32, or on a GPU by cuDNN where the mask is causal. A NaN or inf
-    behind the mask may stay out of the rows that the formula's 0 * NaN brings it to. Second
-    derivatives, forward over reverse or reverse twice, are those of the reference; cuDNN has none.
-
-    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", and Dao et al.,
-    "FlashAttention", algorithms 1 and 4.
+    The mask is read on the device, so one compiled program serves every mask. bfloat16 and float16
+    are computed in float32, or by cuDNN on a GPU if the mask is causal. In the formula, a NaN or
+    inf in a blocked value reaches every row through 0 * NaN; here it may not. Second derivatives,
+    forward over reverse or reverse over reverse, are those of the formula; cuDNN has none.
 
     Raises:
         TypeError: in `jax.jvp` of this function itself, which `jax.custom_vjp` does not allow.
     """
     if not queries.size or not values.size:
         return reference_attention(queries, keys, values, mask)
-    flat = [jnp.reshape(array, (-1, *array.shape[-2:])) for array in (queries, keys, values)]
-    attend = _cudnn_if_causal if _takes_cudnn(queries, values) else _attend
-    return jnp.reshape(
-        attend(flat[0], flat[1], flat[2], mask), (*queries.shape[:-1], values.shape[-1])
+    shape = (*queries.shape[:-1], values.shape[-1])
+    attend = _cudnn_if_causal if _cudnn_supports(queries, values) else _attend
+    queries, keys, values = (
+        jnp.reshape(array, (-1, *array.shape[-2:])) for array in (queries, keys, values)
     )
+    return jnp.reshape(attend(queries, keys, values, mask), shape)
 
 
-def _takes_cudnn(queries: Array, values: Array) -> bool:
-    """Tell whether cuDNN's flash attention, where there is one, takes the dtype and the width of the heads."""
+def _cudnn_supports(queries: Array, values: Array) -> bool:
+    """Return whether cuDNN's flash attention may run: a GPU, half precision and narrow heads."""
     width = queries.shape[-1]
     is_half = queries.dtype in (jnp.bfloat16, jnp.float16)
     return (
@@ -73,7 +93,10 @@ def _takes_cudnn(queries: Array, values: Array) -> bool:
 
 
 def _cudnn_if_causal(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
-    """Decide on the device: both are in the compiled program, and on another device than a GPU only tiles."""
+    """Use cuDNN if the mask is causal, which is decided on the device, and tiles otherwise.
+
+    The compiled program has both. On devices other than a GPU it has only tiles.
+    """
 
     def decide(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
         return lax.cond(
@@ -84,9 +107,8 @@ def _cudnn_if_causal(queries: Array, keys: Array, values: Array, mask: Array) ->
 
 
 def _cudnn(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
-    heads = (
-        array[:, :, None] for array in (queries, keys, values)
-    )  # (batch, tokens, heads, head_dim)
+    # cuDNN takes (batch, tokens, heads, head_dim).
+    heads = (array[:, :, None] for array in (queries, keys, values))
     return jax.nn.dot_product_attention(*heads, is_causal=True, implementation="cudnn")[:, :, 0]
 
 
@@ -102,18 +124,18 @@ def _attend_forward(
     return out, (queries, keys, values, mask, out, logsumexp)
 
 
-def _attend_backward(kept: tuple[Array, ...], grad: Array) -> tuple[Array | None, ...]:
-    return *_backward(*kept, grad), None
+def _attend_backward(residuals: tuple[Array, ...], grad: Array) -> tuple[Array | None, ...]:
+    return *_backward(*residuals, grad), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-@jax.jit  # so that it is traced once for all layers of the same shapes
+@jax.jit  # traced once for all layers with the same shapes
 def _forward_heads(queries: Array, keys: Array, values: Array, mask: Array) -> tuple[Array, Array]:
-    """Return the outputs, (heads, tokens, head_dim), and the logarithms of the softmax's divisors, (heads, tokens)."""
+    """Return the outputs (heads, tokens, head_dim) and the scores' logsumexps (heads, tokens)."""
     tiles = tilings(mask, queries.shape[1])
-    return _by_heads(partial(_forward_head, mask, tiles), (queries, keys, values))
+    return _map_heads(partial(_forward_head, mask, tiles), (queries, keys, values))
 
 
 @jax.jit
@@ -128,7 +150,7 @@ def _backward_heads(
 ) -> tuple[Array, Array, Array]:
     """Return the gradients of queries, keys and values."""
     tiles = tilings(mask, queries.shape[1])
-    return _by_heads(
+    return _map_heads(
         partial(_backward_head, mask, tiles), (queries, keys, values, out, logsumexp, grad)
     )
 
@@ -151,19 +173,19 @@ def _backward(
     return _backward_heads(queries, keys, values, mask, out, logsumexp, grad)
 
 
-def _by_heads(function: Callable[..., Any], heads: tuple[Array, ...]) -> Any:
-    """Map over the first dimension, so many heads at once that their tiles stay small."""
-    if heads[0].shape[0] <= HEADS:
-        return jax.vmap(function)(*heads)
-    return lax.map(lambda head: function(*head), heads, batch_size=HEADS)
+def _map_heads(function: Callable[..., Any], arrays: tuple[Array, ...]) -> Any:
+    """Map over the first dimension, at most `MAX_HEADS_AT_ONCE` heads at a time."""
+    if arrays[0].shape[0] <= MAX_HEADS_AT_ONCE:
+        return jax.vmap(function)(*arrays)
+    return lax.map(lambda head: function(*head), arrays, batch_size=MAX_HEADS_AT_ONCE)
 
 
 @_forward.defjvp
 def _forward_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Any, Any]:
     *heads, mask = primals
     out, logsumexp = _forward(*primals)
-    tangent = jax.jvp(partial(reference_attention, mask=mask), tuple(heads), tangents[:3])[1]
-    # Only `_backward` is given the logsumexp, and its rule asks for no tangent of it.
+    _, tangent = jax.jvp(partial(reference_attention, mask=mask), tuple(heads), tangents[:3])
+    # Only `_backward` reads the logsumexp, and its rule does not use the tangent.
     return (out, logsumexp), (tangent, jnp.zeros_like(logsumexp))
 
 
@@ -174,7 +196,7 @@ def _backward_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tu
     def reference(queries: Array, keys: Array, values: Array, grad: Array) -> tuple[Array, ...]:
         return jax.vjp(partial(reference_attention, mask=mask), queries, keys, values)[1](grad)
 
-    # `out` and `logsumexp` are functions of the rest, so their tangents say nothing new.
+    # `out` and `logsumexp` are functions of the other inputs, so their tangents are not needed.
     return _backward(*primals), jax.jvp(reference, (*heads, grad), (*tangents[:3], tangents[6]))[1]
 
 
@@ -189,6 +211,7 @@ def _forward_head(
     keys: Float[Array, "tokens head_dim"],
     values: Float[Array, "tokens head_dim"],
 ) -> tuple[Float[Array, "tokens head_dim"], Float[Array, " tokens"]]:
+    """Return the outputs and the logsumexps of one head."""
     dtype = _work_dtype(queries)
     head = Head(
         queries.astype(dtype) * queries.shape[-1] ** -0.5,
@@ -196,41 +219,43 @@ def _forward_head(
         values.astype(dtype),
         mask,
     )
-    found = jnp.zeros_like(head.values), jnp.zeros_like(head.queries[:, 0])
+    results = jnp.zeros_like(head.values), jnp.zeros_like(head.queries[:, 0])
     for shape, tiling in zip(tile_shapes(queries.shape[0]), tiles, strict=True):
-        found = lax.fori_loop(
-            0, tiling.num_strips, partial(_forward_strip, head, shape, tiling), found
+        results = lax.fori_loop(
+            0, tiling.num_strips, partial(_forward_strip, head, shape, tiling), results
         )
-    return found[0].astype(values.dtype), found[1]
+    out, logsumexp = results
+    return out.astype(values.dtype), logsumexp
 
 
 def _forward_strip(
-    head: Head, shape: Shape, tiling: Tiling, number: Int[Array, ""], found: tuple[Array, Array]
+    head: Head, shape: Shape, tiling: Tiling, strip: Int[Array, ""], results: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    """Add the outputs of one strip of queries."""
-    at, is_new = _strip(head, shape, number)
-    queries = _take(head.queries, at, shape.queries)
+    """Add the outputs and the logsumexps of one strip of queries to the results."""
+    first_query, is_new = _strip_queries(head, shape, strip)
+    queries = _take(head.queries, first_query, shape.queries)
 
-    def add(
-        at_key: Int[Array, ""], blocked: Array | None, sums: tuple[Array, ...]
+    def add_tile(
+        first_key: Int[Array, ""], blocked: Array | None, carry: tuple[Array, ...]
     ) -> tuple[Array, ...]:
-        largest, divisor, context = sums
-        scores = _scores(queries, _take(head.keys, at_key, shape.keys), blocked)
-        new_largest = jnp.maximum(largest, scores.max(axis=1))
-        base = jnp.where(new_largest == -jnp.inf, 0.0, new_largest)  # -inf - -inf would be NaN
-        weights = jnp.exp(scores - base[:, None])
-        shrink = jnp.exp(largest - base)
-        context = context * shrink[:, None] + weights @ _take(head.values, at_key, shape.keys)
-        return new_largest, divisor * shrink + weights.sum(axis=1), context
+        m, l, acc = carry  # noqa: E741
+        scores = _scores(queries, _take(head.keys, first_key, shape.keys), blocked)
+        new_m = jnp.maximum(m, scores.max(axis=1))
+        finite_m = jnp.where(new_m == -jnp.inf, 0.0, new_m)  # -inf - -inf would be NaN
+        weights = jnp.exp(scores - finite_m[:, None])
+        rescale = jnp.exp(m - finite_m)
+        new_acc = acc * rescale[:, None] + weights @ _take(head.values, first_key, shape.keys)
+        new_l = l * rescale + weights.sum(axis=1)
+        return new_m, new_l, new_acc
 
-    context = jnp.zeros_like(_take(head.values, at, shape.queries))
+    zero_acc = jnp.zeros_like(_take(head.values, first_query, shape.queries))
     zeros = jnp.zeros_like(queries[:, 0])
-    sums = (zeros - jnp.inf, zeros, context)
-    largest, divisor, context = _over_tiles(add, head, shape, tiling, number, at, sums)
-    outs, logsumexps = found
-    # A row without an open key has the divisor 0, so that it is NaN.
-    outs = _put(outs, context / divisor[:, None], at, is_new)
-    return outs, _put(logsumexps, largest + jnp.log(divisor), at, is_new)
+    carry = (zeros - jnp.inf, zeros, zero_acc)
+    m, l, acc = _over_tiles(add_tile, head, shape, tiling, strip, first_query, carry)  # noqa: E741
+    out, logsumexp = results
+    # A closed row, which blocks every key, has l = 0 and becomes NaN.
+    out = _put(out, acc / l[:, None], first_query, is_new)
+    return out, _put(logsumexp, m + jnp.log(l), first_query, is_new)
 
 
 def _backward_head(
@@ -243,6 +268,7 @@ def _backward_head(
     logsumexp: Float[Array, " tokens"],
     grad: Float[Array, "tokens head_dim"],
 ) -> tuple[Array, Array, Array]:
+    """Return the gradients of the queries, keys and values of one head."""
     dtype, scale = _work_dtype(queries), queries.shape[-1] ** -0.5
     head = Head(queries.astype(dtype) * scale, keys.astype(dtype), values.astype(dtype), mask)
     grad = grad.astype(dtype)
@@ -252,11 +278,12 @@ def _backward_head(
         grads = lax.fori_loop(
             0, tiling.num_strips, partial(_backward_strip, head, rows, shape, tiling), grads
         )
-    # As the formula's: the weights of a row that is blocked everywhere are NaN for every key.
-    grad_values = jnp.where((logsumexp > -jnp.inf).all(), grads[2], jnp.nan)
+    grad_queries, grad_keys, grad_values = grads
+    # As in the formula: a closed row, which blocks every key, has NaN weights for every key.
+    grad_values = jnp.where((logsumexp > -jnp.inf).all(), grad_values, jnp.nan)
     return (
-        (grads[0] * scale).astype(queries.dtype),
-        grads[1].astype(keys.dtype),
+        (grad_queries * scale).astype(queries.dtype),
+        grad_keys.astype(keys.dtype),
         grad_values.astype(values.dtype),
     )
 
@@ -266,79 +293,93 @@ def _backward_strip(
     rows: Rows,
     shape: Shape,
     tiling: Tiling,
-    number: Int[Array, ""],
+    strip: Int[Array, ""],
     grads: tuple[Array, Array, Array],
 ) -> tuple[Array, Array, Array]:
     """Add the gradients through one strip of queries."""
-    at, is_new = _strip(head, shape, number)
-    queries = _take(head.queries, at, shape.queries)
-    logsumexp, grad, inner = (_take(array, at, shape.queries) for array in rows)
-    # Rows that the strip before has done add nothing again.
+    first_query, is_new = _strip_queries(head, shape, strip)
+    queries = _take(head.queries, first_query, shape.queries)
+    logsumexp, grad, inner = (_take(array, first_query, shape.queries) for array in rows)
+    # Queries that are in the strip before add nothing a second time.
     grad, inner = jnp.where(is_new[:, None], grad, 0.0), jnp.where(is_new, inner, 0.0)
 
-    def add(
-        at_key: Int[Array, ""], blocked: Array | None, sums: tuple[Array, ...]
+    def add_tile(
+        first_key: Int[Array, ""], blocked: Array | None, carry: tuple[Array, ...]
     ) -> tuple[Array, ...]:
-        grad_queries, grad_keys, grad_values = sums
-        keys, values = _take(head.keys, at_key, shape.keys), _take(head.values, at_key, shape.keys)
+        grad_queries, grad_keys, grad_values = carry
+        keys = _take(head.keys, first_key, shape.keys)
+        values = _take(head.values, first_key, shape.keys)
         weights = jnp.exp(_scores(queries, keys, blocked) - logsumexp[:, None])
         grad_scores = weights * (grad @ values.T - inner[:, None])
         if blocked is not None:
             grad_scores = jnp.where(blocked, 0.0, grad_scores)
         grad_queries = grad_queries + grad_scores @ keys
         grad_keys = _put(
-            grad_keys, _take(grad_keys, at_key, shape.keys) + grad_scores.T @ queries, at_key
+            grad_keys, _take(grad_keys, first_key, shape.keys) + grad_scores.T @ queries, first_key
         )
         grad_values = _put(
-            grad_values, _take(grad_values, at_key, shape.keys) + weights.T @ grad, at_key
+            grad_values, _take(grad_values, first_key, shape.keys) + weights.T @ grad, first_key
         )
         return grad_queries, grad_keys, grad_values
 
-    sums = (jnp.zeros_like(queries), *grads[1:])
-    grad_queries, grad_keys, grad_values = _over_tiles(add, head, shape, tiling, number, at, sums)
-    return _put(grads[0], grad_queries, at, is_new), grad_keys, grad_values
+    grad_queries, grad_keys, grad_values = grads
+    carry = (jnp.zeros_like(queries), grad_keys, grad_values)
+    strip_grad_queries, grad_keys, grad_values = _over_tiles(
+        add_tile, head, shape, tiling, strip, first_query, carry
+    )
+    return _put(grad_queries, strip_grad_queries, first_query, is_new), grad_keys, grad_values
 
 
-def _strip(
-    head: Head, shape: Shape, number: Int[Array, ""]
+def _strip_queries(
+    head: Head, shape: Shape, strip: Int[Array, ""]
 ) -> tuple[Int[Array, ""], Bool[Array, " queries"]]:
-    """Return where the strip begins, and which of its queries no strip before it has: the last is moved to fit."""
-    start = number.astype(jnp.int32) * shape.queries
-    at = jnp.minimum(start, head.queries.shape[0] - shape.queries)
-    return at, at + jnp.arange(shape.queries, dtype=jnp.int32) >= start
+    """Return the first query of the strip, and which of its queries are not in the strip before.
+
+    The last strip is moved back to end at the last query, so it may overlap the strip before.
+    """
+    nominal = strip.astype(jnp.int32) * shape.queries
+    first_query = jnp.minimum(nominal, head.queries.shape[0] - shape.queries)
+    return first_query, first_query + jnp.arange(shape.queries, dtype=jnp.int32) >= nominal
 
 
 def _over_tiles(
-    add: Callable[[Array, Array | None, tuple[Array, ...]], tuple[Array, ...]],
+    add_tile: Callable[[Array, Array | None, tuple[Array, ...]], tuple[Array, ...]],
     head: Head,
     shape: Shape,
     tiling: Tiling,
-    number: Int[Array, ""],
-    at: Int[Array, ""],
-    sums: tuple[Array, ...],
+    strip: Int[Array, ""],
+    first_query: Int[Array, ""],
+    carry: tuple[Array, ...],
 ) -> tuple[Array, ...]:
-    """Add up the strip's tiles; those that are open everywhere do not read the mask."""
-    num_open, num_tiles = tiling.num_open[number], tiling.num_tiles[number]
+    """Call `add_tile` for every tile of the strip. Tiles without a blocked pair skip the mask."""
+    num_open, num_tiles = tiling.num_open[strip], tiling.num_tiles[strip]
 
-    def place(tile: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:
-        """Return the tile's first key, and where it begins: the last tile is moved to fit."""
-        first = tiling.first[number] + tiling.order[number, tile] * shape.keys
-        return first, jnp.minimum(first, head.keys.shape[0] - shape.keys)
+    def tile_keys(tile: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:
+        """Return the first key of the tile before and after it is moved back to fit."""
+        nominal = tiling.first[strip] + tiling.order[strip, tile] * shape.keys
+        return nominal, jnp.minimum(nominal, head.keys.shape[0] - shape.keys)
 
-    def blocked(tile: Int[Array, ""]) -> Bool[Array, "queries keys"]:
-        first, at_key = place(tile)
-        is_seen = at_key + jnp.arange(shape.keys, dtype=jnp.int32) < first
-        return is_nonzero(lax.dynamic_slice(head.mask, (at, at_key), shape)) | is_seen[None]
+    def blocked_pairs(tile: Int[Array, ""]) -> Bool[Array, "queries keys"]:
+        nominal, first_key = tile_keys(tile)
+        is_repeated = first_key + jnp.arange(shape.keys, dtype=jnp.int32) < nominal
+        return (
+            is_nonzero(lax.dynamic_slice(head.mask, (first_query, first_key), shape))
+            | is_repeated[None]
+        )
 
-    def add_mixed(
-        tile: Int[Array, ""], carried: tuple[Array, tuple[Array, ...]]
+    def add_open_tile(tile: Int[Array, ""], carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        return add_tile(tile_keys(tile)[1], None, carry)
+
+    def add_mixed_tile(
+        tile: Int[Array, ""], blocked_and_carry: tuple[Array, tuple[Array, ...]]
     ) -> tuple[Array, tuple[Array, ...]]:
-        here, sums = carried
-        # Handed on, so that it is made once and not once for each head.
-        return blocked(tile + 1), add(place(tile)[1], here, sums)
+        blocked, carry = blocked_and_carry
+        # The blocked pairs of the next tile are carried, to be computed once and not per head.
+        return blocked_pairs(tile + 1), add_tile(tile_keys(tile)[1], blocked, carry)
 
-    sums = lax.fori_loop(0, num_open, lambda tile, sums: add(place(tile)[1], None, sums), sums)
-    return lax.fori_loop(num_open, num_tiles, add_mixed, (blocked(num_open), sums))[1]
+    carry = lax.fori_loop(0, num_open, add_open_tile, carry)
+    initial = blocked_pairs(num_open), carry
+    return lax.fori_loop(num_open, num_tiles, add_mixed_tile, initial)[1]
 
 
 def _scores(
@@ -350,15 +391,15 @@ def _scores(
     return scores if blocked is None else jnp.where(blocked, -jnp.inf, scores)
 
 
-def _take(array: Array, at: Int[Array, ""], size: int) -> Array:
-    return lax.dynamic_slice_in_dim(array, at, size)
+def _take(array: Array, start: Int[Array, ""], size: int) -> Array:
+    return lax.dynamic_slice_in_dim(array, start, size)
 
 
 def _put(
-    array: Array, part: Array, at: Int[Array, ""], is_new: Bool[Array, " rows"] | None = None
+    array: Array, rows: Array, start: Int[Array, ""], is_new: Bool[Array, " rows"] | None = None
 ) -> Array:
-    """Put the part where it belongs, of its rows only the new ones."""
+    """Return the array with the rows written at `start`, or only those that `is_new` selects."""
     if is_new is not None:
-        is_new = is_new.reshape(-1, *[1] * (part.ndim - 1))
-        part = jnp.where(is_new, part, _take(array, at, part.shape[0]))
-    return lax.dynamic_update_slice_in_dim(array, part, at, 0)
+        is_new = is_new.reshape(-1, *[1] * (rows.ndim - 1))
+        rows = jnp.where(is_new, rows, _take(array, start, rows.shape[0]))
+    return lax.dynamic_update_slice_in_dim(array, rows, start, 0)

@@ -1,4 +1,4 @@
-"""Which tiles of the score matrix a stored mask leaves open: decided on the device, inside the compiled program."""
+"""Which tiles of the score matrix have unblocked pairs: decided on the device, in compiled code."""
 
 from typing import NamedTuple
 
@@ -8,21 +8,21 @@ from jaxtyping import Bool, Int, Shaped
 
 from .attention import is_nonzero
 
-ROWS, COLUMNS = 256, 128  # of the blocks that are looked at
+BLOCK_ROWS, BLOCK_COLUMNS = 256, 128  # the mask is summarised in blocks of this size
 
 
 class Shape(NamedTuple):
-    """How many queries and keys a tile has."""
+    """The number of queries and keys of a tile."""
 
     queries: int
     keys: int
 
 
 class Tiling(NamedTuple):
-    """The tiles of one shape that have an open entry, in strips of queries; those open everywhere come first.
+    """The tiles of one shape that have an unblocked pair, for each strip of queries.
 
     Tile `t` of strip `i` begins at query `i * shape.queries` and at key `first[i] + order[i, t] *
-    shape.keys`.
+    shape.keys`. The first `num_open[i]` tiles of a strip have no blocked pair.
     """
 
     num_strips: Int[Array, ""]
@@ -33,7 +33,10 @@ class Tiling(NamedTuple):
 
 
 def tile_shapes(num_tokens: int) -> tuple[Shape, ...]:
-    """Return the shapes to choose from: a smaller product of matrices is not spread over the CPU's cores."""
+    """Return the tile shapes to choose from.
+
+    They are large, because XLA does not spread a smaller matrix product over the CPU's cores.
+    """
     return (
         (Shape(512, 256), Shape(256, 512))
         if num_tokens >= 512
@@ -44,52 +47,59 @@ def tile_shapes(num_tokens: int) -> tuple[Shape, ...]:
 def tilings(
     mask: Shaped[Array, "context_length context_length"], num_tokens: int
 ) -> tuple[Tiling, ...]:
-    """Return a tiling for each shape; only the one with the fewest tiles has strips."""
-    shapes = tile_shapes(num_tokens)
+    """Return a tiling for each shape. All but the one with the fewest tiles have no strips."""
     some_open, some_blocked = _blocks(mask, num_tokens)
-    found = [_tiling(shape, num_tokens, some_open, some_blocked) for shape in shapes]
-    best = jnp.argmin(jnp.stack([tiling.num_tiles.sum() for tiling in found]))
+    candidates = [
+        _tiling(shape, num_tokens, some_open, some_blocked) for shape in tile_shapes(num_tokens)
+    ]
+    best = jnp.argmin(jnp.stack([tiling.num_tiles.sum() for tiling in candidates]))
     return tuple(
-        tiling._replace(num_strips=jnp.where(best == number, tiling.num_strips, 0))
-        for number, tiling in enumerate(found)
+        tiling._replace(num_strips=jnp.where(best == index, tiling.num_strips, 0))
+        for index, tiling in enumerate(candidates)
     )
 
 
 def is_causal(
     mask: Shaped[Array, "context_length context_length"], num_tokens: int
 ) -> Bool[Array, ""]:
-    """Tell whether the mask's first rows and columns block what a causal one does, looking at some rows at a time."""
-    height = min(ROWS, num_tokens)
+    """Return whether the first `num_tokens` rows and columns of the mask are causal.
 
-    def look(start: Int[Array, ""]) -> Bool[Array, ""]:
+    Only a few rows are compared at a time.
+    """
+    height = min(BLOCK_ROWS, num_tokens)
+
+    def rows_are_causal(start: Int[Array, ""]) -> Bool[Array, ""]:
         start = jnp.minimum(start, num_tokens - height)
         blocked = is_nonzero(
             lax.dynamic_slice(mask, (start, jnp.zeros_like(start)), (height, num_tokens))
         )
-        behind = start + lax.broadcasted_iota(start.dtype, blocked.shape, 0)
-        return (blocked == (lax.broadcasted_iota(start.dtype, blocked.shape, 1) > behind)).all()
+        query = start + lax.broadcasted_iota(start.dtype, blocked.shape, 0)
+        return (blocked == (lax.broadcasted_iota(start.dtype, blocked.shape, 1) > query)).all()
 
-    return lax.map(look, jnp.arange(0, num_tokens, height)).all()
+    return lax.map(rows_are_causal, jnp.arange(0, num_tokens, height)).all()
 
 
 def _blocks(
     mask: Shaped[Array, "context_length context_length"], num_tokens: int
 ) -> tuple[Bool[Array, "rows columns"], Bool[Array, "rows columns"]]:
-    """Tell of each block whether some entry is open, and whether some is blocked or beyond the last token."""
-    height = min(ROWS, num_tokens)
-    beyond = -num_tokens % COLUMNS
+    """Return for each block whether some pair is unblocked, and whether some is blocked.
 
-    def look(start: Int[Array, ""]) -> tuple[Bool[Array, " columns"], Bool[Array, " columns"]]:
-        start = jnp.minimum(start, num_tokens - height)  # some of the last rows are looked at twice
+    Columns after the last token count as blocked.
+    """
+    height = min(BLOCK_ROWS, num_tokens)
+    padding = -num_tokens % BLOCK_COLUMNS
+
+    def summarise(start: Int[Array, ""]) -> tuple[Bool[Array, " columns"], Bool[Array, " columns"]]:
+        start = jnp.minimum(start, num_tokens - height)  # the last two blocks of rows may overlap
         rows = lax.dynamic_slice(mask, (start, jnp.zeros_like(start)), (height, num_tokens))
-        count = is_nonzero(rows).sum(axis=0, dtype=jnp.int16)
-        some_open = jnp.pad(count < height, (0, beyond)).reshape(-1, COLUMNS).any(axis=1)
-        some_blocked = (
-            jnp.pad(count > 0, (0, beyond), constant_values=True).reshape(-1, COLUMNS).any(axis=1)
+        num_blocked = is_nonzero(rows).sum(axis=0, dtype=jnp.int16)
+        some_open = (
+            jnp.pad(num_blocked < height, (0, padding)).reshape(-1, BLOCK_COLUMNS).any(axis=1)
         )
-        return some_open, some_blocked
+        is_blocked = jnp.pad(num_blocked > 0, (0, padding), constant_values=True)
+        return some_open, is_blocked.reshape(-1, BLOCK_COLUMNS).any(axis=1)
 
-    return lax.map(look, jnp.arange(0, num_tokens, height))
+    return lax.map(summarise, jnp.arange(0, num_tokens, height))
 
 
 def _tiling(
@@ -98,30 +108,33 @@ def _tiling(
     some_open: Bool[Array, "rows columns"],
     some_blocked: Bool[Array, "rows columns"],
 ) -> Tiling:
+    """Return the tiling of one shape, from what `_blocks` returns."""
     num_strips, num_tiles = -(-num_tokens // shape.queries), -(-num_tokens // shape.keys)
-    rows = -(-shape.queries // ROWS)
-    columns = -(-shape.keys // COLUMNS)
+    rows_per_tile = -(-shape.queries // BLOCK_ROWS)
+    columns_per_tile = -(-shape.keys // BLOCK_COLUMNS)
 
     def strips(blocks: Bool[Array, "rows columns"]) -> Bool[Array, "strips columns"]:
-        beyond = num_strips * rows - blocks.shape[0]
-        return jnp.pad(blocks, ((0, beyond), (0, 0))).reshape(num_strips, rows, -1).any(axis=1)
+        padding = num_strips * rows_per_tile - blocks.shape[0]
+        padded = jnp.pad(blocks, ((0, padding), (0, 0)))
+        return padded.reshape(num_strips, rows_per_tile, -1).any(axis=1)
 
     some_open, some_blocked = strips(some_open), strips(some_blocked)
-    first = jnp.argmax(some_open, axis=1)
-    # Beyond the last block nothing is open.
-    places = first[:, None] + jnp.arange(num_tiles * columns)[None]
+    first = jnp.argmax(some_open, axis=1)  # the first block of columns with an unblocked pair
+    columns = first[:, None] + jnp.arange(num_tiles * columns_per_tile)[None]
 
-    def tiles(blocks: Bool[Array, "strips columns"], beyond: bool) -> Bool[Array, "strips tiles"]:
-        taken = jnp.take_along_axis(blocks, places, axis=1, mode="fill", fill_value=beyond)
-        return taken.reshape(num_strips, num_tiles, columns).any(axis=2)
+    def tiles(blocks: Bool[Array, "strips columns"], default: bool) -> Bool[Array, "strips tiles"]:
+        """Group the blocks into tiles. Blocks after the last one have the default value."""
+        shifted = jnp.take_along_axis(blocks, columns, axis=1, mode="fill", fill_value=default)
+        return shifted.reshape(num_strips, num_tiles, columns_per_tile).any(axis=2)
 
     is_used = tiles(some_open, False)
     is_mixed = tiles(some_blocked, True)
+    # Open tiles come first, then mixed ones; unused ones come last.
     order = jnp.argsort(jnp.where(is_used, is_mixed.astype(jnp.int32), 2), axis=1, stable=True)
     num_used = is_used.sum(axis=1)
     return Tiling(
         jnp.int32(num_strips),
-        (first * COLUMNS).astype(jnp.int32),
+        (first * BLOCK_COLUMNS).astype(jnp.int32),
         order.astype(jnp.int32),
         (is_used & ~is_mixed).sum(axis=1),
         num_used,

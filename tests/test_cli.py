@@ -42,6 +42,7 @@ def compare_command(
     )
 
 
+@pytest.mark.slow
 def test_the_main_job(tmp_path: Path) -> None:
     done = compare_command(
         "--json", str(tmp_path / "report.json"), "--html", str(tmp_path / "report.html")
@@ -93,6 +94,7 @@ def _is_whole(page: str, titles: list[str]) -> None:
     assert all(ids.count(name) == 1 for name in used)
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_failed_check(tmp_path: Path) -> None:
     """As `notebook --json FILE | head -1`: the file is written, and the command ends by SIGPIPE."""
     command = [sys.executable, "-m", "compare", "notebook", "--json", str(tmp_path / "report.json")]
@@ -108,6 +110,7 @@ def test_a_closed_pipe_is_no_failed_check(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text())["held"] is True
 
 
+@pytest.mark.slow
 def test_a_name_is_never_broken(tmp_path: Path) -> None:
     name = ".".join(["encoder", *(f"layer_{number}" for number in range(20)), "in_proj_weight"])
     path = compare.save_checkpoint(tmp_path / "state.safetensors", {name: torch.ones(2)})
@@ -120,6 +123,7 @@ def test_the_version() -> None:
     assert (done.exit_code, done.output) == (0, f"attention-parity {compare.__version__}\n")
 
 
+@pytest.mark.slow
 def test_output_without_unicode(tmp_path: Path) -> None:
     for name in ("state", "a long name " * 10):
         path = compare.save_checkpoint(tmp_path / f"{name}.safetensors", torch_module())
@@ -130,6 +134,7 @@ def test_output_without_unicode(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["outputs", "devices"])
+@pytest.mark.slow
 def test_each_part_is_a_command(part: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [part, "--json", str(tmp_path / "report.json")])
     assert done.exit_code == 0, done.output
@@ -160,6 +165,7 @@ def test_bad_usage_ends_with_2(arguments: list[str], message: str) -> None:
     assert message in " ".join(done.output.replace("│", " ").split())
 
 
+@pytest.mark.slow
 def test_a_report_goes_into_a_pipe_and_not_in_its_place(tmp_path: Path) -> None:
     path = compare.save_checkpoint(tmp_path / "state.safetensors", torch_module())
     os.mkfifo(tmp_path / "pipe")
@@ -188,6 +194,7 @@ def test_a_device_that_is_not_there_ends_with_2() -> None:
     assert "no CUDA device is seen by" in " ".join(done.output.replace("│", " ").split())
 
 
+@pytest.mark.slow
 def test_a_check_is_a_command_with_findings(tmp_path: Path) -> None:
     done = CliRunner().invoke(
         app, ["checks", "causality", "--device", "cpu", "--json", str(tmp_path / "report.json")]
@@ -217,6 +224,7 @@ def test_a_missing_optional_package_is_named(monkeypatch: pytest.MonkeyPatch) ->
     assert "the orbax format needs orbax.checkpoint, which is not installed" in message
 
 
+@pytest.mark.slow
 def test_what_does_not_hold_ends_with_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def without_scale(queries: Any, keys: Any, values: Any, mask: Any, *rest: Any) -> Any:
         return masked_attention(queries * queries.shape[-1] ** 0.5, keys, values, mask, *rest)

@@ -19,6 +19,16 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
+def copy_packages(folder: Path) -> None:
+    for package in PACKAGES:
+        shutil.copytree(
+            ROOT / package,
+            folder / package,
+            ignore=shutil.ignore_patterns("records", "__pycache__"),
+        )
+    shutil.copy(ROOT / "pyproject.toml", folder)
+
+
 def test_the_contracts_hold() -> None:
     done = lint(ROOT)
     assert done.returncode == 0, done.stdout
@@ -43,13 +53,7 @@ def test_the_contracts_hold() -> None:
 def test_an_import_against_them_is_seen(
     module: str, line: str, contract: str, tmp_path: Path
 ) -> None:
-    for package in PACKAGES:
-        shutil.copytree(
-            ROOT / package,
-            tmp_path / package,
-            ignore=shutil.ignore_patterns("records", "__pycache__"),
-        )
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    copy_packages(tmp_path)
     with (tmp_path / module).open("a") as stream:
         stream.write(f"\n{line}\n")
     done = lint(tmp_path)
@@ -59,12 +63,6 @@ def test_an_import_against_them_is_seen(
 
 def test_a_new_room_needs_a_floor(tmp_path: Path) -> None:
     """A package of `compare` that no layer names breaks the contract."""
-    for package in PACKAGES:
-        shutil.copytree(
-            ROOT / package,
-            tmp_path / package,
-            ignore=shutil.ignore_patterns("records", "__pycache__"),
-        )
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    copy_packages(tmp_path)
     (tmp_path / "compare/attic.py").write_text("")
     assert "attic" in lint(tmp_path).stdout

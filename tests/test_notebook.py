@@ -23,6 +23,7 @@ def printed(cell: Any) -> str:
 
 # The kernel's own libraries warn about their transport and their event loop.
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_it_prints_what_it_is_stored_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(
         "JAX_PLATFORMS", "cpu"

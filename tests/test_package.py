@@ -33,6 +33,7 @@ except Exception as error:
 @pytest.mark.skipif(
     importlib.util.find_spec("hatchling") is None, reason="hatchling is not installed"
 )
+@pytest.mark.slow
 def test_the_notebook_runs_from_an_installed_wheel(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
@@ -61,6 +62,7 @@ def test_the_notebook_runs_from_an_installed_wheel(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     importlib.util.find_spec("beartype") is None, reason="beartype is not installed"
 )
+@pytest.mark.slow
 def test_the_annotated_shapes_are_true() -> None:
     done = subprocess.run(
         [sys.executable, "-c", ANNOTATIONS], capture_output=True, text=True, timeout=120

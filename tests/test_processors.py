@@ -80,6 +80,7 @@ def test_the_numbers_hold(name: str, value: str, feature: str) -> None:
     assert " passed" in run({name: value}, *(f"tests/{module}.py" for module in NUMERIC))
 
 
+@pytest.mark.slow
 def test_the_lowest_of_all() -> None:
     """In short: lower precision, closed rows, and the notebook's figures."""
     last = run(
@@ -92,6 +93,7 @@ def test_the_lowest_of_all() -> None:
     assert int(re.findall(r"(\d+) passed", last)[0]) > 90
 
 
+@pytest.mark.slow
 def test_the_limit_is_obeyed() -> None:
     """Without effect, the other tests here would show nothing."""
     script = "import torch; print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())"

@@ -27,6 +27,7 @@ SNIPPETS = {
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS.values(), ids=SNIPPETS)
+@pytest.mark.slow
 def test_snippets_run(snippet: str, tmp_path: Path) -> None:
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{snippet}"
     command = [sys.executable, "-W", "error", "-c", script]

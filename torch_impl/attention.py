@@ -1,4 +1,4 @@
-"""Scaled dot-product attention that obeys a stored mask: the reference mathematics."""
+"""Scaled dot-product attention with a stored mask: the reference formula."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def causal_mask(context_length: int) -> Float[Tensor, "context_length context_length"]:
-    """Return the float32 mask with 1 above the diagonal: token i may not look at token j > i."""
+    """Return the float32 mask with 1 above the diagonal: token i cannot attend to token j > i."""
     return torch.triu(torch.ones(context_length, context_length, dtype=torch.float32), diagonal=1)
 
 
@@ -19,13 +19,13 @@ def reference_attention(
     mask: Shaped[Tensor, "context_length context_length"],
     dropout: Callable[[Tensor], Tensor] = lambda weights: weights,
 ) -> Float[Tensor, "*batch tokens head_dim"]:
-    """Mix the values by softmax(queries @ keys.T / sqrt(head_dim)) over the keys left open.
+    """Return softmax(queries @ keys.T / sqrt(head_dim)) @ values over the unblocked keys.
 
-    Any nonzero entry of the mask blocks, whatever its dtype. A row that is blocked everywhere gives
-    NaN, and a NaN or inf in a blocked value still reaches every row, through 0 * NaN.
+    Any nonzero entry of the mask blocks, whatever its dtype. A row that blocks every key gives NaN.
+    A NaN or inf in a blocked value still reaches every row, because 0 * NaN is NaN.
 
-    On a processor whose bfloat16 products leak (see `closed_rows`) the NaN of a blocked row may
-    reach the row before it: this is the formula word for word, and says what torch says.
+    On CPUs whose bfloat16 products leak (see `closed_rows`), the NaN of such a row may also reach
+    the row before it. This function is the plain formula and does not guard against that.
 
     Source: Vaswani et al., "Attention Is All You Need", section 3.2.1.
     """

@@ -1,4 +1,4 @@
-"""Attention that obeys a stored mask: by the formula, or by the fastest kernel that does the same."""
+"""Attention with a stored mask, by the reference formula or by fused kernels."""
 
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -13,7 +13,7 @@ from .validation import check_covered
 
 Implementation = Literal["reference", "fused", "auto"]
 IMPLEMENTATIONS = get_args(Implementation)
-FEWEST_TOKENS = 128  # with fewer, "auto" takes the formula, which is as fast
+MIN_FUSED_TOKENS = 128  # with fewer, "auto" uses the formula, which is as fast
 
 
 def masked_attention(
@@ -24,23 +24,24 @@ def masked_attention(
     dropout: Callable[[Tensor], Tensor] | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Tensor, "*batch tokens head_dim"]:
-    """Mix the values by softmax(queries @ keys.T / sqrt(head_dim)) over the keys that the mask leaves open.
+    """Return softmax(queries @ keys.T / sqrt(head_dim)) @ values over the unblocked keys.
 
     Args:
         queries: any leading dimensions, such as (batch, heads, tokens, head_dim).
-        keys: as the queries.
-        values: as the queries.
-        mask: any nonzero entry [i, j] keeps token i from looking at token j; its first tokens are
-            used.
-        dropout: applied to the weights, which only the formula has: with it, the formula is used.
-        implementation: "reference" is the formula, `reference_attention`, word for word; "fused" is
-            `fused_attention`, the same function by other kernels; "auto" is "fused" where that is
-            faster. Except in "reference", no row that is NaN because of the mask is an operand of a
-            product (see `closed_rows`).
+        keys: like the queries.
+        values: like the queries.
+        mask: any nonzero entry [i, j] blocks token i from attending to token j. Only the first
+            `tokens` rows and columns are used.
+        dropout: applied to the attention weights. Only the formula has them, so with dropout
+            the formula is used.
+        implementation: "reference" is the plain formula, `reference_attention`. "fused" is
+            `fused_attention`, which computes the same function with other kernels. Where they do
+            not apply (see `kernel_layout`), the formula is used. "auto" is "fused" where that is
+            faster. Except with "reference", no row that is NaN because of the mask is an operand of
+            a product (see `closed_rows`).
 
     Raises:
-        ValueError: an implementation of another name, or a mask that is smaller than the tokens are
-            many.
+        ValueError: an unknown implementation, or a mask smaller than (tokens, tokens).
     """
     return attend(queries, keys, values, mask, dropout, implementation)[0]
 
@@ -53,9 +54,10 @@ def attend(
     dropout: Callable[[Tensor], Tensor] | None,
     implementation: Implementation,
 ) -> tuple[Float[Tensor, "*batch tokens head_dim"], Bool[Tensor, "tokens 1"] | None]:
-    """Return what `masked_attention` returns, and its closed rows, which no further product should multiply.
+    """Return the output of `masked_attention`, and the mask's closed rows.
 
-    The closed rows are None if the mask has none, and for "reference".
+    Later products should not multiply the closed rows. They are None if the mask has none, and for
+    "reference".
     """
     num_tokens = queries.shape[-2]
     check_implementation(implementation)
@@ -63,7 +65,7 @@ def attend(
     dropouts = () if dropout is None else (dropout,)
     if implementation == "reference":
         return reference_attention(queries, keys, values, mask, *dropouts), None
-    if dropout is None and (implementation == "fused" or num_tokens >= FEWEST_TOKENS):
+    if dropout is None and (implementation == "fused" or num_tokens >= MIN_FUSED_TOKENS):
         layout = kernel_layout(queries, keys, values, mask)
         if layout is not None:
             closed = find_closed(mask[:num_tokens, :num_tokens]) if layout.closed_rows else None
@@ -73,13 +75,13 @@ def attend(
 
 
 def check_implementation(implementation: str) -> None:
-    """Raise ValueError unless there is an implementation of that name."""
+    """Raise ValueError unless the implementation is known."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {implementation!r}; expected one of {IMPLEMENTATIONS}")
 
 
 def dropping(dropout: nn.Module) -> nn.Module | None:
-    """Return the module, or None where it would hand the weights on as they are, seen by no hook."""
-    hooked = dropout._forward_hooks or dropout._forward_pre_hooks
-    idle = type(dropout) is nn.Dropout and not (dropout.training and dropout.p > 0)
-    return None if idle and not hooked else dropout
+    """Return `dropout`, or None if it has no hooks and would leave the weights unchanged."""
+    has_hooks = dropout._forward_hooks or dropout._forward_pre_hooks
+    is_identity = type(dropout) is nn.Dropout and not (dropout.training and dropout.p > 0)
+    return None if is_identity and not has_hooks else dropout

@@ -1,4 +1,19 @@
-"""The attention of `reference_attention` by kernels that keep no (tokens, tokens) matrix, as the mask allows."""
+"""Attention with kernels that keep no (tokens, tokens) matrix. The mask decides which kernel runs.
+
+    causal, open    scaled_dot_product_attention; on a CPU with gradients its flash kernel, so that
+                    second derivatives work. Kept for the backward pass: out, logsumexp.
+    strips, and     for each strip of 64 queries (GPU: of 512 if wide):
+    wide on a GPU       weights = softmax(queries @ keys.T / sqrt(head_dim) + bias)
+                        out = weights @ values, where keys and values are the strip's ranges
+                    Kept: nothing but the inputs; the backward pass computes the weights again.
+    wide on a CPU   for each wide strip of 512 queries:
+                        out, logsumexp = flash(queries, keys, values, bias)
+                    Kept: out, logsumexp.
+
+`bias` is -inf where the mask blocks and 0 elsewhere. Closed rows are computed as if they were open,
+and then filled with NaN. On a CPU, and for strips on any device, second derivatives are those of
+the formula.
+"""
 
 from typing import Any
 
@@ -12,15 +27,16 @@ from .closed_rows import closed_rows, find_closed, guarded_attention, is_traced
 from .mask_layout import MaskLayout, Strip, mask_layout
 from .private_api import HAS_KERNELS, flash, flash_backward, softmax_backward
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what the kernels take
 
 
 def kernel_layout(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> MaskLayout | None:
-    """Return what the mask closes, or None where only the formula gives what the formula gives.
+    """Return the layout of the mask, or None if the kernels may differ from the formula.
 
-    That is for inputs whose scores may not be finite (the CPU's kernel gives a finite row for a
-    query of NaN), in transforms of `torch.func`, forward-mode differentiation, tracing, autocast,
-    and for subclasses of Tensor.
+    They may differ for inputs whose scores may not be finite (the CPU's kernel gives a finite row
+    for a query of NaN), in transforms of `torch.func`, forward-mode differentiation, tracing and
+    autocast, and for subclasses of Tensor. The result is also None if torch lacks the kernels or
+    if they do not take the tensors.
     """
     if not HAS_KERNELS:
         return None
@@ -36,13 +52,12 @@ def fused_attention(
     mask: Shaped[Tensor, "context_length context_length"],
     layout: MaskLayout,
 ) -> Float[Tensor, "*batch tokens head_dim"]:
-    """Return what `reference_attention` does, in memory that grows with the tokens and not with their square.
+    """Compute `reference_attention` in memory that is linear in the number of tokens.
 
-    A causal mask, and one that is open everywhere, takes the kernel of
-    `scaled_dot_product_attention`. Any other is taken a strip of queries at a time, without the
-    keys that are closed to all of the strip. A NaN or inf behind the mask may stay out of the rows
-    that the formula's 0 * NaN brings it to. `layout` is what `kernel_layout` returns for the same
-    arguments.
+    Causal and open masks use the kernel of `scaled_dot_product_attention`. Other masks are computed
+    one strip of queries at a time, without the keys that are blocked for the whole strip. In the
+    formula, a NaN or inf in a blocked value reaches every row through 0 * NaN; here it may not.
+    `layout` is the result of `kernel_layout` for the same arguments.
     """
     shape = queries.shape
     if layout.kind in ("strips", "wide"):
@@ -62,7 +77,7 @@ def fused_attention(
 
 
 def _are_plain(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> bool:
-    """Tell whether a kernel takes them, and whether the mask's entries can be looked at now."""
+    """Return whether the kernels take the tensors, and the mask's values can be read now."""
     tensors = (queries, keys, values, mask)
     return (
         not is_traced(queries)
@@ -79,22 +94,22 @@ def _are_plain(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> b
 
 
 def _scores_are_finite(queries: Tensor, keys: Tensor) -> bool:
-    """Tell whether no score can be inf or NaN: |q . k| <= head_dim max|q| max|k|."""
-    # The fastest pass over a tensor that tells NaN and inf too.
+    """Return whether no score can be inf or NaN: |q . k| <= head_dim max|q| max|k|."""
+    # aminmax is the fastest single pass over a tensor that also propagates NaN and inf.
     extremes = [extreme for tensor in (queries, keys) for extreme in torch.aminmax(tensor.detach())]
-    of_queries, of_keys = torch.stack(extremes).view(2, 2).abs().amax(dim=1).tolist()
-    largest = torch.finfo(torch.promote_types(queries.dtype, torch.float32)).max
-    return queries.shape[-1] * of_queries * of_keys <= largest
+    max_query, max_key = torch.stack(extremes).view(2, 2).abs().amax(dim=1).tolist()
+    max_finite = torch.finfo(torch.promote_types(queries.dtype, torch.float32)).max
+    return queries.shape[-1] * max_query * max_key <= max_finite
 
 
 def _four_dims(tensor: Tensor) -> Tensor:
-    """Return (..., tokens, head_dim) as (batch, heads, tokens, head_dim), the last dimension without gaps."""
+    """Return the tensor as (batch, heads, tokens, head_dim), with a last dimension of stride 1."""
     tensor = tensor.flatten(0, -4) if tensor.ndim > 4 else tensor[(None,) * (4 - tensor.ndim)]
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 class _Flash(torch.autograd.Function):
-    """The CPU's flash attention, which unlike torch's own can be differentiated twice: by the reference."""
+    """The CPU's flash attention. Second derivatives, which torch's own lacks, use the formula."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool) -> Tensor:
@@ -109,16 +124,16 @@ class _Flash(torch.autograd.Function):
         if torch.is_grad_enabled():
             num_tokens = grad.shape[-2]
             mask = causal_mask(num_tokens) if ctx.is_causal else torch.zeros(num_tokens, num_tokens)
-            return *_reference_gradients(
-                (queries, keys, values), mask, grad, ctx.needs_input_grad
-            ), None
-        return *flash_backward(
-            grad.contiguous(), queries, keys, values, out, logsumexp, 0.0, ctx.is_causal
-        ), None
+            grads = _reference_gradients((queries, keys, values), mask, grad, ctx.needs_input_grad)
+        else:
+            grads = flash_backward(
+                grad.contiguous(), queries, keys, values, out, logsumexp, 0.0, ctx.is_causal
+            )
+        return *grads, None
 
 
 class _Strips(torch.autograd.Function):
-    """Attention a strip of queries at a time, (heads, tokens, head_dim); for gradients, weights are computed again."""
+    """Attention one strip of queries at a time. Inputs are (heads, tokens, head_dim)."""
 
     @staticmethod
     def forward(
@@ -126,7 +141,7 @@ class _Strips(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(queries, keys, values, mask)
         ctx.layout = layout
-        out = torch.full_like(queries, torch.nan)  # of the rows without a key
+        out = torch.full_like(queries, torch.nan)  # strips without keys stay NaN
         for strip in layout.strips:
             if strip.keys:
                 weights, closed = _weights(queries, keys, mask, layout, strip)
@@ -137,74 +152,74 @@ class _Strips(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, mask = ctx.saved_tensors
+        grads: tuple[Tensor | None, ...]
         if torch.is_grad_enabled():
-            return (
-                *_reference_gradients((queries, keys, values), mask, grad, ctx.needs_input_grad),
-                None,
-                None,
-            )
-        return *_strip_gradients(queries, keys, values, mask, ctx.layout, grad), None, None
+            grads = _reference_gradients((queries, keys, values), mask, grad, ctx.needs_input_grad)
+        else:
+            grads = _strip_gradients(queries, keys, values, mask, ctx.layout, grad)
+        return *grads, None, None
 
 
 def _weights(
     queries: Tensor, keys: Tensor, mask: Tensor, layout: MaskLayout, strip: Strip
 ) -> tuple[Float[Tensor, "heads strip keys"], Bool[Tensor, "strip 1"] | None]:
-    """Return the attention weights of one strip, and which of its rows are closed: those have finite weights."""
-    blocked, closed = _opened(mask, layout, strip)
-    at = slice(strip.start, strip.stop)
+    """Return the attention weights of a strip, and its closed rows, whose weights are finite."""
+    blocked, closed = _blocked_pairs(mask, layout, strip)
+    rows = slice(strip.start, strip.stop)
     scale = queries.shape[-1] ** -0.5
     unused = queries.new_empty(1)  # with beta=0
-    scores = torch.baddbmm(unused, queries[:, at], _take(keys, strip).mT, beta=0.0, alpha=scale)
+    scores = torch.baddbmm(unused, queries[:, rows], _take(keys, strip).mT, beta=0.0, alpha=scale)
     return torch.softmax(scores.add_(_bias(blocked, queries.dtype)), dim=-1), closed
 
 
 def _strip_gradients(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, layout: MaskLayout, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of queries, keys and values; the weights are computed again."""
     scale = queries.shape[-1] ** -0.5
-    scaled = queries * scale
-    grads = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+    scaled_queries = queries * scale
+    grad_queries, grad_keys = torch.zeros_like(queries), torch.zeros_like(keys)
+    grad_values = torch.zeros_like(values)
     for strip in layout.strips:
         if strip.keys:
-            at = slice(strip.start, strip.stop)
+            rows = slice(strip.start, strip.stop)
             weights, closed = _weights(queries, keys, mask, layout, strip)
-            strip_grad = _filled(grad[:, at], closed, 0.0)
+            strip_grad = _filled(grad[:, rows], closed, 0.0)
             grad_weights = strip_grad @ _take(values, strip).mT
             grad_scores = softmax_backward(grad_weights, weights, -1, weights.dtype)
-            grads[0][:, at] = grad_scores @ _take(keys, strip)
-            _add(grads[1], strip, grad_scores.mT @ scaled[:, at])
-            _add(grads[2], strip, weights.mT @ strip_grad)
-    grads[0].mul_(scale)
-    if layout.closed_rows:
-        grads[2].fill_(
-            torch.nan
-        )  # as the formula's, whose weights of a closed row are NaN for every key
-    return grads
+            grad_queries[:, rows] = grad_scores @ _take(keys, strip)
+            _add(grad_keys, strip, grad_scores.mT @ scaled_queries[:, rows])
+            _add(grad_values, strip, weights.mT @ strip_grad)
+    grad_queries.mul_(scale)
+    if layout.closed_rows:  # in the formula, a closed row has NaN weights for every key
+        grad_values.fill_(torch.nan)
+    return grad_queries, grad_keys, grad_values
 
 
 class _WideStrips(torch.autograd.Function):
-    """The same by the CPU's flash attention, which is faster where most of the keys are looked at."""
+    """Like `_Strips`, with the CPU's flash attention, which is faster if few pairs are blocked."""
 
     @staticmethod
     def forward(
         ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, layout: MaskLayout
     ) -> Tensor:
-        out = torch.full_like(queries, torch.nan)  # of the rows without a key
+        out = torch.full_like(queries, torch.nan)  # strips without keys stay NaN
         logsumexp = queries.new_zeros(
             queries.shape[:2], dtype=torch.promote_types(queries.dtype, torch.float32)
         )
         for strip in layout.strips:
             if strip.keys:
-                at = slice(strip.start, strip.stop)
-                blocked, closed = _opened(mask, layout, strip)
-                given = queries[:, at], _take(keys, strip), _take(values, strip)
-                found = flash(
-                    *(tensor[None] for tensor in given),
+                rows = slice(strip.start, strip.stop)
+                blocked, closed = _blocked_pairs(mask, layout, strip)
+                strip_out, strip_logsumexp = flash(  # it takes (batch, heads, tokens, head_dim)
+                    queries[None, :, rows],
+                    _take(keys, strip)[None],
+                    _take(values, strip)[None],
                     0.0,
                     attn_mask=_bias(blocked, queries.dtype),
                 )
-                out[:, at] = _filled(found[0][0], closed, torch.nan)
-                logsumexp[:, at] = found[1][0]
+                out[:, rows] = _filled(strip_out[0], closed, torch.nan)
+                logsumexp[:, rows] = strip_logsumexp[0]
         ctx.save_for_backward(queries, keys, values, mask, out, logsumexp)
         ctx.layout = layout
         return out
@@ -213,41 +228,40 @@ class _WideStrips(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, mask, out, logsumexp = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return (
-                *_reference_gradients((queries, keys, values), mask, grad, ctx.needs_input_grad),
-                None,
-                None,
-            )
-        grads = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+            grads = _reference_gradients((queries, keys, values), mask, grad, ctx.needs_input_grad)
+            return *grads, None, None
+        grad_queries, grad_keys = torch.zeros_like(queries), torch.zeros_like(keys)
+        grad_values = torch.zeros_like(values)
         for strip in ctx.layout.strips:
             if strip.keys:
-                at = slice(strip.start, strip.stop)
-                blocked, closed = _opened(mask, ctx.layout, strip)
-                given = (
-                    _filled(grad[:, at], closed, 0.0),
-                    queries[:, at],
-                    _take(keys, strip),
-                    _take(values, strip),
-                )
-                known = _filled(out[:, at], closed, 0.0), logsumexp[:, at]
-                found = flash_backward(
-                    *(tensor[None] for tensor in (*given, *known)),
+                rows = slice(strip.start, strip.stop)
+                blocked, closed = _blocked_pairs(mask, ctx.layout, strip)
+                strip_grads = flash_backward(
+                    _filled(grad[:, rows], closed, 0.0)[None],
+                    queries[None, :, rows],
+                    _take(keys, strip)[None],
+                    _take(values, strip)[None],
+                    _filled(out[:, rows], closed, 0.0)[None],
+                    logsumexp[None, :, rows],
                     0.0,
                     False,
                     attn_mask=_bias(blocked, grad.dtype),
                 )
-                grads[0][:, at] = found[0][0]
-                _add(grads[1], strip, found[1][0])
-                _add(grads[2], strip, found[2][0])
-        if ctx.layout.closed_rows:
-            grads[2].fill_(torch.nan)
-        return *grads, None, None
+                grad_queries[:, rows] = strip_grads[0][0]
+                _add(grad_keys, strip, strip_grads[1][0])
+                _add(grad_values, strip, strip_grads[2][0])
+        if ctx.layout.closed_rows:  # in the formula, a closed row has NaN weights for every key
+            grad_values.fill_(torch.nan)
+        return grad_queries, grad_keys, grad_values, None, None
 
 
-def _opened(
+def _blocked_pairs(
     mask: Tensor, layout: MaskLayout, strip: Strip
 ) -> tuple[Bool[Tensor, "strip keys"], Bool[Tensor, "strip 1"] | None]:
-    """Return what is blocked to the strip, closed rows opened so that no NaN arises, and which these are, if any."""
+    """Return the blocked pairs of a strip, and its closed rows (None if the mask has none).
+
+    Closed rows count as open among the pairs, so that the kernels compute no NaN.
+    """
     blocked = _take(mask[strip.start : strip.stop].mT, strip).mT.bool()
     if not layout.closed_rows:
         return blocked, None
@@ -264,13 +278,13 @@ def _bias(blocked: Bool[Tensor, "strip keys"], dtype: torch.dtype) -> Float[Tens
 
 
 def _take(tensor: Tensor, strip: Strip) -> Tensor:
-    """Return the entries of the strip's keys, which are the dimension before the last."""
+    """Return the part of the tensor at the strip's keys, along the dimension before the last."""
     parts = [tensor[..., start:stop, :] for start, stop in strip.keys]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
 def _add(total: Tensor, strip: Strip, part: Tensor) -> None:
-    """Add what belongs to the strip's keys where these are."""
+    """Add `part` to `total` at the strip's keys: the inverse of `_take`."""
     sizes = [stop - start for start, stop in strip.keys]
     for (start, stop), piece in zip(strip.keys, part.split(sizes, dim=-2), strict=True):
         total[..., start:stop, :] += piece
@@ -279,11 +293,11 @@ def _add(total: Tensor, strip: Strip, part: Tensor) -> None:
 def _reference_gradients(
     heads: tuple[Tensor, Tensor, Tensor], mask: Tensor, grad: Tensor, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Return gradients that can be differentiated again."""
-    wanted = [tensor for tensor, is_needed in zip(heads, needed, strict=False) if is_needed]
+    """Return the gradients of the formula, which can be differentiated again."""
+    differentiated = [tensor for tensor, is_needed in zip(heads, needed, strict=False) if is_needed]
     queries, keys, values = heads
     out = guarded_attention(
         queries, keys, values, mask, closed_rows(mask, queries.shape[-2], queries.dtype)
     )
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return tuple(next(found) if is_needed else None for is_needed in needed[:3])
+    gradients = iter(torch.autograd.grad(out, differentiated, grad, create_graph=True))
+    return tuple(next(gradients) if is_needed else None for is_needed in needed[:3])

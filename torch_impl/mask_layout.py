@@ -1,4 +1,4 @@
-"""What a stored mask closes: looked at once, and remembered until the mask changes."""
+"""Which pairs a stored mask blocks: analysed once, and cached until the mask changes."""
 
 import math
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-STRIP = 64  # queries that share the ranges of keys that they look at
-WIDE = 8  # strips that make a wide one
-RUN = 32  # words of 8 bytes
-LENGTHS = 8  # of inputs, for which what was seen is kept
+STRIP_QUERIES = 64  # the queries of a strip share the same ranges of keys
+STRIPS_IN_WIDE = 8  # a wide strip has 512 queries
+CHECKSUM_WORDS = 32  # words of 8 bytes in each checksum
+MAX_CACHED_LENGTHS = 8  # numbers of tokens for which the layout of a mask is cached
 
 
 class Strip(NamedTuple):
-    """Queries `start` to `stop`, and the ranges of keys outside of which all are closed to all of them."""
+    """Queries `start` to `stop`, and ranges of keys. Keys outside the ranges are all blocked."""
 
     start: int
     stop: int
@@ -24,114 +24,119 @@ class Strip(NamedTuple):
 
 
 class MaskLayout(NamedTuple):
-    """What a mask closes: what a causal one does, nothing, or all that is outside of the strips' keys.
+    """Which pairs of a query and a key a mask blocks.
 
-    `wide` are strips of more queries, each with one range of keys, where these are half of all
-    pairs or more.
+    "causal" blocks all keys after the query, and "open" blocks nothing. Otherwise the strips cover
+    all unblocked pairs: "strips" if they cover less than half of all pairs, else "wide". Wide
+    strips have more queries and a single range of keys.
     """
 
     kind: Literal["causal", "open", "strips", "wide"]
     strips: tuple[Strip, ...] = ()
-    closed_rows: bool = False  # whether some row is blocked everywhere
+    closed_rows: bool = False  # whether some row blocks every key
 
 
-class _Seen(NamedTuple):
+class _CachedLayouts(NamedTuple):
     stamp: tuple[object, ...]
-    of_tokens: dict[int, tuple[Tensor, MaskLayout]]  # sums and layout, by how many tokens
+    by_num_tokens: dict[int, tuple[Tensor, MaskLayout]]  # checksums and layout
 
 
-_seen = WeakIdKeyDictionary()
+_cache = WeakIdKeyDictionary()
 
 
 def mask_layout(
     mask: Shaped[Tensor, "context_length context_length"], num_tokens: int
 ) -> MaskLayout:
-    """Return what the mask closes in its first `num_tokens` rows and columns.
+    """Return the layout of the mask's first `num_tokens` rows and columns.
 
-    A tensor is looked at again when its version says that it was written to. Writes through
-    `.data`, NumPy or DLPack leave the version alone, so on the CPU sums over runs of its bits are
-    compared too: only entries that change places within `RUN` words of one row would go unseen.
-    Elsewhere such writes do.
+    The layout is cached until the tensor's version changes. Writes through `.data`, NumPy or DLPack
+    do not change the version, so on the CPU checksums of the mask's bits are compared too. They
+    miss a change that keeps every sum, such as entries of one row that swap places within
+    `CHECKSUM_WORDS` words. On other devices such writes go unnoticed.
     """
-    square = mask[:num_tokens, :num_tokens]
-    sums = _sums(square)
-    if mask.is_inference() or sums is None:  # has no version, or no sums
-        return examine(square)
+    used_mask = mask[:num_tokens, :num_tokens]
+    checksums = _checksums(used_mask)
+    if mask.is_inference() or checksums is None:  # an inference tensor has no version
+        return examine(used_mask)
     stamp = (mask._version, mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, mask.device)
-    seen: _Seen | None = _seen.get(mask)
-    if seen is None or seen.stamp != stamp:
-        seen = _seen[mask] = _Seen(stamp, {})
-    known = seen.of_tokens.pop(num_tokens, None)
-    if known is None or not torch.equal(known[0], sums):
-        known = sums, examine(square)
-    seen.of_tokens[num_tokens] = known  # the last used comes last
-    if len(seen.of_tokens) > LENGTHS:
-        seen.of_tokens.pop(next(iter(seen.of_tokens)), None)
-    return known[1]
+    entry: _CachedLayouts | None = _cache.get(mask)
+    if entry is None or entry.stamp != stamp:
+        entry = _cache[mask] = _CachedLayouts(stamp, {})
+    cached = entry.by_num_tokens.pop(num_tokens, None)
+    if cached is None or not torch.equal(cached[0], checksums):
+        cached = checksums, examine(used_mask)
+    entry.by_num_tokens[num_tokens] = cached  # the most recently used is last
+    if len(entry.by_num_tokens) > MAX_CACHED_LENGTHS:
+        entry.by_num_tokens.pop(next(iter(entry.by_num_tokens)), None)
+    return cached[1]
 
 
 def examine(mask: Shaped[Tensor, "tokens tokens"]) -> MaskLayout:
-    """Return what the mask closes; of a large one, only a strip at a time is in memory."""
+    """Return the layout of a mask. Only one strip is converted to bool at a time."""
     columns = torch.arange(mask.shape[0], device=mask.device)
-    if all(torch.equal(blocked, columns > columns[at, None]) for at, blocked in _rows(mask)):
+    if all(torch.equal(blocked, columns > columns[rows, None]) for rows, blocked in _strips(mask)):
         return MaskLayout("causal")
-    if not any(blocked.any() for _, blocked in _rows(mask)):
+    if not any(blocked.any() for _, blocked in _strips(mask)):
         return MaskLayout("open")
-    found = [
-        (at, _ranges(~blocked.all(dim=0)), bool(blocked.all(dim=1).any()))
-        for at, blocked in _rows(mask)
+    examined = [
+        (Strip(rows.start, rows.stop, _ranges(~blocked.all(dim=0))), bool(blocked.all(dim=1).any()))
+        for rows, blocked in _strips(mask)
     ]
-    strips = tuple(Strip(at.start, at.stop, keys) for at, keys, _ in found)
-    closed_rows = any(has_closed for _, _, has_closed in found)
-    pairs = sum(
+    strips = tuple(strip for strip, _ in examined)
+    closed_rows = any(has_closed for _, has_closed in examined)
+    num_pairs = sum(
         (strip.stop - strip.start) * (stop - start)
         for strip in strips
         for start, stop in strip.keys
     )
-    if 2 * pairs < mask.numel():
+    if 2 * num_pairs < mask.numel():
         return MaskLayout("strips", strips, closed_rows)
-    return MaskLayout(
-        "wide",
-        tuple(_joined(strips[at : at + WIDE]) for at in range(0, len(strips), WIDE)),
-        closed_rows,
+    wide_strips = tuple(
+        _joined(strips[first : first + STRIPS_IN_WIDE])
+        for first in range(0, len(strips), STRIPS_IN_WIDE)
     )
+    return MaskLayout("wide", wide_strips, closed_rows)
 
 
 def _joined(strips: tuple[Strip, ...]) -> Strip:
-    """Return them as one, with all keys from the first to the last."""
+    """Return the strips as one, whose single range goes from the first key to the last."""
     ranges = [keys for strip in strips for keys in strip.keys]
-    around = (
+    joined_ranges = (
         ((min(start for start, _ in ranges), max(stop for _, stop in ranges)),) if ranges else ()
     )
-    return Strip(strips[0].start, strips[-1].stop, around)
+    return Strip(strips[0].start, strips[-1].stop, joined_ranges)
 
 
-def _rows(
+def _strips(
     mask: Shaped[Tensor, "tokens tokens"],
 ) -> Iterator[tuple[slice, Bool[Tensor, "strip tokens"]]]:
+    """Yield the rows of each strip, and which of their pairs are blocked."""
     num_tokens = mask.shape[0]
-    for start in range(0, num_tokens, STRIP):
-        at = slice(start, min(start + STRIP, num_tokens))
-        yield at, mask[at].bool()
+    for start in range(0, num_tokens, STRIP_QUERIES):
+        rows = slice(start, min(start + STRIP_QUERIES, num_tokens))
+        yield rows, mask[rows].bool()
 
 
 def _ranges(is_open: Bool[Tensor, " tokens"]) -> tuple[tuple[int, int], ...]:
-    """Return where the open keys lie; a gap no longer than a strip is not worth a range of its own."""
+    """Return the ranges of open keys. A gap of fewer than `STRIP_QUERIES` keys is not cut out."""
     keys = is_open.nonzero().flatten()
-    gaps = (keys.diff() > STRIP).nonzero().flatten().tolist()
+    gaps = (keys.diff() > STRIP_QUERIES).nonzero().flatten().tolist()
     starts, stops = [0, *(gap + 1 for gap in gaps)], [*gaps, len(keys) - 1]
     return tuple(
         (int(keys[i]), int(keys[j]) + 1) for i, j in zip(starts, stops, strict=True) if len(keys)
     )
 
 
-def _sums(mask: Shaped[Tensor, "tokens tokens"]) -> Tensor | None:
-    """Return sums over runs of a mask's bits, none on a GPU, None where 8 bytes straddle two rows."""
+def _checksums(mask: Shaped[Tensor, "tokens tokens"]) -> Tensor | None:
+    """Return sums over groups of 8-byte words of a row, or None if rows are not whole words.
+
+    On devices other than the CPU the result is empty.
+    """
     if mask.device.type != "cpu":
         return torch.empty(0)
     if mask.stride(1) != 1 or any(
         size * mask.element_size() % 8 for size in (mask.shape[1], mask.stride(0))
     ):
         return None
-    bits = mask.view(torch.int64)
-    return bits.unflatten(1, (-1, math.gcd(bits.shape[1], RUN))).sum(dim=2)
+    words = mask.view(torch.int64)
+    return words.unflatten(1, (-1, math.gcd(words.shape[1], CHECKSUM_WORDS))).sum(dim=2)

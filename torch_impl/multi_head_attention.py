@@ -1,4 +1,4 @@
-"""Causal multi-head self-attention in PyTorch: one mask, a registered buffer, for all heads."""
+"""Causal multi-head self-attention in PyTorch: all heads share one mask, a registered buffer."""
 
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -10,20 +10,21 @@ from .validation import check_dropout, check_heads, check_inputs, check_mask
 
 
 class CausalMultiHeadAttention(nn.Module):
-    """Causal self-attention in several heads, whose outputs are joined and projected.
+    """Causal self-attention in several heads: their outputs are concatenated and projected.
 
     Args:
         input_embedding_dim: width of each input token.
-        output_embedding_dim: width of all heads together, and of each output token.
-        context_length: the most tokens that the mask covers.
+        output_embedding_dim: width of all heads together and of each output token.
+        context_length: the largest number of tokens; the mask is (context_length, context_length).
         dropout: probability of dropping an attention weight in training mode.
-        num_heads: how many heads share the width.
-        qkv_bias: whether queries, keys and values have a bias; `out_proj` has one.
-        implementation: of the attention, see `masked_attention`.
+        num_heads: number of heads; it must divide output_embedding_dim.
+        qkv_bias: whether queries, keys and values have a bias; `out_proj` always has one.
+        implementation: which implementation of the attention to use; see `masked_attention`.
 
     Raises:
-        ValueError: dropout outside [0, 1], a width that the heads do not divide, or an unknown
-            implementation; on call, inputs or a mask of the wrong shape.
+        ValueError: on construction, a dropout outside [0, 1], a num_heads that does not divide
+            output_embedding_dim, or an unknown implementation; on call, inputs or a mask of the
+            wrong shape.
 
     Source: Vaswani et al., "Attention Is All You Need", section 3.2.2.
     """
@@ -54,13 +55,16 @@ class CausalMultiHeadAttention(nn.Module):
         self.W_value = nn.Linear(input_embedding_dim, output_embedding_dim, bias=qkv_bias)
         self.out_proj = nn.Linear(output_embedding_dim, output_embedding_dim)
         self.dropout = nn.Dropout(dropout)
-        # State: `.to()` moves it, `state_dict` keeps it, the optimizer never sees it.
+        # State: `.to()` moves it, `state_dict` saves it, the optimizer never sees it.
         self.register_buffer("mask", causal_mask(context_length))
 
     def forward(
         self, inputs: Float[Tensor, "batch tokens input_embedding_dim"]
     ) -> Float[Tensor, "batch tokens output_embedding_dim"]:
-        """Attend each token to itself and the tokens before it, in each head."""
+        """Let each token attend to itself and to the tokens before it, in every head.
+
+        The formula is `reference_attention` in `attention.py`; `attend` computes it.
+        """
         check_inputs(inputs.shape, self.input_embedding_dim, self.context_length)
         check_mask(self.mask.shape, self.context_length)
         queries = self._split(self.W_query(inputs))  # (batch, heads, tokens, head_dim)

@@ -1,27 +1,27 @@
-"""What this package uses of torch that torch does not document; used with torch 2.11 to 2.13.
+"""The undocumented parts of torch that this package uses; used with torch 2.11 to 2.13.
 
-A torch that lacks one of these still imports `torch_impl`: everything is then computed by the formula.
+If torch lacks one of the operators, `torch_impl` still imports and always uses the formula.
 """
 
 from typing import Any
 
 import torch
 
-# The CPU's flash attention, which returns the logarithm of the softmax's divisors too.
+# The CPU's flash attention. It also returns the logsumexp of the scores.
 flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 flash_backward: Any = getattr(
     torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None
 )
-# The gradient of a softmax from its outputs.
+# The gradient of a softmax, computed from its output.
 softmax_backward: Any = getattr(torch, "_softmax_backward_data", None)
 
 HAS_KERNELS = None not in (flash, flash_backward, softmax_backward)
 
 
 def is_transformed() -> bool:
-    """Return whether a transform of `torch.func` or forward-mode differentiation is at work.
+    """Return whether a `torch.func` transform or forward-mode differentiation is active.
 
-    True where torch no longer tells: the formula is right in every transform.
+    If torch lacks the query, the result is True: the formula is correct in every transform.
     """
     is_functional = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
     return bool(is_functional()) or getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0

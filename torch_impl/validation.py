@@ -1,10 +1,10 @@
-"""What the modules refuse, with the numbers that do not fit."""
+"""Checks of the modules' arguments. Each error message gives the numbers that do not fit."""
 
 from collections.abc import Sequence
 
 
 def check_dropout(dropout: float) -> None:
-    """Raise ValueError unless 0 <= dropout <= 1 (so NaN is refused too)."""
+    """Raise ValueError unless 0 <= dropout <= 1 (NaN is refused too)."""
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout is {dropout}; a probability lies between 0 and 1")
 
@@ -13,7 +13,8 @@ def check_inputs(shape: Sequence[int], input_embedding_dim: int, context_length:
     """Raise ValueError unless shape is (batch, tokens <= context_length, input_embedding_dim)."""
     if len(shape) != 3 or shape[2] != input_embedding_dim:
         raise ValueError(
-            f"inputs have shape {tuple(shape)}; expected (batch, tokens, input_embedding_dim={input_embedding_dim})"
+            f"inputs have shape {tuple(shape)}; "
+            f"expected (batch, tokens, input_embedding_dim={input_embedding_dim})"
         )
     if shape[1] > context_length:
         raise ValueError(
@@ -32,11 +33,11 @@ def check_mask(shape: Sequence[int], context_length: int) -> None:
 
 
 def check_heads(output_embedding_dim: int, num_heads: int) -> None:
-    """Raise ValueError unless the output can be divided into that many heads."""
+    """Raise ValueError unless num_heads divides output_embedding_dim."""
     if num_heads < 1 or output_embedding_dim % num_heads:
         raise ValueError(
-            f"output_embedding_dim={output_embedding_dim} cannot be divided into num_heads={num_heads}: "
-            f"give a width that is a multiple of the number of heads"
+            f"output_embedding_dim={output_embedding_dim} cannot be divided into "
+            f"num_heads={num_heads}: give a width that is a multiple of the number of heads"
         )
 
 
@@ -44,6 +45,6 @@ def check_covered(shape: Sequence[int], num_tokens: int) -> None:
     """Raise ValueError unless the mask has a row and a column for every token."""
     if len(shape) != 2 or min(shape) < num_tokens:
         raise ValueError(
-            f"mask has shape {tuple(shape)}; {num_tokens} tokens need at least ({num_tokens}, {num_tokens}): "
-            f"give a larger mask, or fewer tokens"
+            f"mask has shape {tuple(shape)}; {num_tokens} tokens need at least "
+            f"({num_tokens}, {num_tokens}): give a larger mask, or fewer tokens"
         )

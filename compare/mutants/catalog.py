@@ -460,7 +460,7 @@ _OPTIMIZING = [
         "epsilon under the root", None, (r"eps=recipe\.eps", "eps=0.0, eps_root=recipe.eps")
     ),
     *_training(
-        "epsilon left at its default", (r"eps=recipe\.eps, ", ""), (r"eps=recipe\.eps, ", "")
+        "epsilon left at its default", (r"eps=recipe\.eps,\s+", ""), (r"eps=recipe\.eps, ", "")
     ),
     *_training(
         "betas left at their default",
@@ -556,13 +556,13 @@ _FUSED = [
         "fused: stale remembered mask",
         "torch",
         "torch_impl.mask_layout",
-        ((r"if (seen|known) is None or .*:\n", r"if \1 is None:\n"),),
+        ((r"if (entry|cached) is None or .*:\n", r"if \1 is None:\n"),),
     ),
     Mutant(
         "fused: only the version is looked at",
         "torch",
         "torch_impl.mask_layout",
-        ((r" or not torch\.equal\(known\[0\], sums\)", ""),),
+        ((r" or not torch\.equal\(cached\[0\], checksums\)", ""),),
     ),
     Mutant(
         "fused: the last key left out",
@@ -580,7 +580,7 @@ _FUSED = [
         "fused: a closed row of a wide strip is 0",
         "torch",
         "torch_impl.fused",
-        ((r"_filled\(found\[0\]\[0\], closed, torch\.nan\)", "_filled(found[0][0], closed, 0.0)"),),
+        ((r"_filled\(strip_out\[0\], closed, torch\.nan\)", "_filled(strip_out[0], closed, 0.0)"),),
     ),
     Mutant(
         "fused: wide strips without the mask",
@@ -610,9 +610,9 @@ _FUSED = [
         "fused: assumed causal",
         "flax_impl.fused",
         (
-            r"is_nonzero\(lax\.dynamic_slice\(head\.mask, \(at, at_key\), shape\)\)",
-            "(at_key + jnp.arange(shape.keys, dtype=jnp.int32)[None]"
-            " > at + jnp.arange(shape.queries, dtype=jnp.int32)[:, None])",
+            r"is_nonzero\(lax\.dynamic_slice\(head\.mask, \(first_query, first_key\), shape\)\)",
+            "(first_key + jnp.arange(shape.keys, dtype=jnp.int32)[None]"
+            " > first_query + jnp.arange(shape.queries, dtype=jnp.int32)[:, None])",
         ),
     ),
     *_flax(
@@ -623,25 +623,23 @@ _FUSED = [
     *_flax(
         "fused: tiles counted from the first key",
         "flax_impl.fused",
-        (r"first = tiling\.first\[number\] \+ ", "first = "),
+        (r"nominal = tiling\.first\[strip\] \+ ", "nominal = "),
     ),
     *_flax(
         "fused: the last tile of keys counted twice",
         "flax_impl.fused",
-        (r" \| is_seen\[None\]", ""),
+        (r" \| is_repeated\[None\]", ""),
     ),
     *_flax(
         "fused: the last strip's gradient counted twice",
         "flax_impl.fused",
         (r"grad, inner = jnp\.where.*", "pass"),
     ),
-    *_flax(
-        "fused: sums not shrunk", "flax_impl.fused", (r"context \* shrink\[:, None\]", "context")
-    ),
+    *_flax("fused: sums not shrunk", "flax_impl.fused", (r"acc \* rescale\[:, None\]", "acc")),
     *_flax(
         "fused: a closed row is 0",
         "flax_impl.fused",
-        (r"context / divisor\[:, None\]", "context / jnp.where(divisor == 0, 1, divisor)[:, None]"),
+        (r"acc / l\[:, None\]", "acc / jnp.where(l == 0, 1, l)[:, None]"),
     ),
     *_flax(
         "fused: scale missing",

@@ -1,4 +1,4 @@
-"""When dropout is at work."""
+"""Whether dropout is active."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,5 +8,5 @@ from jax import Array
 
 
 def dropping(dropout: nn.Dropout, deterministic: bool) -> Callable[[Array], Array] | None:
-    """Return the module ready to drop, or None where it would hand the weights on as they are."""
+    """Return `dropout` made active, or None if it would leave the weights unchanged."""
     return None if deterministic or dropout.rate == 0 else partial(dropout, deterministic=False)

@@ -1,4 +1,4 @@
-"""Causal multi-head self-attention in Flax Linen: one mask, in the collection `buffers`, for all heads."""
+"""Causal multi-head self-attention in Flax Linen: all heads share one mask in `buffers`."""
 
 from flax import linen as nn
 from jax import Array
@@ -11,22 +11,23 @@ from .dropout import dropping
 
 
 class CausalMultiHeadAttention(nn.Module):
-    """Causal self-attention in several heads, whose outputs are joined and projected.
+    """Causal self-attention in several heads: their outputs are concatenated and projected.
 
     The variables are `{"params": {...}, "buffers": {"mask": (context_length, context_length)}}`.
 
     Args:
         input_embedding_dim: width of each input token.
-        output_embedding_dim: width of all heads together, and of each output token.
-        context_length: the most tokens that the mask covers.
+        output_embedding_dim: width of all heads together and of each output token.
+        context_length: the largest number of tokens; the mask is (context_length, context_length).
         dropout: probability of dropping an attention weight when not deterministic.
-        num_heads: how many heads share the width.
-        qkv_bias: whether queries, keys and values have a bias; `out_proj` has one.
-        implementation: of the attention, see `masked_attention`.
+        num_heads: number of heads; it must divide output_embedding_dim.
+        qkv_bias: whether queries, keys and values have a bias; `out_proj` always has one.
+        implementation: which implementation of the attention to use; see `masked_attention`.
 
     Raises:
-        ValueError: dropout outside [0, 1], a width that the heads do not divide, or an unknown
-            implementation; on call, inputs or a mask of the wrong shape.
+        ValueError: on construction, a dropout outside [0, 1], a num_heads that does not divide
+            output_embedding_dim, or an unknown implementation; on call, inputs or a mask of the
+            wrong shape.
 
     Source: Vaswani et al., "Attention Is All You Need", section 3.2.2.
     """
@@ -51,14 +52,15 @@ class CausalMultiHeadAttention(nn.Module):
         self.W_value = nn.Dense(self.output_embedding_dim, use_bias=self.qkv_bias)
         self.out_proj = nn.Dense(self.output_embedding_dim)
         self.attention_dropout = nn.Dropout(self.dropout)  # `dropout` names the field
-        # State: `device_put` moves it, checkpoints keep it, the optimizer gets only `params`.
+        # State: `device_put` moves it, checkpoints save it, the optimizer gets only `params`.
         self.mask = self.variable("buffers", "mask", causal_mask, self.context_length)
 
     def __call__(
         self, inputs: Float[Array, "batch tokens input_embedding_dim"], deterministic: bool = True
     ) -> Float[Array, "batch tokens output_embedding_dim"]:
-        """Attend each token to itself and the tokens before it, in each head.
+        """Let each token attend to itself and to the tokens before it, in every head.
 
+        The formula is `reference_attention` in `attention.py`; `masked_attention` computes it.
         With `deterministic=False` pass `rngs={"dropout": key}` to `apply`.
         """
         check_inputs(inputs.shape, self.input_embedding_dim, self.context_length)

@@ -6,6 +6,6 @@ from flax import nnx
 class Buffer(nnx.Variable):
     """The NNX counterpart of `torch.nn.Module.register_buffer`.
 
-    Optimizers and `nnx.grad` look for `nnx.Param` and so pass it by; `nnx.state(model, Buffer)`
+    Optimizers and `nnx.grad` select `nnx.Param`, so they skip it. `nnx.state(model, Buffer)`
     selects it. Source: Flax documentation, "Migrating from PyTorch to JAX/Flax", on buffers.
     """

@@ -1,10 +1,10 @@
-"""When dropout is at work."""
+"""Whether dropout is active."""
 
 from flax import nnx
 
 
 def dropping(dropout: nnx.Module) -> nnx.Module | None:
-    """Return the module, or None where it would hand the weights on as they are."""
+    """Return `dropout`, or None if it would leave the weights unchanged."""
     return (
         None
         if type(dropout) is nnx.Dropout and (dropout.deterministic or dropout.rate == 0)

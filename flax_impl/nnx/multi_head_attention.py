@@ -1,4 +1,4 @@
-"""Causal multi-head self-attention in Flax NNX: one mask, a `Buffer`, for all heads."""
+"""Causal multi-head self-attention in Flax NNX: all heads share one mask, a `Buffer`."""
 
 from flax import nnx
 from jax import Array
@@ -12,21 +12,22 @@ from .dropout import dropping
 
 
 class CausalMultiHeadAttention(nnx.Module):
-    """Causal self-attention in several heads, whose outputs are joined and projected.
+    """Causal self-attention in several heads: their outputs are concatenated and projected.
 
     Args:
         input_embedding_dim: width of each input token.
-        output_embedding_dim: width of all heads together, and of each output token.
-        context_length: the most tokens that the mask covers.
+        output_embedding_dim: width of all heads together and of each output token.
+        context_length: the largest number of tokens; the mask is (context_length, context_length).
         dropout: probability of dropping an attention weight in training mode.
-        num_heads: how many heads share the width.
-        qkv_bias: whether queries, keys and values have a bias; `out_proj` has one.
-        implementation: of the attention, see `masked_attention`.
+        num_heads: number of heads; it must divide output_embedding_dim.
+        qkv_bias: whether queries, keys and values have a bias; `out_proj` always has one.
+        implementation: which implementation of the attention to use; see `masked_attention`.
         rngs: the streams `params` and `dropout`, or a default stream.
 
     Raises:
-        ValueError: dropout outside [0, 1], a width that the heads do not divide, or an unknown
-            implementation; on call, inputs or a mask of the wrong shape.
+        ValueError: on construction, a dropout outside [0, 1], a num_heads that does not divide
+            output_embedding_dim, or an unknown implementation; on call, inputs or a mask of the
+            wrong shape.
 
     Source: Vaswani et al., "Attention Is All You Need", section 3.2.2.
     """
@@ -62,13 +63,16 @@ class CausalMultiHeadAttention(nnx.Module):
         )
         self.out_proj = nnx.Linear(output_embedding_dim, output_embedding_dim, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
-        # State: `nnx.split` and checkpoints keep it, `nnx.grad` and the optimizer pass it by.
+        # State: `nnx.split` and checkpoints keep it, `nnx.grad` and optimizers skip it.
         self.mask = Buffer(causal_mask(context_length))
 
     def __call__(
         self, inputs: Float[Array, "batch tokens input_embedding_dim"]
     ) -> Float[Array, "batch tokens output_embedding_dim"]:
-        """Attend each token to itself and the tokens before it, in each head."""
+        """Let each token attend to itself and to the tokens before it, in every head.
+
+        The formula is `reference_attention` in `attention.py`; `masked_attention` computes it.
+        """
         check_inputs(inputs.shape, self.input_embedding_dim, self.context_length)
         check_mask(self.mask.shape, self.context_length)
         queries = self._split(self.W_query(inputs))  # (batch, heads, tokens, head_dim)

@@ -29,6 +29,7 @@ FORBIDDEN = ("weights_only=False", "partial_restore", "Traceback")
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.slow
 def test_the_fault_is_named_and_nothing_is_touched(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +79,7 @@ WHOLE = ("state", "msgpack: extra collection", "msgpack: a dict for the mask")
 
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if not name.startswith(WHOLE)])
+@pytest.mark.slow
 def test_a_conversion_refuses_it_too(name: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -110,6 +112,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.slow
 def test_orbax_folders_with_broken_data(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     done = subprocess.run(

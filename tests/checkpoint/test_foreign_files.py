@@ -41,16 +41,16 @@ def test_shards_never_replace_what_is_not_theirs(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     source = compare.save_checkpoint(folder / "orig.safetensors", {"x": torch.ones(99)})
-    with pytest.raises(CheckpointError, match="is what is to be read, or holds it"):
+    with pytest.raises(CheckpointError, match="is the source, or a folder that contains it"):
         convert_checkpoint(source, folder, shard_bytes=100)
     away = compare.save_checkpoint(tmp_path / "away.safetensors", {"x": torch.ones(99)})
-    with pytest.raises(CheckpointError, match=r"holds orig.safetensors; it was left alone"):
+    with pytest.raises(CheckpointError, match=r"holds orig.safetensors; it was not changed"):
         convert_checkpoint(away, folder, shard_bytes=100)
     assert source.exists()
     convert_checkpoint(away, tmp_path / "shards", shard_bytes=100)
     convert_checkpoint(away, tmp_path / "shards", shard_bytes=100)
     (tmp_path / "shards" / "lora.safetensors").touch()
-    with pytest.raises(CheckpointError, match=r"holds lora.safetensors; it was left alone"):
+    with pytest.raises(CheckpointError, match=r"holds lora.safetensors; it was not changed"):
         convert_checkpoint(away, tmp_path / "shards", shard_bytes=100)
     convert_checkpoint(tmp_path / "shards", tmp_path / "shards" / "merged.safetensors")
     assert torch.equal(
@@ -61,7 +61,7 @@ def test_shards_never_replace_what_is_not_theirs(tmp_path: Path) -> None:
 def test_a_file_is_not_converted_into_itself(tmp_path: Path) -> None:
     path = compare.save_checkpoint(tmp_path / "state.safetensors", {"x": torch.ones(9)})
     before = path.read_bytes()
-    with pytest.raises(CheckpointError, match="is what is to be read"):
+    with pytest.raises(CheckpointError, match="is the source"):
         convert_checkpoint(path, path, dtype="bfloat16")
     assert path.read_bytes() == before
 
@@ -88,7 +88,7 @@ def test_two_entries_do_not_become_one() -> None:
 
 def test_names_that_a_format_would_lose(tmp_path: Path) -> None:
     path = compare.save_checkpoint(tmp_path / "state.orbax", {"params": {"x": jnp.ones(2)}})
-    with pytest.raises(CheckpointError, match="Orbax joins names by dots"):
+    with pytest.raises(CheckpointError, match="Orbax joins names with dots"):
         compare.save_checkpoint(path, {"params": {"a.b": jnp.ones(2), "a": {"b": jnp.zeros(2)}}})
     with open_checkpoint(path) as stored:
         assert list(stored.specs) == [("params", "x")]
@@ -149,7 +149,9 @@ def test_kernels_of_another_layer_in_nnx() -> None:
         nnx.LinearGeneral((3,), (3, 3), rngs=nnx.Rngs(0)),
         nnx.ConvTranspose(3, 3, (3,), rngs=nnx.Rngs(0)),
     ):
-        with pytest.raises(ConversionError, match=r"does not say how this kernel lies|has shape"):
+        with pytest.raises(
+            ConversionError, match=r"does not say how this kernel is laid out|has shape"
+        ):
             compare.match(conv, model)
 
 
@@ -241,7 +243,7 @@ def test_a_module_that_will_not_be_filled_is_left_as_it_was(tmp_path: Path) -> N
     other = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     other[1].register_load_state_dict_pre_hook(refuse)
     before = {key: tensor.clone() for key, tensor in other.state_dict().items()}
-    with pytest.raises(CheckpointError, match="load_state_dict refuses: KeyError: 'not today'"):
+    with pytest.raises(CheckpointError, match="load_state_dict failed: KeyError: 'not today'"):
         compare.load_checkpoint(saved, other)
     assert all(torch.equal(tensor, before[key]) for key, tensor in other.state_dict().items())
 
@@ -254,7 +256,7 @@ def test_paths_that_cannot_be(name: str, tmp_path: Path) -> None:
         compare.read_checkpoint,
         lambda path: convert_checkpoint(path, tmp_path / "y.pth"),
     ):
-        with pytest.raises(CheckpointError, match=r"cannot be a path|could not be"):
+        with pytest.raises(CheckpointError, match=r"is not a valid path|could not be"):
             attempt(f"{tmp_path}/{name}")
 
 
@@ -295,14 +297,14 @@ def test_an_nnx_state_as_orbax_has_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda found: found["tensors"][0].update(path=[0]), "a torch name that is none"),
-        (lambda found: found["tensors"][0].update(path=["a", "b"]), "a torch name that is none"),
+        (lambda found: found["tensors"][0].update(path=[0]), "which is not a torch name"),
+        (lambda found: found["tensors"][0].update(path=["a", "b"]), "which is not a torch name"),
         (
             lambda found: found["mapping"].update(left=[["x", "zero:0/0", None]]),
-            "is left with the policy",
+            "is left out with the policy",
         ),
         (lambda found: found["mapping"]["rows"][0].update(layout="flatten:-1,-3"), "needs numbers"),
-        (lambda found: found["mapping"]["rows"][1].update(part=[1]), "this is no mapping"),
+        (lambda found: found["mapping"]["rows"][1].update(part=[1]), "not a valid mapping"),
     ],
 )
 def test_manifests_that_lie(change: Any, message: str, tmp_path: Path) -> None:
@@ -313,7 +315,7 @@ def test_manifests_that_lie(change: Any, message: str, tmp_path: Path) -> None:
     change(content)
     with pytest.raises(ValueError, match=message):
         Manifest.loads(json.dumps(content))
-    assert objection("zero:2/3", np.ones(())) == "has shape (), which has no 3 parts"
+    assert objection("zero:2/3", np.ones(())) == "has shape (), which cannot be split into 3 parts"
 
 
 class Listed(nnx.Module):
@@ -389,13 +391,13 @@ def test_what_users_try_first_is_told_the_way(tmp_path: Path) -> None:
     (tmp_path / "state.msgpack").write_bytes(
         serialization.to_bytes({"step": 3, "params": {"x": np.ones(3)}})
     )
-    with pytest.raises(CheckpointError, match=r"step: is a int.*save the variables alone"):
+    with pytest.raises(CheckpointError, match=r"step: is a int.*save only the variables"):
         compare.read_checkpoint(tmp_path / "state.msgpack")
     torch.save({"model": {"x": torch.ones(3)}, "epoch": 3}, tmp_path / "training.pth")
-    with pytest.raises(CheckpointError, match=r"model is a dict.*save the state dict alone"):
+    with pytest.raises(CheckpointError, match=r"model is a dict.*save only the state dict"):
         compare.read_checkpoint(tmp_path / "training.pth")
     with pytest.raises(
-        CheckpointError, match=r"would be a folder of shards.*name it without suffix"
+        CheckpointError, match=r"would be a folder of shards.*name it without a suffix"
     ):
         convert_checkpoint(path, tmp_path / "new.msgpack", shard_bytes=8)
     with pytest.raises(

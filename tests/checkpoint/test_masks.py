@@ -76,6 +76,7 @@ def holders(mask: np.ndarray) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_every_edit_in_every_format_from_each_into_each(tmp_path: Path) -> None:
     expected = {}
     for number, mask in enumerate(EDITS.values()):
@@ -95,6 +96,7 @@ def test_every_edit_in_every_format_from_each_into_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["1 to 2", "subnormal", "bool"])
+@pytest.mark.slow
 def test_every_edit_through_every_conversion(name: str, tmp_path: Path) -> None:
     for number, source in enumerate(SUFFIXES):
         first = compare.save_checkpoint(

@@ -135,14 +135,14 @@ def test_names_that_would_coincide_are_refused(tmp_path: Path) -> None:
     for suffix in (".msgpack", ".orbax"):
         with pytest.raises(
             CheckpointError,
-            match=r"the same when they are written as words|two of these would be one",
+            match=r"the same when written as strings|two names would be the same",
         ):
             through(tmp_path / f"state{suffix}", {("x", 0): one, ("x", "0"): two})
         with pytest.raises(CheckpointError, match="lies within another array"):
             through(tmp_path / f"state{suffix}", {("x",): one, ("x", "y"): two})
-    with pytest.raises(CheckpointError, match="cannot be told from a path"):
+    with pytest.raises(CheckpointError, match="is empty or looks like a path"):
         through(tmp_path / "state.safetensors", {("b/c",): one, ("b", "c"): two})
-    with pytest.raises(CheckpointError, match="is the format's own"):
+    with pytest.raises(CheckpointError, match="is reserved by the format"):
         through(tmp_path / "state.safetensors", {("__metadata__",): one})
     assert not list(tmp_path.iterdir())
 
@@ -286,7 +286,7 @@ def test_a_reader_keeps_what_it_opened(tmp_path: Path) -> None:
         with path.open("r+b") as stream:
             stream.truncate(path.stat().st_size - 2000)
         for stored.mapped in (False, True):
-            with pytest.raises(CheckpointError, match="fewer, since it was opened"):
+            with pytest.raises(CheckpointError, match="fewer: it was cut after it was opened"):
                 list(stored.read())
     with pytest.raises(ValueError, match="the checkpoint is closed"):
         list(stored.read())
@@ -483,7 +483,8 @@ def test_linen_and_nnx_read_each_others_files(tmp_path: Path) -> None:
         assert np.array_equal(loaded["params"]["kernel"], model.kernel[...])
         wrong = {"params": variables["params"], "buffers": {"mask": jnp.ones(2)}}
         with pytest.raises(
-            CheckpointError, match=r"missing mask: buffers/mask \(2,\) finds nothing"
+            CheckpointError,
+            match=r"missing mask: the source has nothing for buffers/mask \(2,\)",
         ):
             compare.load_checkpoint(tmp_path / f"nnx{suffix}", wrong)
         trained = {"buffers": variables["params"]}
@@ -496,7 +497,7 @@ def test_linen_and_nnx_read_each_others_files(tmp_path: Path) -> None:
 def test_what_says_nothing_of_the_other_framework_is_refused(tmp_path: Path) -> None:
     path = compare.save_checkpoint(tmp_path / "state.safetensors", torch.nn.Linear(2, 3))
     with pytest.raises(
-        CheckpointError, match=r"does not say how its names .* pair: give --map FILE, or --like"
+        CheckpointError, match=r"does not say how its names pair .*: give --map FILE, or --like"
     ):
         convert_checkpoint(path, tmp_path / "state.msgpack")
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
@@ -512,7 +513,7 @@ def test_what_says_nothing_of_the_other_framework_is_refused(tmp_path: Path) -> 
             tmp_path / "y.msgpack",
             like=like,
         )
-    with pytest.raises(CheckpointError, match="is in the layout of torch, as the source is"):
+    with pytest.raises(CheckpointError, match="has the torch layout, as the source has"):
         convert_checkpoint(path, tmp_path / "y.msgpack", like=path)
     wrong = StateMapping((Row("weight", ("params", "kernel")), Row("gone", ("params", "bias"))))
     with pytest.raises(

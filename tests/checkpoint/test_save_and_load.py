@@ -86,6 +86,7 @@ def test_each_reads_what_each_wrote(writer: str, suffix: str, tmp_path: Path) ->
     )
 
 
+@pytest.mark.slow
 def test_the_edit_survives_into_new_processes_and_is_lost_without_the_buffer() -> None:
     """Formats by writers by readers, each reader a process of its own, at the notebook's size."""
     sections = [found for found in checkpoints.sections() if not isinstance(found, str)]
@@ -206,7 +207,7 @@ def _folder(path: Path) -> None:
         (_empty, "is empty"),
         (_junk, "not a whole"),
         (_cut, "not a whole"),
-        (_folder, "is no regular file; an Orbax folder is named without suffix"),
+        (_folder, "is not a regular file; an Orbax folder is named without a suffix"),
     ],
 )
 def test_unreadable_files(
@@ -232,6 +233,7 @@ def test_unreadable_orbax_folders(tmp_path: Path) -> None:
             compare.read_checkpoint(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_an_orbax_folder_without_its_data(tmp_path: Path) -> None:
     """In a process of its own: Orbax leaves callbacks behind that fail after the error."""
     path = compare.save_checkpoint(tmp_path / "cut.orbax", torch_module())
@@ -253,7 +255,9 @@ class _Planted:
 def test_pickled_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"mask": _Planted()}, tmp_path / "state.pth")
-    with pytest.raises(CheckpointError, match="more than a state dict of tensors, and was not run"):
+    with pytest.raises(
+        CheckpointError, match="more than a state dict of tensors; its code was not run"
+    ):
         compare.read_checkpoint(tmp_path / "state.pth")
     assert not (tmp_path / "planted").exists()
 
@@ -409,21 +413,21 @@ def test_weights_without_a_mask_do_not_load_into_the_class_with_one(tmp_path: Pa
             CheckpointError,
             "the folder .*none does not exist; make it first",
         ),
-        ("folder.pth", torch_module, CheckpointError, "is something else than a regular file"),
-        ("file.orbax", torch_module, CheckpointError, "is something else than a folder"),
-        ("pipe.pth", torch_module, CheckpointError, "is something else than a regular file"),
+        ("folder.pth", torch_module, CheckpointError, "is not a regular file"),
+        ("file.orbax", torch_module, CheckpointError, "is not a folder"),
+        ("pipe.pth", torch_module, CheckpointError, "is not a regular file"),
         (
             ".",
             torch_module,
             CheckpointError,
-            "is a folder that Orbax did not write; it was left alone",
+            "is a folder that Orbax did not write; it was not changed",
         ),
         (".pth", torch_module, CheckpointError, "is a suffix without a name; say 'state.pth'"),
         (
             "mixed",
             torch_module,
             CheckpointError,
-            "holds thesis.tex beside an Orbax checkpoint; it was left alone",
+            "holds thesis.tex beside an Orbax checkpoint; it was not changed",
         ),
         (
             "state.pth",
@@ -436,7 +440,7 @@ def test_weights_without_a_mask_do_not_load_into_the_class_with_one(tmp_path: Pa
             "folder",
             torch_module,
             CheckpointError,
-            "is a folder that Orbax did not write; it was left alone",
+            "is a folder that Orbax did not write; it was not changed",
         ),
         ("state.pth", dict, CheckpointError, "there is no state in a dict"),
         ("state.pth", lambda: 3, CheckpointError, "there is no state in a int"),
@@ -491,6 +495,7 @@ def test_a_missing_package_is_named(
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_file(suffix: str, tmp_path: Path) -> None:
     """A process that may not write more than 1 kB to a file stands for the full disk."""
     path = compare.save_checkpoint(tmp_path / f"state{suffix}", torch_module())
@@ -517,6 +522,7 @@ def test_a_full_disk_leaves_the_old_file(suffix: str, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.parametrize("seconds", [0.01, 0.03, 0.06, 0.1])
 @pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.slow
 def test_an_interrupt_is_one_and_leaves_nothing(
     suffix: str, seconds: float, tmp_path: Path
 ) -> None:
@@ -587,7 +593,7 @@ def test_an_interrupt_from_before_is_not_the_reason(
     ("name", "key", "mend"),
     [
         ("a" * 240, "x", "choose a shorter name"),
-        ("state", "\ud800", "rename the entry: its name is no text"),
+        ("state", "\ud800", "rename the entry: its name is not valid text"),
     ],
 )
 def test_what_room_does_not_mend(name: str, key: str, mend: str, tmp_path: Path) -> None:

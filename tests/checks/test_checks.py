@@ -21,6 +21,7 @@ TRIALS = cases.fixed_trials()
 @pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
 @pytest.mark.parametrize("check", ON_EACH)
 @pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.slow
 def test_on_each_trial(name: str, check: str, trial: cases.Trial, device: str) -> None:
     findings = list(CHECKS[check](name, trial, device))
     assert findings or (check == "gradients" and trial.closed)
@@ -30,6 +31,7 @@ def test_on_each_trial(name: str, check: str, trial: cases.Trial, device: str) -
 
 @pytest.mark.parametrize("check", ON_THEIR_OWN)
 @pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.slow
 def test_on_its_own_trial(name: str, check: str, device: str) -> None:
     findings = list(CHECKS[check](name, TRIALS[0], device))
     assert findings
@@ -37,6 +39,7 @@ def test_on_its_own_trial(name: str, check: str, device: str) -> None:
         assert finding.held, finding
 
 
+@pytest.mark.slow
 def test_torch_compile_computes_the_same(device: str) -> None:
     finding = compiled_by_torch(TRIALS[0], device)
     assert finding.held, finding
@@ -88,6 +91,7 @@ def test_one_finding_beyond_its_limit_is_not_outvoted() -> None:
         assert [check.held for check in settle(findings, "causality")] == [False]
 
 
+@pytest.mark.slow
 def test_sections_are_made_of_every_comparison() -> None:
     *_, section = sections(["causality"], "cpu")
     assert len(section.findings) == 3 * 6 * 4

@@ -26,6 +26,7 @@ def threads() -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_jobs_are_done_once_by_either(threads: int) -> None:
     jobs = [
         Job("no_such_part"),
@@ -47,6 +48,7 @@ def test_jobs_are_done_once_by_either(threads: int) -> None:
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.slow
 def test_what_fails_there_is_done_here() -> None:
     jobs = [Job("no_such_part", ahead=1), Job("mutants", {"recorded": True}, ahead=2)]
     with closing(Ahead(jobs)) as second:

@@ -27,6 +27,7 @@ def test_without_cuda_it_says_so_and_ends_with_2(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_each_step_leaves_its_record_and_its_verdict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,7 +171,7 @@ def test_one_error_lists_everything() -> None:
     ]
     message = str(caught.value)
     for part in (
-        "- missing mask: buffers/mask (7, 7) finds nothing",
+        "- missing mask: the source has nothing for buffers/mask (7, 7)",
         "+ unexpected W_qeury.bias (11,): the target has no place for it; did you mean W_query.bias?",
         "! W_key.weight has shape (11, 12); params/W_key/kernel needs (11, 13)",
         "strict=False",
@@ -282,7 +282,7 @@ def test_flax_values_that_torch_cannot_hold_are_refused() -> None:
     ):
         compare.linen_to_torch(variables)
     with pytest.raises(
-        ConversionError, match=r"W_key/kernel: .*transposed is of an array \(in, out\); .* \(13,\)"
+        ConversionError, match=r"W_key/kernel: .*transposed needs an array \(in, out\); .* \(13,\)"
     ):
         compare.linen_to_torch(
             {"params": {**linen_variables(PRIME)["params"], "W_key": {"kernel": jnp.zeros(13)}}}

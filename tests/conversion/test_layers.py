@@ -42,6 +42,7 @@ def _x64() -> Any:
 @pytest.mark.parametrize(
     ("name", "seed"), [*((name, 0) for name in LAYERS), ("linear", 1), ("conv2d", 1), ("gru", 1)]
 )
+@pytest.mark.slow
 def test_outputs_and_gradients_agree(name: str, flavor: str, seed: int) -> None:
     random = np.random.default_rng(seed)
     case = _drawn(name, random)

@@ -126,7 +126,7 @@ def test_shapes_verify() -> None:
         ConversionError, match=r"weight has shape \(3, 5\); params/kernel needs \(5, 3\)"
     ):
         compare.match({"weight": torch.zeros(3, 5)}, shapes({"params": {"kernel": (3, 5)}}))
-    with pytest.raises(ConversionError, match="torch does not say how this kernel lies"):
+    with pytest.raises(ConversionError, match="torch does not say how this kernel is laid out"):
         compare.match({"weight": torch.zeros(3)}, shapes({"params": {"kernel": (3,)}}))
 
 
@@ -164,11 +164,11 @@ def test_gpt2s_legacy_mask_is_dropped_only_while_it_is_the_causal_one() -> None:
     edited["h.0.attn.bias"][0, 0, 3, 0] = 0
     with pytest.raises(
         ConversionError,
-        match=r"attn.bias: was edited: 1 of its 16 entries are not the causal mask's",
+        match=r"attn.bias: was edited: 1 of its 16 entries differ from the causal mask",
     ):
         compare.torch_to_linen(edited, template)
     with pytest.raises(
-        ConversionError, match=r"masked_bias: is 3, which no causal mask is filled with"
+        ConversionError, match=r"masked_bias: is 3, which is not a fill value of causal masks"
     ):
         compare.torch_to_linen({**LEGACY, "h.0.attn.masked_bias": torch.tensor(3.0)}, template)
     dropped = compare.match(edited, template, policy={"*.attn.bias": "ignore"})
@@ -228,7 +228,7 @@ def test_a_table_is_saved_and_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda found: found.pop("rows"), "this is no mapping"),
+        (lambda found: found.pop("rows"), "not a valid mapping: expected an object"),
         (lambda found: found.update(flax="haiku"), "flax: 'haiku'"),
         (lambda found: found["rows"][0].update(layout="rotated"), "there is no layout 'rotated'"),
         (lambda found: found["rows"][0].update(path=[]), r"has the path \[\]"),
@@ -237,11 +237,11 @@ def test_a_table_is_saved_and_read(tmp_path: Path) -> None:
         (lambda found: found["rows"][1].update(part=[3, 2]), r"has the part \[3, 2\]"),
         (
             lambda found: found["rows"][1].update(part=[1, 2]),
-            "other parts of W_query.weight than each of them once",
+            "the parts of W_query.weight must each occur exactly once",
         ),
         (
             lambda found: found["rows"][0].update(kind="alias"),
-            "as an alias of mask, which it lacks",
+            "is an alias of mask, which has no row of its own",
         ),
         (lambda found: found["rows"][0].update(torch_key=3), "has the torch keys 3"),
         (lambda found: found["rows"][0].update(size=3), "unexpected keyword argument 'size'"),

@@ -67,6 +67,7 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("dropout", [None, torch.nn.Dropout(0.2)], ids=["no dropout", "dropout"])
 @pytest.mark.parametrize(("tokens", "name"), CASES)
+@pytest.mark.slow
 def test_no_product_sees_what_is_not_finite(tokens: int, name: str, dropout: Any) -> None:
     mask = closed_masks(tokens)[name]
     expected = everything(drawn(tokens, FLOAT64), mask, dropout, "reference")

@@ -108,6 +108,7 @@ def in_flax(
 
 @settings(max_examples=40)
 @given(drawn_masks(TORCH_TOKENS))
+@pytest.mark.slow
 def test_torch_under_any_mask(mask: np.ndarray) -> None:
     heads = HEADS[:3, :, :TORCH_TOKENS]
     judge(in_torch(heads, mask, implementation="fused"), heads, mask)
@@ -119,6 +120,7 @@ ANY_MASK = jax.jit(partial(flax_impl.masked_attention, implementation="fused"))
 
 @settings(max_examples=25)
 @given(drawn_masks(FLAX_TOKENS))
+@pytest.mark.slow
 def test_flax_under_any_mask(mask: np.ndarray) -> None:
     judge(in_flax(HEADS[:3], mask, ANY_MASK), HEADS[:3], mask)
     assert ANY_MASK._cache_size() == 1, "another mask was compiled anew"
@@ -173,6 +175,7 @@ def test_torch_gradients_under_any_mask(mask: np.ndarray) -> None:
 
 @settings(max_examples=12)
 @given(drawn_masks(FLAX_TOKENS))
+@pytest.mark.slow
 def test_flax_gradients_under_any_mask(mask: np.ndarray) -> None:
     with jax.enable_x64(True):
         found = [
@@ -182,6 +185,7 @@ def test_flax_gradients_under_any_mask(mask: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (3, 130, 4), (2, 3, 129, 4), (2, 1, 2, 130, 4)])
+@pytest.mark.slow
 def test_any_leading_dimensions(shape: tuple[int, ...]) -> None:
     heads = np.random.default_rng(1).standard_normal((3, *shape))
     for name in ("causal", "window"):
@@ -213,6 +217,7 @@ def test_a_mask_that_does_not_cover_the_tokens(implementation: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", masks())
+@pytest.mark.slow
 def test_lower_precision(name: str, dtype: str) -> None:
     mask = masks()[name][:FLAX_TOKENS, :FLAX_TOKENS].copy()
     rounded = HEADS[:3].astype(numpy_dtype(dtype))
@@ -237,6 +242,7 @@ def test_torch_second_derivatives(name: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_flax_second_derivatives() -> None:
     mask = jnp.asarray(masks()["window"][:110, :110])
 
@@ -285,6 +291,7 @@ print(json.dumps([len(jax.devices()), *(bool((one == other).all()) for one, othe
 """
 
 
+@pytest.mark.slow
 def test_flax_sharded_over_devices() -> None:
     environment = child_environment(
         {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
@@ -300,6 +307,7 @@ def test_flax_sharded_over_devices() -> None:
     assert json.loads(done.stdout) == [2, True, True, True]
 
 
+@pytest.mark.slow
 def test_half_precision_asks_cudnn_only_if_the_mask_is_causal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -461,7 +469,7 @@ def test_torch_looks_at_a_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(looked) == 5, "another tensor"
     for tokens in range(130, 150):
         module(inputs[:, :tokens])
-    assert len(mask_layout._seen[module.mask].of_tokens) == mask_layout.LENGTHS
+    assert len(mask_layout._cache[module.mask].by_num_tokens) == mask_layout.MAX_CACHED_LENGTHS
     with torch.inference_mode():
         module.mask = module.mask.clone()
         module(inputs)
@@ -500,6 +508,7 @@ def test_torch_transforms_are_not_fooled() -> None:
         assert torch.autograd.forward_ad.unpack_dual(module(dual)).tangent is not None
 
 
+@pytest.mark.slow
 def test_torch_compiled_obeys_an_edit() -> None:
     module = torch_impl.CausalAttentionWithBuffer(8, 8, 640, 0.0, implementation="fused")
     inputs = torch.randn(1, TORCH_TOKENS, 8)
@@ -583,6 +592,7 @@ def test_heads_are_matched_by_name() -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(attention, "QUICK_TOKENS", (32, 64))
     monkeypatch.setattr(attention, "MEMORY_OF", (("torch", "ours"),))

@@ -187,6 +187,7 @@ def test_jit_obeys_an_edited_mask_without_recompiling(device: str) -> None:
     assert traces == ["linen", "nnx"]
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_parameter_and_not_the_mask(device: str) -> None:
     module = torch_module().double().to(device)
     module(torch.from_numpy(normal(2, 5, D)).double().to(device)).square().sum().backward()
@@ -238,6 +239,7 @@ def test_donated_variables(device: str) -> None:
     assert held(step(variables, inputs)[1], inputs)
 
 
+@pytest.mark.slow
 def test_sharded_variables_in_a_child_process() -> None:
     """Two host devices: inputs split by batch, kernels by column, the mask by row."""
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

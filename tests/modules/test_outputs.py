@@ -67,6 +67,7 @@ MASKS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(", ", "-"))
 @pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.slow
 def test_within_the_rounding_bound_of_the_reference(
     name: str, case: Case, dtype: str, device: str
 ) -> None:

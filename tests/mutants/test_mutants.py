@@ -1,7 +1,10 @@
 """Every planted bug is seen by a check, and planting one leaves nothing behind."""
 
 import json
+import re
+from importlib import import_module
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
@@ -56,9 +59,20 @@ def seen_by() -> dict[str, list[str]]:
 SEEN_BY = seen_by()
 
 
+def test_every_pattern_matches_its_module() -> None:
+    """A line that was changed has lost its planted bug; `planted` would refuse it too."""
+    for mutant in MUTANTS:
+        source = Path(str(import_module(mutant.module).__file__)).read_text(encoding="utf-8")
+        for pattern, replacement in mutant.changes:
+            changed, count = re.subn(pattern, replacement, source)
+            assert count and changed != source, f"{mutant.name}: {pattern}"
+            source = changed
+
+
 @pytest.mark.parametrize(
     "mutant", PLANTED, ids=lambda mutant: f"{mutant.name}-{mutant.implementation}"
 )
+@pytest.mark.slow
 def test_a_check_sees_it(mutant: Mutant) -> None:
     check = SEEN_BY[f"{mutant.name} ({mutant.implementation})"][0]
     assert judge(mutant, [check], first=True).caught_by == [check]
@@ -84,6 +98,7 @@ def test_planting_is_undone_and_needs_a_place() -> None:
         raise AssertionError
 
 
+@pytest.mark.slow
 def test_the_table_names_what_was_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A change that changes nothing is seen by no check, and the verdict says so."""
     harmless = Mutant("harmless", "torch", "torch_impl.attention", (("queries @", "queries  @"),))

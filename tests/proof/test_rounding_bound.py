@@ -170,6 +170,7 @@ def _row(
     dtype=st.sampled_from(list(PRECISIONS)),
     seed=st.integers(0, 2**16),
 )
+@pytest.mark.slow
 def test_no_implementation_exceeds_the_bound(
     sizes: tuple[int, int, int],
     batch: int,
@@ -223,6 +224,7 @@ def test_exp_is_as_accurate_as_the_bound_assumes(device: str) -> None:
             assert float((np.abs(found - exact) / ulp).max()) <= EXP_ULPS
 
 
+@pytest.mark.slow
 def test_the_campaign_counts_every_case_and_sees_a_bound_that_is_too_small(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -240,6 +242,7 @@ def test_the_campaign_counts_every_case_and_sees_a_bound_that_is_too_small(
     assert not any(check.held for check in section.checks)
 
 
+@pytest.mark.slow
 def test_tf32_lies_between_the_two_bounds() -> None:
     """Emulated: operands of the scores with 11 bits leave float32's bound and stay in TF32's."""
     mutants = [mutant for mutant in MUTANTS if mutant.name == "TF32 left on"]

@@ -33,6 +33,7 @@ def test_a_leaking_processor_changes_no_output(implementation: str) -> None:
     assert all(finding.held for finding in findings)
 
 
+@pytest.mark.slow
 def test_the_check_tells_torchs_fault_from_ours() -> None:
     with LeakingProducts():
         *others, last = sorted(

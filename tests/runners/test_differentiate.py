@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np
+import pytest
 import torch
 from flax import nnx
 from jax.test_util import check_grads
@@ -89,6 +90,7 @@ def _scalar(trial: Trial, problem: DerivativeProblem, given: dict[str, list[Any]
     return total
 
 
+@pytest.mark.slow
 def test_torch_gradients_are_those_of_the_function() -> None:
     state = numpy_state_of(SMALL, "float64")
     module = ready_torch(SMALL, state, "cpu", None)
@@ -108,6 +110,7 @@ def test_torch_gradients_are_those_of_the_function() -> None:
     assert torch.autograd.gradgradcheck(function, arguments)
 
 
+@pytest.mark.slow
 def test_flax_gradients_are_those_of_the_function() -> None:
     state = numpy_state_of(SMALL, "float64")
     with jax.enable_x64(True):

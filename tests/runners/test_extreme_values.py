@@ -55,6 +55,7 @@ def trials(draw_value: st.DrawFn, values: tuple[float, ...]) -> Trial:
 
 
 @given(trial=trials(SUBNORMAL_TO_HUGE), dtype=st.sampled_from(["float32", "bfloat16", "float16"]))
+@pytest.mark.slow
 def test_finite_inputs_stay_within_the_bound(trial: Trial, dtype: str) -> None:
     with np.errstate(over="ignore"):
         rounded = trial.rounded(dtype)
@@ -73,6 +74,7 @@ def test_finite_inputs_stay_within_the_bound(trial: Trial, dtype: str) -> None:
     trial=trials((*SUBNORMAL_TO_HUGE[:9], np.inf, -np.inf, np.nan)),
     dtype=st.sampled_from(["float32", "bfloat16"]),
 )
+@pytest.mark.slow
 def test_nan_and_inf_stand_where_the_formula_puts_them(trial: Trial, dtype: str) -> None:
     rounded = trial.rounded(dtype)
     state = rounded.state

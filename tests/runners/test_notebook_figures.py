@@ -81,6 +81,7 @@ def test_the_callers_generator_is_left_alone() -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
+@pytest.mark.slow
 def test_the_story_holds_and_says_how_rows_are_matched() -> None:
     sections = list(notebook.sections())
     checks = [check for section in sections for check in section.checks]

@@ -36,6 +36,7 @@ def test_what_the_fuzzer_found_stays_mended(path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "inputs"), [("safetensors", 1500), ("msgpack", 1500), ("torch", 600), ("sharded", 300)]
 )
+@pytest.mark.slow
 def test_some_mutated_checkpoints(kind: str, inputs: int, tmp_path: Path) -> None:
     made = Input(kind, "suite", tmp_path)
     found = {outcome(made.make(number)) for number in range(inputs)}
@@ -75,6 +76,7 @@ def test_the_fuzzer_asks_for_every_tensor(
             outcome(path)
 
 
+@pytest.mark.slow
 def test_a_short_fuzz_in_processes_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +89,7 @@ def test_a_short_fuzz_in_processes_of_its_own(
     assert not (tmp_path / "cases").exists()
 
 
+@pytest.mark.slow
 def test_the_fuzzers_clock_starts_when_its_readers_are_ready(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -103,6 +106,7 @@ def test_the_fuzzers_clock_starts_when_its_readers_are_ready(
     assert [check.held for check in section.checks] == [None], "nothing was tried"
 
 
+@pytest.mark.slow
 def test_a_short_kill_campaign(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kill, "SUFFIXES", (".orbax",))
     (section,) = [found for found in kill.sections(5) if not isinstance(found, str)]

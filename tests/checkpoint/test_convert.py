@@ -1,0 +1,81 @@
+"""Arguments of `convert_checkpoint` that have no effect, and files without a known suffix."""
+
+from pathlib import Path
+
+import pytest
+
+import compare
+from compare.checkpoint.convert import convert_checkpoint
+from compare.checkpoint.errors import CheckpointError
+from compare.checkpoint.formats import open_checkpoint
+from compare.conversion.mapping import LINEN
+
+from ..support import torch_module
+
+
+@pytest.mark.parametrize(
+    ("target", "layout", "holds"),
+    [
+        ("new.pth", "flax", r"\.pth holds only the torch layout"),
+        ("new.msgpack", "torch", r"\.msgpack holds only the flax layout"),
+        ("new.orbax", "torch", r"\.orbax holds only the flax layout"),
+        ("new", "torch", "an Orbax folder holds only the flax layout"),
+    ],
+)
+def test_a_layout_that_the_format_cannot_hold_is_refused(
+    target: str, layout: str, holds: str, tmp_path: Path
+) -> None:
+    source = compare.save_checkpoint(tmp_path / "state.safetensors", torch_module())
+    with pytest.raises(
+        CheckpointError, match=rf"layout='{layout}' has no effect: {holds}: leave layout .*out"
+    ):
+        convert_checkpoint(source, tmp_path / target, layout=layout)  # type: ignore[arg-type]
+    assert not (tmp_path / target).exists()
+
+
+@pytest.mark.parametrize("argument", ["mapping", "like"])
+@pytest.mark.parametrize(
+    ("source", "target", "layout"),
+    [
+        ("state.safetensors", "new.pth", "torch"),
+        ("state.safetensors", "new.safetensors", "torch"),
+        ("state.msgpack", "new.orbax", "flax"),
+    ],
+)
+def test_a_mapping_is_refused_if_the_layout_does_not_change(
+    source: str, target: str, layout: str, argument: str, tmp_path: Path
+) -> None:
+    saved = compare.save_checkpoint(tmp_path / source, torch_module())
+    other = compare.save_checkpoint(tmp_path / "other.msgpack", torch_module())
+    options = {"mapping": LINEN} if argument == "mapping" else {"like": other}
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{argument} .*has no effect: .* both have the {layout} layout: leave it out",
+    ):
+        convert_checkpoint(saved, tmp_path / target, **options)  # type: ignore[arg-type]
+    assert not (tmp_path / target).exists()
+
+
+def test_shards_take_a_layout_and_then_a_mapping(tmp_path: Path) -> None:
+    source = compare.save_checkpoint(tmp_path / "state.safetensors", torch_module())
+    with pytest.raises(CheckpointError, match=r"mapping .*has no effect"):
+        convert_checkpoint(source, tmp_path / "shards", mapping=LINEN, shard_bytes=700)
+    convert_checkpoint(source, tmp_path / "shards", mapping=LINEN, layout="flax", shard_bytes=700)
+    with open_checkpoint(tmp_path / "shards") as stored:
+        assert stored.layout == "linen"
+
+
+def test_mapping_and_like_exclude_each_other(tmp_path: Path) -> None:
+    source = compare.save_checkpoint(tmp_path / "state.safetensors", torch_module())
+    like = compare.save_checkpoint(tmp_path / "like.msgpack", torch_module())
+    with pytest.raises(CheckpointError, match="like has no effect beside mapping: leave"):
+        convert_checkpoint(source, tmp_path / "new.msgpack", mapping=LINEN, like=like)
+
+
+def test_a_file_without_a_suffix_is_told_the_known_ones(tmp_path: Path) -> None:
+    (tmp_path / "passwd").write_text("root")
+    with pytest.raises(
+        CheckpointError,
+        match=r"unknown suffix '' of a file; name it with one of \.pth, \.pt, \.bin, \.safetensors",
+    ):
+        open_checkpoint(tmp_path / "passwd")
