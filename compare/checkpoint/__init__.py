@@ -1,15 +1,15 @@
-"""Checkpoints of either framework, in the formats of both.
+"""Checkpoints of PyTorch and Flax, in the file formats of both.
 
-| suffix | format | layout inside | read it with the plain library by |
+| suffix | format | content | the format's own library reads it with |
 | --- | --- | --- | --- |
 | `.pth`, `.pt`, `.bin` | torch zip | torch state dict | `torch.load(path, weights_only=True)` |
-| `.safetensors` | safetensors | torch state dict, or Flax paths | `safetensors.torch.load_file(path)` |
-| a folder with `*.safetensors.index.json` | shards | likewise | `safetensors.torch.load_file`, shard by shard |
+| `.safetensors` | safetensors | torch or Flax names | `safetensors.torch.load_file(path)` |
+| folder with an index | shards | torch or Flax names | `load_file`, shard by shard |
 | `.msgpack` | Flax msgpack | Flax variables | `flax.serialization.msgpack_restore(data)` |
-| `.orbax`, none | Orbax folder | Flax variables | `orbax.checkpoint.StandardCheckpointer().restore(path)` |
+| `.orbax`, none | Orbax folder | Flax variables | `StandardCheckpointer().restore(path)` |
 
-Each carries a manifest in its own kind of metadata: layout, mapping, dtypes and a checksum of every
-tensor.
+The index of a folder of shards is a file `*.safetensors.index.json`. Each format stores a manifest
+in its own kind of metadata: the layout, the mapping, and dtype, shape and checksum of every tensor.
 """
 
 from .formats import open_checkpoint

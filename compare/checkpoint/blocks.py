@@ -1,4 +1,4 @@
-"""Arrays in blocks of bounded size, and work on several of them at once."""
+"""Split arrays into blocks of bounded size, and process several items at once."""
 
 import os
 from collections import deque
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 BLOCK_BYTES = 8 << 20
-# A part of a transposed array that a processor's cache holds, if its columns are not so narrow that
-# each line of memory would be fetched for a few of its bytes.
+# A part of a transposed array should fit into a processor's cache, but its columns must not be so
+# narrow that a cache line is fetched for only a few of its bytes.
 _PART_BYTES, _COLUMNS_BYTES = 1 << 20, 256
-# What may be in memory at once beyond a single tensor that is larger.
+# The most that is in memory at once, unless a single tensor is larger.
 BATCH_BYTES = 64 << 20
 WORKERS = min(4, os.cpu_count() or 1)
 _CARRIERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
@@ -23,12 +23,12 @@ Result = TypeVar("Result")
 
 
 def blocks(array: np.ndarray, *, alone: bool = False) -> Iterator[np.ndarray]:
-    """Yield the array's bytes, native and in C order, however it lies in memory, without copying it whole.
+    """Yield the array's bytes in native byte order and C order, without copying the whole array.
 
     Args:
-        array: of any strides.
-        alone: nothing else is worked on meanwhile, so that the next blocks may be made in other
-            threads.
+        array: an array with any strides.
+        alone: True if nothing else runs meanwhile, so that other threads may prepare the next
+            blocks.
     """
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.flags.c_contiguous:
@@ -37,33 +37,34 @@ def blocks(array: np.ndarray, *, alone: bool = False) -> Iterator[np.ndarray]:
             flat[begin : begin + BLOCK_BYTES] for begin in range(0, flat.nbytes, BLOCK_BYTES)
         )
         return
-    made = ahead(_parts(array), contiguous) if alone else map(contiguous, _parts(array))
-    yield from (part.reshape(-1).view(np.uint8) for part in made)
+    parts = ahead(_parts(array), contiguous) if alone else map(contiguous, _parts(array))
+    yield from (part.reshape(-1).view(np.uint8) for part in parts)
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
     """Return the array in C order.
 
-    Part after part of a transposed matrix is first gathered as it lies in memory, then transposed
-    by torch: four times as fast as NumPy, whose copy jumps from row to row.
+    A transposed matrix is copied part by part. Each part is first copied in its memory order, then
+    transposed by torch. This is four times as fast as NumPy, whose copy jumps from row to row.
     """
     if array.flags.c_contiguous or any(stride < 0 for stride in array.strides):
-        return np.asarray(array, order="C")  # which leaves a 0-d array one
+        return np.asarray(array, order="C")  # unlike ascontiguousarray, keeps 0-d arrays 0-d
     carrier: np.ndarray = array.view(_CARRIERS[array.dtype.itemsize])
-    found = torch.from_numpy(np.empty(array.size, carrier.dtype))
-    at = 0
+    flat = torch.from_numpy(np.empty(array.size, carrier.dtype))
+    begin = 0
     for part in _parts(carrier):
-        found[at : at + part.size].view(part.shape).copy_(
+        flat[begin : begin + part.size].view(part.shape).copy_(
             torch.from_numpy(np.array(part, order="K"))
         )
-        at += part.size
-    return found.numpy().view(array.dtype).reshape(array.shape)
+        begin += part.size
+    return flat.numpy().view(array.dtype).reshape(array.shape)
 
 
 def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the array in parts, one behind the other."""
-    each = array.nbytes // len(array)
-    rows = max(_PART_BYTES // each, min(_COLUMNS_BYTES // array.itemsize, BLOCK_BYTES // each))
+    """Yield the array in consecutive parts."""
+    row_bytes = array.nbytes // len(array)
+    wide_enough = min(_COLUMNS_BYTES // array.itemsize, BLOCK_BYTES // row_bytes)
+    rows = max(_PART_BYTES // row_bytes, wide_enough)
     if rows:
         yield from (array[begin : begin + rows] for begin in range(0, len(array), rows))
     else:
@@ -72,7 +73,7 @@ def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def ahead(items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
-    """Yield the results in order, some of the next already being worked on."""
+    """Yield the results in order, while other threads work on the next items."""
     pending: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(WORKERS) as pool:
         for item in items:
@@ -86,7 +87,7 @@ def ahead(items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[Res
 def in_batches(
     items: Iterable[Item], nbytes: Callable[[Item], int], work: Callable[[Item], Result]
 ) -> Generator[tuple[Item, Result], None, None]:
-    """Yield each item with the result of its work, in order, small ones several at a time, large ones alone."""
+    """Yield each item with its result, in order. Small items run together, large items alone."""
     pending: deque[tuple[Item, Future[Result]]] = deque()
     size = 0
     with ThreadPoolExecutor(WORKERS) as pool:

@@ -1,4 +1,4 @@
-"""One checkpoint into another format, layout or dtype, tensor by tensor."""
+"""Convert a checkpoint to another format, layout or dtype, tensor by tensor."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,12 +19,15 @@ from .tensors import Spec, Tensors
 from .transforms import Progress, cast, relaid, silent, watched
 
 Wanted = Literal["torch", "flax"]
-_MEND = "give --map FILE, or --like a checkpoint of the other framework's; in Python mapping=compare.match(...)"
+_MEND = (
+    "give --map FILE, or --like a checkpoint of the other framework; "
+    "in Python, pass mapping=compare.match(...)"
+)
 
 
 @dataclass(frozen=True)
 class Line:
-    """One tensor on its way: its name on both sides, shape and dtype, and what changes."""
+    """One converted tensor: its names on both sides, its kind, shape, dtype, layout and size."""
 
     source: str
     target: str
@@ -40,9 +43,9 @@ class Conversion:
     """What a conversion did, or would do.
 
     Attributes:
-        lines: one for each tensor.
-        checked: whether the source's values could be.
-        left: what has no place on the other side.
+        lines: one line for each tensor.
+        checked: whether the source has checksums for its values.
+        left: the entries without a counterpart on the other side.
     """
 
     lines: list[Line]
@@ -51,7 +54,7 @@ class Conversion:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes the target's values take."""
+        """The size of the target's values in bytes."""
         return sum(line.nbytes for line in self.lines)
 
 
@@ -67,38 +70,60 @@ def convert_checkpoint(
     dry_run: bool = False,
     progress: Progress = silent,
 ) -> Conversion:
-    """Write what the source holds into the target, whose suffix names the format.
+    """Write the content of the source to the target. The target's suffix selects the format.
 
-    Sharded and single safetensors, and Orbax folders, are read and written tensor by tensor.
+    Safetensors, sharded or not, and Orbax folders are read and written tensor by tensor.
 
     Args:
         source: the file or folder to read.
         target: the file or folder to write, atomically.
-        mapping: how torch and Flax names pair, where the layout changes; without, what the source
-            says, or what pairs with `like`. The attention classes need none.
-        like: a checkpoint of the other framework's, whose names and shapes are matched.
-        layout: of a safetensors target: without, that of the source.
-        dtype: what floating tensors but masks are cast to. Refused if a finite number would become
-            infinite.
-        shard_bytes: write a folder of safetensors files of at most that size, with an index.
-        dry_run: only find out what would be done.
-        progress: is called with the bytes done and the bytes in all.
+        mapping: how torch and Flax names pair, if the layout changes. Default: the mapping in the
+            source's manifest. The attention classes need none.
+        like: a checkpoint of the other framework; its names and shapes are matched with the
+            source's to get the mapping.
+        layout: the layout of a safetensors target. Default: the layout of the source.
+        dtype: the dtype that floating tensors, except masks, are cast to. Refused if a finite
+            number would become infinite.
+        shard_bytes: write a folder of safetensors files of at most this size, with an index.
+        dry_run: only return what would be done.
+        progress: called with the bytes done and the total bytes.
 
     Raises:
-        CheckpointError: the source cannot be read, does not fit the mapping, or the target cannot
-            be written. The target is then as it was.
+        CheckpointError: the source cannot be read or does not fit the mapping, an argument has no
+            effect, or the target cannot be written. The target is then unchanged.
     """
     path = Path(target)
     chosen = format_of(path) if shard_bytes is None else None
     allowed = chosen.layouts if chosen else ("torch", "linen", "nnx")
-    resolved = writable(path, chosen) if chosen else _folder(path)
-    read = Path(source)
-    if exists(read) and (resolved == read.resolve() or resolved in read.resolve().parents):
+    if layout is not None and layout not in {_torch_or_flax(name) for name in allowed}:
         raise CheckpointError(
-            path, "is what is to be read, or holds it: write beside it, then rename"
+            path,
+            f"layout={layout!r} has no effect: {path.suffix or 'an Orbax folder'} holds only "
+            f"the {_torch_or_flax(allowed[0])} layout",
+            mend="leave layout (--layout) out",
+        )
+    if mapping is not None and like is not None:
+        raise CheckpointError(
+            path, "like has no effect beside mapping", mend="leave mapping or like out"
+        )
+    resolved = writable(path, chosen) if chosen else _folder(path)
+    source_path = Path(source)
+    if exists(source_path) and resolved in (source_path.resolve(), *source_path.resolve().parents):
+        raise CheckpointError(
+            path,
+            "is the source, or a folder that contains it: write to another place, then rename",
         )
 
     def work(stored: Reader) -> Conversion:
+        is_relaid = _target_layout(stored, allowed, layout) != _torch_or_flax(stored.layout)
+        for argument, value in (("mapping (--map)", mapping), ("like (--like)", like)):
+            if value is not None and not is_relaid:
+                raise CheckpointError(
+                    path,
+                    f"{argument} has no effect: source and target both have "
+                    f"the {_torch_or_flax(stored.layout)} layout",
+                    mend="leave it out",
+                )
         tensors, lines = planned(
             stored, allowed, mapping=mapping, like=like, layout=layout, dtype=dtype
         )
@@ -108,8 +133,9 @@ def convert_checkpoint(
                 write(path, resolved, chosen, counted)
             else:
                 assert shard_bytes is not None
-                put = partial(shards.write, shard_bytes=shard_bytes)
-                write(path, resolved, format_of("x.safetensors")._replace(write=put), counted)
+                write_shards = partial(shards.write, shard_bytes=shard_bytes)
+                sharded = format_of("x.safetensors")._replace(write=write_shards)
+                write(path, resolved, sharded, counted)
         left = tensors.mapping.left if tensors.layout != stored.layout and tensors.mapping else ()
         return Conversion(lines, stored.checked, left)
 
@@ -126,29 +152,37 @@ def planned(
     layout: Wanted | None = None,
     dtype: str | None = None,
 ) -> tuple[Tensors, list[Line]]:
-    """Return the tensors as the target is to hold them, and a line for each; `beside` is matched if all else fails.
+    """Return the tensors in the target's layout and dtype, and a line for each.
+
+    `beside` is a checkpoint to match with if there is no other mapping.
 
     Raises:
-        CheckpointError: nothing says how, or the source does not fit.
+        CheckpointError: there is no mapping, or the source does not fit it.
     """
-    allowed = tuple(allowed)
-    wanted = layout or ("torch" if stored.layout == "torch" else "flax")
-    if wanted == "torch" and "torch" not in allowed:
-        wanted = "flax"
-    if wanted == "flax" and allowed == ("torch",):
-        wanted = "torch"
-    if (wanted == "torch") != (stored.layout == "torch"):
+    if _target_layout(stored, tuple(allowed), layout) != _torch_or_flax(stored.layout):
         table = stored.spell(_mapping(stored, mapping, like, beside))
-        laid = relaid(stored.path, stored.tensors(), table)
+        in_layout = relaid(stored.path, stored.tensors(), table)
     else:
-        laid = stored.tensors()
-    tensors = laid if dtype is None else cast(laid, dtype, stored.path)
-    is_relaid = laid.layout != stored.layout
+        in_layout = stored.tensors()
+    tensors = in_layout if dtype is None else cast(in_layout, dtype, stored.path)
+    is_relaid = in_layout.layout != stored.layout
     lines = [
-        _line(path, spec, tensors, laid.specs[path].dtype, is_relaid)
+        _line(path, spec, tensors, in_layout.specs[path].dtype, is_relaid)
         for path, spec in tensors.specs.items()
     ]
     return tensors, lines
+
+
+def _torch_or_flax(layout: str) -> Wanted:
+    return "torch" if layout == "torch" else "flax"
+
+
+def _target_layout(stored: Reader, allowed: tuple[str, ...], layout: Wanted | None) -> Wanted:
+    """Return the wanted layout, or else the source's, or else the only one that is allowed."""
+    wanted = layout or _torch_or_flax(stored.layout)
+    if wanted == "torch" and "torch" not in allowed:
+        return "flax"
+    return "torch" if allowed == ("torch",) else wanted
 
 
 def _mapping(
@@ -160,14 +194,17 @@ def _mapping(
     table = mapping or (_matched(stored, like) if like is not None else stored.mapping)
     if table is not None:
         return table
-    own = LINEN if stored.layout in ("torch", "linen") else NNX
-    known = {(key,) for key in own.by_key} if stored.layout == "torch" else set(own.by_path)
+    attention = LINEN if stored.layout in ("torch", "linen") else NNX
+    if stored.layout == "torch":
+        known = {(key,) for key in attention.by_key}
+    else:
+        known = set(attention.by_path)
     if stored.specs.keys() <= known:
-        return own
+        return attention
     if beside is not None:
         return _matched(stored, beside)
     raise CheckpointError(
-        stored.path, "does not say how its names and the other framework's pair", mend=_MEND
+        stored.path, "does not say how its names pair with the other framework's", mend=_MEND
     )
 
 
@@ -176,7 +213,8 @@ def _matched(stored: Reader, like: str | PathLike[str]) -> StateMapping:
         if (other.layout == "torch") == (stored.layout == "torch"):
             raise CheckpointError(
                 like,
-                f"is in the layout of {other.layout}, as the source is: give one of the other's",
+                f"has the {other.layout} layout, as the source has: "
+                "give a checkpoint of the other framework",
             )
         torch, flax = (stored, other) if stored.layout == "torch" else (other, stored)
         try:
@@ -189,7 +227,7 @@ def _matched(stored: Reader, like: str | PathLike[str]) -> StateMapping:
 
 def _line(path: KeyPath, spec: Spec, tensors: Tensors, source_dtype: str, is_relaid: bool) -> Line:
     name = slashed(path)
-    source, how = name, "same"
+    source, layout = name, "same"
     if is_relaid and tensors.mapping is not None:
         rows = (
             [tensors.mapping.by_path[path]]
@@ -197,10 +235,10 @@ def _line(path: KeyPath, spec: Spec, tensors: Tensors, source_dtype: str, is_rel
             else tensors.mapping.by_key[name]
         )
         source = " + ".join(row.place if tensors.layout == "torch" else _keys(row) for row in rows)
-        how = rows[0].layout
+        layout = rows[0].layout
     dtype = spec.dtype if source_dtype == spec.dtype else f"{source_dtype} -> {spec.dtype}"
     return Line(
-        source, name, tensors.kinds.get(path, "unknown"), spec.shape, dtype, how, spec.nbytes
+        source, name, tensors.kinds.get(path, "unknown"), spec.shape, dtype, layout, spec.nbytes
     )
 
 
@@ -213,11 +251,11 @@ def _folder(path: Path) -> Path:
     if path.suffix.lower() in KNOWN:
         raise CheckpointError(
             path,
-            f"would be a folder of shards, and {path.suffix} says another format",
-            mend="name it without suffix",
+            f"would be a folder of shards, but {path.suffix} is the suffix of another format",
+            mend="name it without a suffix",
         )
     if exists(path) and not path.is_dir():
-        raise CheckpointError(path, "is no folder, which shards need: choose another name")
+        raise CheckpointError(path, "is not a folder, which shards need: choose another name")
     target = path.resolve()
     if not target.parent.is_dir():
         raise CheckpointError(path, f"the folder {target.parent} does not exist; make it first")

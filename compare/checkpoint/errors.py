@@ -1,4 +1,4 @@
-"""What reading and writing checkpoints raises."""
+"""The errors and warnings of reading and writing checkpoints."""
 
 from os import PathLike, fspath
 
@@ -10,11 +10,12 @@ class CheckpointError(ValueError):
 
     Attributes:
         path: the file or folder.
-        key: the entry, if one is to blame.
-        expected: what should be there, in words.
-        found: what is.
-        mend: the next step.
-        mismatch: the lists, where the file was read but does not fit the target.
+        reason: what is wrong.
+        key: the name of the entry that is wrong, if it is one entry.
+        expected: what was expected, in words.
+        found: what was found, in words.
+        mend: what to do about it.
+        mismatch: the entries that differ, if the file was read but does not fit the target.
     """
 
     def __init__(
@@ -38,4 +39,4 @@ class CheckpointError(ValueError):
 
 
 class UnverifiedCheckpoint(UserWarning):
-    """A checkpoint without a manifest was read: whether its values are those that were saved is not known."""
+    """A checkpoint without a manifest was read, so its values could not be checked."""

@@ -1,4 +1,4 @@
-"""Load a checkpoint into either implementation: validate everything, then assign."""
+"""Load a checkpoint into a torch or Flax model: validate everything, then assign."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -32,7 +32,7 @@ from .transforms import cast_array, relaid
 
 Module = TypeVar("Module", bound=torch.nn.Module | nnx.Module)
 Result = TypeVar("Result")
-_TRIES = 20
+_MAX_TRIES = 20
 
 
 @overload
@@ -64,33 +64,33 @@ def load_checkpoint(
     """Load parameters and buffers that `save_checkpoint`, or the format's own library, wrote.
 
     A torch or NNX module is filled in place, after everything was validated, and returned. For
-    Linen give variables or their `jax.eval_shape`; new variables are returned. torch modules keep
-    their device and dtype; Flax takes the dtypes of the file.
+    Linen, pass variables or their `jax.eval_shape`; new variables are returned. torch modules keep
+    their device and dtype; Flax gets the dtypes of the file.
 
     Args:
         path: the file or folder.
-        target: what to load into.
-        mapping: how torch and Flax names pair; without, what the file says, or `compare.match`
-            finds.
-        policy: pattern of names to what may happen if one side lacks the entry: `ignore` (the
-            target keeps its own, the file's is dropped), `verify` (only if it is the causal mask
-            that anyone would recompute).
-        cast: whether floating numbers may be cast to the target's dtype.
+        target: the model or variables to load into.
+        mapping: how torch and Flax names pair. Default: the mapping in the file, or else what
+            `compare.match` finds.
+        policy: patterns of names to what happens if one side lacks the entry. `ignore`: the target
+            keeps its own value, and a value of the file is dropped. `verify`: the same, but only if
+            the value is the standard causal mask.
+        cast: whether floating values may be cast to the target's dtype.
 
     Raises:
-        CheckpointError: no such file, not a file of this format, other values than were saved, or
-            entries that do not fit the target: missing, unexpected, of another shape, or (into
-            torch) of another dtype. The target is as it was.
+        CheckpointError: the file does not exist, is not of this format, or has other values than
+            were saved; or entries do not fit the target: they are missing, unexpected, of another
+            shape, or (for torch) of another dtype. The target is unchanged.
 
     Warns:
-        UnverifiedCheckpoint: the file has no manifest, so nothing tells whether its values are
-            those saved.
+        UnverifiedCheckpoint: the file has no manifest, so its values could not be checked.
     """
     if not isinstance(target, torch.nn.Module | nnx.Module | Mapping) or isinstance(
         target, nnx.State
     ):
         raise TypeError(
-            f"target is a {type(target).__name__}; expected a torch or NNX module, or Linen variables"
+            f"target is a {type(target).__name__}; "
+            "expected a torch or NNX module, or Linen variables"
         )
     if (
         isinstance(target, Mapping)
@@ -98,7 +98,8 @@ def load_checkpoint(
         and not any(isinstance(inner, Mapping) for inner in target.values())
     ):
         raise TypeError(
-            "target is a flat dict; expected Linen variables, or a torch module instead of its state dict"
+            "target is a flat dict; "
+            "expected Linen variables, or a torch module instead of its state dict"
         )
     if mapping is not None and not isinstance(mapping, StateMapping):
         raise TypeError(
@@ -107,7 +108,8 @@ def load_checkpoint(
     for pattern, decided in (policy or {}).items():
         if decided not in get_args(Policy):
             raise ValueError(
-                f"policy {pattern}: there is no {decided!r}; there are {', '.join(get_args(Policy))}"
+                f"policy {pattern}: there is no {decided!r}; "
+                f"there are {', '.join(get_args(Policy))}"
             )
 
     def prepare(stored: Reader) -> Callable[[], Any]:
@@ -132,15 +134,16 @@ def load_checkpoint(
 
 
 def read_checkpoint(path: str | PathLike[str], *, mapping: StateMapping | None = None) -> StateDict:
-    """Return what a checkpoint holds as a torch state dict on the CPU.
+    """Return the content of a checkpoint as a torch state dict on the CPU.
 
     Args:
         path: the file or folder.
-        mapping: how torch and Flax names pair, for a file in Flax's layout that does not say it
-            itself. The attention classes need none.
+        mapping: how torch and Flax names pair, for a file in Flax's layout without a mapping in its
+            manifest. The attention classes need none.
 
     Raises:
-        CheckpointError: no such file, or not a file of the format that its suffix names.
+        CheckpointError: the path does not exist, or is not a checkpoint of the format that its
+            suffix selects.
     """
 
     def read(stored: Reader) -> StateDict:
@@ -155,21 +158,23 @@ def read_checkpoint(path: str | PathLike[str], *, mapping: StateMapping | None =
                 raise
             raise CheckpointError(
                 path,
-                f"holds no variables of the attention classes:\n{error.mismatch}",
+                f"does not contain the variables of the attention classes:\n{error.mismatch}",
                 error.mismatch,
-                mend="give mapping=compare.match(module, template)",
+                mend="pass mapping=compare.match(module, template)",
             ) from error
 
     return steady(path, read)
 
 
 def steady(path: str | PathLike[str], work: Callable[[Reader], Result]) -> Result:
-    """Open the checkpoint and do the work, again if it was replaced meanwhile: the old or the new, never both.
+    """Open the checkpoint and do the work; start again if the checkpoint was replaced meanwhile.
+
+    So the work sees the old checkpoint or the new one, never a mixture.
 
     Raises:
-        CheckpointError: what opening or the work raise.
+        CheckpointError: opening or the work failed, or the checkpoint was replaced too often.
     """
-    for _ in range(_TRIES):
+    for _ in range(_MAX_TRIES):
         before = _identity(Path(path))
         try:
             with open_checkpoint(path) as stored:
@@ -182,32 +187,38 @@ def steady(path: str | PathLike[str], work: Callable[[Reader], Result]) -> Resul
         if before == _identity(Path(path)):
             if unverified:
                 warnings.warn(
-                    f"{path} has no manifest: whether its values are those that were saved is not known",
+                    f"{path} has no manifest, so it is not known whether its values are those "
+                    "that were saved",
                     UnverifiedCheckpoint,
                     stacklevel=3,
                 )
             return result
     raise CheckpointError(
-        path, f"was replaced {_TRIES} times while it was read", mend="read it when it is at rest"
+        path,
+        f"was replaced {_MAX_TRIES} times while it was read",
+        mend="read it when nothing writes to it",
     )
 
 
 def _identity(path: Path) -> list[tuple[int, ...]]:
-    """Return what tells a checkpoint from another at the same path; a folder by what it was written with last."""
+    """Return numbers that change when the checkpoint at the path is replaced.
+
+    A folder is identified by the files in it that are written last.
+    """
     try:
         index = index_in(path)
         parts = [path, path / "_METADATA", index or path] if path.is_dir() else [path]
-        found = [part.stat() for part in parts if part.exists()]
+        stats = [part.stat() for part in parts if part.exists()]
     except (OSError, ValueError, RuntimeError):
         return []
     return [
         (stat.st_dev, stat.st_ino, 0 if S_ISDIR(stat.st_mode) else stat.st_mtime_ns)
-        for stat in found
+        for stat in stats
     ]
 
 
 class _Named(NamedTuple):
-    """A tensor of a file that is not read yet; names of one tensor have the memory in common."""
+    """A tensor of a file whose values are not read yet. Tied names have the same `memory`."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -216,11 +227,11 @@ class _Named(NamedTuple):
 
 
 def named(stored: Reader) -> dict[str, _Named]:
-    """Return the torch names of the file, tied ones among them, with the shapes that it declares."""
-    homes = {key: key for key in stored.specs} | dict(stored.aliases)
+    """Return the torch names in the file, including tied names, with their declared shapes."""
+    first_names = {key: key for key in stored.specs} | dict(stored.aliases)
     return {
         str(key[0]): _Named(*stored.specs[first], first, stored.kinds.get(first, "unknown"))
-        for key, first in homes.items()
+        for key, first in first_names.items()
     }
 
 
@@ -235,15 +246,15 @@ def _into_torch(
     if stored.layout == "torch":
         tensors = stored.tensors()
     else:
-        table = mapping or _own(stored, stored.layout)
+        table = mapping or _stored_mapping(stored, stored.layout)
         if table:
             table = allowing(stored.spell(table), (), stored.specs, policy)
         table = table or match(module, side_of(stored), policy=policy)
         tensors = relaid(stored.path, stored.tensors(), table)
     left = tensors.mapping.left_keys() if tensors.mapping else set()
-    homes = {key: key for key in tensors.specs} | dict(tensors.aliases)
-    specs = {str(key[0]): tensors.specs[first] for key, first in homes.items()}
-    kinds = {str(key[0]): tensors.kinds.get(first, "unknown") for key, first in homes.items()}
+    first_names = {key: key for key in tensors.specs} | dict(tensors.aliases)
+    specs = {str(key[0]): tensors.specs[first] for key, first in first_names.items()}
+    kinds = {str(key[0]): tensors.kinds.get(first, "unknown") for key, first in first_names.items()}
     dropped = require_fit(module, specs, kinds, policy, left, cast)
     if stored.layout == "torch":
         state = _state(stored.read(), stored.aliases)
@@ -251,9 +262,9 @@ def _into_torch(
         state = _whole_state(tensors)
     state = {key: tensor for key, tensor in state.items() if key not in dropped}
     if cast:
-        own = module.state_dict()
-        for key in [key for key in state if key in own]:
-            state[key] = _cast(stored.path, key, state[key], own[key].dtype)
+        module_state = module.state_dict()
+        for key in [key for key in state if key in module_state]:
+            state[key] = _cast(stored.path, key, state[key], module_state[key].dtype)
     _require_masks(stored.path, tensors, state)
     return fill_torch(module, state)
 
@@ -266,20 +277,19 @@ def _torch_into_flax(
     cast: bool,
 ) -> Callable[[], Any]:
     side, names = flax_side(target), named(stored)
-    table = mapping or _own(stored, side.kind)
+    table = mapping or _stored_mapping(stored, side.kind)
     table = (
         allowing(table, names, side.leaves, policy) if table else match(names, side, policy=policy)
     )
-    # Names and shapes first: nothing is read from a file that does not fit.
+    # This checks names and shapes; no values are read from a file that does not fit.
     relaid(stored.path, stored.tensors(), table)
     state = _state(stored.read(), stored.aliases)
     _require_masks(stored.path, stored.tensors(), state)
-    for key, row in {
-        key: rows[0] for key, rows in table.by_key.items() if cast and key in state
-    }.items():
-        state[key] = _cast(
-            stored.path, key, state[key], getattr(torch, np.dtype(side.leaves[row.path].dtype).name)
-        )
+    if cast:
+        for key in [key for key in table.by_key if key in state]:
+            leaf = side.leaves[table.by_key[key][0].path]
+            dtype = getattr(torch, np.dtype(leaf.dtype).name)
+            state[key] = _cast(stored.path, key, state[key], dtype)
     arrays, mismatch = flax_from_torch(state, side.leaves, table, copy=True)
     if mismatch:
         raise ConversionError(mismatch)
@@ -300,7 +310,7 @@ def _cast(path: Path, key: str, tensor: torch.Tensor, dtype: torch.dtype) -> tor
     """Return a floating tensor in another floating dtype.
 
     Raises:
-        CheckpointError: a finite number that the dtype holds only as an infinite one.
+        CheckpointError: a finite number would become infinite.
     """
     if not tensor.is_floating_point() or not dtype.is_floating_point:
         return tensor
@@ -310,20 +320,20 @@ def _cast(path: Path, key: str, tensor: torch.Tensor, dtype: torch.dtype) -> tor
     )
 
 
-def _own(stored: Reader, kind: str) -> StateMapping | None:
-    """Return the mapping that the file has for that kind of Flax model."""
+def _stored_mapping(stored: Reader, kind: str) -> StateMapping | None:
+    """Return the mapping in the file, if it is for this kind of Flax model."""
     return stored.mapping if stored.mapping and stored.mapping.flax == kind else None
 
 
 def side_of(stored: Reader) -> FlaxSide:
-    """Return the Flax side that a file in Flax's layout is, for `compare.match`."""
+    """Return a file in Flax's layout as the Flax side of `compare.match`."""
     return specs_side("linen" if stored.layout == "linen" else "nnx", stored.specs, stored.kinds)
 
 
 def _state(
     arrays: Iterable[tuple[KeyPath, np.ndarray]], aliases: Mapping[KeyPath, KeyPath]
 ) -> StateDict:
-    """Return the arrays as a state dict, tied names as one tensor."""
+    """Return the arrays as a state dict in which tied names share one tensor."""
     state = {str(key[0]): numpy_to_tensor(_owned(array)) for key, array in arrays}
     return state | {str(key[0]): state[str(first[0])] for key, first in aliases.items()}
 
@@ -355,9 +365,9 @@ def _require_no_nan(path: Path, steps: KeyPath, kind: str, array: jax.Array) -> 
 def _nan(path: Path, key: str, count: int) -> CheckpointError:
     return CheckpointError(
         path,
-        f"{shown(key)} holds NaN, which blocks in one framework's arithmetic and spreads in another's",
+        f"{shown(key)} holds NaN, which one framework treats as blocked and another propagates",
         key=key,
         expected="numbers",
         found=f"{count} NaN",
-        mend="write 0 where a mask is open, 1 where it blocks",
+        mend="write 0 where a mask is open and 1 where it blocks",
     )

@@ -1,4 +1,7 @@
-"""From a file in Flax's layout into Linen variables or an NNX model: by name, whichever of the two wrote it."""
+"""Load a file in Flax's layout into Linen variables or an NNX model, by name.
+
+It does not matter which of the two wrote the file.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,55 +28,60 @@ def flax_leaves(
     """Return the target's leaves with the values of the file.
 
     Raises:
-        ConversionError: everything that does not fit.
+        ConversionError: entries do not fit; the error lists all of them.
     """
     names = {path: ".".join(name) for path, name in side.names.items()}
-    held = specs_side("linen" if stored.layout == "linen" else "nnx", stored.specs, stored.kinds)
-    by_name = dict(held.by_name)
+    file_side = specs_side(
+        "linen" if stored.layout == "linen" else "nnx", stored.specs, stored.kinds
+    )
+    by_name = dict(file_side.by_name)
     for path, first in stored.aliases.items():
         by_name.setdefault(dotted(path[1:] if stored.layout == "linen" else path), [first])
     missing, misshaped, refused = [], [], []
     pairs: dict[KeyPath, KeyPath] = {}
     for path, leaf in side.leaves.items():
-        place, found = slashed(path), by_name.get(names[path], [])
-        if not found:
+        target_name, sources = slashed(path), by_name.get(names[path], [])
+        if not sources:
             missing += (
                 []
-                if may_lack(place, leaf, policy)
-                else [MismatchEntry(names[path], place, expected=tuple(leaf.shape))]
+                if may_lack(target_name, leaf, policy)
+                else [MismatchEntry(names[path], target_name, expected=tuple(leaf.shape))]
             )
-        elif len(found) > 1:
+        elif len(sources) > 1:
             refused.append(
                 MismatchEntry(
                     names[path],
-                    place,
-                    reason=f"could be {' or '.join(slashed(p) for p in found)}",
+                    target_name,
+                    reason=f"could be {' or '.join(map(slashed, sources))}",
                 )
             )
-        elif stored.specs[found[0]].shape != tuple(leaf.shape):
-            misshaped.append(
-                MismatchEntry(names[path], place, stored.specs[found[0]].shape, tuple(leaf.shape))
+        elif (shape := stored.specs[sources[0]].shape) != tuple(leaf.shape):
+            misshaped.append(MismatchEntry(names[path], target_name, shape, tuple(leaf.shape)))
+        elif one_trained(file_side.kinds[sources[0]], side.kinds[path]):
+            reason = (
+                f"is a {file_side.kinds[sources[0]]} in the file and a {side.kinds[path]} "
+                "in the target: one is trained, the other is not"
             )
-        elif one_trained(mine := held.kinds[found[0]], its := side.kinds[path]):
-            reason = f"is a {mine} in the file and a {its} in the target: one is trained, the other is not"
-            refused.append(MismatchEntry(names[path], place, reason=reason))
+            refused.append(MismatchEntry(names[path], target_name, reason=reason))
         else:
-            pairs[path] = found[0]
-    taken = set(names.values())
-    extra = [path for path in held.leaves if ".".join(held.names[path]) not in taken]
-    known = {path for path in extra if decided(slashed(path), policy) in ("ignore", "verify")}
+            pairs[path] = sources[0]
+    wanted = set(names.values())
+    extra = [path for path in file_side.leaves if ".".join(file_side.names[path]) not in wanted]
+    allowed = {path for path in extra if decided(slashed(path), policy) in ("ignore", "verify")}
     unexpected = tuple(
-        MismatchEntry(slashed(p), "", stored.specs[p].shape) for p in extra if p not in known
+        MismatchEntry(slashed(path), "", stored.specs[path].shape)
+        for path in extra
+        if path not in allowed
     )
     if missing or unexpected or misshaped or refused:
         raise ConversionError(
             Mismatch(tuple(missing), unexpected, tuple(misshaped), tuple(refused))
         )
-    verified = {path for path in known if decided(slashed(path), policy) == "verify"}
+    verified = {path for path in allowed if decided(slashed(path), policy) == "verify"}
     arrays = dict(stored.read(dict.fromkeys([*pairs.values(), *sorted(verified, key=str)])))
     for path in verified:
-        if (why := objection("verify", arrays[path])) is not None:
-            refused.append(MismatchEntry(slashed(path), "", arrays[path].shape, reason=why))
+        if (refusal := objection("verify", arrays[path])) is not None:
+            refused.append(MismatchEntry(slashed(path), "", arrays[path].shape, reason=refusal))
     leaves = {}
     for path, source in pairs.items():
         try:
@@ -93,8 +101,11 @@ def install(target: Any, leaves: Mapping[KeyPath, jax.Array]) -> Any:
     if isinstance(target, nnx.Module):
         nnx.update(target, unflatten_dict(dict(leaves)))
         return target
-    held = {entry.path: entry.value for entry in linen_entries(target)}
-    kept = {path: leaf for path, leaf in held.items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
+    kept = {
+        entry.path: entry.value
+        for entry in linen_entries(target)
+        if not isinstance(entry.value, jax.ShapeDtypeStruct)
+    }
     return unflatten_dict({**kept, **leaves})
 
 

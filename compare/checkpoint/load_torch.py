@@ -1,4 +1,4 @@
-"""Put a state dict into a torch module: everything is looked at before anything is touched."""
+"""Load a state dict into a torch module. Everything is checked before anything is changed."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,18 +24,18 @@ def require_fit(
     left: set[str],
     cast: bool,
 ) -> set[str]:
-    """Compare names, shapes and dtypes with the module's; return the file's names that may be dropped.
+    """Compare names, shapes and dtypes with the module's, and return the names to drop.
 
     Raises:
-        ConversionError: everything that does not fit.
+        ConversionError: entries do not fit; the error lists all of them.
     """
-    held = module.state_dict()
+    module_state = module.state_dict()
     wanted = {
         key: entry
-        for key, entry in held.items()
+        for key, entry in module_state.items()
         if isinstance(entry, Tensor) and not is_lazy(entry)
     }
-    tied, own_kinds = _tied(wanted), torch_kinds(module)
+    tied, module_kinds = _tied(wanted), torch_kinds(module)
     missing = [
         MismatchEntry(key, "the module's", expected=tuple(tensor.shape))
         for key, tensor in wanted.items()
@@ -56,17 +56,17 @@ def require_fit(
             "the module",
             reason=f"is a {type(entry).__name__} in the module; only tensors are stored",
         )
-        for key, entry in held.items()
+        for key, entry in module_state.items()
         if key not in wanted
     ]
     refused += [
         MismatchEntry(
             key,
             "the module",
-            reason=f"is a {kinds[key]} in the file and a {own_kinds[key]} in the module",
+            reason=f"is a {kinds[key]} in the file and a {module_kinds[key]} in the module",
         )
         for key in wanted
-        if one_trained(kinds.get(key, "unknown"), own_kinds.get(key, "unknown"))
+        if one_trained(kinds.get(key, "unknown"), module_kinds.get(key, "unknown"))
     ]
     for key in [key for key in wanted if key in specs]:
         if specs[key].shape != tuple(wanted[key].shape):
@@ -82,12 +82,11 @@ def require_fit(
 
 
 def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.nn.Module]:
-    """Look at the values, and return what puts them into the module and returns it.
+    """Check the values, and return a function that loads them into the module and returns it.
 
     Raises:
-        ConversionError: names that the module ties, or keeps in overlapping memory, have different
-            values; or an entry without a place that is not the causal mask that anyone would
-            recompute.
+        ConversionError: names that are tied or overlap in memory in the module have different
+            values, or an entry that the module lacks is not the standard causal mask.
     """
     wanted = {key: entry for key, entry in module.state_dict().items() if isinstance(entry, Tensor)}
     refused = []
@@ -110,15 +109,15 @@ def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.
     fitting = {key: tensor for key, tensor in state.items() if key in wanted}
 
     def assign() -> torch.nn.Module:
-        hooked = any(child._load_state_dict_pre_hooks for child in module.modules())
-        before = {key: tensor.clone() for key, tensor in wanted.items()} if hooked else {}
+        has_hooks = any(child._load_state_dict_pre_hooks for child in module.modules())
+        before = {key: tensor.clone() for key, tensor in wanted.items()} if has_hooks else {}
         try:
-            module.load_state_dict(fitting, strict=False)  # all keys were looked at one by one
-        except Exception as error:  # of a hook that the module has
+            module.load_state_dict(fitting, strict=False)  # every key was checked above
+        except Exception as error:  # raised by a hook of the module
             with torch.no_grad():
                 for key, tensor in before.items():
                     wanted[key].copy_(tensor)
-            reason = f"load_state_dict refuses: {type(error).__name__}: {error}"
+            reason = f"load_state_dict failed: {type(error).__name__}: {error}"
             raise ConversionError(
                 Mismatch(refused=(MismatchEntry("state", "the module", reason=reason),))
             ) from error
@@ -128,7 +127,7 @@ def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.
 
 
 def _overwritten(wanted: Mapping[str, Tensor], state: StateDict) -> list[MismatchEntry]:
-    """List the entries that another one, which lies in the same memory in part, would overwrite with other values."""
+    """List the entries that an entry in overlapping memory would overwrite with other values."""
     storages: dict[int, list[str]] = {}
     for key, tensor in wanted.items():
         if key in state and same_memory(tensor) is not None:
@@ -143,30 +142,33 @@ def _overwritten(wanted: Mapping[str, Tensor], state: StateDict) -> list[Mismatc
             view.copy_(state[key])
         for key, view in views.items():
             if not same_bits(view, state[key].to(view.dtype)):
-                reason = "lies in the same memory as another entry of the module, which has other values here"
+                reason = (
+                    "lies in the same memory as another entry of the module, "
+                    "which has other values here"
+                )
                 refused.append(MismatchEntry(key, "the module", reason=reason))
     return refused
 
 
 def _view(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
-    """Return what the tensor would be in another storage."""
+    """Return a view of another storage with the tensor's offset, shape and strides."""
     empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _tied(wanted: Mapping[str, Tensor]) -> dict[str, set[str]]:
-    """Return, for each name of a tensor that has several, all its names."""
-    names: dict[Any, set[str]] = {}
+    """Return all names of each tensor that has several, by each of its names."""
+    names_by_memory: dict[Any, set[str]] = {}
     for key, tensor in wanted.items():
         memory = same_memory(tensor)
         if memory is not None:
-            names.setdefault(memory, set()).add(key)
-    return {key: found for found in names.values() if len(found) > 1 for key in found}
+            names_by_memory.setdefault(memory, set()).add(key)
+    return {key: names for names in names_by_memory.values() if len(names) > 1 for key in names}
 
 
 def _refusal(key: str, dtype: str, expected: Tensor, cast: bool) -> str | None:
-    """Say why a tensor of that dtype cannot be copied into the module's as it is, or nothing."""
-    found: torch.dtype = getattr(torch, dtype)
+    """Return why a tensor of this dtype cannot be copied into the module's tensor, or None."""
+    file_dtype: torch.dtype = getattr(torch, dtype)
     if expected.is_meta:
         return "the module is on the meta device: `to_empty(device=...)` first"
     if expected.is_inference() and not torch.is_inference_mode_enabled():
@@ -175,14 +177,15 @@ def _refusal(key: str, dtype: str, expected: Tensor, cast: bool) -> str | None:
         stride == 0 and size > 1
         for stride, size in zip(expected.stride(), expected.shape, strict=True)
     ):
-        return f"the module's is expanded, many entries in one place: `module.{key} = module.{key}.clone()` first"
-    floating = found.is_floating_point and expected.dtype.is_floating_point
-    if found == expected.dtype or (cast and floating):
+        return f"the module's is an expanded view: `module.{key} = module.{key}.clone()` first"
+    floating = file_dtype.is_floating_point and expected.dtype.is_floating_point
+    if file_dtype == expected.dtype or (cast and floating):
         return None
-    if (found, expected.dtype) == (
-        torch.int32,
-        torch.int64,
-    ):  # what JAX without x64 made of int64: no value is lost
+    # JAX without x64 makes int32 of int64; no value is lost.
+    if (file_dtype, expected.dtype) == (torch.int32, torch.int64):
         return None
-    mend = f"module.to({found})" if floating else f"module.{key} = module.{key}.to({found})"
-    return f"is {found}; the module has {expected.dtype}: `{mend}` first"
+    if floating:
+        mend = f"module.to({file_dtype})"
+    else:
+        mend = f"module.{key} = module.{key}.to({file_dtype})"
+    return f"is {file_dtype}; the module has {expected.dtype}: `{mend}` first"

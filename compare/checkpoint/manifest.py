@@ -1,9 +1,9 @@
-"""What a checkpoint says of itself: the layout, a checksum of every tensor, how torch and Flax names pair.
+"""The manifest of a checkpoint: the layout, the checksum of every tensor, and the mapping.
 
-CRC-32, as in zip and PNG, over dtype, shape and bytes in C order: no change within 32 bits escapes
-it, any other one in four billion, and processors take it as fast as they read memory. Python itself
-has it, so whoever can read the file can check it. It guards against accidents; who can rewrite the
-data can rewrite any checksum beside them. Version 1 had SHA-256 instead.
+The checksum is CRC-32, as in zip and PNG, over dtype, shape and bytes in C order. CRC-32 catches
+accidental damage: every burst of up to 32 bits, and all but one in four billion other changes. It
+does not stop tampering: a program that can change the data can also change the checksum. Processors
+compute it as fast as they read memory, and Python has it built in. Version 1 used SHA-256.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from .tensors import FileLayout, Spec, Tensors, checked
 
 try:
     from isal.isal_zlib import crc32
-except ImportError:  # the same numbers, seven times slower
+except ImportError:  # the same checksums, seven times slower
     from zlib import crc32
 
 
@@ -38,7 +38,7 @@ Algorithm = Literal["crc32", "sha256"]
 
 
 class Record(NamedTuple):
-    """One tensor: what it is, and the checksum of its values."""
+    """One tensor: its shape and dtype, the checksum of its values, and its kind of state."""
 
     spec: Spec
     checksum: str
@@ -46,25 +46,32 @@ class Record(NamedTuple):
 
 
 class Crc32:
-    """The checksum, taken piece by piece as `hashlib` does."""
+    """A CRC-32 checksum with the interface of `hashlib`."""
 
     def __init__(self, first: bytes) -> None:
         self.value = crc32(first)
 
     def update(self, piece: Any) -> None:
-        """Take in what comes next."""
+        """Add the next piece."""
         self.value = crc32(piece, self.value)
 
     def hexdigest(self) -> str:
-        """Return it in eight digits."""
+        """Return the checksum as eight hexadecimal digits."""
         return f"{self.value:08x}"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The manifest; `aliases` are further names of tensors that are stored once.
+    """The manifest of a checkpoint.
 
-    A mask is declared by what its entries mean: of ours, any nonzero entry blocks.
+    For each mask it also declares the polarity: in these modules a nonzero entry blocks.
+
+    Attributes:
+        layout: the framework whose names and shapes the tensors have.
+        records: the record of each tensor, by path.
+        aliases: further names of tensors that are stored once, each with the first name.
+        mapping: how torch and Flax names pair, if known.
+        algorithm: the algorithm of the checksums.
     """
 
     layout: FileLayout
@@ -74,22 +81,20 @@ class Manifest:
     algorithm: Algorithm = "crc32"
 
     def with_checksums(self, sums: Mapping[KeyPath, str]) -> "Manifest":
-        """Return the manifest with these checksums in place of those that were pending."""
+        """Return the manifest with these checksums instead of the pending ones."""
         records = {
             path: record._replace(checksum=sums[path]) for path, record in self.records.items()
         }
         return Manifest(self.layout, records, self.aliases, self.mapping)
 
     def dumps(self) -> str:
-        """Return the manifest as JSON; its length does not depend on the checksums."""
+        """Return the manifest as JSON. Its length does not depend on the checksums."""
         tensors = [
             {
                 "path": list(path),
-                **{
-                    "dtype": record.spec.dtype,
-                    "shape": list(record.spec.shape),
-                    "crc32": record.checksum,
-                },
+                "dtype": record.spec.dtype,
+                "shape": list(record.spec.shape),
+                "crc32": record.checksum,
                 "kind": record.kind,
                 **({"polarity": POLARITY} if is_mask(path, record.kind) else {}),
             }
@@ -106,10 +111,10 @@ class Manifest:
 
     @classmethod
     def loads(cls, text: Any) -> "Manifest":
-        """Return the manifest of that JSON.
+        """Return the manifest that this JSON describes.
 
         Raises:
-            ValueError: none of ours, or of a version that is not known here.
+            ValueError: the JSON is not a valid manifest, or its version is unknown.
         """
         try:
             content = json.loads(text)
@@ -119,22 +124,33 @@ class Manifest:
                 )
             algorithm: Algorithm = "sha256" if content["version"] == 1 else "crc32"
             if content["layout"] not in get_args(FileLayout):
-                raise ValueError(f"layout {content['layout']!r}")
+                raise ValueError(
+                    f"its manifest has layout {content['layout']!r}; "
+                    f"there are {', '.join(get_args(FileLayout))}"
+                )
             records = dict(_record(entry, algorithm) for entry in content["tensors"])
             if len(records) != len(content["tensors"]):
-                raise ValueError("a tensor twice")
+                raise ValueError("its manifest has a tensor twice")
             aliases = {_path(path): _path(first) for path, first in content["aliases"]}
-            if content["layout"] == "torch" and any(
-                len(p) > 1 or type(p[0]) is int for p in (*records, *aliases)
-            ):
-                raise ValueError("a torch name that is none")
-            if any(first not in records or path in records for path, first in aliases.items()):
-                raise ValueError("an alias of nothing")
+            for path in (*records, *aliases):
+                if content["layout"] == "torch" and (len(path) > 1 or type(path[0]) is int):
+                    raise ValueError(
+                        f"its manifest has the path {list(path)}, which is not a torch name"
+                    )
+            for path, first in aliases.items():
+                if first not in records:
+                    raise ValueError(
+                        f"alias {list(path)} refers to a tensor that is not in the file"
+                    )
+                if path in records:
+                    raise ValueError(f"alias {list(path)} is also the name of a stored tensor")
             mapping = (
                 None if content["mapping"] is None else StateMapping.from_json(content["mapping"])
             )
         except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
-            raise ValueError(f"its manifest is broken ({type(error).__name__}: {error})") from error
+            raise ValueError(
+                f"its manifest is invalid ({type(error).__name__}: {error})"
+            ) from error
         return cls(content["layout"], records, aliases, mapping, algorithm)
 
 
@@ -145,10 +161,13 @@ def _record(entry: Any, algorithm: Algorithm) -> tuple[KeyPath, Record]:
         or len(digest) != _DIGITS[algorithm]
         or not isinstance(entry["kind"], str)
     ):
-        raise ValueError(f"its manifest is broken (checksum {digest!r} and kind {entry['kind']!r})")
+        raise ValueError(
+            f"its manifest is invalid (checksum {digest!r} and kind {entry['kind']!r})"
+        )
     if entry.get("polarity", POLARITY) != POLARITY:
         raise ValueError(
-            f"says of {slashed(path)} {entry['polarity']!r}; in these modules {POLARITY}"
+            f"its manifest declares {entry['polarity']!r} for {slashed(path)}; "
+            f"in these modules {POLARITY}"
         )
     return path, Record(checked(entry["shape"], entry["dtype"]), digest, entry["kind"])
 
@@ -159,17 +178,17 @@ def _path(steps: Any) -> KeyPath:
         or not steps
         or not all(type(step) in (str, int) for step in steps)
     ):
-        raise ValueError(f"its manifest is broken (path {steps!r})")
+        raise ValueError(f"its manifest is invalid (path {steps!r})")
     return tuple(steps)
 
 
 def is_mask(path: KeyPath, kind: str) -> bool:
-    """Tell whether the entry is a mask: a buffer of that name."""
+    """Return whether the entry is a mask: a buffer named `mask`."""
     return kind != "parameter" and str(path[-1]).rpartition(".")[2] == "mask"
 
 
 def checksum(pieces: Iterable[np.ndarray], spec: Spec, algorithm: Algorithm = "crc32") -> str:
-    """Return the checksum of the pieces, one behind the other along their first axis."""
+    """Return the checksum of consecutive pieces of one tensor."""
     digest = start(spec, algorithm)
     for piece in pieces:
         for block in blocks(piece):
@@ -178,16 +197,16 @@ def checksum(pieces: Iterable[np.ndarray], spec: Spec, algorithm: Algorithm = "c
 
 
 def start(spec: Spec, algorithm: Algorithm = "crc32") -> Any:
-    """Return a checksum that has seen dtype and shape, to be given the bytes."""
-    first = f"{spec.dtype}{list(spec.shape)}".encode()
-    return Crc32(first) if algorithm == "crc32" else hashlib.sha256(first)
+    """Return a checksum object that includes dtype and shape, ready for the bytes."""
+    header = f"{spec.dtype}{list(spec.shape)}".encode()
+    return Crc32(header) if algorithm == "crc32" else hashlib.sha256(header)
 
 
 COLLECTIONS = ("params", "buffers", "batch_stats")
 
 
 def manifest_of(tensors: Tensors) -> Manifest:
-    """Return the manifest, its checksums pending."""
+    """Return the manifest with pending checksums."""
     kinds = {path: tensors.kinds.get(path) or _kind(path, tensors.layout) for path in tensors.specs}
     records = {path: Record(spec, PENDING, kinds[path]) for path, spec in tensors.specs.items()}
     return Manifest(tensors.layout, records, dict(tensors.aliases), tensors.mapping)
@@ -198,57 +217,63 @@ def _kind(path: KeyPath, layout: FileLayout) -> str:
 
 
 def torch_or_flax(names: Iterable[str]) -> FileLayout:
-    """Tell the layout of a file without a manifest: names that begin with a collection are Linen's."""
-    found = list(names)
-    flax = bool(found) and all(name.split("/")[0] in COLLECTIONS and "/" in name for name in found)
-    return "linen" if flax else "torch"
+    """Guess the layout of a file without a manifest: Linen's names begin with a collection."""
+    parts = [name.split("/") for name in names]
+    is_linen = bool(parts) and all(part[0] in COLLECTIONS and len(part) > 1 for part in parts)
+    return "linen" if is_linen else "torch"
 
 
 def linen_or_nnx(paths: Iterable[KeyPath]) -> FileLayout:
-    """Tell the layout of a Flax tree without a manifest: Linen's begins with collections."""
-    found = list(paths)
-    first = {path[0] for path in found}
-    return "linen" if found and ("params" in first or first <= set(COLLECTIONS)) else "nnx"
+    """Guess the layout of a Flax tree without a manifest: Linen's top level has collections."""
+    top_level = {path[0] for path in paths}
+    is_linen = "params" in top_level or (bool(top_level) and top_level <= {*COLLECTIONS})
+    return "linen" if is_linen else "nnx"
 
 
 def in_manifests_order(
     path: Path, specs: Mapping[KeyPath, Spec], manifest: Manifest
 ) -> dict[KeyPath, Spec]:
-    """Return the specs by the manifest's paths, whose steps may be numbers where the file has words.
+    """Return the specs in the manifest's order, under the manifest's paths.
+
+    A step of a path may be a number in the manifest and a string in the file.
 
     Raises:
-        CheckpointError: the manifest speaks of other tensors than the file holds.
+        CheckpointError: the manifest and the file have different tensors.
     """
-    by_words = {tuple(map(str, key)): spec for key, spec in specs.items()}
-    found = {key: by_words.pop(tuple(map(str, key)), None) for key in manifest.records}
-    absent = [key for key, spec in found.items() if spec is None]
-    for key in [*absent, *by_words]:
-        name = slashed(key)
-        side = "the manifest declares" if key in absent else "the manifest does not know"
+    stored = {tuple(map(str, key)): spec for key, spec in specs.items()}
+    ordered = {key: stored.pop(tuple(map(str, key)), None) for key in manifest.records}
+    absent = [key for key, spec in ordered.items() if spec is None]
+    for key in [*absent, *stored]:
+        name = shown(slashed(key))
         raise CheckpointError(
-            path, f"{side} {shown(name)}", key=name, mend="the file was changed: take another copy"
+            path,
+            f"the manifest declares {name}, which the file lacks"
+            if key in absent
+            else f"the manifest does not know {name}",
+            key=slashed(key),
+            mend="the file was changed: take another copy",
         )
     for key, record in manifest.records.items():
-        if found[key] != record.spec:
+        if ordered[key] != record.spec:
             raise CheckpointError(
                 path,
                 f"{shown(slashed(key))} is not as its manifest declares",
                 key=slashed(key),
                 expected=f"{record.spec.dtype} {record.spec.shape}",
-                found=str(found[key]),
+                found=str(ordered[key]),
                 mend="the file was changed: take another copy",
             )
-    return {key: spec for key, spec in found.items() if spec is not None}
+    return {key: spec for key, spec in ordered.items() if spec is not None}
 
 
 def no_name_twice(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     """Return the pairs of a JSON or msgpack object as a dict.
 
     Raises:
-        ValueError: a name stands twice, of which the libraries take the last.
+        ValueError: a name occurs twice. The libraries would silently take the last value.
     """
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"the name {shown(name)} twice")
-    return found
+        raise ValueError(f"the name {shown(name)} occurs twice")
+    return entries

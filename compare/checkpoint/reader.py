@@ -1,4 +1,4 @@
-"""An opened checkpoint: its names and shapes are known, its values are read and checked on demand."""
+"""An open checkpoint: names and shapes are known, values are read and checked on demand."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,25 +13,26 @@ from .errors import CheckpointError
 from .manifest import Algorithm, Manifest, checksum, start
 from .tensors import FileLayout, Spec, Tensors
 
-PART_BYTES = 1 << 20  # less than a processor's cache
+PART_BYTES = 1 << 20  # smaller than a processor's cache
 
 
 Fetched = Generator[tuple[KeyPath, np.ndarray], None, None]
-# What a tensor's values are, and their checksum if it was taken while they were read.
+# The values of a tensor, and their checksum if it was computed while they were read.
 ArrayAndChecksum = tuple[np.ndarray, str | None]
 
 
 class Reader:
-    """An opened file or folder. A subclass reads one format.
+    """An open file or folder. A subclass reads one format.
 
     Attributes:
         path: the file or folder, as the user named it.
         format: the name of the format.
-        layout: which framework's names and shapes it has: as the manifest says, or as the names look.
+        layout: the framework whose names and shapes it has, from the manifest, or else guessed from
+            the names.
         specs: shape and dtype by path, in the order of the manifest, or else of the file.
-        manifest: None if the file has none; then nothing can be checked.
+        manifest: the manifest. None if the file has none; then values cannot be checked.
         aliases: further names of tensors, each with the first name.
-        mapped: set it to let large tensors be read in place, if their values are copied anyway.
+        mapped: set it to True if the values are copied anyway; large tensors are then mapped.
     """
 
     format: ClassVar[str]
@@ -54,11 +55,11 @@ class Reader:
         self._reading: set[Fetched] = set()
 
     def read_tensor(self, path: KeyPath) -> ArrayAndChecksum:
-        """Return the values of one tensor, and their checksum if it was taken on the way."""
+        """Return the values of one tensor, and their checksum if it was computed meanwhile."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Give back what is open."""
+        """Release open files and memory."""
 
     @property
     def kinds(self) -> Mapping[KeyPath, str]:
@@ -83,7 +84,7 @@ class Reader:
         return self.manifest is not None
 
     def tensors(self) -> Tensors:
-        """Return what can be written into another checkpoint, each tensor read when asked for."""
+        """Return the tensors for writing to another checkpoint. Values are read on demand."""
 
         def pieces(path: KeyPath) -> Iterable[np.ndarray]:
             return [array for _, array in self.read([path])]
@@ -91,9 +92,9 @@ class Reader:
         return Tensors(self.layout, self.specs, pieces, self.kinds, self.aliases, self.mapping)
 
     def spell(self, mapping: StateMapping) -> StateMapping:
-        """Adopt the mapping's spelling of paths, and return the mapping.
+        """Rename the paths to those of the mapping, and return the mapping.
 
-        Positions in an NNX list are integers; a file that Flax's own library wrote has strings.
+        Positions in an NNX list are integers, but strings in a file that Flax's own library wrote.
         """
         if self.manifest is None and self.layout != "torch":
             paths = (*mapping.by_path, *(item.path for item in mapping.left if item.path))
@@ -104,10 +105,10 @@ class Reader:
         return mapping
 
     def read(self, paths: Iterable[KeyPath] | None = None) -> Iterator[tuple[KeyPath, np.ndarray]]:
-        """Yield the tensors in turn, each checked against its checksum.
+        """Yield the tensors in order, each checked against its checksum.
 
         Raises:
-            CheckpointError: a tensor larger than memory, or values other than those saved.
+            CheckpointError: a tensor is larger than memory, or has other values than were saved.
             ValueError: the checkpoint was closed before all of them were read.
         """
         wanted = list(self.specs if paths is None else paths)
@@ -118,53 +119,58 @@ class Reader:
             raise ValueError("the checkpoint is closed")
         fetched = self._fetch(wanted)
         self._reading.add(fetched)
-        left = len(wanted)
+        remaining = len(wanted)
         try:
             for path, array in fetched:
-                left -= 1
+                remaining -= 1
                 yield path, array
         finally:
             fetched.close()
             self._reading.discard(fetched)
-        if left:
+        if remaining:
             raise ValueError("the checkpoint is closed")
 
     def _fetch(self, paths: list[KeyPath]) -> Fetched:
-        """Yield the checked tensors in order, several of them read at a time."""
+        """Yield the checked tensors in order; several are read at a time."""
 
         def read_and_check(path: KeyPath) -> np.ndarray:
             return self.check(path, *self.read_tensor(path))
 
         return in_batches(paths, lambda path: self.specs[path].nbytes, read_and_check)
 
-    def check(self, path: KeyPath, array: np.ndarray, found: str | None = None) -> np.ndarray:
-        """Return the array, its values those that were saved; `found` is its checksum, if it was taken on the way.
+    def check(self, path: KeyPath, array: np.ndarray, digest: str | None = None) -> np.ndarray:
+        """Return the array after checking its values.
+
+        Args:
+            path: the path of the tensor.
+            array: its values.
+            digest: their checksum, if it was computed while they were read.
 
         Raises:
-            CheckpointError: they are not.
+            CheckpointError: the values are not those that were saved.
         """
         name = slashed(path)
         if array.dtype == np.bool_ and array.size and array.view(np.uint8).max() > 1:
             raise CheckpointError(
                 self.path,
-                f"{shown(name)} is bool and holds other bytes than 0 and 1",
+                f"{shown(name)} is bool and contains bytes other than 0 and 1",
                 key=name,
                 expected="0 and 1",
                 found=str(int(array.view(np.uint8).max())),
-                mend="it is damaged: take another copy",
+                mend="the file is damaged: take another copy",
             )
         if self.manifest is None:
             return array
         expected, algorithm = self.manifest.records[path].checksum, self.manifest.algorithm
-        found = found or checksum([array], self.specs[path], algorithm)
-        if found != expected:
+        digest = digest or checksum([array], self.specs[path], algorithm)
+        if digest != expected:
             raise CheckpointError(
                 self.path,
                 f"the values of {shown(name)} are not those that were saved",
                 key=name,
                 expected=f"{algorithm} {expected[:12]}",
-                found=found[:12],
-                mend="it is damaged: take another copy",
+                found=digest[:12],
+                mend="the file is damaged: take another copy",
             )
         return array
 
@@ -178,14 +184,14 @@ class Reader:
                 key=name,
                 expected=f"at most {room:,} bytes",
                 found=f"{size:,} bytes of shape {self.specs[path].shape}",
-                mend="the file is hostile, or this machine too small",
+                mend="the file is hostile, or this machine has too little memory",
             )
 
     def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        # A reading that went on would use a descriptor that soon belongs to another file.
+        # Stop all reads: their descriptors may soon belong to other files.
         for fetched in self._reading:
             fetched.close()
         self._reading.clear()
@@ -196,12 +202,12 @@ class Reader:
 def read_in_parts(
     spec: Spec, fill: Callable[[int, np.ndarray], None], algorithm: Algorithm | None
 ) -> tuple[np.ndarray, str | None]:
-    """Return a new array, and its checksum, taken of each part while the processor has it at hand.
+    """Return a new array and its checksum, computed while each part is in the processor's cache.
 
     Args:
-        spec: of the array.
-        fill: puts the file's bytes from an offset on into a part of the array.
-        algorithm: of the checksum, if one is wanted.
+        spec: the spec of the array.
+        fill: copies the file's bytes from an offset into a part of the array.
+        algorithm: the algorithm of the checksum, or None for no checksum.
     """
     array = np.empty(spec.shape, spec.numpy)
     flat = array.reshape(-1).view(np.uint8)
@@ -215,7 +221,7 @@ def read_in_parts(
 
 
 def available_bytes() -> int:
-    """Return how much memory a new array may take."""
+    """Return the available memory in bytes."""
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):

@@ -1,4 +1,4 @@
-"""Save the state of either implementation."""
+"""Save the state of a torch or Flax model."""
 
 import errno
 import sys
@@ -24,38 +24,36 @@ from .tensors import Tensors, spec_of, tensors_of
 from .transforms import relaid
 
 Source = torch.nn.Module | nnx.Module | Mapping[str, Any]
-_MEND = "of other modules than the attention classes give mapping=compare.match(module, template)"
+_MEND = "for modules other than the attention classes, pass mapping=compare.match(module, template)"
 
 
 def save_checkpoint(
     path: str | PathLike[str], source: Source, *, mapping: StateMapping | None = None
 ) -> Path:
-    """Save parameters and buffers in the format that the suffix names, atomically, with a checksum of each.
+    """Save parameters and buffers atomically, in the format that the suffix selects.
 
-    If anything fails, what was at `path` before is still there. Of the attention classes the file
-    does not depend on the framework or the device that the state came from.
+    The file has a checksum of each tensor. If anything fails, the previous checkpoint at `path` is
+    unchanged. For the attention classes, the file does not depend on the framework or the device
+    that the state came from.
 
     Args:
         path: the file, or the folder for Orbax. Its parent must exist.
         source: a torch module or state dict, Linen variables, or an NNX model.
-        mapping: how torch and Flax names pair, as `compare.match` found it: needed where the format
-            is the other framework's. It is kept in the file. The attention classes need none.
+        mapping: how torch and Flax names pair, from `compare.match`. It is needed if the format is
+            the other framework's, and is stored in the file. The attention classes need none.
 
     Returns:
         The path.
 
     Raises:
-        CheckpointError: the path cannot be written, or the state not be stored in this format.
+        CheckpointError: the path cannot be written, or the format cannot store the state.
     """
     path = Path(path)
     chosen = format_of(path)
     target = writable(path, chosen)
     try:
         write(path, target, chosen, _tensors(path, source, mapping, chosen))
-    except (
-        TypeError,
-        RecursionError,
-    ) as error:  # of leaves that are no arrays, and of dicts without end
+    except (TypeError, RecursionError) as error:  # leaves that are not arrays, endless dicts
         mend = "give a torch or NNX module, a state dict or Linen variables"
         raise CheckpointError(path, shown(error).removeprefix("template "), mend=mend) from error
     except ConversionError as error:
@@ -69,10 +67,10 @@ def save_checkpoint(
 
 
 def writable(path: Path, chosen: Format) -> Path:
-    """Return what is to be written: a link stays a link, and what it points to is replaced.
+    """Return the path to write to. A link is kept, and the file that it points to is replaced.
 
     Raises:
-        CheckpointError: no folder to write into, or something else is there.
+        CheckpointError: the folder does not exist, or the path is not of the format's file type.
     """
     exists(path)
     target = path.resolve()
@@ -81,26 +79,24 @@ def writable(path: Path, chosen: Format) -> Path:
     if target.exists() and not (target.is_dir() if chosen.is_folder else target.is_file()):
         wanted = "a folder" if chosen.is_folder else "a regular file"
         raise CheckpointError(
-            path, f"is something else than {wanted}, which this format writes: choose another name"
+            path, f"is not {wanted}, which this format writes", mend="choose another name"
         )
     return target
 
 
 def write(path: Path, target: Path, chosen: Format, tensors: Tensors) -> None:
-    """Write the tensors at `target`, which the user calls `path`.
+    """Write the tensors to `target`; errors name it as the user did, by `path`.
 
     Raises:
-        CheckpointError: they could not be written.
+        CheckpointError: the tensors could not be written.
     """
     handled = sys.exception()
     try:
         chosen.write(target, tensors)
     except CheckpointError as error:
         raise error if error.path != str(target) else _renamed(error, path, target) from error
-    except (
-        Exception
-    ) as raised:  # each library raises its own types on a full disk or a read-only folder
-        reason = _behind(raised, handled)
+    except Exception as error:  # on a full disk, each library raises its own types
+        reason = _root_cause(error, handled)
         if not isinstance(reason, Exception):
             raise reason from None
         size = sum(spec.nbytes for spec in tensors.specs.values())
@@ -108,24 +104,24 @@ def write(path: Path, target: Path, chosen: Format, tensors: Tensors) -> None:
             path,
             f"could not be written ({shown(reason)}); what was there before is unchanged",
             mend=_mend(reason, size),
-        ) from raised
+        ) from error
 
 
-def _behind(error: BaseException, handled: BaseException | None) -> BaseException:
-    """Return the system's error or the interrupt that a library has put another error in the place of, if it has.
+def _root_cause(error: BaseException, handled: BaseException | None) -> BaseException:
+    """Return the system error or interrupt that caused the error, or else the error itself.
 
-    What was being `handled` before is not its cause.
+    An exception that was being `handled` before the write is not a cause.
     """
     chain = [error]
-    before = error.__cause__ or error.__context__
-    while before is not None and before not in (handled, *chain):
-        chain.append(before)
-        before = before.__cause__ or before.__context__
+    cause = error.__cause__ or error.__context__
+    while cause is not None and cause not in (handled, *chain):
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
     return next(
         (
-            found
-            for found in chain
-            if isinstance(found, OSError) or not isinstance(found, Exception)
+            cause
+            for cause in chain
+            if isinstance(cause, OSError) or not isinstance(cause, Exception)
         ),
         error,
     )
@@ -133,10 +129,10 @@ def _behind(error: BaseException, handled: BaseException | None) -> BaseExceptio
 
 def _mend(reason: Exception, size: int) -> str:
     if isinstance(reason, UnicodeError):
-        return "rename the entry: its name is no text"
+        return "rename the entry: its name is not valid text"
     if isinstance(reason, OSError) and reason.errno == errno.ENAMETOOLONG:
-        return "choose a shorter name: the temporary one beside it is 18 characters longer"
-    return f"make room for {size:,} bytes and some more, or choose another place"
+        return "choose a shorter name: the temporary name is 18 characters longer"
+    return f"make room for {size:,} bytes and a little more, or choose another folder"
 
 
 def _renamed(error: CheckpointError, path: Path, target: Path) -> CheckpointError:
@@ -155,26 +151,26 @@ def _renamed(error: CheckpointError, path: Path, target: Path) -> CheckpointErro
 
 
 def _tensors(path: Path, source: Source, mapping: StateMapping | None, chosen: Format) -> Tensors:
-    """Return the source's state, laid out as the format has it."""
+    """Return the source's state in a layout that the format can hold."""
     if isinstance(source, nnx.State):
         raise CheckpointError(
-            path, "an nnx.State does not say which module it is of; give the NNX model"
+            path, "an nnx.State does not say which module it belongs to; give the NNX model"
         )
     nested = isinstance(source, Mapping) and any(
         isinstance(value, Mapping) for value in source.values()
     )
     if isinstance(source, nnx.Module) or nested:
-        held = _from_flax(path, source, mapping, chosen)
+        tensors = _from_flax(path, source, mapping, chosen)
     else:
-        held = _from_torch(path, source, mapping)
-    if held.layout in chosen.layouts:
-        return held
+        tensors = _from_torch(path, source, mapping)
+    if tensors.layout in chosen.layouts:
+        return tensors
     try:
-        return relaid(path, held, held.mapping or LINEN)
+        return relaid(path, tensors, tensors.mapping or LINEN)
     except CheckpointError as error:
-        raise (
-            error if mapping else CheckpointError(path, error.reason, error.mismatch, mend=_MEND)
-        ) from error
+        if mapping:
+            raise
+        raise CheckpointError(path, error.reason, error.mismatch, mend=_MEND) from error
 
 
 def _from_torch(path: Path, source: Any, mapping: StateMapping | None) -> Tensors:
@@ -186,32 +182,32 @@ def _from_torch(path: Path, source: Any, mapping: StateMapping | None) -> Tensor
             "a state dict or Linen variables",
         )
     kinds = torch_kinds(source) if isinstance(source, torch.nn.Module) else {}
-    return _torch_held(path, tensors, kinds, mapping)
+    return _torch_tensors(path, tensors, kinds, mapping)
 
 
-def _torch_held(
+def _torch_tensors(
     path: Path, tensors: Mapping[Any, Any], kinds: Mapping[str, str], mapping: StateMapping | None
 ) -> Tensors:
-    attention = mapping is None and tensors.keys() <= LINEN.by_key.keys()
-    if attention:
-        kinds = {**{key: rows[0].kind for key, rows in LINEN.by_key.items()}, **kinds}
+    is_attention = mapping is None and tensors.keys() <= LINEN.by_key.keys()
+    if is_attention:
+        kinds = {key: rows[0].kind for key, rows in LINEN.by_key.items()} | dict(kinds)
     arrays, aliases = {}, {}
     seen: dict[Any, str] = {}
     for key, value in tensors.items():
-        array = _plain(path, key, value)
+        array = _host_tensor(path, key, value)
         memory = same_memory(value)
         first = key if memory is None else seen.setdefault(memory, key)
         if first != key:
             aliases[(key,)] = (first,)
         else:
             arrays[(key,)] = array
-    table = LINEN if attention else mapping
+    table = LINEN if is_attention else mapping
     return tensors_of(
         "torch", arrays, {(key,): kind for key, kind in kinds.items()}, aliases, table
     )
 
 
-def _plain(path: Path, key: Any, value: Any) -> np.ndarray:
+def _host_tensor(path: Path, key: Any, value: Any) -> np.ndarray:
     if not isinstance(key, str):
         raise CheckpointError(
             path, f"the key {key!r} is a {type(key).__name__}; a state dict has names"
@@ -223,7 +219,7 @@ def _plain(path: Path, key: Any, value: Any) -> np.ndarray:
     try:
         array = tensor_to_numpy(dense(value))
         spec_of(array)
-    except ValueError as error:  # Untransferable among them
+    except ValueError as error:  # includes Untransferable
         raise CheckpointError(path, f"{key}: {error}", key=key) from error
     return array
 
@@ -232,19 +228,19 @@ def _from_flax(path: Path, source: Any, mapping: StateMapping | None, chosen: Fo
     side = flax_side(source)
     table = NNX if side.kind == "nnx" else LINEN
     required = {row.path for row in table.rows if row.required}
-    attention = mapping is None and required <= side.leaves.keys() <= table.by_path.keys()
-    to_torch = attention or mapping is not None or "linen" not in chosen.layouts
-    if to_torch and (attention or "torch" in chosen.layouts):
+    is_attention = mapping is None and required <= side.leaves.keys() <= table.by_path.keys()
+    to_torch = is_attention or mapping is not None or "linen" not in chosen.layouts
+    if to_torch and (is_attention or "torch" in chosen.layouts):
         convert: Any = nnx_to_torch if side.kind == "nnx" else linen_to_torch
         state: StateDict = convert(source, mapping=mapping)
-        return _torch_held(path, state, {}, mapping)
-    arrays = {key: _host(path, key, leaf) for key, leaf in side.leaves.items()}
-    tied = {held.path: held.first for held in entries(source) if held.first is not None}
+        return _torch_tensors(path, state, {}, mapping)
+    arrays = {key: _host_leaf(path, key, leaf) for key, leaf in side.leaves.items()}
+    tied = {entry.path: entry.first for entry in entries(source) if entry.first is not None}
     aliases = {key: first for key, first in tied.items() if first in arrays}
     return tensors_of(side.kind, arrays, side.kinds, aliases, mapping)
 
 
-def _host(path: Path, key: tuple[Any, ...], leaf: Any) -> np.ndarray:
+def _host_leaf(path: Path, key: tuple[Any, ...], leaf: Any) -> np.ndarray:
     name = slashed(key)
     if not isinstance(leaf, jax.Array | np.ndarray):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Named tensors that can be written, and what is known of each before it is read."""
+"""Named tensors that can be written, and their shapes and dtypes, known before they are read."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,8 +13,8 @@ from .blocks import contiguous
 
 FileLayout = Literal["torch", "linen", "nnx"]
 
-# No array may have more bytes, empty ones by their other axes included.
-_MOST = 2**62
+# The most bytes that an array may have. Axes of size 0 do not count.
+_MAX_BYTES = 2**62
 
 
 class Spec(NamedTuple):
@@ -25,12 +25,12 @@ class Spec(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """How many bytes its values take."""
+        """The size of its values in bytes."""
         return prod(self.shape) * self.numpy.itemsize
 
     @property
     def numpy(self) -> np.dtype:
-        """The dtype."""
+        """The NumPy dtype."""
         return numpy_dtype(self.dtype)
 
 
@@ -38,40 +38,40 @@ def spec_of(array: np.ndarray) -> Spec:
     """Return the spec of an array.
 
     Raises:
-        ValueError: a dtype that no checkpoint holds.
+        ValueError: checkpoints do not support the dtype.
     """
     return checked(tuple(map(int, array.shape)), array.dtype.newbyteorder("=").name)
 
 
 def checked(shape: object, dtype: object) -> Spec:
-    """Return the spec that a file declares.
+    """Return the spec for a shape and a dtype that a file declares.
 
     Raises:
-        ValueError: a dtype that no checkpoint holds, or a shape that no array has.
+        ValueError: checkpoints do not support the dtype, or no array can have the shape.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype} is none of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
     if not isinstance(shape, list | tuple) or not all(
         type(size) is int and size >= 0 for size in shape
     ):
-        raise ValueError(f"shape {shape} is no list of sizes")
+        raise ValueError(f"shape {shape} is not a list of sizes")
     if (
         len(shape) > 32
-        or prod(size for size in shape if size) * numpy_dtype(str(dtype)).itemsize > _MOST
+        or prod(size for size in shape if size) * numpy_dtype(str(dtype)).itemsize > _MAX_BYTES
     ):
-        raise ValueError(f"shape {list(shape)} is more than any array has")
+        raise ValueError(f"shape {list(shape)} is larger than any array can be")
     return Spec(tuple(shape), str(dtype))
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """Named tensors that can be written, wherever their values come from.
+    """Named tensors that can be written, from memory or from another file.
 
     Attributes:
-        layout: which framework's names and shapes these are.
+        layout: the framework whose names and shapes these are.
         specs: shape and dtype by path. A torch name is a path of one step.
-        pieces: returns the tensor of a path in pieces that follow one another along its first axis.
-            A piece may be a view with any strides.
+        pieces: a function that returns the tensor of a path in consecutive pieces along its first
+            axis. A piece may be a view with any strides.
         kinds: the kind of state of each tensor, where it is known.
         aliases: further names of tensors, each with the first name.
         mapping: how torch and Flax names pair, if that is known.
@@ -94,10 +94,10 @@ def tensors_of(
     aliases: Mapping[KeyPath, KeyPath] | None = None,
     mapping: StateMapping | None = None,
 ) -> Tensors:
-    """Return the arrays as tensors in memory.
+    """Return arrays in memory as tensors that can be written.
 
     Raises:
-        ValueError: a dtype that no checkpoint holds.
+        ValueError: checkpoints do not support a dtype.
     """
 
     def pieces(path: KeyPath) -> Iterable[np.ndarray]:
@@ -108,7 +108,7 @@ def tensors_of(
 
 
 def whole(tensors: Tensors, key: KeyPath) -> np.ndarray:
-    """Return the tensor in one contiguous, native array."""
+    """Return the tensor as one contiguous array in native byte order."""
     pieces = list(tensors.pieces(key))
     array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
     return contiguous(array.astype(array.dtype.newbyteorder("="), copy=False))

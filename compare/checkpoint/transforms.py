@@ -1,4 +1,4 @@
-"""Tensors in another layout or dtype: each is made when it is asked for, from the source's own."""
+"""Tensors in another layout or dtype. Each is computed from the source on demand."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -19,10 +19,10 @@ from .tensors import Spec, Tensors, whole
 
 
 def relaid(path: Path, source: Tensors, mapping: StateMapping) -> Tensors:
-    """Return the tensors of a torch-layout source as Flax keeps them, or the other way round.
+    """Return the tensors of a torch source in Flax's layout, or those of a Flax source in torch's.
 
     Raises:
-        CheckpointError: source and mapping do not hold the same entries.
+        CheckpointError: the source and the mapping do not have the same entries.
     """
     try:
         return _to_flax(source, mapping) if source.layout == "torch" else _to_torch(source, mapping)
@@ -35,40 +35,38 @@ def relaid(path: Path, source: Tensors, mapping: StateMapping) -> Tensors:
 
 
 def _to_flax(source: Tensors, mapping: StateMapping) -> Tensors:
-    held = {str(key[0]): spec for key, spec in source.specs.items()}
-    held |= {str(key[0]): source.specs[first] for key, first in source.aliases.items()}
+    stored = {str(key[0]): spec for key, spec in source.specs.items()}
+    stored |= {str(key[0]): source.specs[first] for key, first in source.aliases.items()}
     missing, misshaped, refused = [], [], []
     specs: dict[KeyPath, Spec] = {}
     for path, row in mapping.by_path.items():
         keys = [key for key in (row.torch_key, row.plus) if key is not None]
-        if absent := [key for key in keys if key not in held]:
+        if absent := [key for key in keys if key not in stored]:
             missing += [MismatchEntry(key, row.place) for key in absent if row.required]
             continue
         try:
-            shape = row.shape or flax_shape(row.layout, _part_shape(row, held[keys[0]].shape))
+            shape = row.shape or flax_shape(row.layout, _part_shape(row, stored[keys[0]].shape))
         except ValueError as error:
             refused.append(
-                MismatchEntry(row.torch_key, row.place, held[keys[0]].shape, reason=str(error))
+                MismatchEntry(row.torch_key, row.place, stored[keys[0]].shape, reason=str(error))
             )
             continue
-        wrong = [entry for key in keys if (entry := unfit(row, key, held[key], shape))]
-        misshaped += [entry for entry in wrong if not entry.reason]
-        refused += [entry for entry in wrong if entry.reason]
-        specs[path] = Spec(shape, held[keys[0]].dtype)
+        unfitting = [entry for key in keys if (entry := unfit(row, key, stored[key], shape))]
+        misshaped += [entry for entry in unfitting if not entry.reason]
+        refused += [entry for entry in unfitting if entry.reason]
+        specs[path] = Spec(shape, stored[keys[0]].dtype)
     refused += _objections(
         source, mapping, lambda item: (item.torch_key,) if item.path is None else None
     )
     known = mapping.by_key.keys() | mapping.left_keys()
     unexpected = [
-        MismatchEntry(key, "", spec.shape) for key, spec in held.items() if key not in known
+        MismatchEntry(key, "", spec.shape) for key, spec in stored.items() if key not in known
     ]
     for row in mapping.rows:
-        home = mapping.by_path[row.path].torch_key
-        tied = source.aliases.get((row.torch_key,)) == (home,) or source.aliases.get((home,)) == (
-            row.torch_key,
-        )
-        if row.kind == "alias" and row.torch_key in held and home in held and not tied:
-            refused += _differing(source, row, home)
+        key, first = row.torch_key, mapping.by_path[row.path].torch_key
+        tied = source.aliases.get((key,)) == (first,) or source.aliases.get((first,)) == (key,)
+        if row.kind == "alias" and key in stored and first in stored and not tied:
+            refused += _differing(source, row, first)
     _raise(missing, unexpected, misshaped, refused)
     kinds = {path: mapping.by_path[path].kind for path in specs}
 
@@ -84,23 +82,23 @@ def _to_torch(source: Tensors, mapping: StateMapping) -> Tensors:
     missing, refused = [], []
     specs: dict[KeyPath, Spec] = {}
     for key, rows in mapping.by_key.items():
-        own = [row for row in rows if row.kind != "alias"]
-        if not own:
+        parts = [row for row in rows if row.kind != "alias"]
+        if not parts:
             continue
-        if absent := [row for row in own if row.path not in source.specs]:
+        if absent := [row for row in parts if row.path not in source.specs]:
             missing += [MismatchEntry(key, row.place) for row in absent if row.required]
             continue
-        spec = source.specs[own[0].path]
+        spec = source.specs[parts[0].path]
         try:
-            shapes = {torch_shape(row, source.specs[row.path].shape) for row in own}
+            shapes = {torch_shape(row, source.specs[row.path].shape) for row in parts}
             if len(shapes) > 1:
                 raise ValueError(
-                    f"its parts would make it {' and '.join(map(str, sorted(shapes)))}"
+                    f"its parts imply different shapes: {' and '.join(map(str, sorted(shapes)))}"
                 )
             specs[(key,)] = Spec(shapes.pop(), spec.dtype)
         except ValueError as error:
             refused.append(
-                MismatchEntry(key, own[0].place, spec.shape, reason=f"{own[0].place}: {error}")
+                MismatchEntry(key, parts[0].place, spec.shape, reason=f"{parts[0].place}: {error}")
             )
     refused += _objections(source, mapping, lambda item: item.path)
     known = mapping.by_path.keys() | {item.path for item in mapping.left}
@@ -110,12 +108,12 @@ def _to_torch(source: Tensors, mapping: StateMapping) -> Tensors:
         if path not in known
     ]
     _raise(missing, unexpected, [], refused)
-    homes: dict[KeyPath, KeyPath] = {
+    first_keys: dict[KeyPath, KeyPath] = {
         (row.torch_key,): (mapping.by_path[row.path].torch_key,)
         for row in mapping.rows
         if row.kind == "alias"
     }
-    aliases = {key: first for key, first in homes.items() if first in specs}
+    aliases = {key: first for key, first in first_keys.items() if first in specs}
     kinds = {(key,): rows[0].kind for key, rows in mapping.by_key.items()}
 
     def pieces(path: KeyPath) -> Iterator[np.ndarray]:
@@ -128,30 +126,32 @@ def _to_torch(source: Tensors, mapping: StateMapping) -> Tensors:
 
 
 def _objections(
-    source: Tensors, mapping: StateMapping, place: Callable[[Left], KeyPath | None]
+    source: Tensors, mapping: StateMapping, path_of: Callable[[Left], KeyPath | None]
 ) -> list[MismatchEntry]:
-    found = []
+    """List the source's entries without a counterpart that their policy does not allow."""
+    refused = []
     for item in mapping.left:
-        path = place(item)
+        path = path_of(item)
         if path is not None and path in source.specs and item.policy != "ignore":
             reason = objection(item.policy, _whole(source, path))
-            found += (
-                [MismatchEntry(item.torch_key, "", source.specs[path].shape, reason=reason)]
-                if reason
-                else []
-            )
-    return found
+            if reason:
+                refused.append(
+                    MismatchEntry(item.torch_key, "", source.specs[path].shape, reason=reason)
+                )
+    return refused
 
 
-def _differing(source: Tensors, row: Row, home: str) -> list[MismatchEntry]:
-    mine, its = (
-        _whole(source, source.aliases.get((key,), (key,))) for key in (row.torch_key, home)
-    )
-    if mine.dtype == its.dtype and mine.shape == its.shape and mine.tobytes() == its.tobytes():
+def _differing(source: Tensors, row: Row, first_key: str) -> list[MismatchEntry]:
+    """Return an entry if the alias and its first key have different values."""
+    alias, first = _whole(source, (row.torch_key,)), _whole(source, (first_key,))
+    same_type = alias.dtype == first.dtype and alias.shape == first.shape
+    if same_type and alias.tobytes() == first.tobytes():
         return []
     return [
         MismatchEntry(
-            row.torch_key, row.place, reason=f"is tied to {home} in Flax, and has other values here"
+            row.torch_key,
+            row.place,
+            reason=f"is tied to {first_key} in Flax, and has other values here",
         )
     ]
 
@@ -179,28 +179,28 @@ def cast_array(path: Path, name: str, array: np.ndarray, dtype: np.dtype) -> np.
     """Return the array in another floating dtype.
 
     Raises:
-        CheckpointError: a finite number that the dtype holds only as an infinite one.
+        CheckpointError: a finite number would become infinite.
     """
     with np.errstate(over="ignore"):
-        found = array.astype(dtype)
-    if bool((np.isfinite(array) & ~np.isfinite(found)).any()):
+        result = array.astype(dtype)
+    if bool((np.isfinite(array) & ~np.isfinite(result)).any()):
         raise CheckpointError(
             path,
             f"{shown(name)} has numbers beyond {dtype}",
             key=name,
-            expected=f"numbers of {dtype}",
+            expected=f"numbers in the range of {dtype}",
             found=f"up to {float(np.nanmax(np.abs(array.astype(np.float64)))):.3g}",
             mend="choose bfloat16 or float32",
         )
-    return found
+    return result
 
 
 def cast(tensors: Tensors, dtype: str, path: Path) -> Tensors:
     """Return the tensors with floating values, except those of masks, in another dtype.
 
     Raises:
-        CheckpointError: a dtype that is not floating. While the values are read, a finite number
-            that would become infinite.
+        CheckpointError: the dtype is not floating; or, while the values are read, a finite number
+            would become infinite.
     """
     if dtype not in FLOATS:
         raise CheckpointError(
@@ -218,8 +218,8 @@ def cast(tensors: Tensors, dtype: str, path: Path) -> Tensors:
     def pieces(key: KeyPath) -> Iterable[np.ndarray]:
         if not is_cast[key]:
             return tensors.pieces(key)
-        to = numpy_dtype(dtype)
-        return (cast_array(path, slashed(key), piece, to) for piece in tensors.pieces(key))
+        target = numpy_dtype(dtype)
+        return (cast_array(path, slashed(key), piece, target) for piece in tensors.pieces(key))
 
     return replace(tensors, specs=specs, pieces=pieces)
 
@@ -232,7 +232,7 @@ def silent(done: int, total: int) -> None:
 
 
 def watched(tensors: Tensors, progress: Progress) -> Tensors:
-    """Return the tensors, which call `progress(bytes done, bytes in all)` after each piece."""
+    """Return tensors that call `progress(bytes done, total bytes)` after each piece."""
     total, done, lock = sum(spec.nbytes for spec in tensors.specs.values()), 0, Lock()
 
     def pieces(path: KeyPath) -> Iterator[np.ndarray]:

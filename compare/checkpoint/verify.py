@@ -1,4 +1,4 @@
-"""Two checkpoints of the same state, in whatever formats and layouts: is every element the same bit for bit?"""
+"""Compare two checkpoints of the same state bit for bit, in any formats and layouts."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .transforms import Progress, silent
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor that is not the same on both sides, and how."""
+    """One tensor that differs between the two sides, and how."""
 
     name: str
     what: str
@@ -32,21 +32,21 @@ def verify_checkpoint(
     dtype: str | None = None,
     progress: Progress = silent,
 ) -> list[Difference]:
-    """Read both again, the source relaid as the target is, and compare every element bit for bit.
+    """Read both checkpoints, the source in the target's layout, and compare every element.
 
     Args:
-        source: what was converted.
-        target: what it was converted into.
-        mapping: how torch and Flax names pair; without, what either file says, or how
-            `compare.match` pairs them.
-        dtype: what the source's floating tensors were cast to.
-        progress: is called with the bytes done and the bytes in all.
+        source: the checkpoint that was converted.
+        target: the checkpoint that it was converted to.
+        mapping: how torch and Flax names pair. Default: the mapping in either file, or else what
+            `compare.match` finds.
+        dtype: the dtype that the source's floating tensors were cast to.
+        progress: called with the bytes done and the total bytes.
 
     Returns:
-        The differences; none if every name, shape, dtype and bit is the same.
+        The differences; empty if every name, shape, dtype and bit is the same.
 
     Raises:
-        CheckpointError: either cannot be read, or they do not pair.
+        CheckpointError: a checkpoint cannot be read, or their names do not pair.
     """
     with open_checkpoint(target) as written:
         allowed = ("torch",) if written.layout == "torch" else ("linen", "nnx")
@@ -60,23 +60,29 @@ def verify_checkpoint(
 
 
 def _differences(tensors: Tensors, written: Reader, progress: Progress) -> list[Difference]:
-    mine, its = _by_name(tensors, written.layout), _by_name(written.tensors(), tensors.layout)
-    found = [
-        Difference("/".join(name), "is only in the source") for name in mine.keys() - its.keys()
+    source_paths = _by_name(tensors, written.layout)
+    target_paths = _by_name(written.tensors(), tensors.layout)
+    differences = [
+        Difference("/".join(name), "is only in the source")
+        for name in source_paths.keys() - target_paths.keys()
     ]
-    found += [
-        Difference("/".join(name), "is only in the target") for name in its.keys() - mine.keys()
+    differences += [
+        Difference("/".join(name), "is only in the target")
+        for name in target_paths.keys() - source_paths.keys()
     ]
     total, done = sum(spec.nbytes for spec in written.specs.values()), 0
-    for name in [name for name in its if name in mine]:
-        spec, other = tensors.specs[mine[name]], written.specs[its[name]]
+    for name in [name for name in target_paths if name in source_paths]:
+        spec, other = tensors.specs[source_paths[name]], written.specs[target_paths[name]]
         if spec != other:
-            what = f"is {spec.dtype} {spec.shape} in the source, {other.dtype} {other.shape} in the target"
-            found.append(Difference("/".join(name), what))
+            description = (
+                f"is {spec.dtype} {spec.shape} in the source, "
+                f"{other.dtype} {other.shape} in the target"
+            )
+            differences.append(Difference("/".join(name), description))
             continue
-        (_, array) = next(iter(written.read([its[name]])))
-        if differing := _differing_bytes(tensors.pieces(mine[name]), array):
-            found.append(
+        (_, array) = next(iter(written.read([target_paths[name]])))
+        if differing := _differing_bytes(tensors.pieces(source_paths[name]), array):
+            differences.append(
                 Difference(
                     "/".join(name), f"differs in {differing:,} of its {array.nbytes:,} bytes"
                 )
@@ -87,23 +93,26 @@ def _differences(tensors: Tensors, written: Reader, progress: Progress) -> list[
         tuple(map(str, path)) for path in written.aliases
     }
     if tensors.layout == "torch":
-        found += [Difference("/".join(name), "is tied on one side only") for name in sorted(tied)]
-    return found
+        differences += [
+            Difference("/".join(name), "is tied on one side only") for name in sorted(tied)
+        ]
+    return differences
 
 
 def _by_name(tensors: Tensors, other: FileLayout) -> dict[tuple[str, ...], KeyPath]:
-    """Return the paths by their words; beside NNX, Linen's without the collection."""
-    words = {tuple(map(str, path)): path for path in tensors.specs}
+    """Return the paths by name; Linen's names lose the collection if the other side is NNX."""
+    names = {tuple(map(str, path)): path for path in tensors.specs}
     if (tensors.layout, other) != ("linen", "nnx"):
-        return words
-    names = {name[1:]: path for name, path in words.items()}
-    return names if len(names) == len(words) else words
+        return names
+    shorter = {name[1:]: path for name, path in names.items()}
+    return shorter if len(shorter) == len(names) else names
 
 
 def _differing_bytes(pieces: Iterable[np.ndarray], array: np.ndarray) -> int:
-    flat, at, differing = np.ascontiguousarray(array).reshape(-1).view(np.uint8), 0, 0
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    begin, differing = 0, 0
     for piece in pieces:
         for block in blocks(piece):
-            differing += int((block != flat[at : at + block.nbytes]).sum())
-            at += block.nbytes
+            differing += int((block != flat[begin : begin + block.nbytes]).sum())
+            begin += block.nbytes
     return differing

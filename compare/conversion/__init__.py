@@ -1,1 +1,1 @@
-"""State from one framework to another, in memory."""
+"""Convert state between frameworks, in memory."""

@@ -1,4 +1,4 @@
-"""Walk the table: torch tensors to Flax arrays and back, everything accounted for."""
+"""Convert torch tensors to Flax arrays and back, row by row of the mapping."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import Mismatch, MismatchEntry, Shape
 from .layouts import Layout, layout, to_flax
-from .layouts import to_torch as laid_for_torch
+from .layouts import to_torch as torch_layout
 from .mapping import KeyPath, Left, Row, StateMapping, slashed
 from .tensors import Untransferable, dense, tensor_to_numpy, to_host, to_jax, to_torch
 from .unmatched import host_values, objection
@@ -19,47 +19,52 @@ from .unmatched import host_values, objection
 def flax_from_torch(
     tensors: Mapping[str, Any], wanted: Mapping[KeyPath, Any], mapping: StateMapping, copy: bool
 ) -> tuple[dict[KeyPath, jax.Array], Mismatch]:
-    """Convert each wanted entry that the tensors have in the right shape; list the others."""
+    """Convert each wanted entry whose tensor exists and has the right shape; list the others."""
     arrays: dict[KeyPath, jax.Array] = {}
     missing, misshaped = [], []
-    refused = _left(mapping, tensors, wanted)
-    kept = {item.path for item in mapping.left if item.path is not None}
-    taken = mapping.left_keys()
+    refused = _refused_left_entries(mapping, tensors, wanted)
+    left_paths = {item.path for item in mapping.left if item.path is not None}
+    used_keys = mapping.left_keys()
     for path, row, leaf in _in_order(wanted, mapping.by_path):
-        place = slashed(path)
+        flax_name = slashed(path)
         keys = [row.torch_key, *filter(None, [row.plus])] if row else []
-        taken.update(key for key in keys if key in tensors)
+        used_keys.update(key for key in keys if key in tensors)
         absent = [key for key in keys if key not in tensors]
         if row is None or absent:
             missing += [
-                _missing(key, row, place, leaf) for key in absent or [place] if path not in kept
+                _missing(key, row, flax_name, leaf)
+                for key in absent or [flax_name]
+                if path not in left_paths
             ]
             continue
-        wrong = [entry for key in keys if (entry := unfit(row, key, tensors[key], leaf.shape))]
-        refused += [entry for entry in wrong if entry.reason]
-        misshaped += [entry for entry in wrong if not entry.reason]
-        if wrong:
+        unfitting = [entry for key in keys if (entry := unfit(row, key, tensors[key], leaf.shape))]
+        refused += [entry for entry in unfitting if entry.reason]
+        misshaped += [entry for entry in unfitting if not entry.reason]
+        if unfitting:
             continue
         try:
-            found = to_flax(
+            values = to_flax(
                 layout(row.layout, leaf.shape),
                 combined(row, [dense(tensors[key]) for key in keys], copy),
             )
-            arrays[path] = place_like(to_jax(found, copy=_shareable(row, copy)), leaf, copy)
+            arrays[path] = place_like(to_jax(values, copy=_shareable(row, copy)), leaf, copy)
         except Untransferable as error:
             refused.append(
                 MismatchEntry(
-                    row.torch_key, place, tuple(tensors[row.torch_key].shape), reason=str(error)
+                    row.torch_key,
+                    flax_name,
+                    tuple(tensors[row.torch_key].shape),
+                    reason=str(error),
                 )
             )
     for row in mapping.rows:
         if row.kind == "alias" and row.path in wanted and row.torch_key in tensors:
-            taken.add(row.torch_key)
+            used_keys.add(row.torch_key)
             refused += untied(row, tensors[row.torch_key], mapping, tensors)
     unexpected = [
         MismatchEntry(str(key), "", found=tuple(getattr(value, "shape", ())))
         for key, value in tensors.items()
-        if key not in taken
+        if key not in used_keys
     ]
     return arrays, Mismatch(tuple(missing), tuple(unexpected), tuple(misshaped), tuple(refused))
 
@@ -67,25 +72,25 @@ def flax_from_torch(
 def torch_from_flax(
     leaves: Mapping[KeyPath, Any], mapping: StateMapping, copy: bool
 ) -> tuple[dict[str, Tensor], Mismatch]:
-    """Convert each leaf that has a row; list the others, and the required rows that lack a leaf."""
+    """Convert each leaf that has a row; list the other leaves, and required rows without a leaf."""
     state: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     unexpected = []
-    kept = {item.path: item for item in mapping.left if item.path is not None}
-    refused = _left(mapping, {}, leaves)
+    left_paths = {item.path for item in mapping.left if item.path is not None}
+    refused = _refused_left_entries(mapping, {}, leaves)
     for path, row, leaf in _in_order(leaves, mapping.by_path):
-        place = slashed(path)
+        flax_name = slashed(path)
         if row is None:
             unexpected += (
-                [MismatchEntry(place, place, found=tuple(getattr(leaf, "shape", ())))]
-                if path not in kept
+                [MismatchEntry(flax_name, flax_name, found=tuple(getattr(leaf, "shape", ())))]
+                if path not in left_paths
                 else []
             )
         elif not isinstance(leaf, jax.Array | np.ndarray):
             refused.append(
                 MismatchEntry(
                     row.torch_key,
-                    place,
+                    flax_name,
                     reason=f"is a {type(leaf).__name__}, not an array of values",
                 )
             )
@@ -96,7 +101,9 @@ def torch_from_flax(
                 tensor = _to_tensor(layout(row.layout, leaf.shape), leaf, copy)
             except ValueError as error:
                 refused.append(
-                    MismatchEntry(row.torch_key, place, leaf.shape, reason=f"{place}: {error}")
+                    MismatchEntry(
+                        row.torch_key, flax_name, leaf.shape, reason=f"{flax_name}: {error}"
+                    )
                 )
                 continue
             for key, values in (
@@ -105,10 +112,12 @@ def torch_from_flax(
             ):
                 if key is not None and row.part:
                     parts.setdefault(key, {})[row.part[0]] = values
-                    state.setdefault(key, values)  # keeps the order of the table; joined below
+                    state.setdefault(key, values)  # keeps the mapping's order; joined below
                 elif key is not None:
                     state[key] = values
-    state |= {key: torch.cat([found[i] for i in sorted(found)]) for key, found in parts.items()}
+    state |= {
+        key: torch.cat([tensors[i] for i in sorted(tensors)]) for key, tensors in parts.items()
+    }
     for row in mapping.rows:
         if row.kind == "alias" and mapping.by_path[row.path].torch_key in state:
             state[row.torch_key] = state[mapping.by_path[row.path].torch_key]
@@ -121,7 +130,7 @@ def torch_from_flax(
 
 
 def unfit(row: Row, key: str, tensor: Any, flax_shape: Sequence[int]) -> MismatchEntry | None:
-    """Say what is wrong with a torch tensor that is to become the row's Flax array of that shape."""
+    """Return why the torch tensor cannot become the row's Flax array of that shape, or None."""
     if not hasattr(tensor, "shape"):
         return MismatchEntry(key, row.place, reason=f"is a {type(tensor).__name__}, not a tensor")
     if row.shape is not None and row.shape != tuple(flax_shape):
@@ -134,22 +143,22 @@ def unfit(row: Row, key: str, tensor: Any, flax_shape: Sequence[int]) -> Mismatc
         expected = torch_shape(row, flax_shape)
     except ValueError as error:
         return MismatchEntry(key, row.place, reason=str(error))
-    found = tuple(tensor.shape)
-    return None if found == expected else MismatchEntry(key, row.place, found, expected)
+    shape = tuple(tensor.shape)
+    return None if shape == expected else MismatchEntry(key, row.place, shape, expected)
 
 
 def torch_shape(row: Row, flax_shape: Sequence[int]) -> Shape:
-    """Return the shape of the whole torch tensor, of which the row may be a part.
+    """Return the shape of the whole torch tensor; the row may be only a part of it.
 
     Raises:
-        ValueError: no Flax array of that layout has this shape.
+        ValueError: a Flax array of that layout cannot have this shape.
     """
     shape = layout(row.layout, flax_shape).torch_shape
     return shape if row.part is None else (shape[0] * row.part[1], *shape[1:])
 
 
 def combined(row: Row, tensors: Sequence[Any], copy: bool) -> Any:
-    """Return the row's part of the tensor or array, or of the sum of the two."""
+    """Return the row's part of the tensor (or array), or of the sum of the two tensors."""
     if row.part is not None:
         index, count = row.part
         size = tensors[0].shape[0] // count
@@ -158,11 +167,11 @@ def combined(row: Row, tensors: Sequence[Any], copy: bool) -> Any:
         return tensors[0]
     if not copy:
         raise Untransferable(
-            f"the sum with {row.plus} has memory of its own and cannot be shared; use copy=True"
+            f"the sum with {row.plus} is a new tensor, so memory cannot be shared; use copy=True"
         )
     if tensors[0].dtype != tensors[1].dtype:
         raise Untransferable(
-            f"is {tensors[0].dtype}, and {row.plus}, which is added, is {tensors[1].dtype}"
+            f"is {tensors[0].dtype}, but {row.plus}, which is added to it, is {tensors[1].dtype}"
         )
     return tensors[0] + tensors[1]
 
@@ -170,59 +179,59 @@ def combined(row: Row, tensors: Sequence[Any], copy: bool) -> Any:
 def untied(
     row: Row, value: Any, mapping: StateMapping, tensors: Mapping[str, Any]
 ) -> list[MismatchEntry]:
-    """List the alias whose values are not those of the entry it is tied to."""
-    home = mapping.by_path[row.path].torch_key
-    if home in tensors and not same_bits(value, tensors[home]):
+    """Return an entry if the alias and the tensor that it is tied to have different values."""
+    first_key = mapping.by_path[row.path].torch_key
+    if first_key in tensors and not same_bits(value, tensors[first_key]):
         return [
             MismatchEntry(
                 row.torch_key,
                 row.place,
-                reason=f"is tied to {home} in Flax, and has other values here",
+                reason=f"is tied to {first_key} in Flax, and has other values here",
             )
         ]
     return []
 
 
-def same_bits(tensor: Any, first: Any) -> bool:
-    """Tell whether two tensors are the same in dtype, shape and every bit."""
-    if tensor is first:
+def same_bits(tensor: Any, other: Any) -> bool:
+    """Return whether two tensors have the same dtype, shape and bits."""
+    if tensor is other:
         return True
-    if not (isinstance(tensor, Tensor) and isinstance(first, Tensor)):
+    if not (isinstance(tensor, Tensor) and isinstance(other, Tensor)):
         return False
-    mine, its = dense(tensor), dense(first)
-    same = mine.dtype == its.dtype and mine.shape == its.shape
-    return same and tensor_to_numpy(mine).tobytes() == tensor_to_numpy(its).tobytes()
+    tensor, other = dense(tensor), dense(other)
+    same = tensor.dtype == other.dtype and tensor.shape == other.shape
+    return same and tensor_to_numpy(tensor).tobytes() == tensor_to_numpy(other).tobytes()
 
 
-def _left(
+def _refused_left_entries(
     mapping: StateMapping, tensors: Mapping[str, Any], leaves: Mapping[KeyPath, Any]
 ) -> list[MismatchEntry]:
-    """List the entries that may not be left where they are."""
+    """List the entries without a counterpart that their policy does not allow."""
     refused = []
     for item in mapping.left:
-        value = _held(item, tensors, leaves)
+        value = _left_value(item, tensors, leaves)
         if value is not None and (reason := objection(item.policy, host_values(value))):
             refused.append(MismatchEntry(item.torch_key, "", tuple(value.shape), reason=reason))
     return refused
 
 
-def _held(item: Left, tensors: Mapping[str, Any], leaves: Mapping[KeyPath, Any]) -> Any:
+def _left_value(item: Left, tensors: Mapping[str, Any], leaves: Mapping[KeyPath, Any]) -> Any:
     return tensors.get(item.torch_key) if item.path is None else leaves.get(item.path)
 
 
-def _missing(key: str, row: Row | None, place: str, leaf: Any) -> MismatchEntry:
+def _missing(key: str, row: Row | None, flax_name: str, leaf: Any) -> MismatchEntry:
     try:
         return MismatchEntry(
-            key, place, expected=torch_shape(row, leaf.shape) if row else tuple(leaf.shape)
+            key, flax_name, expected=torch_shape(row, leaf.shape) if row else tuple(leaf.shape)
         )
     except ValueError:
-        return MismatchEntry(key, place, expected=tuple(leaf.shape))
+        return MismatchEntry(key, flax_name, expected=tuple(leaf.shape))
 
 
 def _in_order(
     leaves: Mapping[KeyPath, Any], rows: Mapping[KeyPath, Row]
 ) -> Iterable[tuple[KeyPath, Row | None, Any]]:
-    """Yield the leaves in the order of the table, those without a row last."""
+    """Yield the leaves in the mapping's order, those without a row last."""
     yield from ((path, row, leaves[path]) for path, row in rows.items() if path in leaves)
     yield from ((path, None, leaf) for path, leaf in leaves.items() if path not in rows)
 
@@ -230,25 +239,25 @@ def _in_order(
 def _shareable(row: Row, copy: bool) -> bool:
     if not copy and row.layout == "conv_transpose":
         raise Untransferable(
-            "a mirrored window has memory of its own and cannot be shared; use copy=True"
+            "the mirrored window is a new tensor, so memory cannot be shared; use copy=True"
         )
     return copy
 
 
-def _to_tensor(found: Layout, leaf: jax.Array | np.ndarray, copy: bool) -> Tensor:
+def _to_tensor(chosen: Layout, leaf: jax.Array | np.ndarray, copy: bool) -> Tensor:
     if not copy:
-        return laid_for_torch(found, to_torch(leaf, copy=False))
-    return to_torch(laid_for_torch(found, to_host(leaf)), copy=True)
+        return torch_layout(chosen, to_torch(leaf, copy=False))
+    return to_torch(torch_layout(chosen, to_host(leaf)), copy=True)
 
 
 def place_like(array: jax.Array, leaf: Any, copy: bool) -> jax.Array:
-    """Return the array where the leaf was put on purpose: committed, or abstract with a sharding."""
-    chosen = (
+    """Return the array on the leaf's devices, if the leaf is committed or has a sharding."""
+    has_placement = (
         leaf.committed
         if isinstance(leaf, jax.Array)
         else getattr(leaf, "sharding", None) is not None
     )
-    if not chosen:
+    if not has_placement:
         return array
     if not copy and not array.sharding.is_equivalent_to(leaf.sharding, array.ndim):
         raise Untransferable(

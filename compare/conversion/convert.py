@@ -1,8 +1,9 @@
-"""Parameters and buffers from PyTorch to Flax and back, bit for bit, everything accounted for.
+"""Convert parameters and buffers between PyTorch and Flax, bit for bit.
 
-The mask is state: it travels with the weights. No value changes, no entry is invented: dtypes
-follow the source (but for int64, which becomes int32 where JAX has x64 off, if every value fits),
-and by default one error lists all that does not fit before anything is changed.
+The mask is state and is converted with the weights. No value changes and no entry is invented. The
+result has the dtypes of the source, with one exception: int64 becomes int32 if JAX has x64 off and
+every value fits. By default, one error lists everything that does not fit before anything is
+changed.
 """
 
 from collections.abc import Mapping
@@ -57,21 +58,21 @@ def torch_to_linen(
 
     Args:
         source: a module, or its state dict. Weights are (out, in).
-        template: the variables of the Linen module, or their `jax.eval_shape`: its entries are the
-            ones wanted. A template on chosen devices (committed or with a sharding) places the
-            result.
-        mapping: which entry lies where; without, what `compare.match` finds.
+        template: the variables of the Linen module, or their `jax.eval_shape`. It says which
+            entries to return. If its arrays are committed or have a sharding, the result is placed
+            on the same devices.
+        mapping: how torch and Flax names pair. Default: what `compare.match` finds.
         copy: False shares memory with the torch tensors (see `compare.conversion.tensors.to_jax`):
             editing a tensor in place then changes the "immutable" JAX array.
-        strict: False converts what fits. What does not keeps the template's value, or is left out
-            where the template is abstract.
+        strict: False converts what fits. Other entries keep the template's value, or are left out
+            if the template is abstract.
 
     Returns:
-        New variables, `{"params": ..., "buffers": ...}`, kernels (in, out), in the source's dtypes;
-        with `strict=False` these and the lists of what did not fit.
+        New variables, `{"params": ..., "buffers": ...}`, kernels (in, out), in the source's dtypes.
+        With `strict=False`, also the lists of what did not fit.
 
     Raises:
-        ConversionError: entries missing, unexpected, of another shape, or not representable.
+        ConversionError: entries are missing, unexpected, of another shape, or not representable.
     """
     leaves = _linen_leaves(template)
     side = flax_side(template)
@@ -113,23 +114,23 @@ def torch_to_nnx(
 ) -> Model | tuple[Model, Mismatch]:
     """Fill an NNX model with the values of a torch module and return that same model.
 
-    The model is touched only after everything was validated. Random streams stay as they are.
+    The model is changed only after everything was validated. Random streams are not changed.
 
     Args:
         source: a module, or its state dict. Weights are (out, in).
-        model: the model to fill. Values land where the model's were, if it was placed on chosen
-            devices. Of an abstract model (`nnx.eval_shape`) Params and Buffers are filled, and its
-            random streams and plain arrays stay abstract: build a real one to train it.
-        mapping: which entry lies where; without, what `compare.match` finds.
+        model: the model to fill. If its arrays are committed or have a sharding, the new values are
+            placed on the same devices. In an abstract model (`nnx.eval_shape`), Params and Buffers
+            are filled; random streams and plain arrays stay abstract, so build a real model to
+            train it.
+        mapping: how torch and Flax names pair. Default: what `compare.match` finds.
         copy: False shares memory with the torch tensors (see `compare.conversion.tensors.to_jax`).
         strict: False converts what fits and leaves the rest of the model as it was.
 
     Returns:
-        `model`, in the source's dtypes; with `strict=False` the model and the lists of what did not
-        fit.
+        `model`, in the source's dtypes. With `strict=False`, also the lists of what did not fit.
 
     Raises:
-        ConversionError: entries missing, unexpected, of another shape, or not representable.
+        ConversionError: entries are missing, unexpected, of another shape, or not representable.
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected an nnx.Module")
@@ -163,22 +164,22 @@ def linen_to_torch(
     copy: bool = True,
     strict: bool = True,
 ) -> StateDict | tuple[StateDict, Mismatch]:
-    """Return the torch state dict that holds the values of Linen variables.
+    """Return a torch state dict with the values of Linen variables.
 
     Args:
         variables: `{"params": ..., "buffers": ...}`; the leaves may be sharded.
-        mapping: which entry lies where, as `compare.match` found it; without, the attention
-            classes'.
+        mapping: how torch and Flax names pair, from `compare.match`. Default: the mapping of the
+            attention classes.
         copy: False shares memory with the JAX arrays (see `compare.conversion.tensors.to_torch`):
             an in-place edit of the tensor then changes the "immutable" JAX array.
         strict: False converts what fits.
 
     Returns:
-        A state dict for `load_state_dict`, weights (out, in), on the CPU unless shared; with
-        `strict=False` the state dict and the lists of what did not fit.
+        A state dict for `load_state_dict`, weights (out, in), on the CPU unless memory is shared.
+        With `strict=False`, also the lists of what did not fit.
 
     Raises:
-        ConversionError: entries missing, unexpected, of a wrong rank, or not representable.
+        ConversionError: entries are missing, unexpected, of a wrong rank, or not representable.
     """
     leaves = {
         path: leaf for path, leaf in _linen_leaves(variables).items() if linen_kind(path) in SAVED
@@ -212,23 +213,23 @@ def nnx_to_torch(
     copy: bool = True,
     strict: bool = True,
 ) -> StateDict | tuple[StateDict, Mismatch]:
-    """Return the torch state dict that holds the Params and Buffers of an NNX model.
+    """Return a torch state dict with the Params and Buffers of an NNX model.
 
     Random streams have no counterpart in a state dict and are left out.
 
     Args:
         model: the model; its arrays may be sharded.
-        mapping: which entry lies where, as `compare.match` found it; without, the attention
-            classes'.
+        mapping: how torch and Flax names pair, from `compare.match`. Default: the mapping of the
+            attention classes.
         copy: False shares memory with the JAX arrays (see `compare.conversion.tensors.to_torch`).
         strict: False converts what fits.
 
     Returns:
-        A state dict for `load_state_dict`, weights (out, in), on the CPU unless shared; with
-        `strict=False` the state dict and the lists of what did not fit.
+        A state dict for `load_state_dict`, weights (out, in), on the CPU unless memory is shared.
+        With `strict=False`, also the lists of what did not fit.
 
     Raises:
-        ConversionError: entries missing, unexpected, of a wrong rank, or not representable.
+        ConversionError: entries are missing, unexpected, of a wrong rank, or not representable.
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected an nnx.Module")
@@ -251,9 +252,10 @@ def _state_dict(source: Source) -> Mapping[str, Any]:
 def _linen_leaves(variables: Mapping[str, Any]) -> dict[KeyPath, Any]:
     if not isinstance(variables, Mapping) or isinstance(variables, nnx.State):
         raise TypeError(
-            f"got a {type(variables).__name__}; expected Linen variables, as `model.init` returns them"
+            f"got a {type(variables).__name__}; "
+            "expected Linen variables, as `model.init` returns them"
         )
-    return {held.path: held.value for held in linen_entries(variables)}
+    return {entry.path: entry.value for entry in linen_entries(variables)}
 
 
 def _to_flax(
@@ -262,10 +264,10 @@ def _to_flax(
     tensors = _state_dict(source)
     if mapping is not None:
         return flax_from_torch(tensors, side.leaves, mapping, copy)
-    found, unpaired = pair(source, side)
-    arrays, mismatch = flax_from_torch(tensors, side.leaves, found, copy)
-    named = {entry.name for entry in (*unpaired.refused, *unpaired.misshaped)}
-    refused = tuple(entry for entry in mismatch.refused if entry.name not in named)
+    matched, unpaired = pair(source, side)
+    arrays, mismatch = flax_from_torch(tensors, side.leaves, matched, copy)
+    already_listed = {entry.name for entry in (*unpaired.refused, *unpaired.misshaped)}
+    refused = tuple(entry for entry in mismatch.refused if entry.name not in already_listed)
     return arrays, replace(unpaired, refused=unpaired.refused + refused)
 
 
@@ -273,5 +275,6 @@ def _hint(mapping: StateMapping | None) -> str:
     return (
         ""
         if mapping
-        else "Of other modules than the attention classes give mapping=compare.match(module, template)."
+        else "For modules other than the attention classes, pass "
+        "mapping=compare.match(module, template)."
     )

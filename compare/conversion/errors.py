@@ -1,4 +1,4 @@
-"""What the converter raises, and the lists that it reports."""
+"""The errors of the converter, and the lists in them."""
 
 from dataclasses import dataclass
 
@@ -6,16 +6,20 @@ from .suggest import near
 
 Shape = tuple[int, ...]
 
-# How many entries of a kind a message lists: a missing rename rule concerns every layer.
+# The most entries that a message lists in each group: a missing rename rule affects every layer.
 MAX_LINES = 12
 
 
 @dataclass(frozen=True)
 class MismatchEntry:
-    """One entry that did not fit: its torch key (or Flax path), where Flax keeps it, both shapes.
+    """One entry that did not fit.
 
-    Shapes are in torch's layout; `found` is None if the source lacks the entry, `expected` if the
-    target does.
+    Attributes:
+        name: the torch key, or the Flax path.
+        place: where the target stores it: in most cases the Flax path.
+        found: the shape in the source, in torch's layout. None if the source lacks the entry.
+        expected: the shape in the target, in torch's layout. None if the target lacks the entry.
+        reason: why it was refused.
     """
 
     name: str
@@ -27,10 +31,13 @@ class MismatchEntry:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Everything that did not fit. True if there is anything.
+    """Everything that did not fit. It is true if any list has an entry.
 
-    `missing`: the target has it, the source does not. `unexpected`: the other way round.
-    `misshaped`: both have it, with different shapes. `refused`: it cannot be carried without loss.
+    Attributes:
+        missing: entries that only the target has.
+        unexpected: entries that only the source has.
+        misshaped: entries that have different shapes in source and target.
+        refused: entries that cannot be converted, each with a reason.
     """
 
     missing: tuple[MismatchEntry, ...] = ()
@@ -43,15 +50,15 @@ class Mismatch:
 
     def __str__(self) -> str:
         missing_names = [entry.name for entry in self.missing]
-        kinds = (
+        groups = (
             (self.missing, _missing),
             (self.unexpected, lambda entry: _unexpected(entry, missing_names)),
             (self.misshaped, _misshaped),
             (self.refused, lambda entry: f"! {shown(entry.name)}: {entry.reason}"),
         )
         lines: list[str] = []
-        for entries, line in kinds:
-            lines += [line(entry) for entry in entries[:MAX_LINES]]
+        for entries, describe in groups:
+            lines += [describe(entry) for entry in entries[:MAX_LINES]]
             if len(entries) > MAX_LINES:
                 lines.append(f"  … and {len(entries) - MAX_LINES:,} more")
         return "\n".join(lines)
@@ -59,7 +66,7 @@ class Mismatch:
 
 def _missing(entry: MismatchEntry) -> str:
     name, expected = shown(entry.name), _shape(entry.expected)
-    return f"- missing {name}: {shown(entry.place)} {expected} finds nothing"
+    return f"- missing {name}: the source has nothing for {shown(entry.place)} {expected}"
 
 
 def _unexpected(entry: MismatchEntry, missing_names: list[str]) -> str:
@@ -85,7 +92,7 @@ def _mend(entry: MismatchEntry) -> str:
 
 
 class ConversionError(ValueError):
-    """The source and the target do not hold the same entries; `mismatch` has the lists."""
+    """The source and the target do not have the same entries; `mismatch` lists the differences."""
 
     def __init__(self, mismatch: Mismatch, hint: str = "", *, has_strict: bool = False) -> None:
         self.mismatch = mismatch
@@ -98,11 +105,11 @@ class ConversionError(ValueError):
 
 
 class MappingError(ValueError):
-    """A file or some JSON is no table of `compare.match`."""
+    """A mapping file could not be read, or does not contain a valid mapping."""
 
 
 def shown(name: object) -> str:
-    """Return a name from a file as it may be printed: control characters escaped, and not endless."""
+    """Return a name from a file for printing: control characters escaped, shortened if long."""
     text = str(name)
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= 200 else f"{text[:100]}…{text[-50:]}"

@@ -1,4 +1,4 @@
-"""The layers of torch that have a counterpart in Flax, and why others have none."""
+"""Which torch layers have a counterpart in Flax, and how compound layers are mapped."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,26 +10,29 @@ from .mapping import KeyPath, Left, Row
 from .state_kinds import FlaxSide
 
 SUPPORTED: tuple[type[nn.Module], ...] = (
-    *(
-        nn.Linear,
-        nn.Bilinear,
-        nn.Embedding,
-        nn.PReLU,
-        nn.MultiheadAttention,
-        nn.LSTMCell,
-        nn.GRUCell,
-    ),
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *(
-        nn.LayerNorm,
-        nn.RMSNorm,
-        nn.GroupNorm,
-        nn.BatchNorm1d,
-        nn.BatchNorm2d,
-        nn.BatchNorm3d,
-        nn.SyncBatchNorm,
-    ),
-    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.PReLU,
+    nn.MultiheadAttention,
+    nn.LSTMCell,
+    nn.GRUCell,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
 )
 _MENDS: dict[type[nn.Module], str] = {
     nn.LSTM: "use nn.LSTMCell, layer by layer",
@@ -39,31 +42,44 @@ _MENDS: dict[type[nn.Module], str] = {
 
 
 def layer_types(source: Any) -> dict[str, nn.Module]:
-    """Return the layers of a module by their names; none of a state dict."""
+    """Return the layers of a module by name; for a state dict, return an empty dict."""
     return (
         dict(source.named_modules(remove_duplicate=False)) if isinstance(source, nn.Module) else {}
     )
 
 
 def refusal(layer: nn.Module) -> str | None:
-    """Say why Flax has no layer that computes the same, or nothing. Modules of the user's own are theirs to write."""
-    own = list(layer.parameters(recurse=False)) + list(layer.buffers(recurse=False))
+    """Return why Flax has no layer that computes the same, or None.
+
+    Modules that are not part of torch are never refused: the user writes their Flax counterpart.
+    """
+    own_tensors = list(layer.parameters(recurse=False)) + list(layer.buffers(recurse=False))
     name = type(layer).__name__
-    if not own or not type(layer).__module__.startswith("torch.nn.modules"):
+    if not own_tensors or not type(layer).__module__.startswith("torch.nn.modules"):
         return None
     if not isinstance(layer, SUPPORTED):
         mend = next(
-            (mend for kind, mend in _MENDS.items() if isinstance(layer, kind)), "replace it"
+            (mend for layer_type, mend in _MENDS.items() if isinstance(layer, layer_type)),
+            "replace it",
         )
         return f"{name} has no counterpart in Flax: {mend}"
     if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats:
-        return f"{name} with track_running_stats=True has no counterpart in Flax, whose InstanceNorm keeps none"
+        return (
+            f"{name} with track_running_stats=True has no counterpart in Flax: "
+            "Flax's InstanceNorm has no running statistics"
+        )
     if isinstance(layer, nn.modules.conv._ConvTransposeNd) and layer.groups > 1:
-        return f"{name} with groups={layer.groups} has no counterpart in Flax, whose ConvTranspose has no groups"
+        return (
+            f"{name} with groups={layer.groups} has no counterpart in Flax: "
+            "Flax's ConvTranspose has no groups"
+        )
     if isinstance(layer, nn.PReLU) and layer.num_parameters > 1:
-        return f"{name} with {layer.num_parameters} slopes has no counterpart in Flax, whose PReLU has one"
+        return (
+            f"{name} with {layer.num_parameters} slopes has no counterpart in Flax: "
+            "Flax's PReLU has one slope"
+        )
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
-        return f"{name} with max_norm changes its weight when called, which Flax's Embed does not"
+        return f"{name} with max_norm changes its weight when called; Flax's Embed does not"
     if isinstance(layer, nn.MultiheadAttention) and layer.bias_k is not None:
         return f"{name} with add_bias_kv=True has no counterpart in Flax"
     if isinstance(layer, nn.MultiheadAttention) and layer.add_zero_attn:
@@ -72,29 +88,29 @@ def refusal(layer: nn.Module) -> str | None:
 
 
 def nnx_layouts(model: nnx.Module) -> Mapping[KeyPath, str]:
-    """Return the layouts of the kernels whose NNX layer says more than their name does."""
-    found = {}
+    """Return the layouts of the kernels whose layout depends on the type of the NNX layer."""
+    layouts = {}
     for path, layer in nnx.iter_graph(model):
         if isinstance(layer, nnx.ConvTranspose):
-            found[(*path, "kernel")] = "conv" if layer.transpose_kernel else "conv_transpose"
+            layouts[(*path, "kernel")] = "conv" if layer.transpose_kernel else "conv_transpose"
         elif isinstance(layer, nnx.Einsum):
-            found[(*path, "kernel")] = "same"
+            layouts[(*path, "kernel")] = "same"
         elif isinstance(layer, nnx.LinearGeneral):
-            found[(*path, "kernel")] = "general"
-    return found
+            layouts[(*path, "kernel")] = "general"
+    return layouts
 
 
 _PROJECTIONS = ("query", "key", "value")
-_SEPARATE = {"query": "q_proj_weight", "key": "k_proj_weight", "value": "v_proj_weight"}
-# The gates in torch's order, as Flax names them. NNX calls `if`, a keyword, `if_`.
-_LSTM = ("i", "f", "g", "o")
-_GRU = ("r", "z", "n")
+_SEPARATE_KEYS = {"query": "q_proj_weight", "key": "k_proj_weight", "value": "v_proj_weight"}
+# Flax's names of the gates, in torch's order. NNX says `if_` for `if`, which is a keyword.
+_LSTM_GATES = ("i", "f", "g", "o")
+_GRU_GATES = ("r", "z", "n")
 
 
 def compound_rows(
     tensors: Mapping[str, Any], names: Mapping[str, str], flax: FlaxSide
 ) -> tuple[list[Row], list[Left]]:
-    """Return the rows of every attention and cell found on both sides, and what of them Flax has no place for."""
+    """Return the rows of attention layers and recurrent cells, and their entries without a row."""
     rows: list[Row] = []
     left: list[Left] = []
     for key in tensors:
@@ -103,9 +119,9 @@ def compound_rows(
         if leaf in ("in_proj_weight", "q_proj_weight"):
             rows += _attention(prefix, name, leaf == "in_proj_weight", tensors, flax)
         elif leaf == "weight_ih" and f"{prefix}weight_hh" in tensors:
-            found, zero = _cell(prefix, name, tensors, flax)
-            rows += found
-            left += zero
+            cell_rows, cell_left = _cell(prefix, name, tensors, flax)
+            rows += cell_rows
+            left += cell_left
     return rows, left
 
 
@@ -113,7 +129,7 @@ def _attention(
     prefix: str, name: str, fused: bool, tensors: Mapping[str, Any], flax: FlaxSide
 ) -> Iterator[Row]:
     for index, projection in enumerate(_PROJECTIONS):
-        key = f"{prefix}in_proj_weight" if fused else prefix + _SEPARATE[projection]
+        key = f"{prefix}in_proj_weight" if fused else prefix + _SEPARATE_KEYS[projection]
         part = (index, len(_PROJECTIONS))
         for path in _only(flax, f"{name}{projection}.kernel", tensors, key):
             shape = tuple(flax.leaves[path].shape)
@@ -132,59 +148,61 @@ def _attention(
 def _cell(
     prefix: str, name: str, tensors: Mapping[str, Any], flax: FlaxSide
 ) -> tuple[list[Row], list[Left]]:
-    inner, outer, first, second = (
+    input_weight, hidden_weight, input_bias, hidden_bias = (
         f"{prefix}{leaf}" for leaf in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     )
-    shape: tuple[int, ...] = tuple(getattr(tensors[outer], "shape", ()))
+    shape: tuple[int, ...] = tuple(getattr(tensors[hidden_weight], "shape", ()))
     count = shape[0] // shape[1] if len(shape) == 2 and shape[1] else 0
-    gates = {4: _LSTM, 3: _GRU}.get(count, ())
+    gates = {4: _LSTM_GATES, 3: _GRU_GATES}.get(count, ())
     if f"{name}dense_i.kernel" in flax.by_name and gates:
-        return _dense_cell(name, (inner, outer, first, second), gates is _GRU, tensors, flax)
+        keys = input_weight, hidden_weight, input_bias, hidden_bias
+        return _dense_cell(name, keys, gates is _GRU_GATES, tensors, flax)
     rows: list[Row] = []
     for index, gate in enumerate(gates):
         part = (index, count)
-        for side, key in (("i", inner), ("h", outer)):
+        for side, key in (("i", input_weight), ("h", hidden_weight)):
             for path in _only(flax, f"{name}{side}{gate}.kernel", tensors, key) or _only(
                 flax, f"{name}{side}{gate}_.kernel", tensors, key
             ):
                 rows.append(Row(key, path, "transposed", part=part))
         if gate == "n":
-            for side, key in (("i", first), ("h", second)):
+            for side, key in (("i", input_bias), ("h", hidden_bias)):
                 rows += [
                     Row(key, path, part=part)
                     for path in _only(flax, f"{name}{side}n.bias", tensors, key)
                 ]
             continue
-        # Flax adds one bias where torch adds two: an LSTM's with the state, a GRU's with the input.
-        side = "h" if gates is _LSTM else "i"
-        for path in _only(flax, f"{name}{side}{gate}.bias", tensors, first):
-            rows.append(Row(first, path, part=part, plus=second))
+        # torch adds two biases. Flax adds one: to the state in an LSTM, to the input in a GRU.
+        side = "h" if gates is _LSTM_GATES else "i"
+        for path in _only(flax, f"{name}{side}{gate}.bias", tensors, input_bias):
+            rows.append(Row(input_bias, path, part=part, plus=hidden_bias))
     return rows, []
 
 
 def _dense_cell(
     name: str,
     keys: tuple[str, str, str, str],
-    gru: bool,
+    is_gru: bool,
     tensors: Mapping[str, Any],
     flax: FlaxSide,
 ) -> tuple[list[Row], list[Left]]:
-    """NNX's cells with all gates in one kernel; its GRU has no bias inside the reset gate."""
-    inner, outer, first, second = keys
+    """Map an NNX cell: one kernel has all gates, and a GRU has no bias inside the reset gate."""
+    input_weight, hidden_weight, input_bias, hidden_bias = keys
     rows = [
-        Row(inner, path, "transposed")
-        for path in _only(flax, f"{name}dense_i.kernel", tensors, inner)
+        Row(input_weight, path, "transposed")
+        for path in _only(flax, f"{name}dense_i.kernel", tensors, input_weight)
     ]
     rows += [
-        Row(outer, path, "transposed")
-        for path in _only(flax, f"{name}dense_h.kernel", tensors, outer)
+        Row(hidden_weight, path, "transposed")
+        for path in _only(flax, f"{name}dense_h.kernel", tensors, hidden_weight)
     ]
-    for path in _only(flax, f"{name}dense_{'i' if gru else 'h'}.bias", tensors, first):
-        rows.append(Row(first, path, plus=second))
-    return rows, [Left(second, "zero:2/3")] if gru and second in tensors else []
+    for path in _only(flax, f"{name}dense_{'i' if is_gru else 'h'}.bias", tensors, input_bias):
+        rows.append(Row(input_bias, path, plus=hidden_bias))
+    left = [Left(hidden_bias, "zero:2/3")] if is_gru and hidden_bias in tensors else []
+    return rows, left
 
 
 def _only(flax: FlaxSide, name: str, tensors: Mapping[str, Any], key: str) -> list[KeyPath]:
-    """Return the path of that dotted name, if there is just one and torch has the key."""
-    found = flax.by_name.get(name, [])
-    return found if len(found) == 1 and key in tensors else []
+    """Return the path with that dotted name, if there is exactly one and torch has the key."""
+    paths = flax.by_name.get(name, [])
+    return paths if len(paths) == 1 and key in tensors else []

@@ -1,4 +1,4 @@
-"""How one tensor lies in torch and in Flax: each layout is a reordering, so that no value ever changes."""
+"""How a tensor is laid out in torch and in Flax. A layout only reorders values."""
 
 from collections.abc import Sequence
 from math import prod
@@ -24,7 +24,10 @@ ALL = (*PLAIN, "flatten:C,H,W", "permuted:2,0,1")
 
 
 class Layout(NamedTuple):
-    """torch tensor -> reshape to `split` -> permute by `axes` -> flip `flipped` -> reshape to the Flax shape."""
+    """The steps from a torch tensor to a Flax array.
+
+    Reshape to `split`, permute by `axes`, flip the axes in `flipped`, reshape to `flax_shape`.
+    """
 
     torch_shape: Shape
     split: Shape
@@ -34,27 +37,30 @@ class Layout(NamedTuple):
 
 
 def layout(name: str, flax_shape: Sequence[int]) -> Layout:
-    """Return the layout of that name for a Flax array of that shape.
+    """Return the named layout for a Flax array of this shape.
 
     | name | torch | Flax |
     | --- | --- | --- |
     | `same` | any | the same |
     | `transposed` | Linear: (out, in) | (in, out) |
-    | `conv` | Conv: (out, in / groups, *window); ConvTranspose: (in, out, *window) | (*window, last two exchanged) |
-    | `conv_transpose` | ConvTranspose: (in, out, *window) | `transpose_kernel=False`: (*window, in, out), mirrored |
+    | `conv` | Conv: (out, in / groups, *window) | (*window, in / groups, out) |
+    | `conv` | ConvTranspose: (in, out, *window) | `transpose_kernel=True`: (*window, out, in) |
+    | `conv_transpose` | ConvTranspose: (in, out, *window) | (*window, in, out), mirrored |
     | `heads_in` | (heads * head_dim, embed) | (embed, heads, head_dim) |
     | `heads_out` | (embed, heads * head_dim) | (heads, head_dim, embed) |
     | `heads_bias` | (heads * head_dim,) | (heads, head_dim) |
     | `scalar` | (1,) | () |
-    | `flatten:C,H,W` | Linear after flattening NCHW: (out, C*H*W) | after flattening NHWC: (H*W*C, out) |
+    | `flatten:C,H,W` | Linear after flattened NCHW: (out, C*H*W) | flattened NHWC: (H*W*C, out) |
     | `permuted:2,0,1` | any | torch's axes in that order |
 
+    The mirrored window of `conv_transpose` is the one of `transpose_kernel=False`.
+
     Raises:
-        ValueError: no such layout, or one that an array of this rank or size cannot have.
+        ValueError: the layout does not exist, or does not fit an array of this rank or size.
     """
     shape = tuple(int(size) for size in flax_shape)
     rank = len(shape)
-    name, given = known_layout(name)
+    name, numbers = known_layout(name)
     if name == "same":
         return Layout(shape, shape, tuple(range(rank)), (), shape)
     if name == "scalar":
@@ -65,14 +71,17 @@ def layout(name: str, flax_shape: Sequence[int]) -> Layout:
         return Layout((prod(shape),), shape, (0, 1), (), shape)
     if name == "permuted":
         _need(
-            name, shape, sorted(given) == list(range(rank)), f"{len(given)} axes, each named once"
+            name,
+            shape,
+            sorted(numbers) == list(range(rank)),
+            f"{len(numbers)} axes, each named once",
         )
-        split = tuple(shape[given.index(axis)] for axis in range(rank))
-        return Layout(split, split, given, (), shape)
+        split = tuple(shape[numbers.index(axis)] for axis in range(rank))
+        return Layout(split, split, numbers, (), shape)
     if name == "flatten":
-        _need(name, shape, rank == 2 and prod(given) == shape[0], f"({prod(given)}, out)")
-        spatial = tuple(range(2, 1 + len(given)))
-        return Layout((shape[1], shape[0]), (shape[1], *given), (*spatial, 1, 0), (), shape)
+        _need(name, shape, rank == 2 and prod(numbers) == shape[0], f"({prod(numbers)}, out)")
+        spatial = tuple(range(2, 1 + len(numbers)))
+        return Layout((shape[1], shape[0]), (shape[1], *numbers), (*spatial, 1, 0), (), shape)
     if name == "transposed":
         _need(name, shape, rank == 2, "(in, out)")
         return Layout(shape[::-1], shape[::-1], (1, 0), (), shape)
@@ -95,10 +104,10 @@ def layout(name: str, flax_shape: Sequence[int]) -> Layout:
 
 
 def known_layout(name: str) -> tuple[str, Shape]:
-    """Return the layout's kind and its numbers.
+    """Split the name of a layout into its kind and its numbers.
 
     Raises:
-        ValueError: there is no such layout.
+        ValueError: the layout does not exist.
     """
     kind, colon, numbers = name.partition(":")
     if kind not in ("flatten", "permuted"):
@@ -106,10 +115,10 @@ def known_layout(name: str) -> tuple[str, Shape]:
             raise ValueError(f"there is no layout {name!r}; there are {', '.join(ALL)}")
         return kind, ()
     try:
-        found = tuple(int(number) for number in numbers.split(","))
-        if min(found) < (kind == "flatten"):
+        values = tuple(int(number) for number in numbers.split(","))
+        if min(values) < (1 if kind == "flatten" else 0):
             raise ValueError
-        return kind, found
+        return kind, values
     except ValueError:
         raise ValueError(
             f"{kind}: needs numbers, as in {' and '.join(ALL[-2:])}; got {numbers!r}"
@@ -117,10 +126,10 @@ def known_layout(name: str) -> tuple[str, Shape]:
 
 
 def flax_shape(name: str, torch_shape: Shape) -> Shape:
-    """Return the shape that a torch tensor of that shape has in Flax.
+    """Return the Flax shape of a torch tensor of this shape.
 
     Raises:
-        ValueError: a layout whose Flax shape does not follow from torch's, as that of heads.
+        ValueError: the Flax shape does not follow from torch's, for example with attention heads.
     """
     kind = name.partition(":")[0]
     if kind == "same":
@@ -134,21 +143,22 @@ def flax_shape(name: str, torch_shape: Shape) -> Shape:
     if kind == "conv_transpose" and len(torch_shape) >= 3:
         return (*torch_shape[2:], torch_shape[0], torch_shape[1])
     raise ValueError(
-        f"the Flax shape of {name} does not follow from {torch_shape}; the mapping has to say it"
+        f"the Flax shape of {name} does not follow from {torch_shape}; the mapping must give it"
     )
 
 
 def to_flax(chosen: Layout, tensor: Any) -> Any:
-    """Return the torch tensor, or NumPy array in torch's layout, as Flax lays it: a view where that is possible."""
-    found = _permute(tensor.reshape(chosen.split), chosen.axes)
-    return _flip(found, chosen.flipped).reshape(chosen.flax_shape)
+    """Return the tensor or array in Flax's layout, as a view where possible."""
+    permuted = _permute(tensor.reshape(chosen.split), chosen.axes)
+    return _flip(permuted, chosen.flipped).reshape(chosen.flax_shape)
 
 
 def to_torch(chosen: Layout, array: Any) -> Any:
-    """Return the array, or tensor in Flax's layout, as torch lays it; the inverse of `to_flax`."""
-    found = _flip(array.reshape(tuple(chosen.split[axis] for axis in chosen.axes)), chosen.flipped)
+    """Return the array or tensor in torch's layout; the inverse of `to_flax`."""
+    permuted_shape = tuple(chosen.split[axis] for axis in chosen.axes)
+    unflipped = _flip(array.reshape(permuted_shape), chosen.flipped)
     inverse = tuple(chosen.axes.index(axis) for axis in range(len(chosen.axes)))
-    return _permute(found, inverse).reshape(chosen.torch_shape)
+    return _permute(unflipped, inverse).reshape(chosen.torch_shape)
 
 
 def _permute(values: Any, axes: Shape) -> Any:
@@ -167,4 +177,4 @@ def _flip(values: Any, axes: Shape) -> Any:
 
 def _need(name: str, shape: Shape, fits: bool, wanted: str) -> None:
     if not fits:
-        raise ValueError(f"the layout {name} is of an array {wanted}; this one is {shape}")
+        raise ValueError(f"the layout {name} needs an array {wanted}; this one is {shape}")

@@ -1,4 +1,4 @@
-"""Which entry of a torch state dict lies where in Flax: a table, good for both directions."""
+"""The mapping between torch state dict entries and Flax arrays, used in both directions."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from .errors import MappingError
 from .layouts import known_layout
 
-KeyPath = tuple[Any, ...]  # names, or integers within an NNX list
+KeyPath = tuple[Any, ...]  # names, or integers for positions in an NNX list
 Kind = Literal["parameter", "buffer", "statistics", "alias"]
 Policy = Literal["ignore", "verify", "refuse"]
 
@@ -29,19 +29,19 @@ def dotted(path: KeyPath) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor in its two places.
+    """One Flax array and the torch tensor that it corresponds to.
 
     Attributes:
-        torch_key: its name in the state dict.
-        path: where Flax keeps it: the collection and the names (Linen), or the names alone (NNX).
-        layout: how the two lie to each other, by the names of `compare.conversion.layouts`.
-        kind: what it is. An `alias` is a second torch key for one array: a tied weight.
-        required: False where the absence of both sides is no error.
-        part: (i, n) if only the i-th of n equal parts of the torch tensor, along its first axis, is
-            meant.
-        plus: a second torch key that is added to the first, as Flax's cells have one bias where
-            torch's have two. On the way back it becomes zeros.
-        shape: of the Flax array, where torch's does not say it: how many heads there are.
+        torch_key: the name in the torch state dict.
+        path: the path in Flax: collection and names in Linen, names only in NNX.
+        layout: the name of the layout, from `compare.conversion.layouts`.
+        kind: the kind of state. An `alias` is a second torch key for the same array: a tied weight.
+        required: False if both sides may lack it.
+        part: (i, n) if the array is only the i-th of n equal parts of the torch tensor along its
+            first axis. None if it is the whole tensor.
+        plus: a second torch key whose tensor is added to the first, because Flax's cells have one
+            bias and torch's have two. From Flax to torch, it becomes zeros.
+        shape: the shape of the Flax array, if it does not follow from torch's: the number of heads.
     """
 
     torch_key: str
@@ -55,20 +55,19 @@ class Row:
 
     @property
     def place(self) -> str:
-        """The path, as one name."""
+        """The path as one name, with slashes."""
         return slashed(self.path)
 
 
 class Left(NamedTuple):
-    """An entry without a counterpart, and what is asked of it.
+    """An entry that exists on one side only, and the rule for leaving it out.
 
     Attributes:
-        torch_key: its name, in the state dict or, if `path` is given, in Flax.
-        policy: `ignore`: nothing. `verify`: that it is the causal mask which anyone would
-            recompute. `zero:2/3`: that the third of three parts is zeros, for Flax adds nothing
-            there.
-        path: where in Flax it lies, if torch is the side that lacks it. The target's own value is
-            kept.
+        torch_key: the name in the torch state dict, or the Flax name if `path` is given.
+        policy: `ignore` always leaves it out. `verify` leaves it out only if it is the standard
+            causal mask. `zero:2/3` leaves it out only if the third of its three parts is all zeros,
+            because Flax has no bias there.
+        path: the path in Flax, if torch is the side that lacks it. The target keeps its own value.
     """
 
     torch_key: str
@@ -78,12 +77,12 @@ class Left(NamedTuple):
 
 @dataclass(frozen=True)
 class StateMapping:
-    """The rows of a whole module, each Flax array once: one table for both directions.
+    """The rows of a whole module. One mapping serves both directions; each Flax array occurs once.
 
     Attributes:
-        rows: in the order of the torch state dict.
-        left: what has no counterpart on the other side.
-        flax: whose paths these are. Linen's begin with the collection.
+        rows: the rows, in the order of the torch state dict.
+        left: the entries without a counterpart on the other side.
+        flax: the Flax API that the paths belong to. Linen's paths begin with the collection.
     """
 
     rows: tuple[Row, ...]
@@ -91,7 +90,7 @@ class StateMapping:
     flax: Literal["linen", "nnx"] = "linen"
 
     def __str__(self) -> str:
-        """Return the table in plain text, a line each."""
+        """Return the mapping as a text table, one line per row."""
         cells = [("torch", "Flax", "kind", "layout")]
         for row in self.rows:
             part = f"[{row.part[0]}/{row.part[1]}]" if row.part else ""
@@ -105,31 +104,32 @@ class StateMapping:
 
     def __post_init__(self) -> None:
         """Raise ValueError if two torch tensors would become one Flax array."""
-        if twice := _twice(row.path for row in self.rows if row.kind != "alias"):
-            raise ValueError(f"this mapping has {'/'.join(map(str, twice))} twice")
+        if path := _repeated_path(row.path for row in self.rows if row.kind != "alias"):
+            raise ValueError(f"this mapping has {slashed(path)} twice")
 
     @cached_property
     def by_path(self) -> dict[KeyPath, Row]:
-        """The rows by where Flax keeps them, aliases left out."""
+        """The rows by Flax path, without aliases."""
         return {row.path: row for row in self.rows if row.kind != "alias"}
 
     @cached_property
     def by_key(self) -> dict[str, list[Row]]:
-        """The rows that make up each torch tensor, its parts in order; `plus` keys and aliases among them."""
-        found: dict[str, list[Row]] = {}
+        """The rows of each torch key, including `plus` keys and aliases, with parts in order."""
+        rows_by_key: dict[str, list[Row]] = {}
         for row in self.rows:
             for key in filter(None, (row.torch_key, row.plus)):
-                found.setdefault(key, []).append(row)
+                rows_by_key.setdefault(key, []).append(row)
         return {
-            key: sorted(rows, key=lambda row: row.part or (0, 1)) for key, rows in found.items()
+            key: sorted(rows, key=lambda row: row.part or (0, 1))
+            for key, rows in rows_by_key.items()
         }
 
     def left_keys(self) -> set[str]:
-        """Return the torch keys that Flax has no place for."""
+        """Return the torch keys without a counterpart in Flax."""
         return {item.torch_key for item in self.left if item.path is None} - self.by_key.keys()
 
     def as_json(self) -> dict[str, Any]:
-        """Return the table as JSON has it."""
+        """Return the mapping as JSON data."""
         return {
             "flax": self.flax,
             "rows": [asdict(row) for row in self.rows],
@@ -138,11 +138,15 @@ class StateMapping:
 
     @classmethod
     def from_json(cls, content: Any) -> "StateMapping":
-        """Return the table that `as_json` gave.
+        """Return the mapping that `as_json` returned as JSON data.
 
         Raises:
-            ValueError: something else, or a Flax path twice.
+            ValueError: the data is not a valid mapping, or has a Flax path twice.
         """
+        if not isinstance(content, dict) or not content.keys() >= {"flax", "rows", "left"}:
+            raise ValueError(
+                'not a valid mapping: expected an object with the fields "flax", "rows" and "left"'
+            )
         try:
             rows = tuple(_row(entry) for entry in content["rows"])
             left = tuple(_left(*item) for item in content["left"])
@@ -155,24 +159,29 @@ class StateMapping:
             IndexError,
             OverflowError,
         ) as error:
-            raise ValueError(f"this is no mapping ({type(error).__name__}: {error})") from error
+            is_clear = isinstance(error, ValueError)
+            reason = str(error) if is_clear else f"{type(error).__name__}: {error}"
+            raise ValueError(f"not a valid mapping: {reason}") from error
         if flax not in ("linen", "nnx"):
-            raise ValueError(f"this is no mapping (flax: {flax!r})")
-        homes = {row.path for row in rows if row.kind != "alias"}
+            raise ValueError(f'not a valid mapping: flax: {flax!r} is neither "linen" nor "nnx"')
+        paths = {row.path for row in rows if row.kind != "alias"}
         for row in rows:
-            if row.kind == "alias" and row.path not in homes:
+            if row.kind == "alias" and row.path not in paths:
                 raise ValueError(
-                    f"this mapping has {row.torch_key} as an alias of {row.place}, which it lacks"
+                    f"not a valid mapping: {row.torch_key} is an alias of {row.place}, "
+                    "which has no row of its own"
                 )
-        found = cls(rows, left, flax)
-        for key, parts in found.by_key.items():
-            own = [row.part or (0, 1) for row in parts if row.kind != "alias"]
-            if own != [(index, len(own)) for index in range(len(own))]:
-                raise ValueError(f"this mapping has other parts of {key} than each of them once")
-        return found
+        mapping = cls(rows, left, flax)
+        for key, key_rows in mapping.by_key.items():
+            parts = [row.part or (0, 1) for row in key_rows if row.kind != "alias"]
+            if parts != [(index, len(parts)) for index in range(len(parts))]:
+                raise ValueError(
+                    f"not a valid mapping: the parts of {key} must each occur exactly once"
+                )
+        return mapping
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the table to a JSON file, atomically."""
+        """Write the mapping to a JSON file, atomically."""
         from ..files import atomic_file
 
         with atomic_file(Path(path)) as stream:
@@ -180,31 +189,44 @@ class StateMapping:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "StateMapping":
-        """Read the table from a JSON file.
+        """Read the mapping from a JSON file.
 
         Raises:
-            MappingError: no such file, or something else in it.
+            MappingError: the file cannot be read, is not JSON, or is not a valid mapping.
         """
         try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, RecursionError) as error:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise MappingError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except RecursionError as error:
+            raise MappingError(f"{path}: not a valid mapping: nested too deeply") from error
+        except ValueError as error:
+            raise MappingError(f"{path}: not a valid mapping: not JSON ({error})") from error
+        try:
+            return cls.from_json(content)
+        except ValueError as error:
             raise MappingError(f"{path}: {error}") from error
 
 
 def _row(entry: Any) -> Row:
     row = Row(**entry)
     if not isinstance(row.torch_key, str) or not isinstance(row.plus, str | None):
-        raise ValueError(f"a row has the torch keys {row.torch_key!r} and {row.plus!r}")
+        raise ValueError(
+            f"a row has the torch keys {row.torch_key!r} and {row.plus!r}; expected strings"
+        )
     if row.kind not in get_args(Kind):
-        raise ValueError(f"{row.torch_key} has the kind {row.kind!r}")
+        kinds = ", ".join(get_args(Kind))
+        raise ValueError(f"{row.torch_key} has the kind {row.kind!r}; expected one of {kinds}")
     if not isinstance(row.layout, str):
-        raise ValueError(f"{row.torch_key} has the layout {row.layout!r}")
+        raise ValueError(f"{row.torch_key} has the layout {row.layout!r}; expected a name")
     known_layout(row.layout)
     part = None
     if row.part is not None:
         part = (int(row.part[0]), int(row.part[1]))
         if len(row.part) != 2 or not 0 <= part[0] < part[1]:
-            raise ValueError(f"{row.torch_key} has the part {row.part}")
+            raise ValueError(
+                f"{row.torch_key} has the part {row.part}; expected [i, n] with 0 <= i < n"
+            )
     shape = None if row.shape is None else tuple(int(size) for size in row.shape)
     return Row(
         row.torch_key,
@@ -222,7 +244,9 @@ def _left(name: Any, policy: Any, path: Any) -> Left:
     if not isinstance(name, str) or not (
         policy in ("ignore", "verify") or re.fullmatch(r"zero:\d/[1-9]", str(policy))
     ):
-        raise ValueError(f"{name!r} is left with the policy {policy!r}")
+        raise ValueError(
+            f"{name!r} is left out with the policy {policy!r}; expected ignore, verify or zero:I/N"
+        )
     return Left(name, policy, None if path is None else _path(path))
 
 
@@ -232,11 +256,11 @@ def _path(path: Any) -> KeyPath:
         or not path
         or not all(isinstance(name, str | int) for name in path)
     ):
-        raise ValueError(f"a row has the path {path!r}")
+        raise ValueError(f"a row has the path {path!r}; expected a list of names and integers")
     return tuple(path)
 
 
-def _twice(paths: Iterable[KeyPath]) -> KeyPath | None:
+def _repeated_path(paths: Iterable[KeyPath]) -> KeyPath | None:
     seen: set[KeyPath] = set()
     for path in paths:
         if path in seen:
@@ -246,10 +270,10 @@ def _twice(paths: Iterable[KeyPath]) -> KeyPath | None:
 
 
 class AttentionRow(NamedTuple):
-    """One tensor of the attention classes in its three places.
+    """One tensor of the attention classes, with its name in torch, Linen and NNX.
 
-    `layout` is `transposed` where torch stores (out, in) and Flax (in, out).
-    `required` entries exist in every class and configuration.
+    `layout` is `transposed` if torch stores (out, in) and Flax stores (in, out).
+    A `required` entry exists in every class and configuration.
     """
 
     torch_key: str
@@ -285,3 +309,6 @@ NNX = StateMapping(
     tuple(Row(row.torch_key, row.nnx_path, row.layout, row.kind, row.required) for row in ROWS),
     flax="nnx",
 )
+
+
+Mapping = StateMapping  # an alias for one release

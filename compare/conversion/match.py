@@ -1,4 +1,4 @@
-"""Find which torch entry belongs to which Flax array, by name. Shapes only verify."""
+"""Match torch entries with Flax arrays by name. Shapes are only checked, never used to match."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ LEAVES = {
     "running_mean": ("mean", "running_mean"),
     "running_var": ("var", "running_var"),
 }
-# Old GPT-2 files store the causal mask; it may be dropped only while it is the causal mask.
+# Old GPT-2 files store the causal mask. It may be dropped only if it is the standard causal mask.
 LEGACY = re.compile(r"(^|\.)attn\.(bias|masked_bias)$")
 
 
@@ -45,9 +45,9 @@ def match(
         rename: torch names to Flax names, dotted. Each is the whole name of an entry or of a module
             above it; `*` stands for one step: `{"h.*.attn": "blocks.*.attention"}`. The longest
             rule that fits wins.
-        layouts: torch keys (patterns) to layouts of `compare.conversion.layouts`, where neither
-            side shows the layout: `{"head.weight": "flatten:8,4,4"}` for a Linear that follows a
-            flattened image.
+        layouts: torch keys (patterns) to layouts of `compare.conversion.layouts`, for tensors whose
+            layout neither side shows: `{"head.weight": "flatten:8,4,4"}` for a Linear that follows
+            a flattened image.
         policy: torch keys or Flax paths (patterns) to what happens to an entry that exists on one
             side only: `ignore`, `verify` (allow it only if it is the causal mask) or `refuse`, the
             default. GPT-2's `attn.bias` and `attn.masked_bias` are verified by default.
@@ -80,7 +80,7 @@ def pair(
     layouts: Mapping[str, str] | None = None,
     policy: Mapping[str, Policy] | None = None,
 ) -> tuple[StateMapping, Mismatch]:
-    """Return what `match` returns, and the list of what does not fit. Arguments are `match`'s."""
+    """Return the mapping and the list of what does not fit. The arguments are those of `match`."""
     matcher = _Matcher(source, template, rename or {}, layouts or {}, policy or {})
     matcher.refuse_layers()
     matcher.pair_compound_layers()
@@ -92,7 +92,7 @@ def pair(
 
 
 class _Matcher:
-    """One call of `match`: its arguments, what is paired so far, and what is refused."""
+    """One call of `match`: its arguments, the pairs found so far, and the refused entries."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class _Matcher:
             self.done.add(key)
             if len(paths) > 1:
                 choices = " and ".join(map(slashed, paths))
-                reason = f"ambiguous: it could be {choices}; say which with rename"
+                reason = f"ambiguous: it could be {choices}; use rename to choose"
                 self.refused.append(MismatchEntry(key, "", reason=reason))
                 continue
             try:
@@ -183,7 +183,7 @@ class _Matcher:
             first = first_rows.setdefault(row.path, row)
             if first is not row:
                 reason = (
-                    f"would become {row.place}, as {first.torch_key} does: say which with rename"
+                    f"would become {row.place}, as {first.torch_key} does: use rename to choose"
                 )
                 self.refused.append(MismatchEntry(row.torch_key, row.place, reason=reason))
         self.rows = list(first_rows.values())
@@ -199,19 +199,19 @@ class _Matcher:
 
     def pair_aliases(self) -> None:
         """Pair each key without a Flax path that shares its memory with a paired one."""
-        homes: dict[Any, Row] = {}
+        rows_by_memory: dict[Any, Row] = {}
         for row in self.rows:
             memory = _memory(self.tensors[row.torch_key])
             if memory is not None and row.part is None:
-                homes.setdefault(memory, row)
+                rows_by_memory.setdefault(memory, row)
         for key in [key for key in self.tensors if key not in self.done]:
-            home = homes.get(_memory(self.tensors[key]))
-            if home is not None:
-                self.rows.append(Row(key, home.path, home.layout, "alias", shape=home.shape))
+            first = rows_by_memory.get(_memory(self.tensors[key]))
+            if first is not None:
+                self.rows.append(Row(key, first.path, first.layout, "alias", shape=first.shape))
                 self.done.add(key)
 
     def settle(self) -> tuple[StateMapping, Mismatch]:
-        """Apply the policy to what has no counterpart, and list what remains."""
+        """Apply the policy to entries without a counterpart, and list the remaining ones."""
         used_rules: set[str] = set()
         unexpected = self._leave_torch_entries(used_rules)
         missing = self._leave_flax_entries(used_rules)
@@ -286,7 +286,7 @@ class _Matcher:
 def _renamed(
     tensors: Iterable[str], rename: Mapping[str, str]
 ) -> tuple[dict[str, str], list[MismatchEntry]]:
-    """Return every torch key under its Flax name, dotted, and the rules that nothing used."""
+    """Return the dotted Flax name of every torch key, and an entry for each unused rule."""
     rules = sorted(rename.items(), key=lambda rule: -rule[0].count("."))
     patterns = [
         (re.compile(re.escape(old).replace(r"\*", r"([^.]+)") + r"(?=\.|$)"), old, new)
@@ -296,9 +296,9 @@ def _renamed(
     for key in tensors:
         names[key] = key
         for pattern, old, new in patterns:
-            if found := pattern.match(key):
+            if prefix := pattern.match(key):
                 used.add(old)
-                names[key] = _filled(new, found.groups()) + key[found.end() :]
+                names[key] = _filled(new, prefix.groups()) + key[prefix.end() :]
                 break
     unused = [
         MismatchEntry(old, "", reason=f"renames to {new}, with another number of *")
@@ -313,7 +313,7 @@ def _renamed(
 
 
 def _filled(new: str, steps: Sequence[str]) -> str:
-    """Return the name with each `*` replaced by the step that the rule's own took."""
+    """Return the name with each `*` replaced by the step that it matched in the torch key."""
     for step in steps:
         new = new.replace("*", step, 1)
     return new
@@ -357,10 +357,18 @@ def _layout(
     layer: torch.nn.Module | None,
     hint: str | None,
 ) -> str:
-    """Return the layout that the leaf's name and the layers on both sides say; `hint` is the NNX layer's.
+    """Return the layout that follows from the leaf's name and the layers on both sides.
+
+    Args:
+        key: the torch key.
+        path: the Flax path.
+        tensor: the torch tensor.
+        shape: the shape of the Flax array.
+        layer: the torch layer, if the source is a module.
+        hint: the layout that the NNX layer requires, if any.
 
     Raises:
-        ValueError: they do not say it.
+        ValueError: the layout does not follow from them.
     """
     leaf, rank, torch_rank = path[-1], len(shape), len(getattr(tensor, "shape", ()))
     if leaf == "negative_slope":
@@ -378,15 +386,16 @@ def _layout(
         return hint
     if transposed and hint is None:
         raise ValueError(
-            f"the layer is a {type(layer).__name__}, and Flax variables do not say whether theirs was built with "
-            f'transpose_kernel: layouts={{"{key}": "conv"}} if True, "conv_transpose" if False, Flax\'s default'
+            f"the layer is a {type(layer).__name__}, and Flax variables do not say whether it was "
+            f'built with transpose_kernel: pass layouts={{"{key}": "conv"}} if True, '
+            '"conv_transpose" if False (the default)'
         )
     if rank == 3 and torch_rank == 2 and isinstance(layer, torch.nn.Linear | None):
         if path[-2] in ("query", "key", "value", "out"):
             return "heads_out" if path[-2] == "out" else "heads_in"
         raise ValueError(
-            f'one side has two axes, the other three: if these are heads, layouts={{"{key}": "heads_in"}}, or '
-            '"heads_out" behind the attention'
+            "one side has two axes, the other three: if these are attention heads, pass "
+            f'layouts={{"{key}": "heads_in"}}, or "heads_out" for the output projection'
         )
     if rank == 2 and isinstance(layer, torch.nn.Linear | None) and hint in (None, "general"):
         return "transposed"
@@ -399,7 +408,8 @@ def _layout(
         return "conv"
     kind = "torch" if layer is None else f"the {type(layer).__name__} in torch"
     raise ValueError(
-        f'{kind} does not say how this kernel lies: layouts={{"{key}": "transposed"}}, or another'
+        f"{kind} does not say how this kernel is laid out: pass "
+        f'layouts={{"{key}": "transposed"}}, or another layout'
     )
 
 
@@ -409,7 +419,7 @@ def allowing(
     leaves: Mapping[KeyPath, Any],
     policy: Mapping[str, Policy],
 ) -> StateMapping:
-    """Return the table with what it does not know, and the policy allows to be left, among what is left."""
+    """Return the mapping with the unmatched entries that the policy allows added to `left`."""
     known = mapping.by_key.keys() | {item.torch_key for item in mapping.left}
     used: set[str] = set()
     left = []
@@ -417,14 +427,14 @@ def allowing(
         if (decided := _decide(key, policy, used)) in ("ignore", "verify"):
             left.append(Left(key, str(decided)))
     for path in [path for path in leaves if path not in mapping.by_path]:
-        place = slashed(path)
-        if place not in known and (decided := _decide(place, policy, used)) in ("ignore", "verify"):
-            left.append(Left(place, str(decided), path))
+        name = slashed(path)
+        if name not in known and (decided := _decide(name, policy, used)) in ("ignore", "verify"):
+            left.append(Left(name, str(decided), path))
     return StateMapping(mapping.rows, (*mapping.left, *left), mapping.flax)
 
 
 def _memory(tensor: Any) -> Any:
-    """Return what the names of one tensor have in common; a tensor of a file says it itself."""
+    """Return a key that is the same for all names of one tensor, or None."""
     return same_memory(tensor) if isinstance(tensor, Tensor) else getattr(tensor, "memory", None)
 
 
@@ -434,7 +444,8 @@ def _decide(name: str, policy: Mapping[str, Policy], used: set[str]) -> Policy |
             used.add(pattern)
             if decided not in ("ignore", "verify", "refuse"):
                 raise ValueError(
-                    f"policy {pattern}: there is no {decided!r}; there are ignore, verify and refuse"
+                    f"policy {pattern}: there is no {decided!r}; "
+                    "there are ignore, verify and refuse"
                 )
             return decided
     return None
@@ -447,13 +458,13 @@ def _shape(tensor: Any) -> tuple[int, ...]:
 def torch_name(path: KeyPath, flax: FlaxSide) -> str:
     """Return what torch would call the entry if the modules had the same names."""
     *modules, leaf = flax.names[path]
-    known = {
+    torch_leaves = {
         "kernel": "weight",
         "scale": "weight",
         "embedding": "weight",
         "negative_slope": "weight",
     }
-    stats = (
+    statistics = (
         {"mean": "running_mean", "var": "running_var"} if flax.kinds[path] == "statistics" else {}
     )
-    return ".".join((*modules, (known | stats).get(leaf, leaf)))
+    return ".".join((*modules, (torch_leaves | statistics).get(leaf, leaf)))

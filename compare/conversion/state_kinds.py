@@ -1,17 +1,19 @@
-"""What kind of state each entry of a module is, in either framework.
+"""The kind of state of each entry of a module, in every framework.
 
 | kind | PyTorch | Flax Linen | Flax NNX | saved | trained |
 | --- | --- | --- | --- | --- | --- |
-| parameter | `nn.Parameter` | collection `params` | `nnx.Param` | yes | yes |
-| buffer | `register_buffer` | collection `buffers`, or any other | any other `nnx.Variable` | yes | no |
-| statistics | the running statistics of a norm | collection `batch_stats` | `nnx.BatchStat` | yes | no |
-| not saved | `register_buffer(persistent=False)` | collection `cache` | `nnx.Cache`, `nnx.Intermediate` | no | no |
-| alias | a second name of one tensor | - | a second path to one Variable | once | - |
+| parameter | `nn.Parameter` | `params` | `nnx.Param` | yes | yes |
+| buffer | `register_buffer` | `buffers`, or any other | any other `nnx.Variable` | yes | no |
+| statistics | running statistics of a norm | `batch_stats` | `nnx.BatchStat` | yes | no |
+| not saved | buffer, `persistent=False` | `cache` | `nnx.Cache`, `nnx.Intermediate` | no | no |
+| alias | second name of a tensor | - | second path to a Variable | once | - |
 | stream | - | - | `nnx.RngState` | no | no |
-| left behind | a plain tensor attribute | - | a plain array attribute | no | no |
+| left behind | plain tensor attribute | - | plain array attribute | no | no |
 
-Source: the PyTorch documentation of `Module.register_buffer`; Flax's guides on variable collections
-and on NNX filters.
+For Linen the table names collections. The collection `intermediates` is not saved either.
+
+Sources: the PyTorch documentation of `Module.register_buffer`; Flax's guides on variable
+collections and on NNX filters.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,7 +30,7 @@ from torch.nn.parameter import is_lazy
 from .mapping import KeyPath, slashed
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_LINEN = {
+_COLLECTION_KINDS = {
     "params": "parameter",
     "batch_stats": "statistics",
     "cache": "not saved",
@@ -38,7 +40,14 @@ SAVED = ("parameter", "buffer", "statistics")
 
 
 class StateEntry(NamedTuple):
-    """One entry that a module holds: its path, its kind, its value, and of an alias the path of the first."""
+    """One entry of a module.
+
+    Attributes:
+        path: the path of the entry.
+        kind: the kind of state.
+        value: the tensor, array or abstract value.
+        first: for an alias, the first path of the same value.
+    """
 
     path: KeyPath
     kind: str
@@ -52,10 +61,10 @@ class StateEntry(NamedTuple):
 
 
 def entries(source: Any) -> list[StateEntry]:
-    """Return everything that a torch module, an NNX model or Linen variables hold, in their own order.
+    """Return every entry of a torch module, an NNX model or Linen variables, in its own order.
 
     Raises:
-        TypeError: something else.
+        TypeError: the source is none of these.
     """
     if isinstance(source, torch.nn.Module):
         return [
@@ -71,7 +80,7 @@ def entries(source: Any) -> list[StateEntry]:
 
 
 def linen_entries(variables: Mapping[str, Any]) -> list[StateEntry]:
-    """Return the entries of Linen variables: the collection says what they are."""
+    """Return the entries of Linen variables. The collection determines the kind."""
     flat = flatten_dict(_dicts(variables))
     return [StateEntry(path, linen_kind(path), leaf) for path, leaf in flat.items()]
 
@@ -84,20 +93,21 @@ def _dicts(tree: Any) -> Any:
 
 
 def linen_kind(path: KeyPath) -> str:
-    """Return the kind of a leaf of Linen variables, which its collection says."""
-    return _LINEN.get(path[0], "buffer")
+    """Return the kind of a leaf of Linen variables, from its collection."""
+    return _COLLECTION_KINDS.get(path[0], "buffer")
 
 
 def torch_kinds(module: torch.nn.Module) -> dict[str, str]:
-    """Return the kind of every name in the module, aliases as what they are an alias of."""
-    found = list(_torch(module))
-    kinds = {name: kind for name, kind, _, first in found if first is None}
-    return kinds | {name: kinds[first[0]] for name, _, _, first in found if first is not None}
+    """Return the kind of every name in the module. An alias has the kind of its first name."""
+    named_values = list(_torch(module))
+    kinds = {name: kind for name, kind, _, first in named_values if first is None}
+    aliases = {name: first[0] for name, _, _, first in named_values if first is not None}
+    return kinds | {name: kinds[first] for name, first in aliases.items()}
 
 
-def one_trained(mine: str, its: str) -> bool:
-    """Tell whether an entry is trained on one side and not on the other, as far as both kinds are known."""
-    return "unknown" not in (mine, its) and (mine == "parameter") != (its == "parameter")
+def one_trained(kind: str, other: str) -> bool:
+    """Return whether both kinds are known and exactly one of them is trained."""
+    return "unknown" not in (kind, other) and (kind == "parameter") != (other == "parameter")
 
 
 def nnx_kind(variable: Any) -> str:
@@ -116,7 +126,7 @@ def nnx_kind(variable: Any) -> str:
 
 
 def same_memory(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Return what two names of one tensor have in common, or None where there is no memory to compare."""
+    """Return a key that is the same for two names of one tensor; None if it has no memory."""
     if is_lazy(tensor) or tensor.is_nested or tensor.layout != torch.strided:
         return None
     if tensor.is_meta or not tensor.numel():
@@ -129,24 +139,24 @@ def _torch(module: torch.nn.Module) -> Iterator[tuple[str, str, Any, KeyPath | N
     seen: dict[Any, str] = {}
     for prefix, child in module.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
-        norm = isinstance(child, torch.nn.modules.batchnorm._NormBase)
-        own: list[tuple[str, str, Tensor]] = [
+        is_norm = isinstance(child, torch.nn.modules.batchnorm._NormBase)
+        tensors: list[tuple[str, str, Tensor]] = [
             (name, "parameter", value)
             for name, value in child._parameters.items()
             if value is not None
         ]
         for name, value in child._buffers.items():
-            kind = "statistics" if norm and name in STATISTICS else "buffer"
+            kind = "statistics" if is_norm and name in STATISTICS else "buffer"
             if value is not None:
-                own.append(
+                tensors.append(
                     (
                         name,
                         "not saved" if name in child._non_persistent_buffers_set else kind,
                         value,
                     )
                 )
-        own += [(name, "left behind", value) for name, value in _plain(vars(child))]
-        for name, kind, value in own:
+        tensors += [(name, "left behind", value) for name, value in _plain(vars(child))]
+        for name, kind, value in tensors:
             first = seen.setdefault(
                 (kind == "left behind", same_memory(value) or id(value)), dot + name
             )
@@ -158,7 +168,7 @@ def _torch(module: torch.nn.Module) -> Iterator[tuple[str, str, Any, KeyPath | N
 
 
 def _plain(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors among plain attributes, and one level inside lists, tuples and dicts."""
+    """Yield plain tensor attributes, also one level deep inside lists, tuples and dicts."""
     for name, value in attributes.items():
         if isinstance(value, Tensor):
             yield name, value
@@ -185,7 +195,7 @@ def _nnx(model: nnx.Module) -> Iterator[StateEntry]:
 
 
 def _nnx_leaves(node: Any, path: KeyPath, above: frozenset[int]) -> Iterator[tuple[KeyPath, Any]]:
-    """Yield every Variable by every path that leads to it; `nnx.state` gives each but once."""
+    """Yield every Variable with every path to it; `nnx.state` returns each Variable only once."""
     if isinstance(node, nnx.Variable):
         yield path, node
     elif id(node) not in above and nnx.graphlib.is_node(node):
@@ -198,7 +208,15 @@ FlaxKind = Literal["linen", "nnx"]
 
 
 class FlaxSide(NamedTuple):
-    """What a Flax model stores; `by_name` has the paths of each dotted name, without the collection."""
+    """The saved entries of a Flax model.
+
+    Attributes:
+        kind: the Flax API of the model.
+        leaves: the arrays, or abstract arrays, by path.
+        kinds: the kind of state of each path.
+        names: the names of each path as strings, without the collection.
+        by_name: the paths of each dotted name, without the collection.
+    """
 
     kind: FlaxKind
     leaves: dict[KeyPath, Any]
@@ -208,15 +226,15 @@ class FlaxSide(NamedTuple):
 
 
 def flax_side(template: Any) -> FlaxSide:
-    """Return the stored entries of Linen variables or an NNX model: no caches, no random streams.
+    """Return the saved entries of Linen variables or an NNX model: no caches, no random streams.
 
     Raises:
-        TypeError: something else, or a leaf without a shape.
+        TypeError: the template is neither, or has a leaf without a shape.
     """
     if isinstance(template, FlaxSide):
         return template
     if isinstance(template, nnx.Module):
-        return _side("nnx", [held for held in entries(template) if held.kind in SAVED])
+        return _side("nnx", [entry for entry in entries(template) if entry.kind in SAVED])
     if isinstance(template, nnx.State):
         flat = nnx.to_flat_state(template)
         return _side(
@@ -228,7 +246,7 @@ def flax_side(template: Any) -> FlaxSide:
             ],
         )
     if isinstance(template, Mapping):
-        return _side("linen", [held for held in linen_entries(template) if held.kind in SAVED])
+        return _side("linen", [entry for entry in linen_entries(template) if entry.kind in SAVED])
     raise TypeError(
         f"template is a {type(template).__name__}; expected Linen variables or an NNX model"
     )
@@ -237,19 +255,19 @@ def flax_side(template: Any) -> FlaxSide:
 def specs_side(
     kind: FlaxKind, specs: Mapping[KeyPath, Any], kinds: Mapping[KeyPath, str]
 ) -> FlaxSide:
-    """Return the side of a file, of which shapes are known and perhaps kinds."""
-    linen = {path: linen_kind(path) for path in specs} if kind == "linen" else {}
+    """Return the Flax side of a file. Its shapes are known, and its kinds if it has a manifest."""
+    linen_kinds = {path: linen_kind(path) for path in specs} if kind == "linen" else {}
     return _side(
         kind,
         [
-            StateEntry(path, kinds.get(path, linen.get(path, "unknown")), spec)
+            StateEntry(path, kinds.get(path, linen_kinds.get(path, "unknown")), spec)
             for path, spec in specs.items()
         ],
     )
 
 
-def _side(kind: FlaxKind, held: list[StateEntry]) -> FlaxSide:
-    leaves = {entry.path: entry.value for entry in held}
+def _side(kind: FlaxKind, saved: list[StateEntry]) -> FlaxSide:
+    leaves = {entry.path: entry.value for entry in saved}
     for path, leaf in leaves.items():
         if not hasattr(leaf, "shape"):
             raise TypeError(
@@ -259,4 +277,4 @@ def _side(kind: FlaxKind, held: list[StateEntry]) -> FlaxSide:
     by_name: dict[str, list[KeyPath]] = {}
     for path, name in names.items():
         by_name.setdefault(".".join(name), []).append(path)
-    return FlaxSide(kind, leaves, {entry.path: entry.kind for entry in held}, names, by_name)
+    return FlaxSide(kind, leaves, {entry.path: entry.kind for entry in saved}, names, by_name)

@@ -1,18 +1,18 @@
-"""What to suggest when names do not pair: the rename rule that pairs them, or the nearest name."""
+"""Suggestions for names that do not match: a rename rule, or the most similar name."""
 
 import json
 import re
 from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 
-# A suggestion compares a name with every other one: with hundreds of names, only for the first.
+# A suggestion compares one name with all others, so only the first unmatched names get one.
 MAX_SUGGESTIONS = 10
-# What wrappers put in front of every name: DataParallel, torch.compile, Lightning.
+# Prefixes that wrappers add to every name: DataParallel, torch.compile, Lightning.
 WRAPPERS = ("module", "_orig_mod", "model", "net")
 
 
 def near(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the name that is spelled most like this one, or None."""
+    """Return the name with the most similar spelling, or None."""
     return next(iter(get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
 
 
@@ -24,23 +24,23 @@ def rename_rules(unexpected: Sequence[str], missing: Collection[str]) -> dict[st
 
     Args:
         unexpected: torch names without a counterpart.
-        missing: the names of Flax entries without a counterpart, as torch would write them.
+        missing: the names of Flax entries without a counterpart, in torch's spelling.
     """
     rules: dict[str, str] = {}
-    wanted = set(missing)
+    missing_names = set(missing)
     for name in unexpected:
         for wrapper in WRAPPERS:
             bare = name.removeprefix(f"{wrapper}.")
-            if bare != name and bare in wanted:
+            if bare != name and bare in missing_names:
                 rules[f"{wrapper}.*"] = "*"
-        if re.sub(r"\.(\d+)(?=\.|$)", r"_\1", name) in wanted:
-            for found in re.finditer(r"\.\d+(?=\.|$)", name):
-                old = re.sub(r"\.\d+(?=\.|$)", ".*", name[: found.end()])
+        if re.sub(r"\.(\d+)(?=\.|$)", r"_\1", name) in missing_names:
+            for number in re.finditer(r"\.\d+(?=\.|$)", name):
+                old = re.sub(r"\.\d+(?=\.|$)", ".*", name[: number.end()])
                 rules[old] = re.sub(r"\.\*", "_*", old)
     return rules
 
 
 def rename_hint(unexpected: Sequence[str], missing: Collection[str]) -> str:
-    """Return the rules as an argument to paste, or nothing if there are none."""
+    """Return the rules as an argument to paste, or an empty string if there are none."""
     rules = rename_rules(unexpected, missing)
     return f"The names pair with rename={json.dumps(rules)}. " if rules else ""

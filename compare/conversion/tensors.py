@@ -1,4 +1,4 @@
-"""One tensor from torch to JAX and back: bit for bit, by copy or by shared memory."""
+"""Convert one tensor between torch and JAX, bit for bit, by copy or by shared memory."""
 
 from collections.abc import Mapping
 
@@ -11,115 +11,113 @@ from torch.nn.parameter import is_lazy
 
 from ..dtypes import is_extended, numpy_dtype
 
-# The dtypes that NumPy lacks travel as unsigned integers of the same width.
-_CARRIER = {1: (torch.uint8, np.uint8), 2: (torch.uint16, np.uint16)}
+# Dtypes that NumPy lacks are viewed as unsigned integers of the same width.
+_CARRIERS = {1: (torch.uint8, np.uint8), 2: (torch.uint16, np.uint16)}
 
 
 class Untransferable(ValueError):
-    """The value has no faithful counterpart in the other framework; the message says why."""
+    """The value has no exact counterpart in the other framework; the message says why."""
 
 
 def tensor_to_numpy(tensor: Tensor) -> np.ndarray:
-    """Return the tensor's values as a NumPy array, sharing memory where the tensor is on the CPU.
+    """Return the tensor as a NumPy array, sharing memory if the tensor is on the CPU.
 
-    bfloat16 and float8 come back as their `ml_dtypes` twins.
+    bfloat16 and float8 become the `ml_dtypes` of the same name.
 
     Raises:
-        Untransferable: a meta, sparse or quantized tensor, or a dtype NumPy cannot hold.
+        Untransferable: a meta, sparse or quantized tensor, or a dtype without a NumPy counterpart.
     """
     tensor = dense(tensor).cpu()
     name = str(tensor.dtype).removeprefix("torch.")
     try:
         if not is_extended(name):
             return tensor.numpy()
-        carrier, _ = _CARRIER[tensor.element_size()]
+        carrier, _ = _CARRIERS[tensor.element_size()]
         return tensor.view(carrier).numpy().view(numpy_dtype(name))
     except (TypeError, AttributeError) as error:
         raise Untransferable(f"dtype {tensor.dtype} has no NumPy counterpart") from error
 
 
 def numpy_to_tensor(array: np.ndarray) -> Tensor:
-    """Return the array's values as a CPU tensor, sharing memory; the inverse of `tensor_to_numpy`.
+    """Return the array as a CPU tensor, sharing memory; the inverse of `tensor_to_numpy`.
 
     Raises:
-        Untransferable: torch has no such dtype.
+        Untransferable: torch does not have the dtype.
     """
     native = array.astype(array.dtype.newbyteorder("="), copy=False)
     try:
         if not is_extended(native.dtype.name):
             return torch.from_numpy(native)
-        _, carrier = _CARRIER[native.dtype.itemsize]
+        _, carrier = _CARRIERS[native.dtype.itemsize]
         return torch.from_numpy(native.view(carrier)).view(getattr(torch, native.dtype.name))
     except (TypeError, AttributeError) as error:
         raise Untransferable(f"dtype {array.dtype} has no torch counterpart") from error
 
 
 def numpy_state(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Return the state dict with NumPy arrays, sharing memory where it is on the CPU."""
+    """Return the state dict as NumPy arrays, sharing memory for tensors on the CPU."""
     return {key: tensor_to_numpy(tensor) for key, tensor in state.items()}
 
 
 def torch_state(state: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Return the arrays as the tensors of a state dict, sharing memory."""
+    """Return the arrays as a torch state dict, sharing memory."""
     return {key: numpy_to_tensor(array) for key, array in state.items()}
 
 
 def to_jax(tensor: Tensor, *, copy: bool, owned: bool = False) -> jax.Array:
     """Return the tensor as a JAX array of the same dtype.
 
-    A copy is made in host memory and lands on JAX's default device. With `copy=False` the array
+    A copy is made in host memory and placed on JAX's default device. With `copy=False`, the array
     aliases the tensor through DLPack and stays on its device: an in-place edit of the tensor then
-    changes the array, which JAX believes to be immutable.
+    changes the array, which JAX assumes to be immutable.
 
-    int64 becomes int32 where x64 is off, but only if every value fits. `owned` says that nobody
-    else has the tensor, so that a copy may keep its memory.
+    int64 becomes int32 if x64 is off, but only if every value fits. `owned=True` says that nothing
+    else uses the tensor, so that a copy may take over its memory.
 
     Raises:
         Untransferable: as `tensor_to_numpy`; a 64-bit value that JAX would narrow with loss; with
-            `copy=False` a tensor that cannot be shared.
+            `copy=False`, a tensor whose memory cannot be shared.
     """
     if not copy and (tensor.is_conj() or tensor.is_neg()):
-        raise Untransferable(
-            "a conjugated or negated view has no memory of its own to share; use copy=True"
-        )
+        raise Untransferable("a conjugated or negated view cannot share memory; use copy=True")
     tensor = _fit_x64(dense(tensor), copy=copy)
     if copy:
-        # Which keeps the memory where JAX can; `jnp.asarray` would copy it twice.
+        # `device_put` keeps the memory if JAX can; `jnp.asarray` would copy it twice.
         return jax.device_put(
             np.array(tensor_to_numpy(tensor), order="C", copy=None if owned else True)
         )
     try:
         return jax.dlpack.from_dlpack(tensor, copy=False)
-    except Exception as error:  # XLA's own errors share no narrower class across versions
+    except Exception as error:  # the class of XLA's errors differs between versions
         raise Untransferable(f"memory cannot be shared ({error}); use copy=True") from error
 
 
 def to_torch(array: jax.Array | np.ndarray, *, copy: bool) -> Tensor:
     """Return the array as a tensor of the same dtype.
 
-    A copy is made on the CPU, gathered from every device of a sharded array. With `copy=False` the
+    A copy is made on the CPU; the parts of a sharded array are gathered. With `copy=False`, the
     tensor aliases the array through DLPack and stays on its device: an in-place edit of the tensor
-    then changes the array, which JAX believes to be immutable.
+    then changes the array, which JAX assumes to be immutable.
 
     Raises:
-        Untransferable: torch has no such dtype; a donated array; with `copy=False` an array that
-            cannot be shared.
+        Untransferable: torch does not have the dtype; a donated array; with `copy=False`, an array
+            whose memory cannot be shared.
     """
     _require_values(array)
     if not copy and not array.dtype.isnative:
         raise Untransferable(
-            "torch has no foreign byte order, so the memory cannot be shared; use copy=True"
+            "torch does not support a foreign byte order, so memory cannot be shared; use copy=True"
         )
     if copy:
         return numpy_to_tensor(np.array(np.asarray(array), order="C", copy=True))
     try:
         return torch.from_dlpack(array) if isinstance(array, jax.Array) else numpy_to_tensor(array)
-    except Exception as error:  # XLA's own errors share no narrower class across versions
+    except Exception as error:  # the class of XLA's errors differs between versions
         raise Untransferable(f"memory cannot be shared ({error}); use copy=True") from error
 
 
 def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """Return the array's values as a NumPy array, gathered from every device.
+    """Return the array as a NumPy array, gathered from every device.
 
     Raises:
         Untransferable: a donated array, or one without plain values, such as typed keys.
@@ -131,17 +129,17 @@ def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
 def _require_values(array: jax.Array | np.ndarray) -> None:
     if isinstance(array, jax.Array) and array.is_deleted():
         raise Untransferable(
-            "the array was deleted, as a donated argument is; convert it before donating it"
+            "the array was deleted, as a donated argument is; convert it before it is donated"
         )
     if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.extended):
         raise Untransferable(f"dtype {array.dtype} has no torch counterpart")
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """Return the tensor detached, its conjugate and negative bits applied.
+    """Return the tensor detached, with its conjugate and negative bits applied.
 
     Raises:
-        Untransferable: a meta, sparse or quantized tensor: there are no plain values to carry.
+        Untransferable: a lazy, nested, meta, sparse or quantized tensor, which has no plain values.
     """
     if is_lazy(tensor):
         raise Untransferable("a lazy layer has no values yet; call the module once first")
@@ -159,7 +157,7 @@ def dense(tensor: Tensor) -> Tensor:
 
 
 def _fit_x64(tensor: Tensor, *, copy: bool) -> Tensor:
-    """Return the tensor as JAX can hold it: 64-bit dtypes need x64, or int64 values that fit int32."""
+    """Return a tensor that JAX can hold: with x64 off, int64 becomes int32 if every value fits."""
     if jax.config.read("jax_enable_x64") or tensor.dtype not in (
         torch.int64,
         torch.uint64,
@@ -180,6 +178,6 @@ def _fit_x64(tensor: Tensor, *, copy: bool) -> Tensor:
         )
     if not copy:
         raise Untransferable(
-            "int64 is narrowed to int32 where x64 is off, and cannot be shared; use copy=True"
+            "int64 becomes int32 if x64 is off, so memory cannot be shared; use copy=True"
         )
     return tensor.to(torch.int32)

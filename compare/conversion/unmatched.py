@@ -1,4 +1,4 @@
-"""What may be asked of an entry that the other side has no place for, before it is dropped or kept."""
+"""Rules for entries that exist on one side only: ignore, verify, or require zeros."""
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -10,8 +10,8 @@ from torch import Tensor
 from .mapping import Policy
 from .tensors import tensor_to_numpy
 
-# What a legacy `masked_bias` held: the number that blocked scores were set to.
-_FILLS = (
+# Values of a legacy `masked_bias`: the number that blocked scores were set to.
+_FILL_VALUES = (
     -1e4,
     -1e9,
     -1e10,
@@ -22,46 +22,46 @@ _FILLS = (
 
 
 def decided(name: str, policy: Mapping[str, Policy]) -> Policy | None:
-    """Return what the first pattern that fits the name decides, or None."""
-    return next((found for pattern, found in policy.items() if fnmatchcase(name, pattern)), None)
+    """Return the decision of the first pattern that matches the name, or None."""
+    return next((rule for pattern, rule in policy.items() if fnmatchcase(name, pattern)), None)
 
 
 def may_lack(name: str, own: Any, policy: Mapping[str, Policy]) -> bool:
-    """Tell whether the other side may lack the entry, whose own value is then kept."""
-    found = decided(name, policy)
-    return found == "ignore" or (found == "verify" and not objection("verify", host_values(own)))
+    """Return whether the source may lack the entry; the target then keeps its own value."""
+    rule = decided(name, policy)
+    return rule == "ignore" or (rule == "verify" and not objection("verify", host_values(own)))
 
 
 def objection(policy: str, array: np.ndarray | None) -> str | None:
-    """Say why the entry may not be dropped under that policy, or nothing.
+    """Return why the entry may not be dropped under this policy, or None.
 
     Args:
-        policy: `ignore`, `verify` or `zero:I/N`, see `compare.conversion.mapping.Left`.
-        array: its values; None if there are none, as in an abstract template.
+        policy: `ignore`, `verify` or `zero:I/N`; see `compare.conversion.mapping.Left`.
+        array: the values of the entry; None if it has none, as in an abstract template.
     """
     if policy == "ignore" or array is None:
         return None
     if policy.startswith("zero:"):
         index, count = map(int, policy.removeprefix("zero:").split("/"))
         if not array.ndim or len(array) % count:
-            return f"has shape {array.shape}, which has no {count} parts"
+            return f"has shape {array.shape}, which cannot be split into {count} parts"
         size = array.shape[0] // count
         return (
             None
             if not array[index * size : (index + 1) * size].astype(np.float64).any()
-            else (f"part {index} of {count} is not zero, and Flax adds nothing there")
+            else f"part {index} of {count} is not zero, and Flax adds nothing there"
         )
-    return _not_recomputed(array)
+    return _mask_objection(array)
 
 
-def _not_recomputed(array: np.ndarray) -> str | None:
-    """Compare with the causal mask, in either polarity, or with the number that blocked."""
+def _mask_objection(array: np.ndarray) -> str | None:
+    """Return why the array is neither the causal mask, in either polarity, nor a fill value."""
     if array.size == 1 and array.ndim == 0:
         value = float(array.astype(np.float64))
         return (
             None
-            if any(value == fill for fill in _FILLS)
-            else f"is {value:g}, which no causal mask is filled with"
+            if any(value == fill for fill in _FILL_VALUES)
+            else f"is {value:g}, which is not a fill value of causal masks"
         )
     square = (
         array.reshape(array.shape[-2:])
@@ -75,11 +75,14 @@ def _not_recomputed(array: np.ndarray) -> str | None:
     different = min(int((nonzero != blocked).sum()), int((nonzero == blocked).sum()))
     if not different:
         return None
-    return f"was edited: {different} of its {square.size} entries are not the causal mask's, and would be lost"
+    return (
+        f"was edited: {different} of its {square.size} entries differ from the causal mask "
+        "and would be lost"
+    )
 
 
 def host_values(value: Any) -> np.ndarray | None:
-    """Return the values of a leaf or tensor, or None where it is abstract."""
+    """Return the values of a leaf or tensor, or None if it is abstract."""
     if isinstance(value, Tensor):
         return None if value.is_meta else tensor_to_numpy(value)
     return np.asarray(value) if hasattr(value, "__array__") else None

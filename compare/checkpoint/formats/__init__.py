@@ -1,4 +1,4 @@
-"""Which file name means which format."""
+"""The file formats, and the suffixes that select them."""
 
 import importlib.util
 from collections.abc import Callable
@@ -13,9 +13,15 @@ from . import msgpack, orbax, safetensors, shards, torch_zip
 
 
 class Format(NamedTuple):
-    """How to write and read one format; `package` is what has to be installed for it.
+    """How to read and write one format.
 
-    `layouts` are those that it can hold: torch's names, or Flax's paths.
+    Attributes:
+        suffixes: the suffixes of its files or folders.
+        package: the package that must be installed.
+        is_folder: whether a checkpoint is a folder.
+        layouts: the layouts that it can hold: torch names, or Flax paths.
+        write: writes tensors to a path.
+        open: opens a path for reading.
     """
 
     suffixes: tuple[str, ...]
@@ -44,28 +50,31 @@ FORMATS = {
     ),
 }
 
-KNOWN = [suffix for known in FORMATS.values() for suffix in known.suffixes if suffix]
+KNOWN = [suffix for chosen in FORMATS.values() for suffix in chosen.suffixes if suffix]
+FILE_SUFFIXES = [
+    suffix for chosen in FORMATS.values() if not chosen.is_folder for suffix in chosen.suffixes
+]
 
 
 def format_of(path: str | PathLike[str]) -> Format:
-    """Return the format that the path's suffix names.
+    """Return the format that the path's suffix selects.
 
     Raises:
-        CheckpointError: an unknown suffix, or a format whose package is not installed.
+        CheckpointError: the suffix is unknown, or the package of the format is not installed.
     """
-    if (alone := Path(path).name.lower()) in KNOWN:
-        raise CheckpointError(path, f"is a suffix without a name; say {'state' + alone!r}")
+    if (filename := Path(path).name.lower()) in KNOWN:
+        raise CheckpointError(path, f"is a suffix without a name; say {'state' + filename!r}")
     suffix = Path(path).suffix.lower()
-    for name, found in FORMATS.items():
-        if suffix in found.suffixes:
-            _require(path, name, found.package)
-            return found
+    for name, chosen in FORMATS.items():
+        if suffix in chosen.suffixes:
+            _require_package(path, name, chosen.package)
+            return chosen
     raise CheckpointError(
         path, f"unknown suffix {suffix!r}; name it with one of {', '.join(KNOWN)}"
     )
 
 
-def _require(path: str | PathLike[str], name: str, package: str) -> None:
+def _require_package(path: str | PathLike[str], name: str, package: str) -> None:
     try:
         spec = importlib.util.find_spec(package)
     except ModuleNotFoundError:
@@ -73,30 +82,36 @@ def _require(path: str | PathLike[str], name: str, package: str) -> None:
     if spec is None:
         raise CheckpointError(
             path,
-            f"the {name} format needs {package}, which is not installed: pip install 'attention-parity[all]'",
+            f"the {name} format needs {package}, which is not installed: "
+            "pip install 'attention-parity[all]'",
         )
 
 
 def open_checkpoint(path: str | PathLike[str]) -> Reader:
-    """Open a checkpoint of any format: what it holds is known, and read when asked for.
+    """Open a checkpoint of any format. Names and shapes are read now, values on demand.
 
-    Use it in a `with` block. A folder without suffix is an Orbax checkpoint, or shards with an
+    Use it in a `with` block. A folder without a suffix is an Orbax checkpoint, or shards with an
     index.
 
     Raises:
-        CheckpointError: no such file, or not a file of the format that its suffix names.
+        CheckpointError: the path does not exist, or is not a checkpoint of the format that its
+            suffix selects.
     """
     path = Path(path)
     if not exists(path):
         raise CheckpointError(path, "no such file or folder")
     if shards.index_in(path) is not None:
         return _opened(path, shards.open_)
+    if path.is_file() and not path.suffix and path.name.lower() not in KNOWN:
+        raise CheckpointError(
+            path, f"unknown suffix '' of a file; name it with one of {', '.join(FILE_SUFFIXES)}"
+        )
     chosen = format_of(path)
     if chosen.is_folder and not path.is_dir():
         raise CheckpointError(path, "is a file; an Orbax checkpoint is a folder")
     if not chosen.is_folder and not path.is_file():
         raise CheckpointError(
-            path, "is no regular file; an Orbax folder is named without suffix or with .orbax"
+            path, "is not a regular file; an Orbax folder is named without a suffix or with .orbax"
         )
     if not chosen.is_folder and not path.stat().st_size:
         raise CheckpointError(path, "is empty", mend="take another copy")
@@ -104,11 +119,10 @@ def open_checkpoint(path: str | PathLike[str]) -> Reader:
 
 
 def exists(path: Path) -> bool:
-    """Tell whether something is there.
+    """Return whether the path exists.
 
     Raises:
-        CheckpointError: nothing can be there: the name is too long, or links lead round in a
-            circle.
+        CheckpointError: the path is invalid: the name is too long, or links form a cycle.
     """
     try:
         path.resolve(strict=True)
@@ -116,7 +130,7 @@ def exists(path: Path) -> bool:
         return False
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            path, f"cannot be a path ({error})", mend="choose another name"
+            path, f"is not a valid path ({error})", mend="choose another name"
         ) from error
     return True
 

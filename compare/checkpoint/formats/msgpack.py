@@ -1,4 +1,4 @@
-"""The Flax msgpack format: nested dicts of NumPy arrays, and the manifest as one more entry at the top."""
+"""The Flax msgpack format: nested dicts of NumPy arrays, with the manifest at the top level."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
@@ -28,8 +28,8 @@ from ..reader import ArrayAndChecksum, Reader
 from ..tensors import Spec, Tensors, checked, spec_of
 
 _NDARRAY, _SCALAR = 1, 3  # the extension types of flax.serialization
-_BIN_32 = b"\xc6"  # begins bytes of a length in four
-_MAX_HEAD = 1024  # more than dtype and shape take
+_BIN_32 = b"\xc6"  # the type of bytes whose length takes four bytes
+_MAX_HEAD = 1024  # dtype and shape take fewer bytes
 _CHUNKED = "__msgpack_chunked_array__"
 
 
@@ -37,17 +37,15 @@ def open_(path: Path) -> Reader:
     """Read the file into memory.
 
     Raises:
-        CheckpointError: no msgpack file, or anything in it but nested dicts of arrays.
+        CheckpointError: the file is not msgpack, or does not contain nested dicts of arrays.
     """
     try:
-        data = np.fromfile(
-            path, np.uint8
-        ).data  # its memory comes in huge pages, that of bytes in small ones
+        data = np.fromfile(path, np.uint8).data  # uses huge pages of memory, unlike `read_bytes`
         tree = msgpack.unpackb(
             data, ext_hook=_array, object_pairs_hook=_object, strict_map_key=False, raw=False
         )
     except RecursionError:
-        raise _broken(path, "lists within lists") from None
+        raise _broken(path, "nested too deeply") from None
     except Exception as error:  # msgpack and NumPy raise a dozen unrelated types on bad bytes
         raise _broken(path, shown(error) if str(error) else type(error).__name__) from error
     if not isinstance(tree, dict):
@@ -59,7 +57,7 @@ def open_(path: Path) -> Reader:
     try:
         arrays: dict[KeyPath, np.ndarray] = flatten_dict(tree)
     except RecursionError:
-        raise _broken(path, "dicts within dicts") from None
+        raise _broken(path, "nested too deeply") from None
     for key, value in arrays.items():
         if not isinstance(value, np.ndarray):
             name = shown(slashed(key))
@@ -67,7 +65,7 @@ def open_(path: Path) -> Reader:
                 path,
                 f"{name}: is a {type(value).__name__}, not an array of values",
                 key=name,
-                mend="save the variables alone: of a TrainState {'params': state.params}",
+                mend="save only the variables; for a TrainState, {'params': state.params}",
             )
     try:
         specs: dict[KeyPath, Spec] = {key: spec_of(array) for key, array in arrays.items()}
@@ -78,13 +76,13 @@ def open_(path: Path) -> Reader:
         specs, aliases = in_manifests_order(path, specs, manifest), dict(manifest.aliases)
     by_words = {tuple(map(str, key)): array for key, array in arrays.items()}
     if len(by_words) != len(arrays):
-        raise _broken(path, "a name that stands twice, as a number and as a word")
+        raise _broken(path, "a name occurs twice, as a number and as a string")
     layout = manifest.layout if manifest else linen_or_nnx(specs)
     return MsgpackReader(by_words, path, layout, specs, manifest, aliases)
 
 
 class MsgpackReader(Reader):
-    """A msgpack file, whose arrays are views of the file's bytes in memory."""
+    """An open msgpack file. Its arrays are views of the file's bytes in memory."""
 
     format = "msgpack"
 
@@ -93,21 +91,22 @@ class MsgpackReader(Reader):
         self._arrays = arrays
 
     def read_tensor(self, path: KeyPath) -> ArrayAndChecksum:
-        """Return the array."""
+        """Return the array; no checksum was computed."""
         return self._arrays[tuple(map(str, path))], None
 
     def close(self) -> None:
-        """Let go of the file's bytes."""
+        """Release the file's bytes."""
         self._arrays = {}
 
 
 def write(path: Path, tensors: Tensors) -> None:
-    """Write the tree, tensor by tensor; its steps are words, and the manifest tells which of them were numbers.
+    """Write the tree, tensor by tensor.
 
-    `flax.serialization.msgpack_serialize` would hold all of it in memory, twice.
+    All steps of a path are written as strings; the manifest records which were numbers.
+    `flax.serialization.msgpack_serialize` would keep the whole file in memory, twice.
 
     Raises:
-        CheckpointError: names that would coincide.
+        CheckpointError: two names would be the same.
     """
     tree = tree_of(path, {key: key for key in tensors.specs})
     checksums: dict[KeyPath, str] = {}
@@ -135,8 +134,8 @@ def _write_array(
 ) -> str:
     """Write one array as Flax does, and return its checksum.
 
-    Source: `flax.serialization`: an extension entry of shape, dtype and bytes; an array above
-    `MAX_CHUNK_SIZE` is a dict of such entries.
+    Source: `flax.serialization`. An array is an extension entry with shape, dtype and bytes. An
+    array larger than `MAX_CHUNK_SIZE` is a dict of such entries.
     """
     digest = start(spec)
     data = (block for piece in pieces for block in blocks(piece, alone=True))
@@ -148,17 +147,17 @@ def _write_array(
     stream.write(packer.pack_map_header(3) + packer.pack(_CHUNKED) + packer.pack(True))
     stream.write(packer.pack("shape") + packer.pack(shape))
     stream.write(packer.pack("chunks") + packer.pack_map_header(len(counts)))
-    rest = np.empty(0, np.uint8)
+    left_over = np.empty(0, np.uint8)
     for index, count in enumerate(counts):
         stream.write(packer.pack(str(index)))
-        rest = _write_entry(stream, packer, (count,), spec, data, digest, rest)
+        left_over = _write_entry(stream, packer, (count,), spec, data, digest, left_over)
     return str(digest.hexdigest())
 
 
 def _chunk_sizes(spec: Spec) -> list[int]:
-    """Return how many elements go into each chunk of an array."""
-    most, size = max(1, serialization.MAX_CHUNK_SIZE // spec.numpy.itemsize), prod(spec.shape)
-    return [min(most, size - begin) for begin in range(0, size, most)]
+    """Return the number of elements in each chunk of an array."""
+    largest, size = max(1, serialization.MAX_CHUNK_SIZE // spec.numpy.itemsize), prod(spec.shape)
+    return [min(largest, size - begin) for begin in range(0, size, largest)]
 
 
 def _write_entry(
@@ -168,53 +167,54 @@ def _write_entry(
     spec: Spec,
     data: Iterator[np.ndarray],
     digest: Any,
-    rest: np.ndarray | None = None,
+    left_over: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Write the head of an entry and the bytes that belong to it; return the bytes left over.
+    """Write one entry, header and bytes, and return the bytes of its last block not yet written.
 
     Args:
         stream: where to write.
-        packer: packs the head.
+        packer: packs the header.
         shape: the shape of the entry.
         spec: the dtype of the entry.
         data: the bytes of the whole array, in blocks.
-        digest: takes in every byte that is written.
-        rest: bytes that the entry before left over.
+        digest: the checksum, updated with every byte that is written.
+        left_over: the bytes that the previous entry returned.
     """
-    left = prod(shape) * spec.numpy.itemsize
+    missing = prod(shape) * spec.numpy.itemsize
     head = packer.pack_array_header(3) + packer.pack(shape) + packer.pack(spec.dtype)
-    head += _BIN_32 + left.to_bytes(4, "big")
-    stream.write(b"\xc9" + (len(head) + left).to_bytes(4, "big") + bytes([_NDARRAY]) + head)
-    block = np.empty(0, np.uint8) if rest is None else rest
-    while left:
+    head += _BIN_32 + missing.to_bytes(4, "big")
+    stream.write(b"\xc9" + (len(head) + missing).to_bytes(4, "big") + bytes([_NDARRAY]) + head)
+    block = np.empty(0, np.uint8) if left_over is None else left_over
+    while missing:
         block = block if block.nbytes else next(data)
-        part, block = block[:left], block[left:]
+        part, block = block[:missing], block[missing:]
         digest.update(part)
         stream.write(part.data)
-        left -= part.nbytes
+        missing -= part.nbytes
     return block
 
 
 def tree_of(path: Path, leaves: Mapping[KeyPath, Any]) -> dict[str, Any]:
-    """Return the leaves as nested dicts of words.
+    """Return the leaves as nested dicts with string keys.
 
     Raises:
-        CheckpointError: names that would coincide, as 0 and "0", or one that is the manifest's.
+        CheckpointError: two names would be the same, such as 0 and "0", or a name is reserved.
     """
     words = {tuple(map(str, key)): leaf for key, leaf in leaves.items()}
     if len(words) != len(leaves) or any(key[0] == KEY or _CHUNKED in key for key in words):
         raise CheckpointError(
-            path, "two of its names are the same when they are written as words", mend="rename one"
+            path, "two names are the same when written as strings", mend="rename one"
         )
-    if twice := [key for key in words if any(key[:end] in words for end in range(1, len(key)))]:
+    nested = [key for key in words if any(key[:end] in words for end in range(1, len(key)))]
+    if nested:
         raise CheckpointError(
-            path, f"{'/'.join(twice[0])} lies within another array", mend="rename one"
+            path, f"the name {'/'.join(nested[0])} lies within another array", mend="rename one"
         )
     return unflatten_dict(words)
 
 
 def _array(kind: int, data: bytes) -> Any:
-    """Return the array of an extension entry, exactly as large as it says."""
+    """Return the array of an extension entry, after checking its declared size."""
     if kind not in (_NDARRAY, _SCALAR):
         raise ValueError(f"an entry of the extension type {kind}")
     head = msgpack.Unpacker(raw=True)
@@ -227,9 +227,8 @@ def _array(kind: int, data: bytes) -> Any:
         and begin > 0
         and data[head.tell() : begin] == _BIN_32 + spec.nbytes.to_bytes(4, "big")
     ):
-        return np.frombuffer(data, spec.numpy, offset=begin).reshape(
-            spec.shape
-        )  # a large one is not copied
+        # Not unpacked, so that a large array is not copied.
+        return np.frombuffer(data, spec.numpy, offset=begin).reshape(spec.shape)
     _, _, values = msgpack.unpackb(data, raw=True)
     if len(values) != spec.nbytes:
         raise ValueError(f"an array {spec.dtype} {spec.shape} in {len(values)} bytes")
@@ -237,12 +236,12 @@ def _array(kind: int, data: bytes) -> Any:
 
 
 def _object(pairs: list[tuple[Any, Any]]) -> Any:
-    found = no_name_twice(pairs)
-    return _joined(found) if _CHUNKED in found else found
+    entries = no_name_twice(pairs)
+    return _joined(entries) if _CHUNKED in entries else entries
 
 
 def _joined(parts: Mapping[Any, Any]) -> np.ndarray:
-    """Return the array that Flax wrote in chunks, since one entry holds less than 4 GiB."""
+    """Return an array that Flax wrote in chunks, because an entry holds less than 4 GiB."""
     shape = [parts["shape"][str(axis)] for axis in range(len(parts["shape"]))]
     chunks = [parts["chunks"][str(index)] for index in range(len(parts["chunks"]))]
     spec = checked(shape, chunks[0].dtype.name)
@@ -252,5 +251,7 @@ def _joined(parts: Mapping[Any, Any]) -> np.ndarray:
     return flat.reshape(spec.shape)
 
 
-def _broken(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(path, f"not a whole Flax msgpack file ({why})", mend="take another copy")
+def _broken(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        path, f"not a whole Flax msgpack file ({reason})", mend="take another copy"
+    )

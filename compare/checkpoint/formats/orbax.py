@@ -1,4 +1,4 @@
-"""The Orbax format: a folder of Flax variables, as `StandardCheckpointer` writes it; the manifest is its metadata."""
+"""The Orbax format: a folder like `StandardCheckpointer`'s, with a manifest in its metadata."""
 
 import asyncio
 import json
@@ -26,20 +26,21 @@ from ..tensors import Tensors, checked, whole
 from .msgpack import tree_of
 
 _METADATA = "_CHECKPOINT_METADATA"
-# What Orbax itself puts into the folder of a checkpoint.
-_OWN = re.compile(
-    r"_METADATA|_CHECKPOINT_METADATA|_sharding|array_metadatas|d|manifest\.ocdbt|ocdbt\.process_\d+|commit_success\.txt"
+# The files and folders that Orbax itself writes into the folder of a checkpoint.
+_OWN_NAMES = re.compile(
+    r"_METADATA|_CHECKPOINT_METADATA|_sharding|array_metadatas|d|manifest\.ocdbt"
+    r"|ocdbt\.process_\d+|commit_success\.txt"
 )
-_MOST_FILES = 1_000_000
-# Of the types that Orbax knows, those that a tree of arrays may hold.
+_MAX_FILES = 1_000_000
+# The types known to Orbax that a tree of arrays may contain.
 _READABLE = (int, float, np.number, np.ndarray, jax.Array, str)
-# TensorStore holds a chunk several times while it packs it.
+# TensorStore keeps several copies of a chunk in memory while it packs it.
 _CHUNK_BYTES = 8 << 20
 _SLICE_BYTES = 16 << 20
 
 
 class Pending:
-    """A leaf that is read only when its turn comes to be written."""
+    """A leaf whose values are read only when it is written."""
 
     def __init__(self, key: KeyPath, tensors: Tensors) -> None:
         self.key, self.tensors, self.spec = key, tensors, tensors.specs[key]
@@ -48,40 +49,40 @@ class Pending:
         self.checksum = ""
 
     def take_checksum(self, array: np.ndarray) -> None:
-        """Remember the checksum of the values."""
+        """Compute and keep the checksum of the values."""
         self.checksum = checksum([array], self.spec)
 
 
 def open_(path: Path) -> Reader:
-    """Open the folder; arrays are read into host memory as they are asked for, whatever device they were on.
+    """Open the folder. Arrays are read into host memory on demand, whatever device they were on.
 
     Raises:
-        CheckpointError: no finished Orbax folder, a link in it, or no tree of arrays.
+        CheckpointError: the folder is not a finished Orbax checkpoint, contains a link, or does not
+            contain a tree of arrays.
     """
     if not is_orbax(path):
         raise CheckpointError(
             path,
             "is not a finished Orbax checkpoint (it has no _METADATA)",
-            mend=_within(path) or "take another copy",
+            mend=_checkpoint_inside(path) or "take another copy",
         )
     _require_plain(path)
     manifest = _manifest(path)
     with _reported(path), _reader() as checkpointer:
         metadata = _in_a_thread(checkpointer.metadata, path.absolute()).item_metadata
-        if metadata is None:  # Orbax logs why, and goes on
+        if metadata is None:  # Orbax only logs the reason
             raise CheckpointError(
                 path,
                 "not a whole Orbax checkpoint (an array in it cannot be opened)",
                 mend="take another copy",
             )
-        saved = flatten_dict(metadata.tree)
+        leaves = flatten_dict(metadata.tree)
         specs = {
             key: checked(tuple(leaf.shape), np.dtype(leaf.dtype).name)
-            for key, leaf in saved.items()
+            for key, leaf in leaves.items()
         }
-    if (
-        manifest is None and specs and all(key[-1] == "value" for key in specs)
-    ):  # an nnx.State, as Orbax has it
+    # Orbax adds the step "value" to each path of an nnx.State.
+    if manifest is None and specs and all(key[-1] == "value" for key in specs):
         names = {tuple(map(str, key[:-1])): key for key in specs}
         specs = {key[:-1]: spec for key, spec in specs.items()}
     else:
@@ -94,7 +95,7 @@ def open_(path: Path) -> Reader:
 
 
 class OrbaxReader(Reader):
-    """An Orbax folder. `names` has the path that Orbax uses, by the words of each path."""
+    """An open Orbax folder. `names` maps each path, as strings, to the path that Orbax uses."""
 
     format = "orbax"
 
@@ -110,10 +111,10 @@ class OrbaxReader(Reader):
 
 
 def write(path: Path, tensors: Tensors) -> None:
-    """Write the tree in place of an old Orbax folder if there is one, each array read as its turn comes.
+    """Write the tree, and replace an old Orbax folder. Each array is read when it is written.
 
     Raises:
-        CheckpointError: an array that Orbax cannot store; a folder of another kind.
+        CheckpointError: Orbax cannot store an array, or the folder is not an Orbax checkpoint.
     """
     import orbax.checkpoint as ocp
 
@@ -123,19 +124,21 @@ def write(path: Path, tensors: Tensors) -> None:
         )
     if path.exists() and not is_orbax(path):
         raise CheckpointError(
-            path, "is a folder that Orbax did not write; it was left alone: choose another name"
+            path,
+            "is a folder that Orbax did not write; it was not changed",
+            mend="choose another name",
         )
-    if path.exists() and (
-        strange := sorted(entry.name for entry in path.iterdir() if not _OWN.fullmatch(entry.name))
-    ):
+    names = [entry.name for entry in path.iterdir()] if path.exists() else []
+    if others := sorted(name for name in names if not _OWN_NAMES.fullmatch(name)):
         raise CheckpointError(
             path,
-            f"holds {', '.join(strange)} beside an Orbax checkpoint; it was left alone: choose another name",
+            f"holds {', '.join(others)} beside an Orbax checkpoint; it was not changed",
+            mend="choose another name",
         )
     if len({dotted(key) for key in tensors.specs}) != len(tensors.specs):
         raise CheckpointError(
             path,
-            "Orbax joins names by dots, and two of these would be one",
+            "Orbax joins names with dots, and two names would be the same",
             mend="rename one, or save as .msgpack",
         )
     leaves = {key: Pending(key, tensors) for key in tensors.specs}
@@ -162,23 +165,26 @@ def write(path: Path, tensors: Tensors) -> None:
 
 
 def is_orbax(path: Path) -> bool:
-    """Tell whether it is the folder of a finished checkpoint."""
+    """Return whether the folder is a finished Orbax checkpoint."""
     return (path / "_METADATA").is_file()
 
 
-def _within(path: Path) -> str:
-    """Say which checkpoint the folder holds, if it is one of a file or of Orbax's manager."""
-    inner = [found.parent for depth in ("*", "*/*") for found in path.glob(f"{depth}/_METADATA")]
-    found = max(
+def _checkpoint_inside(path: Path) -> str:
+    """Return advice to name the checkpoint inside the folder, or an empty string.
+
+    The folder may contain a safetensors file, or be one of Orbax's `CheckpointManager`.
+    """
+    inner = [file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/_METADATA")]
+    last = max(
         [*path.glob("*.safetensors"), *inner],
         key=lambda entry: (len(str(entry)), entry),
         default=None,
     )
-    return f"give {shown(found)}" if found else ""
+    return f"give {shown(last)}" if last else ""
 
 
 def _require_plain(path: Path) -> None:
-    """Raise CheckpointError if anything in the folder is a link, which could lead out of it."""
+    """Raise CheckpointError if the folder contains a link, which could lead out of it."""
     for count, entry in enumerate(path.rglob("*")):
         if entry.is_symlink():
             raise CheckpointError(
@@ -189,10 +195,10 @@ def _require_plain(path: Path) -> None:
             )
         if not entry.is_file() and not entry.is_dir():
             raise CheckpointError(
-                path, f"holds {shown(entry.name)}, which is neither file nor folder"
+                path, f"holds {shown(entry.name)}, which is neither a file nor a folder"
             )
-        if count > _MOST_FILES:
-            raise CheckpointError(path, f"holds more than {_MOST_FILES:,} files")
+        if count > _MAX_FILES:
+            raise CheckpointError(path, f"holds more than {_MAX_FILES:,} files")
 
 
 def _manifest(path: Path) -> Manifest | None:
@@ -214,28 +220,29 @@ def _restore(path: Path, keys: Sequence[KeyPath]) -> list[np.ndarray]:
     to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     with _reported(path), _reader() as checkpointer:
         args = ocp.args.PyTreeRestore(item=wanted, restore_args=to_numpy, partial_restore=True)
-        found = flatten_dict(_in_a_thread(checkpointer.restore, path.absolute(), args=args))
-    return [np.asarray(found[key]) for key in keys]
+        arrays = flatten_dict(_in_a_thread(checkpointer.restore, path.absolute(), args=args))
+    return [np.asarray(arrays[key]) for key in keys]
 
 
 @contextmanager
 def _reported(path: Path) -> Iterator[None]:
-    """Turn whatever Orbax and TensorStore raise into one error."""
+    """Turn every error of Orbax and TensorStore into a CheckpointError."""
     try:
         yield
     except CheckpointError:
         raise
     except Exception as error:  # they share no error class
-        why = str(error).partition("\n")[0] or type(error).__name__
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(
-            path, f"not a whole Orbax checkpoint ({shown(why)})", mend="take another copy"
+            path, f"not a whole Orbax checkpoint ({shown(reason)})", mend="take another copy"
         ) from error
 
 
 def _in_a_thread(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return what the call returns; after Ctrl-C Orbax still ends what it has begun, before the folder is let go.
+    """Run the call in a thread and return its result.
 
-    An executor would not wait for a thread whose start was interrupted.
+    After Ctrl-C it still waits until Orbax has finished, before the caller releases the folder. An
+    executor would not wait for a thread whose start was interrupted.
     """
     outcome: Future[Any] = Future()
 
@@ -256,10 +263,13 @@ def _in_a_thread(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def _reader() -> Iterator[Any]:
-    """Yield a checkpointer that waits for every read it has started, also when one of them fails."""
+    """Yield a checkpointer that waits for all of its reads, even if one of them fails."""
     from orbax.checkpoint import type_handlers
 
-    handlers = ((kind, _waiting(type_handlers.get_type_handler(kind))) for kind in _READABLE)
+    handlers = (
+        (value_type, _waiting(type_handlers.get_type_handler(value_type)))
+        for value_type in _READABLE
+    )
     with _checkpointer(*handlers) as checkpointer:
         yield checkpointer
 
@@ -269,40 +279,39 @@ def _checkpointer(*handlers: tuple[Any, Any]) -> Iterator[Any]:
     import orbax.checkpoint as ocp
 
     registry = ocp.type_handlers.create_type_handler_registry(*handlers)
-    # Weights hardly become smaller by packing, and packing takes longer than writing.
+    # Compression hardly makes weights smaller, and takes longer than writing them.
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer:
         yield checkpointer
 
 
 def _waiting(handler: Any) -> Any:
-    """Return a handler that reads as the given one does, and raises only when all of its reads have ended.
+    """Return a handler that reads like the given one, but raises only after all reads have ended.
 
-    Orbax closes its event loop as soon as one read fails; TensorStore would then report "Event loop
-    is closed" for each of the others.
+    Orbax closes its event loop as soon as one read fails. TensorStore would then report "Event loop
+    is closed" for each of the other reads.
     """
     waiting, metadata, deserialize = copy(handler), handler.metadata, handler.deserialize
 
-    async def each_metadata(infos: Sequence[Any]) -> list[Any]:
-        return [one for (one,) in await _all([metadata([info]) for info in infos])]
+    async def metadata_of_each(infos: Sequence[Any]) -> list[Any]:
+        results = await _all([metadata([info]) for info in infos])
+        return [result for (result,) in results]
 
     async def deserialize_each(
         infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> list[Any]:
-        single = [None] * len(infos) if args is None else [[arg] for arg in args]
-        return [
-            one
-            for (one,) in await _all(
-                [deserialize([info], arg) for info, arg in zip(infos, single, strict=True)]
-            )
-        ]
+        single_args = [None] * len(infos) if args is None else [[arg] for arg in args]
+        results = await _all(
+            [deserialize([info], arg) for info, arg in zip(infos, single_args, strict=True)]
+        )
+        return [result for (result,) in results]
 
-    waiting.metadata, waiting.deserialize = each_metadata, deserialize_each
+    waiting.metadata, waiting.deserialize = metadata_of_each, deserialize_each
     return waiting
 
 
 async def _all(jobs: Sequence[Awaitable[Any]]) -> list[Any]:
-    """Return the result of each job, or raise the first error once all have ended."""
+    """Return the result of each job, or raise the first error after all have ended."""
     results = await asyncio.gather(*jobs, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
@@ -313,18 +322,16 @@ async def _all(jobs: Sequence[Awaitable[Any]]) -> list[Any]:
 def _batches(
     leaves: Sequence[tuple[Pending, Any, Any]],
 ) -> Iterator[list[tuple[Pending, Any, Any]]]:
-    """Yield the leaves in as many turns as memory asks for: at once, if all of them are in memory."""
+    """Yield the leaves in batches of bounded size, or in one batch if they are in memory."""
     batch: list[tuple[Pending, Any, Any]] = []
+    size = 0
     for leaf in leaves:
-        held = leaf[0].tensors.in_memory
-        if (
-            batch
-            and not held
-            and sum(other[0].nbytes for other in batch) + leaf[0].nbytes > BATCH_BYTES
-        ):
+        pending = leaf[0]
+        if batch and not pending.tensors.in_memory and size + pending.nbytes > BATCH_BYTES:
             yield batch
-            batch = []
+            batch, size = [], 0
         batch.append(leaf)
+        size += pending.nbytes
     if batch:
         yield batch
 
@@ -338,7 +345,7 @@ def _pending_handler() -> Any:
     import tensorstore as ts
 
     class PendingHandler(ocp.type_handlers.NumpyHandler):
-        """Writes leaves as NumPy arrays: few at a time, if they are read from a file, so that few are in memory."""
+        """Writes leaves as NumPy arrays, in batches, so that few arrays are in memory at once."""
 
         def __init__(self) -> None:
             super().__init__(deepcopy_host_arrays=False)
@@ -354,7 +361,7 @@ def _pending_handler() -> Any:
         async def _write(
             self, leaves: Sequence[Pending], infos: Sequence[Any], args: Sequence[Any]
         ) -> None:
-            """Read, write and take the checksums; the arrays are gone before the next ones are read."""
+            """Read and write the leaves and compute their checksums; then release the arrays."""
             arrays = await _all(
                 [asyncio.to_thread(whole, leaf.tensors, leaf.key) for leaf in leaves]
             )
@@ -368,7 +375,7 @@ def _pending_handler() -> Any:
         async def _open_and_write(
             self, value: np.ndarray, tspec: dict[str, Any], ts_context: Any
         ) -> None:
-            """Write slice by slice: of a whole array TensorStore would hold every packed chunk at once."""
+            """Write slice by slice: TensorStore keeps all packed chunks of a write in memory."""
             array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
             if not value.ndim:
                 await array.write(value)

@@ -1,8 +1,8 @@
-"""The safetensors format: a header of its own reading, strict where the library is not, then the bytes.
+"""The safetensors format, read and written without the safetensors library.
 
-Read and written here and not by the library, which lets a name stand twice, needs all tensors in
-memory to write, and writes a transposed NumPy view as another matrix (its issue 825). Source: the
-format's README, https://github.com/huggingface/safetensors.
+The library accepts a name that occurs twice, needs all tensors in memory to write them, and writes
+a transposed NumPy view as another matrix (its issue 825). Source: the format's README,
+https://github.com/huggingface/safetensors.
 """
 
 import json
@@ -33,30 +33,34 @@ from ..reader import PART_BYTES, ArrayAndChecksum, Reader, read_in_parts
 from ..tensors import FileLayout, Spec, Tensors, checked
 
 _DTYPES = {
-    **{
-        "float64": "F64",
-        "float32": "F32",
-        "float16": "F16",
-        "bfloat16": "BF16",
-        "bool": "BOOL",
-        "complex64": "C64",
-    },
-    **{"float8_e4m3fn": "F8_E4M3", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2": "F8_E5M2"},
-    **{"float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0"},
-    **{
-        f"{sign}int{bits}": f"{sign[:1].upper() or 'I'}{bits}"
-        for sign in ("", "u")
-        for bits in (8, 16, 32, 64)
-    },
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "bool": "BOOL",
+    "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "uint8": "U8",
+    "uint16": "U16",
+    "uint32": "U32",
+    "uint64": "U64",
 }
-_NUMPY = {name: dtype for dtype, name in _DTYPES.items()}
-_MAX_HEADER = 100_000_000  # the library's own
+_NUMPY_NAMES = {name: dtype for dtype, name in _DTYPES.items()}
+_MAX_HEADER = 100_000_000  # the library's limit
 _MAX_TENSORS = 100_000
-_METADATA_BYTES, _METADATA_BYTES_EACH = 1 << 20, 4096
+_METADATA_BYTES, _METADATA_BYTES_PER_TENSOR = 1 << 20, 4096
 
 
 class Header(NamedTuple):
-    """What the header says: specs and where each begins, and the metadata."""
+    """The header: the spec of each tensor, where its bytes begin, and the metadata."""
 
     specs: dict[str, Spec]
     begins: dict[str, int]
@@ -64,16 +68,16 @@ class Header(NamedTuple):
 
 
 def open_(path: Path) -> Reader:
-    """Open the file; nothing but its header is read.
+    """Open the file. Only its header is read now.
 
     Raises:
-        CheckpointError: no safetensors file, or one that is not whole.
+        CheckpointError: the file is not a whole safetensors file.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         header = read_header(path, descriptor)
-        places = {name: (descriptor, begin) for name, begin in header.begins.items()}
-        reader = SafetensorsReader(path, header, places)
+        locations = {name: (descriptor, begin) for name, begin in header.begins.items()}
+        reader = SafetensorsReader(path, header, locations)
     except BaseException:
         os.close(descriptor)
         raise
@@ -82,41 +86,45 @@ def open_(path: Path) -> Reader:
 
 
 class SafetensorsReader(Reader):
-    """One file, or several with an index, in the order of the manifest.
+    """One open file, or several with an index. The tensors are in the manifest's order.
 
     Args:
         path: the file or folder.
         header: the names, shapes, dtypes and metadata of all files together.
-        places: the descriptor and the offset of each tensor, by the name in the header.
+        locations: the file descriptor and the offset of each tensor, by its name in the header.
     """
 
     format = "safetensors"
 
-    def __init__(self, path: Path, header: Header, places: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self, path: Path, header: Header, locations: Mapping[str, tuple[int, int]]
+    ) -> None:
         manifest = _manifest(path, header.metadata)
         layout: FileLayout = manifest.layout if manifest else torch_or_flax(header.specs)
-        self._names = {_words(name, layout): name for name in header.specs}
-        specs: dict[KeyPath, Spec] = {
-            path_: header.specs[name] for path_, name in self._names.items()
-        }
+        self._names = {_path_of(name, layout): name for name in header.specs}
+        specs: dict[KeyPath, Spec] = {key: header.specs[name] for key, name in self._names.items()}
         if manifest is not None:
             specs = in_manifests_order(path, specs, manifest)
         aliases = dict(manifest.aliases) if manifest else _aliases(header)
         super().__init__(path, layout, specs, manifest, aliases)
-        self._places = places
+        self._locations = locations
         self.on_close: Callable[[], None] = lambda: None
 
     def read_tensor(self, path: KeyPath) -> ArrayAndChecksum:
-        """Read one tensor into memory of its own, or map a large one if `mapped` allows it.
+        """Read one tensor into new memory, or map a large one if `mapped` allows it.
+
+        If a mapped file is cut, the process ends, as with the library's own reader. A program that
+        saves by renaming never cuts a file.
 
         Raises:
-            CheckpointError: the file has become shorter. If a mapped file is cut, the process ends,
-                as with the library's own reader; nothing that saves by renaming cuts a file.
+            CheckpointError: the file has become shorter.
         """
         spec = self.specs[path]
-        descriptor, begin = self._places[self._names[tuple(map(str, path))]]
+        descriptor, begin = self._locations[self._names[tuple(map(str, path))]]
         expected = f"{begin + spec.nbytes:,} bytes"
-        shorter = _broken(self.path, "its length", expected, "fewer, since it was opened")
+        shorter = _broken(
+            self.path, "its length", expected, "fewer: it was cut after it was opened"
+        )
 
         def fill(offset: int, part: np.ndarray) -> None:
             if os.preadv(descriptor, [part.data], begin + offset) != part.nbytes:
@@ -139,12 +147,12 @@ class SafetensorsReader(Reader):
 
 
 def write(path: Path, tensors: Tensors) -> None:
-    """Write tensors one by one, in torch's layout under their names, in Flax's with slashes.
+    """Write the tensors one by one. Torch names are written as they are, Flax paths with slashes.
 
     Raises:
-        CheckpointError: a dtype that the format lacks, or names that would coincide.
+        CheckpointError: the format lacks a dtype, or a name cannot be written.
     """
-    names = {key: _joined(path, key, tensors.layout) for key in tensors.specs}
+    names = {key: _name_of(path, key, tensors.layout) for key in tensors.specs}
     for key, spec in tensors.specs.items():
         if spec.dtype not in _DTYPES:
             raise CheckpointError(
@@ -155,7 +163,7 @@ def write(path: Path, tensors: Tensors) -> None:
                 found=spec.dtype,
                 mend="save it as .pth, .msgpack or .orbax",
             )
-    # The order of the library's own files: wide dtypes first, so that each tensor is aligned.
+    # The library's own order: wide dtypes first, so that each tensor is aligned.
     order = sorted(tensors.specs, key=lambda key: (-tensors.specs[key].numpy.itemsize, names[key]))
     manifest = manifest_of(tensors)
     begins, end = {}, 0
@@ -165,8 +173,10 @@ def write(path: Path, tensors: Tensors) -> None:
 
     def header(manifest: Manifest) -> bytes:
         tied = {str(key[0]): str(first[0]) for key, first in tensors.aliases.items()}
-        own = {KEY: manifest.dumps(), **({"format": "pt"} if tensors.layout == "torch" else {})}
-        metadata = {**(tied if tensors.layout == "torch" else {}), **own}
+        if tensors.layout == "torch":
+            metadata = {**tied, KEY: manifest.dumps(), "format": "pt"}
+        else:
+            metadata = {KEY: manifest.dumps()}
         entries = {
             names[key]: {
                 "dtype": _DTYPES[tensors.specs[key].dtype],
@@ -182,10 +192,10 @@ def write(path: Path, tensors: Tensors) -> None:
         return len(text).to_bytes(8, "little") + text
 
     with atomic_file(path) as stream:
-        descriptor, data = stream.fileno(), len(header(manifest))
+        descriptor, data_begin = stream.fileno(), len(header(manifest))
 
-        def put(key: KeyPath) -> str:
-            digest, offset = start(tensors.specs[key]), data + begins[key]
+        def write_tensor(key: KeyPath) -> str:
+            digest, offset = start(tensors.specs[key]), data_begin + begins[key]
             alone = tensors.specs[key].nbytes > BATCH_BYTES
             for block in (
                 block for piece in tensors.pieces(key) for block in blocks(piece, alone=alone)
@@ -195,7 +205,7 @@ def write(path: Path, tensors: Tensors) -> None:
                 offset += block.nbytes
             return digest.hexdigest()
 
-        sums = dict(in_batches(order, lambda key: tensors.specs[key].nbytes, put))
+        sums = dict(in_batches(order, lambda key: tensors.specs[key].nbytes, write_tensor))
         _pwrite(descriptor, memoryview(header(manifest.with_checksums(sums))), 0)
 
 
@@ -203,7 +213,7 @@ def read_header(path: Path, descriptor: int) -> Header:
     """Read and check the header of an open file.
 
     Raises:
-        CheckpointError: anything that the format forbids, and a name that stands twice.
+        CheckpointError: the header breaks a rule of the format, or a name occurs twice.
     """
     size = os.fstat(descriptor).st_size
     if size < 10:
@@ -221,10 +231,10 @@ def read_header(path: Path, descriptor: int) -> Header:
     try:
         content = json.loads(raw, object_pairs_hook=no_name_twice, parse_constant=_no_constant)
         metadata = content.pop("__metadata__", {})
-        found = {name: _entry(name, entry) for name, entry in content.items()}
-        _require_metadata(metadata, len(found))
+        entries = {name: _entry(name, entry) for name, entry in content.items()}
+        _require_metadata(metadata, len(entries))
     except RecursionError:
-        raise _broken(path, "its header", "tensors", "lists within lists") from None
+        raise _broken(path, "its header", "tensors", "lists nested too deeply") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _broken(
             path,
@@ -232,10 +242,10 @@ def read_header(path: Path, descriptor: int) -> Header:
             "names, shapes and offsets",
             shown(str(error) or type(error).__name__),
         ) from error
-    _require_whole(path, found, size - 8 - length)
+    _require_whole(path, entries, size - 8 - length)
     return Header(
-        {name: spec for name, (spec, _, _) in found.items()},
-        {name: 8 + length + begin for name, (_, begin, _) in found.items()},
+        {name: spec for name, (spec, _, _) in entries.items()},
+        {name: 8 + length + begin for name, (_, begin, _) in entries.items()},
         metadata,
     )
 
@@ -249,31 +259,31 @@ def _manifest(path: Path, metadata: Mapping[str, str]) -> Manifest | None:
         ) from error
 
 
-def _words(name: str, layout: FileLayout) -> tuple[str, ...]:
+def _path_of(name: str, layout: FileLayout) -> tuple[str, ...]:
     """Return the path of a name in the file."""
     return (name,) if layout == "torch" else tuple(name.split("/"))
 
 
-def _joined(path: Path, key: KeyPath, layout: FileLayout) -> str:
+def _name_of(path: Path, key: KeyPath, layout: FileLayout) -> str:
     if layout != "torch" and (
-        strange := [step for step in key if "/" in str(step) or not str(step)]
+        unwritable := [step for step in key if "/" in str(step) or not str(step)]
     ):
         raise CheckpointError(
             path,
-            f"the name {strange[0]!r} in {key} cannot be told from a path",
+            f"the name {unwritable[0]!r} in {key} is empty or looks like a path",
             key=slashed(key),
             mend="save it as .msgpack or .orbax, or rename it",
         )
     name = key[0] if layout == "torch" else slashed(key)
     if name == "__metadata__":
         raise CheckpointError(
-            path, "the name __metadata__ is the format's own", key=name, mend="rename it"
+            path, "the name __metadata__ is reserved by the format", key=name, mend="rename it"
         )
     return str(name)
 
 
 def _aliases(header: Header) -> dict[KeyPath, KeyPath]:
-    """Return the tied names that the library's `save_model` leaves in the metadata."""
+    """Return the tied names that the library's `save_model` writes into the metadata."""
     specs, metadata = header.specs, header.metadata
     return {
         (name,): (first,)
@@ -282,53 +292,55 @@ def _aliases(header: Header) -> dict[KeyPath, KeyPath]:
     }
 
 
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"the number {word}")
+def _no_constant(constant: str) -> Any:
+    raise ValueError(f"the number {constant}")
 
 
 def _entry(name: str, entry: Mapping[str, Any]) -> tuple[Spec, int, int]:
     if entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{shown(name)} has the fields {', '.join(map(shown, entry))}")
-    if entry["dtype"] not in _NUMPY:
+    if entry["dtype"] not in _NUMPY_NAMES:
         raise ValueError(f"{shown(name)} has the dtype {shown(entry['dtype'])}")
     try:
-        spec = checked(entry["shape"], _NUMPY[entry["dtype"]])
+        spec = checked(entry["shape"], _NUMPY_NAMES[entry["dtype"]])
     except ValueError as error:
         raise ValueError(f"{shown(name)}: {error}") from error
     begin, end = entry["data_offsets"]
     if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
         raise ValueError(f"{shown(name)} has the offsets {begin} and {end}")
     if end - begin != spec.nbytes:
-        raise ValueError(f"{shown(name)} of {spec.nbytes} bytes has the offsets {begin} and {end}")
+        raise ValueError(
+            f"{shown(name)} takes {spec.nbytes} bytes and has the offsets {begin} and {end}"
+        )
     return spec, begin, end
 
 
 def _require_metadata(metadata: Any, count: int) -> None:
     if not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("metadata that is no string")
-    ours = len(metadata.get(KEY, ""))
-    others = sum(len(name) + len(value) for name, value in metadata.items()) - ours
-    if others > _METADATA_BYTES or ours > _METADATA_BYTES + count * _METADATA_BYTES_EACH:
-        raise ValueError(f"{others + ours:,} characters of metadata")
+        raise ValueError("a metadata value that is not a string")
+    manifest = len(metadata.get(KEY, ""))
+    others = sum(len(name) + len(value) for name, value in metadata.items()) - manifest
+    if others > _METADATA_BYTES or manifest > _METADATA_BYTES + count * _METADATA_BYTES_PER_TENSOR:
+        raise ValueError(f"{others + manifest:,} characters of metadata")
 
 
-def _require_whole(path: Path, found: Mapping[str, tuple[Spec, int, int]], size: int) -> None:
-    """Every byte belongs to just one tensor."""
+def _require_whole(path: Path, entries: Mapping[str, tuple[Spec, int, int]], size: int) -> None:
+    """Raise CheckpointError unless every byte of the data belongs to exactly one tensor."""
     ranges: Iterator[tuple[int, int]] = iter(
-        sorted((begin, end) for _, begin, end in found.values() if begin < end)
+        sorted((begin, end) for _, begin, end in entries.values() if begin < end)
     )
     edges = [(0, 0), *ranges, (size, size)]
     for (_, end), (begin, _) in pairwise(edges):
         if end != begin:
-            kind = "overlap" if begin < end else "leave a hole"
-            kind = kind if begin != size or end > size else "end before the file does"
+            problem = "overlap" if begin < end else "leave a hole"
+            problem = problem if begin != size or end > size else "end before the file does"
             raise _broken(
                 path,
                 "its data",
                 "tensors end to end",
-                f"they {kind} between bytes {end:,} and {begin:,}",
+                f"they {problem} between bytes {end:,} and {begin:,}",
             )
-    if any(end > size for _, _, end in found.values()):
+    if any(end > size for _, _, end in entries.values()):
         raise _broken(path, "its length", "data for every tensor", f"{size:,} bytes")
 
 
@@ -338,10 +350,10 @@ def _pwrite(descriptor: int, block: memoryview, offset: int) -> None:
         block, offset = block[done:], offset + done
 
 
-def _broken(path: Path, what: str, expected: str, found: str) -> CheckpointError:
+def _broken(path: Path, subject: str, expected: str, found: str) -> CheckpointError:
     return CheckpointError(
         path,
-        f"not a whole safetensors file: {what}",
+        f"not a whole safetensors file: {subject}",
         expected=expected,
         found=found,
         mend="take another copy",

@@ -1,4 +1,4 @@
-"""Safetensors in several files with an index, as Hugging Face lays them out, read shard by shard.
+"""Safetensors in several files with an index, in the layout of Hugging Face.
 
 Source: https://huggingface.co/docs/huggingface_hub/package_reference/serialization.
 """
@@ -24,26 +24,26 @@ _MAX_INDEX_BYTES = 256 << 20
 
 
 def index_in(path: Path) -> Path | None:
-    """Return the index that the path is, or that the folder holds; None if there is none."""
+    """Return the path if it is an index, or the only index in the folder, or None."""
     if path.name.endswith(INDEX):
         return path
-    found = sorted(path.glob(f"*{INDEX}")) if path.is_dir() else []
-    return found[0] if len(found) == 1 else None
+    indexes = sorted(path.glob(f"*{INDEX}")) if path.is_dir() else []
+    return indexes[0] if len(indexes) == 1 else None
 
 
 def open_(path: Path) -> Reader:
-    """Open index and shards; nothing but their headers is read.
+    """Open the index and the shards. Only their headers are read now.
 
     Raises:
-        CheckpointError: a shard that is missing, broken or outside the folder; a tensor in no shard
-            or in two.
+        CheckpointError: a shard is missing, damaged or outside the folder, or a tensor is not in
+            the shard that the index names.
     """
     index = index_in(path)
     if index is None:
-        raise CheckpointError(path, f"holds no index of shards (one file *{INDEX})")
+        raise CheckpointError(path, f"does not contain an index of shards (one file *{INDEX})")
     weight_map, manifest = _index(path, index)
     specs: dict[str, Spec] = {}
-    places: dict[str, tuple[int, int]] = {}
+    locations: dict[str, tuple[int, int]] = {}
     metadata: dict[str, str] = {}
     with ExitStack() as opened:
         for name in dict.fromkeys(weight_map.values()):
@@ -53,52 +53,54 @@ def open_(path: Path) -> Reader:
             header = read_header(shard, descriptor)
             for key, spec in header.specs.items():
                 if weight_map.get(key) != name:
+                    expected = shown(weight_map.get(key, "no file"))
                     raise CheckpointError(
                         path,
                         f"{shown(key)} is in {shown(name)}",
                         key=key,
                         found=f"{shown(name)}",
-                        expected=f"where the index has it, {shown(weight_map.get(key, 'in no file'))}",
+                        expected=f"{expected}, as the index says",
                         mend="take the index and all shards from one place",
                     )
-                specs[key], places[key] = spec, (descriptor, header.begins[key])
+                specs[key], locations[key] = spec, (descriptor, header.begins[key])
             metadata |= {
                 key: value for key, value in header.metadata.items() if key not in (KEY, "format")
             }
         if absent := [key for key in weight_map if key not in specs]:
             raise CheckpointError(
                 path,
-                f"{shown(absent[0])} is not in {shown(weight_map[absent[0]])}, where the index has it",
+                f"{shown(absent[0])} is not in {shown(weight_map[absent[0]])}, "
+                "although the index says so",
                 key=absent[0],
                 mend="take the index and all shards from one place",
             )
         if manifest is not None:
             metadata[KEY] = manifest
         header = Header({key: specs[key] for key in weight_map}, {}, metadata)
-        reader = ShardsReader(path, header, places)
+        reader = ShardsReader(path, header, locations)
         reader.on_close = opened.pop_all().close
     return reader
 
 
 class ShardsReader(SafetensorsReader):
-    """Several safetensors files with their index."""
+    """Several open safetensors files with their index."""
 
     format = "sharded"
 
 
 def write(path: Path, tensors: Tensors, shard_bytes: int) -> None:
-    """Write shards of at most `shard_bytes`, a larger tensor alone, and their index.
+    """Write shards of at most `shard_bytes`, and their index. A larger tensor gets its own shard.
 
     Raises:
-        CheckpointError: the folder is there and holds something else.
+        CheckpointError: the folder exists and contains other files.
     """
     index = index_in(path) if path.exists() else None
-    own = {index.name, *_index(path, index)[0].values()} if index else set()
+    own_names = {index.name, *_index(path, index)[0].values()} if index else set()
     if path.exists() and (
-        strange := [entry.name for entry in path.iterdir() if entry.name not in own]
+        others := [entry.name for entry in path.iterdir() if entry.name not in own_names]
     ):
         raise CheckpointError(
-            path, f"holds {shown(strange[0])}; it was left alone: choose another name"
+            path, f"holds {shown(others[0])}; it was not changed", mend="choose another name"
         )
     shards = _split(tensors, shard_bytes)
     sums: dict[KeyPath, str] = {}
@@ -122,7 +124,7 @@ def write(path: Path, tensors: Tensors, shard_bytes: int) -> None:
 
 
 def _shard_of(tensors: Tensors, keys: list[KeyPath]) -> Tensors:
-    """Return some of the tensors."""
+    """Return the tensors of one shard."""
     specs = {key: tensors.specs[key] for key in keys}
     aliases = {key: first for key, first in tensors.aliases.items() if first in specs}
     return replace(tensors, specs=specs, aliases=aliases, mapping=None)
@@ -141,9 +143,9 @@ def _split(tensors: Tensors, shard_bytes: int) -> list[list[KeyPath]]:
 
 
 def _index(path: Path, index: Path) -> tuple[dict[str, str], str | None]:
-    """Read the index: which tensor is in which file, and the manifest's text."""
+    """Return the file of each tensor, and the text of the manifest, from the index."""
     if not index.is_file() or (index.is_symlink() and path.is_dir()):
-        raise _broken(path, f"{shown(index.name)} is no regular file")
+        raise _broken(path, f"{shown(index.name)} is not a regular file")
     if index.stat().st_size > _MAX_INDEX_BYTES:
         raise _broken(path, f"more than {_MAX_INDEX_BYTES:,} bytes")
     try:
@@ -151,7 +153,7 @@ def _index(path: Path, index: Path) -> tuple[dict[str, str], str | None]:
         weight_map, metadata = content["weight_map"], content.get("metadata") or {}
         manifest = metadata.get(KEY)
         if not all(isinstance(name, str) for name in (*weight_map, *weight_map.values())):
-            raise ValueError("a file that is no name")
+            raise ValueError("a file name that is not a string")
         if manifest is not None:
             Manifest.loads(manifest)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -160,16 +162,16 @@ def _index(path: Path, index: Path) -> tuple[dict[str, str], str | None]:
 
 
 def _shard(path: Path, folder: Path, name: str) -> Path:
-    """Return the shard's path, which must be a regular file in the folder of the index.
+    """Return the path of the shard.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: it is not a regular file in the folder of the index.
     """
     shard = folder / name
     if Path(name).name != name or "\\" in name or shard.is_symlink():
         raise CheckpointError(
             path,
-            f"its index leads to {shown(name)}",
+            f"its index names {shown(name)}",
             found=shown(name),
             expected="a file beside the index",
             mend="copy the shards, not links to them, beside the index",
@@ -181,5 +183,7 @@ def _shard(path: Path, folder: Path, name: str) -> Path:
     return shard
 
 
-def _broken(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(path, f"not a whole index of shards ({why})", mend="take another copy")
+def _broken(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        path, f"not a whole index of shards ({reason})", mend="take another copy"
+    )

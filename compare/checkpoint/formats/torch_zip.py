@@ -1,7 +1,7 @@
 """The torch zip format: a state dict of CPU tensors, read without running any pickled code.
 
-Small files are read into memory; large ones are mapped by torch, so they must not be cut while they
-are open.
+Small files are read into memory. Large files are mapped by torch, so they must not be cut while
+they are open.
 """
 
 import io
@@ -30,34 +30,34 @@ from ..reader import ArrayAndChecksum, Fetched, Reader, read_in_parts
 from ..tensors import Spec, Tensors, checked, whole
 
 _SMALL_BYTES = 64 << 20
-# A view may show each stored entry more than once, but not without end.
-_MOST_VIEWED = 16
+# The most times that a view may show each stored byte.
+_MAX_EXPANSION = 16
 
 
 def open_(path: Path) -> Reader:
-    """Open the file; values are read as they are asked for, if it is large.
+    """Open the file. The values of a large file are read on demand.
 
     Raises:
-        CheckpointError: no torch file, or anything in it but a dict of tensors.
+        CheckpointError: the file is not a torch file, or does not contain a dict of tensors.
     """
     with path.open("rb") as stream:
-        begin = stream.read(4)
-    zipped = begin == b"PK\x03\x04"
-    if not zipped and not re.match(rb"\x80[\x02-\x05]", begin):
-        raise _broken(path, f"it begins with {begin!r}")
-    manifest = _manifest(path) if zipped else None
-    small = path.stat().st_size <= _SMALL_BYTES or not zipped
-    state = _load(path, io.BytesIO(path.read_bytes()) if small else path, mapped=not small)
+        first_bytes = stream.read(4)
+    is_zip = first_bytes == b"PK\x03\x04"
+    if not is_zip and not re.match(rb"\x80[\x02-\x05]", first_bytes):
+        raise _broken(path, f"it begins with {first_bytes!r}")
+    manifest = _manifest(path) if is_zip else None
+    is_small = path.stat().st_size <= _SMALL_BYTES or not is_zip
+    state = _load(path, io.BytesIO(path.read_bytes()) if is_small else path, mapped=not is_small)
     specs, aliases = _specs(path, state)
     if manifest is not None:
         specs, aliases = _as_declared(
             path, state, specs | {key: specs[first] for key, first in aliases.items()}, manifest
         )
-    return TorchZipReader(state, small, path, "torch", specs, manifest, aliases)
+    return TorchZipReader(state, is_small, path, "torch", specs, manifest, aliases)
 
 
 class TorchZipReader(Reader):
-    """A torch file; the values of a large one are mapped until they are asked for."""
+    """An open torch file. The values of a large file are mapped and read on demand."""
 
     format = "torch"
 
@@ -66,7 +66,7 @@ class TorchZipReader(Reader):
         self._state, self._is_small = state, is_small
 
     def read_tensor(self, path: KeyPath) -> ArrayAndChecksum:
-        """Return the values in memory of their own, or in place if `mapped` allows it."""
+        """Return the values in new memory, or the mapped values if `mapped` allows it."""
         array = tensor_to_numpy(self._state[path[0]])
         if self._is_small or self.mapped or not array.flags.c_contiguous:
             return contiguous(array), None
@@ -83,12 +83,12 @@ class TorchZipReader(Reader):
         return super()._fetch(paths)
 
     def close(self) -> None:
-        """Let go of the tensors, and so of the mapped file."""
+        """Release the tensors, and so the mapped file."""
         self._state = {}
 
 
 def write(path: Path, tensors: Tensors) -> None:
-    """Write the state dict, then the manifest as one more record of the zip."""
+    """Write the state dict, then add the manifest as one more record of the zip."""
     arrays = {key: whole(tensors, key) for key in tensors.specs}
     state = {
         str(key[0]): numpy_to_tensor(np.require(array, requirements="W"))
@@ -99,9 +99,9 @@ def write(path: Path, tensors: Tensors) -> None:
         sums = {
             key: pool.submit(checksum, [array], tensors.specs[key]) for key, array in arrays.items()
         }
-        torch.save(state, stream)  # to a stream, so that the bytes do not depend on the file's name
+        torch.save(state, stream)  # a path would put its name into the file
         manifest = manifest_of(tensors).with_checksums(
-            {key: found.result() for key, found in sums.items()}
+            {key: future.result() for key, future in sums.items()}
         )
         with zipfile.ZipFile(stream, "a") as archive:
             root = archive.namelist()[0].split("/")[0]
@@ -109,10 +109,11 @@ def write(path: Path, tensors: Tensors) -> None:
 
 
 def _manifest(path: Path) -> Manifest | None:
-    """Read the manifest, after looking at what the zip declares.
+    """Check the directory of the zip, and return the manifest if there is one.
 
     Raises:
-        CheckpointError: no zip of stored records that fit into the file, or a broken manifest.
+        CheckpointError: the file is not a zip, a record is compressed or larger than the file, or
+            the manifest is invalid.
     """
     size = path.stat().st_size
     try:
@@ -120,17 +121,18 @@ def _manifest(path: Path) -> Manifest | None:
             records = archive.infolist()
             names = [record.filename for record in records]
             if len(set(names)) != len(names):
-                raise ValueError(f"the record {shown(Counter(names).most_common(1)[0][0])} twice")
-            if packed := [
+                repeated = Counter(names).most_common(1)[0][0]
+                raise ValueError(f"the record {shown(repeated)} occurs twice")
+            if compressed := [
                 record.filename for record in records if record.compress_type != zipfile.ZIP_STORED
             ]:
-                raise ValueError(f"{shown(packed[0])} is compressed, which torch never does")
+                raise ValueError(f"{shown(compressed[0])} is compressed; torch never compresses")
             if sum(record.file_size for record in records) > size:
                 raise ValueError(f"its records declare more than the file's {size:,} bytes")
-            ours = [
+            manifests = [
                 record for record in records if record.filename.partition("/")[2] == f"{KEY}.json"
             ]
-            return Manifest.loads(archive.read(ours[0])) if ours else None
+            return Manifest.loads(archive.read(manifests[0])) if manifests else None
     except (
         zipfile.BadZipFile,
         NotImplementedError,
@@ -149,15 +151,15 @@ def _load(path: Path, source: Any, *, mapped: bool) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RecursionError) as error:
         raise CheckpointError(
             path,
-            "holds more than a state dict of tensors, and was not run",
+            "contains more than a state dict of tensors; its code was not run",
             expected="a state dict",
-            mend="save `module.state_dict()`, where the file's maker is trusted",
+            mend="load it where you trust its origin, and save only `module.state_dict()`",
         ) from error
     except Exception as error:  # torch's readers raise a dozen unrelated types on bad bytes
         raise _broken(path, shown(str(error).partition("\n")[0] or type(error).__name__)) from error
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(
-            path, f"holds a {type(state).__name__}; expected a state dict, names to tensors"
+            path, f"holds a {type(state).__name__}; expected a state dict: names and tensors"
         )
     for key, value in state.items():
         if not isinstance(value, Tensor):
@@ -165,7 +167,7 @@ def _load(path: Path, source: Any, *, mapped: bool) -> dict[str, Tensor]:
                 path,
                 f"{shown(key)} is a {type(value).__name__}; expected a tensor",
                 key=key,
-                mend="save the state dict alone: `torch.save(module.state_dict(), path)`",
+                mend="save only the state dict: `torch.save(module.state_dict(), path)`",
             )
     return dict(state)
 
@@ -173,7 +175,7 @@ def _load(path: Path, source: Any, *, mapped: bool) -> dict[str, Tensor]:
 def _specs(
     path: Path, state: Mapping[str, Tensor]
 ) -> tuple[dict[KeyPath, Spec], dict[KeyPath, KeyPath]]:
-    """Return what each tensor is, tied names apart."""
+    """Return the spec of each tensor, and the tied names."""
     specs: dict[KeyPath, Spec] = {}
     aliases: dict[KeyPath, KeyPath] = {}
     seen: dict[Any, KeyPath] = {}
@@ -183,13 +185,13 @@ def _specs(
             spec = checked(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         except (Untransferable, ValueError) as error:
             raise CheckpointError(path, f"{shown(key)}: {error}", key=key) from error
-        if spec.nbytes > _MOST_VIEWED * max(tensor.untyped_storage().nbytes(), 4096):
+        stored_bytes = tensor.untyped_storage().nbytes()
+        if spec.nbytes > _MAX_EXPANSION * max(stored_bytes, 4096):
             raise CheckpointError(
                 path,
-                f"{shown(key)} shows its stored bytes again and again",
+                f"{shown(key)} is an expanded view: {stored_bytes:,} stored bytes "
+                f"appear as {spec.nbytes:,} bytes",
                 key=key,
-                expected=f"about {tensor.untyped_storage().nbytes():,} bytes",
-                found=f"{spec.nbytes:,} bytes",
                 mend="save `tensor.contiguous()`, or take another copy",
             )
         memory = same_memory(tensor)
@@ -204,10 +206,10 @@ def _specs(
 def _as_declared(
     path: Path, state: Mapping[str, Tensor], specs: Mapping[KeyPath, Spec], manifest: Manifest
 ) -> tuple[dict[KeyPath, Spec], dict[KeyPath, KeyPath]]:
-    """Return specs and tied names as the manifest has them.
+    """Return the specs and tied names as the manifest declares them.
 
     Raises:
-        CheckpointError: they are not those of the file.
+        CheckpointError: the file has other specs or tied names.
     """
     for key, first in manifest.aliases.items():
         if (
@@ -221,9 +223,9 @@ def _as_declared(
                 key=str(key[0]),
                 mend="the file was changed: take another copy",
             )
-    own = {key: spec for key, spec in specs.items() if key not in manifest.aliases}
-    return in_manifests_order(path, own, manifest), dict(manifest.aliases)
+    stored = {key: spec for key, spec in specs.items() if key not in manifest.aliases}
+    return in_manifests_order(path, stored, manifest), dict(manifest.aliases)
 
 
-def _broken(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(path, f"not a whole torch file ({why})", mend="take another copy")
+def _broken(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(path, f"not a whole torch file ({reason})", mend="take another copy")
