@@ -9,11 +9,12 @@ import numpy as np
 from ..conversion.mapping import KeyPath, StateMapping
 from .blocks import blocks
 from .convert import planned
+from .errors import CheckpointError
 from .formats import open_checkpoint
 from .load import steady
 from .reader import Reader
-from .tensors import FileLayout, Tensors
-from .transforms import Progress, silent
+from .tensors import FileLayout, Tensors, whole
+from .transforms import Progress, cast, relaid, silent
 
 
 @dataclass(frozen=True)
@@ -53,26 +54,48 @@ def verify_checkpoint(
         table = mapping or written.mapping
 
         def work(stored: Reader) -> list[Difference]:
+            if mapping is not None and (stored.layout == "torch") == (written.layout == "torch"):
+                raise CheckpointError(
+                    target, "mapping= has no effect: both have the same layout", mend="leave it out"
+                )
+            both = _with_torch_names(stored, written, dtype)
+            if both is not None:
+                return _differences(*both, progress)
             tensors, _ = planned(stored, allowed, mapping=table, beside=target, dtype=dtype)
-            return _differences(tensors, written, progress)
+            return _differences(tensors, written.tensors(), progress)
 
         return steady(source, work)
 
 
-def _differences(tensors: Tensors, written: Reader, progress: Progress) -> list[Difference]:
-    source_paths = _by_name(tensors, written.layout)
-    target_paths = _by_name(written.tensors(), tensors.layout)
+def _with_torch_names(
+    stored: Reader, written: Reader, dtype: str | None
+) -> tuple[Tensors, Tensors] | None:
+    """Return a Linen and an NNX checkpoint under their torch names, if both files have these."""
+    if {stored.layout, written.layout} != {"linen", "nnx"}:
+        return None
+    if stored.mapping is None or written.mapping is None:
+        return None
+    source = relaid(stored.path, stored.tensors(), stored.mapping)
+    target = relaid(written.path, written.tensors(), written.mapping)
+    return (source if dtype is None else cast(source, dtype, stored.path)), target
+
+
+def _differences(source: Tensors, target: Tensors, progress: Progress) -> list[Difference]:
+    source_paths = _by_name(source, target.layout)
+    target_paths = _by_name(target, source.layout)
     differences = [
         Difference("/".join(name), "is only in the source")
-        for name in source_paths.keys() - target_paths.keys()
+        for name in source_paths
+        if name not in target_paths
     ]
     differences += [
         Difference("/".join(name), "is only in the target")
-        for name in target_paths.keys() - source_paths.keys()
+        for name in target_paths
+        if name not in source_paths
     ]
-    total, done = sum(spec.nbytes for spec in written.specs.values()), 0
+    total, done = sum(spec.nbytes for spec in target.specs.values()), 0
     for name in [name for name in target_paths if name in source_paths]:
-        spec, other = tensors.specs[source_paths[name]], written.specs[target_paths[name]]
+        spec, other = source.specs[source_paths[name]], target.specs[target_paths[name]]
         if spec != other:
             description = (
                 f"is {spec.dtype} {spec.shape} in the source, "
@@ -80,8 +103,8 @@ def _differences(tensors: Tensors, written: Reader, progress: Progress) -> list[
             )
             differences.append(Difference("/".join(name), description))
             continue
-        (_, array) = next(iter(written.read([target_paths[name]])))
-        if differing := _differing_bytes(tensors.pieces(source_paths[name]), array):
+        array = whole(target, target_paths[name])
+        if differing := _differing_bytes(source.pieces(source_paths[name]), array):
             differences.append(
                 Difference(
                     "/".join(name), f"differs in {differing:,} of its {array.nbytes:,} bytes"
@@ -89,10 +112,10 @@ def _differences(tensors: Tensors, written: Reader, progress: Progress) -> list[
             )
         done += array.nbytes
         progress(done, total)
-    tied = {tuple(map(str, path)) for path in tensors.aliases} ^ {
-        tuple(map(str, path)) for path in written.aliases
+    tied = {tuple(map(str, path)) for path in source.aliases} ^ {
+        tuple(map(str, path)) for path in target.aliases
     }
-    if tensors.layout == "torch":
+    if source.layout == "torch":
         differences += [
             Difference("/".join(name), "is tied on one side only") for name in sorted(tied)
         ]

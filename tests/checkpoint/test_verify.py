@@ -1,0 +1,61 @@
+"""Two checkpoints of one state, under other names and in other layouts."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+import torch
+from flax import nnx
+
+import compare
+
+from ..support import torch_module
+
+
+class Model(nnx.Module):
+    def __init__(self) -> None:
+        self.layer = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+
+
+def linen_and_nnx(folder: Path, *, slip: float = 0.0) -> tuple[Path, Path]:
+    """The same state with names that only the torch names pair: `dense` in Linen, `layer` in NNX."""
+    source = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 4)})
+    template = {"params": {"dense": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}}}
+    to_linen = compare.match(source, template, rename={"a": "dense"})
+    to_nnx = compare.match(source, Model(), rename={"a": "layer"})
+    variables = compare.torch_to_linen(source, template, mapping=to_linen)
+    variables["params"]["dense"]["bias"] += slip
+    model = compare.torch_to_nnx(source, Model(), mapping=to_nnx)
+    linen = compare.save_checkpoint(folder / "linen.msgpack", variables, mapping=to_linen)
+    return linen, compare.save_checkpoint(folder / "nnx.msgpack", model, mapping=to_nnx)
+
+
+def test_linen_and_nnx_are_compared_under_their_torch_names(tmp_path: Path) -> None:
+    linen, model = linen_and_nnx(tmp_path)
+    assert compare.verify_checkpoint(linen, model) == []
+    assert compare.verify_checkpoint(model, linen) == []
+
+
+def test_a_difference_is_named_as_torch_names_it(tmp_path: Path) -> None:
+    linen, model = linen_and_nnx(tmp_path, slip=1e-3)
+    (difference,) = compare.verify_checkpoint(linen, model)
+    assert difference.name == "a.bias"
+
+
+def test_differences_come_in_the_order_of_the_files(tmp_path: Path) -> None:
+    names = [f"layers.{index}" for index in range(30)]
+    one = compare.save_checkpoint(tmp_path / "a.pth", {name: torch.ones(1) for name in names})
+    two = compare.save_checkpoint(tmp_path / "b.pth", {"other": torch.ones(1)})
+    found = [difference.name for difference in compare.verify_checkpoint(one, two)]
+    assert found == [*names, "other"]
+
+
+def test_a_mapping_without_effect_is_refused(tmp_path: Path) -> None:
+    source = torch_module()
+    one = compare.save_checkpoint(tmp_path / "a.pth", source)
+    two = compare.save_checkpoint(tmp_path / "b.safetensors", source)
+    mapping = compare.match(
+        torch.nn.Linear(1, 1), {"params": {"kernel": jnp.ones((1, 1)), "bias": jnp.ones(1)}}
+    )
+    with pytest.raises(compare.CheckpointError, match=r"mapping= has no effect.*leave it out"):
+        compare.verify_checkpoint(one, two, mapping=mapping)
