@@ -25,6 +25,7 @@ def html(report: Report) -> str:
     environment.filters["cell"] = cell_text
     environment.filters["prose"] = prose
     environment.tests["words"] = lambda block: isinstance(block, str)
+    environment.tests["digits"] = lambda cell: bool(re.fullmatch(r"[-+0-9.,e/ ]+", str(cell)))
     environment.tests["table"] = lambda block: isinstance(block, Table)
     environment.tests["grid"] = lambda block: isinstance(block, Grid)
     return environment.get_template("page.html").render(report=report, verdicts=VERDICTS)
