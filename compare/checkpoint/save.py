@@ -165,12 +165,22 @@ def _tensors(path: Path, source: Source, mapping: StateMapping | None, chosen: F
         tensors = _from_torch(path, source, mapping)
     if tensors.layout in chosen.layouts:
         return tensors
+    if tensors.mapping is None and not {(key,) for key in LINEN.by_key} & tensors.specs.keys():
+        raise _unpaired(path)
     try:
         return relaid(path, tensors, tensors.mapping or LINEN)
     except CheckpointError as error:
         if mapping:
             raise
         raise CheckpointError(path, error.reason, error.mismatch, mend=_MEND) from error
+
+
+def _unpaired(path: Path) -> CheckpointError:
+    return CheckpointError(
+        path,
+        "stores the other framework's layout, and nothing says how the names pair",
+        mend="pass mapping=compare.match(module, template)",
+    )
 
 
 def _from_torch(path: Path, source: Any, mapping: StateMapping | None) -> Tensors:
@@ -231,6 +241,8 @@ def _from_flax(path: Path, source: Any, mapping: StateMapping | None, chosen: Fo
     is_attention = mapping is None and required <= side.leaves.keys() <= table.by_path.keys()
     to_torch = is_attention or mapping is not None or "linen" not in chosen.layouts
     if to_torch and (is_attention or "torch" in chosen.layouts):
+        if mapping is None and not side.leaves.keys() & table.by_path.keys():
+            raise _unpaired(path)
         convert: Any = nnx_to_torch if side.kind == "nnx" else linen_to_torch
         state: StateDict = convert(source, mapping=mapping)
         return _torch_tensors(path, state, {}, mapping)

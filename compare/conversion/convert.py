@@ -72,6 +72,7 @@ def torch_to_linen(
         With `strict=False`, also the lists of what did not fit.
 
     Raises:
+        ValueError: a mapping that was made for Flax's other API.
         ConversionError: entries are missing, unexpected, of another shape, or not representable.
     """
     leaves = _linen_leaves(template)
@@ -130,6 +131,7 @@ def torch_to_nnx(
         `model`, in the source's dtypes. With `strict=False`, also the lists of what did not fit.
 
     Raises:
+        ValueError: a mapping that was made for Flax's other API.
         ConversionError: entries are missing, unexpected, of another shape, or not representable.
     """
     if not isinstance(model, nnx.Module):
@@ -179,11 +181,13 @@ def linen_to_torch(
         With `strict=False`, also the lists of what did not fit.
 
     Raises:
+        ValueError: a mapping that was made for Flax's other API.
         ConversionError: entries are missing, unexpected, of a wrong rank, or not representable.
     """
     leaves = {
         path: leaf for path, leaf in _linen_leaves(variables).items() if linen_kind(path) in SAVED
     }
+    _require_api(mapping or LINEN, "linen")
     state, mismatch = torch_from_flax(leaves, mapping or LINEN, copy)
     if mismatch and strict:
         raise ConversionError(mismatch, _hint(mapping), has_strict=True)
@@ -229,10 +233,12 @@ def nnx_to_torch(
         With `strict=False`, also the lists of what did not fit.
 
     Raises:
+        ValueError: a mapping that was made for Flax's other API.
         ConversionError: entries are missing, unexpected, of a wrong rank, or not representable.
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected an nnx.Module")
+    _require_api(mapping or NNX, "nnx")
     state, mismatch = torch_from_flax(flax_side(model).leaves, mapping or NNX, copy)
     if mismatch and strict:
         raise ConversionError(mismatch, _hint(mapping), has_strict=True)
@@ -240,6 +246,8 @@ def nnx_to_torch(
 
 
 def _state_dict(source: Source) -> Mapping[str, Any]:
+    if isinstance(source, type):
+        raise TypeError(f"source is the class {source.__name__}; give an instance of it")
     if isinstance(source, torch.nn.Module):
         return source.state_dict()
     if isinstance(source, Mapping):
@@ -263,12 +271,23 @@ def _to_flax(
 ) -> tuple[dict[KeyPath, jax.Array], Mismatch]:
     tensors = _state_dict(source)
     if mapping is not None:
+        _require_api(mapping, side.kind)
         return flax_from_torch(tensors, side.leaves, mapping, copy)
     matched, unpaired = pair(source, side)
     arrays, mismatch = flax_from_torch(tensors, side.leaves, matched, copy)
     already_listed = {entry.name for entry in (*unpaired.refused, *unpaired.misshaped)}
     refused = tuple(entry for entry in mismatch.refused if entry.name not in already_listed)
     return arrays, replace(unpaired, refused=unpaired.refused + refused)
+
+
+def _require_api(mapping: StateMapping, kind: str) -> None:
+    """Raise ValueError for a mapping whose paths are those of Flax's other API."""
+    if mapping.flax != kind:
+        titles = {"linen": "Linen variables", "nnx": "an NNX model"}
+        raise ValueError(
+            f"the mapping is for {titles[mapping.flax]}, and this is {titles[kind]}: "
+            "make another one with compare.match(source, template)"
+        )
 
 
 def _hint(mapping: StateMapping | None) -> str:

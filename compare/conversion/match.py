@@ -15,7 +15,7 @@ from .layers import compound_rows, layer_types, nnx_layouts, refusal
 from .layouts import layout
 from .mapping import KeyPath, Left, Policy, Row, StateMapping, slashed
 from .state_kinds import FlaxSide, flax_side, one_trained, same_memory, torch_kinds
-from .suggest import MAX_SUGGESTIONS, near, rename_hint
+from .suggest import MAX_SUGGESTIONS, collection_hint, near, rename_hint
 
 # The names that a torch leaf may have in Flax.
 LEAVES = {
@@ -62,7 +62,7 @@ def match(
     """
     mapping, mismatch = pair(source, template, rename=rename, layouts=layouts, policy=policy)
     if mismatch:
-        raise ConversionError(mismatch, _advice(mismatch))
+        raise ConversionError(mismatch, collection_hint(template) + _advice(mismatch))
     return mapping
 
 
@@ -102,6 +102,8 @@ class _Matcher:
         layouts: Mapping[str, str],
         policy: Mapping[str, Policy],
     ) -> None:
+        if isinstance(source, type):
+            raise TypeError(f"source is the class {source.__name__}; give an instance of it")
         is_module = isinstance(source, torch.nn.Module)
         self.flax = flax_side(template)
         self.tensors: dict[str, Any] = (

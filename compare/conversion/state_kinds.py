@@ -80,7 +80,14 @@ def entries(source: Any) -> list[StateEntry]:
 
 
 def linen_entries(variables: Mapping[str, Any]) -> list[StateEntry]:
-    """Return the entries of Linen variables. The collection determines the kind."""
+    """Return the entries of Linen variables. The collection determines the kind.
+
+    Raises:
+        TypeError: the variables do not begin with collections.
+    """
+    if variables and not any(isinstance(inner, Mapping) for inner in variables.values()):
+        name = next(iter(variables))
+        raise TypeError(f'{name!r} is not a collection: give all variables, {{"params": ...}}')
     flat = flatten_dict(_dicts(variables))
     return [StateEntry(path, linen_kind(path), leaf) for path, leaf in flat.items()]
 
@@ -247,6 +254,8 @@ def flax_side(template: Any) -> FlaxSide:
         )
     if isinstance(template, Mapping):
         return _side("linen", [entry for entry in linen_entries(template) if entry.kind in SAVED])
+    if isinstance(template, type):
+        raise TypeError(f"template is the class {template.__name__}; give an instance of it")
     raise TypeError(
         f"template is a {type(template).__name__}; expected Linen variables or an NNX model"
     )
@@ -270,8 +279,9 @@ def _side(kind: FlaxKind, saved: list[StateEntry]) -> FlaxSide:
     leaves = {entry.path: entry.value for entry in saved}
     for path, leaf in leaves.items():
         if not hasattr(leaf, "shape"):
+            mend = ": call flax.core.meta.unbox(variables) first" if hasattr(leaf, "unbox") else ""
             raise TypeError(
-                f"template {slashed(path)} is a {type(leaf).__name__}; expected an array"
+                f"template {slashed(path)} is a {type(leaf).__name__}; expected an array{mend}"
             )
     names = {path: tuple(map(str, path[1:] if kind == "linen" else path)) for path in leaves}
     by_name: dict[str, list[KeyPath]] = {}

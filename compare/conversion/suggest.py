@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 # A suggestion compares one name with all others, so only the first unmatched names get one.
 MAX_SUGGESTIONS = 10
@@ -38,6 +39,13 @@ def rename_rules(unexpected: Sequence[str], missing: Collection[str]) -> dict[st
                 old = re.sub(r"\.\d+(?=\.|$)", ".*", name[: number.end()])
                 rules[old] = re.sub(r"\.\*", "_*", old)
     return rules
+
+
+def collection_hint(template: Any) -> str:
+    """Return what to do about Linen variables that lack the collection `params`, or nothing."""
+    if isinstance(template, Mapping) and template and "params" not in template:
+        return 'The template has no collection "params": give all variables, {"params": ...}. '
+    return ""
 
 
 def rename_hint(unexpected: Sequence[str], missing: Collection[str]) -> str:

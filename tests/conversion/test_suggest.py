@@ -1,11 +1,14 @@
 """One missing rename rule is one line to paste, and hundreds of names take no time."""
 
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 import torch
+from flax import nnx
+from flax.core import meta
 
 import compare
 from compare.conversion.suggest import rename_rules
@@ -56,3 +59,42 @@ def test_hundreds_of_names_are_compared_in_no_time() -> None:
     with pytest.raises(compare.ConversionError, match="… and 1,188 more"):
         compare.match(state("layers.", 600), template("stages_", 600))
     assert time.process_time() - begin < 10
+
+
+class Box(nnx.Module):
+    def __init__(self) -> None:
+        self.layer = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+
+
+PARAMS = {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}
+
+
+@pytest.mark.parametrize(
+    ("source", "template", "error", "message"),
+    [
+        (torch.nn.Linear(3, 4), PARAMS, TypeError, r'give all variables, {"params": \.\.\.}'),
+        (torch.nn.Linear(3, 4), {"a": PARAMS}, ValueError, r'no collection "params"'),
+        (torch.nn.Linear, {"params": PARAMS}, TypeError, "the class Linear; give an instance"),
+        (torch.nn.Linear(3, 4), Box, TypeError, "the class Box; give an instance"),
+        (
+            torch.nn.Linear(3, 4),
+            {"params": {name: meta.Partitioned(array, ("a",)) for name, array in PARAMS.items()}},
+            TypeError,
+            r"call flax\.core\.meta\.unbox\(variables\) first",
+        ),
+    ],
+    ids=["params alone", "no collection", "torch class", "Flax class", "boxes"],
+)
+def test_a_usual_mistake_is_named_in_one_line(
+    source: Any, template: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        compare.match(source, template)
+
+
+def test_a_mapping_of_the_other_api_is_named() -> None:
+    mapping = compare.match(torch.nn.Linear(3, 4), {"params": PARAMS})
+    with pytest.raises(ValueError, match="is for Linen variables, and this is an NNX model"):
+        compare.torch_to_nnx(
+            torch.nn.Linear(3, 4), nnx.Linear(3, 4, rngs=nnx.Rngs(0)), mapping=mapping
+        )
