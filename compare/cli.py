@@ -1,4 +1,4 @@
-"""The command line: `python -m compare` runs the main job, and each part of it is a command of its own.
+"""The command line: `python -m compare` runs the main job; each part of it is a command.
 
 Nothing here imports a framework before it is needed, so that `--help` and wrong usage answer at
 once.
@@ -85,7 +85,7 @@ MapOption = Annotated[
     typer.Option(
         "--map",
         metavar="FILE",
-        help="A mapping from torch to Flax names: JSON written by `Mapping.save`.",
+        help="A mapping from torch to Flax names: JSON written by `StateMapping.save`.",
     ),
 ]
 DtypeOption = Annotated[
@@ -227,7 +227,7 @@ def mutants(
     recorded: Annotated[
         bool,
         typer.Option(
-            "--recorded", help="Show the recorded run instead of repeating it, which takes an hour."
+            "--recorded", help="Show the recorded run instead of repeating it (15 minutes)."
         ),
     ] = False,
     json_file: JsonOption = None,
@@ -266,7 +266,7 @@ def fuzz(
     json_file: JsonOption = None,
     html_file: HtmlOption = None,
 ) -> None:
-    """Damage valid checkpoints of every format and read them: only CheckpointError may be raised."""
+    """Damage checkpoints of every format and read them: only CheckpointError may be raised."""
     _run([Job("fuzz", {"seconds": seconds, "seed": seed, "keep": keep})], json_file, html_file)
 
 
@@ -515,7 +515,8 @@ def _require_packages(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise typer.BadParameter(
-            f"{' and '.join(missing)} cannot be imported, and this needs it: pip install 'attention-parity[all]'"
+            f"{' and '.join(missing)} cannot be imported, and this needs it: "
+            "pip install 'attention-parity[all]'"
         )
 
 

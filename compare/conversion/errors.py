@@ -96,11 +96,14 @@ class ConversionError(ValueError):
 
     def __init__(self, mismatch: Mismatch, hint: str = "", *, has_strict: bool = False) -> None:
         self.mismatch = mismatch
-        advice = "Build both sides with the same arguments and class"
-        advice += ", or pass strict=False to convert what fits." if has_strict else "."
+        advice = (
+            "Build both sides with the same arguments, or pass strict=False to convert what fits."
+            if has_strict
+            else ""
+        )
         super().__init__(
             "the source does not fit the target; nothing was converted:\n"
-            f"{mismatch}\n{advice} {hint}".rstrip()
+            f"{mismatch}\n{f'{advice} {hint}'.strip()}".rstrip()
         )
 
 

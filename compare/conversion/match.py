@@ -68,6 +68,8 @@ def match(
 
 def _advice(mismatch: Mismatch) -> str:
     unexpected = [entry.name for entry in mismatch.unexpected]
+    if not (mismatch.unexpected and mismatch.missing):
+        return ""
     hint = rename_hint(unexpected, {entry.name for entry in mismatch.missing})
     return hint or 'Pair names that differ with rename={"torch.name": "Flax.name"}.'
 
@@ -130,7 +132,7 @@ class _Matcher:
         """Refuse the layers that Flax does not have."""
         for prefix, layer in self.layers.items():
             if reason := refusal(layer):
-                self.refused.append(MismatchEntry(prefix, "", reason=reason))
+                self.refused.append(MismatchEntry(prefix or "the module", "", reason=reason))
 
     def pair_compound_layers(self) -> None:
         """Pair attention, LSTM and GRU, which one framework stores in one piece."""

@@ -257,7 +257,8 @@ def flax_side(template: Any) -> FlaxSide:
     if isinstance(template, type):
         raise TypeError(f"template is the class {template.__name__}; give an instance of it")
     raise TypeError(
-        f"template is a {type(template).__name__}; expected Linen variables or an NNX model"
+        f"template is a {type(template).__name__}; expected Linen variables, as "
+        "`jax.eval_shape(module.init, key, inputs)` gives them, or an NNX model"
     )
 
 
