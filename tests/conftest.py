@@ -1,4 +1,4 @@
-"""Strict modes, the device fixture, and the versions under test in the header."""
+"""Strict numeric modes, the `device` fixture, and the tested versions in the header."""
 
 import os
 import tempfile
@@ -15,17 +15,16 @@ from compare.runners.run import missing_cuda
 if find_spec("hypothesis"):
     from hypothesis import settings
 
-    # The same examples at every run; `--hypothesis-profile=wide` draws many more, other ones each
-    # time.
+    # Every run uses the same examples. `--hypothesis-profile=wide` draws many new ones each time.
     settings.register_profile("fixed", derandomize=True, deadline=None)
     settings.register_profile("wide", max_examples=2000, deadline=None)
     settings.load_profile("fixed")
 
-# What one process of the suite has compiled the others read: half of the time of a check is XLA's.
+# The processes of the suite share compiled programs: XLA takes half of the time of a check.
 _cache = compilation_cache()
 _cache.__enter__()
 
-# Inductor's own cache does not know for which instruction set it has compiled.
+# Inductor's own cache does not record the instruction set that it compiled for.
 _inductor = tempfile.TemporaryDirectory(
     prefix="attention-parity-inductor-", ignore_cleanup_errors=True
 )
@@ -37,9 +36,8 @@ jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU the def
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    if not find_spec(
-        "pytest_timeout"
-    ):  # then its setting in pyproject.toml has no effect, and is no error
+    if not find_spec("pytest_timeout"):
+        # Otherwise the `timeout` setting in pyproject.toml would be an error.
         parser.addini("timeout", "see pytest-timeout")
 
 
@@ -49,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Use every core, up to four, where pytest-xdist is installed; `-n 0` runs all tests in this process."""
+    """Use up to four cores if pytest-xdist is installed; `-n 0` uses this process alone."""
     is_worker = hasattr(config, "workerinput")
     if not config.pluginmanager.hasplugin("xdist") or is_worker or config.option.usepdb:
         return
@@ -59,9 +57,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> str:
-    found = ", ".join(f"{name} {number}" for name, number in versions().items())
+    packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     processor = ", ".join(machine().values())
-    return f"attention-parity: {found}; CUDA: {missing_cuda() or 'seen by both frameworks'}; {processor}"
+    cuda = missing_cuda() or "seen by both frameworks"
+    return f"attention-parity: {packages}; CUDA: {cuda}; {processor}"
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -1,6 +1,6 @@
-"""The tables that the READMEs show between markers: `python -m tests.record_tables` writes them anew.
+"""The tables between markers in the READMEs; `python -m tests.record_tables` rewrites them.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->` and is made from a record under
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. It is made from a record under
 `compare/records`, or from the code itself.
 """
 
@@ -133,7 +133,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """Return the README with every table made anew."""
+    """Return the README with every table rewritten."""
     return BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]]()}{block[4]}", text)
 
 

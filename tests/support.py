@@ -1,5 +1,7 @@
-"""What several test modules share."""
+"""Helpers that several test modules share."""
 
+from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from compare.conversion.tensors import numpy_state
 from compare.proof.agreement import Agreement
 from compare.proof.cases import PRIME_BIAS, Config, Framework, State
 from compare.proof.parity import against_reference
+from compare.report.model import Section
 from compare.runners.run import (
     NnxAttention,
     TorchAttention,
@@ -44,13 +47,13 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def state_of(config: Config, dtype: str, mask: np.ndarray | None = None) -> StateDict:
-    """A seeded state in the given precision, with another mask if there is one."""
+    """A seeded state in this dtype, with this mask if there is one."""
     state = dict(torch_module(config).to(getattr(torch, dtype)).state_dict())
     return state if mask is None else {**state, "mask": torch.from_numpy(mask)}
 
 
 def numpy_state_of(config: Config, dtype: str, mask: np.ndarray | None = None) -> State:
-    """The same in NumPy."""
+    """The same state as NumPy arrays."""
     return numpy_state(state_of(config, dtype, mask))
 
 
@@ -65,6 +68,16 @@ def judge(
     """Run one implementation and compare it with the reference."""
     outputs = run(implementation, config, state, inputs, device=device, keep=keep)
     return against_reference(outputs, config, state, inputs, keep)
+
+
+def sections_of(parts: Iterable[Section | str]) -> list[Section]:
+    """The sections that a command yields, without its progress messages."""
+    return [part for part in parts if not isinstance(part, str)]
+
+
+def sum_of_squares(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Add the squares of all entries, tensor by tensor."""
+    return reduce(torch.add, ((tensor**2).sum() for tensor in tensors))
 
 
 def same_bits(left: np.ndarray, right: np.ndarray) -> bool:

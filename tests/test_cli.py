@@ -1,4 +1,4 @@
-"""The commands: what they show, what they write, and how they end."""
+"""The commands: their output, the files that they write, and their exit codes."""
 
 import json
 import os
@@ -32,13 +32,11 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "compare/README.md"
 
 
-def compare_command(
-    *arguments: str, cwd: Path = ROOT, **environment: str
-) -> subprocess.CompletedProcess[bytes]:
-    """Run `python -m compare` as a person would, its output piped."""
+def compare_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Run `python -m compare` in a process and capture its output through pipes."""
     command = [sys.executable, "-m", "compare", *arguments]
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, timeout=280, env={**os.environ, **environment}
+        command, cwd=ROOT, capture_output=True, timeout=280, env={**os.environ, **environment}
     )
 
 
@@ -50,7 +48,7 @@ def test_the_main_job(tmp_path: Path) -> None:
     printed = done.stdout.decode()
     assert done.returncode == 0, printed + done.stderr.decode()
     assert max(map(len, printed.splitlines())) <= 80
-    assert "\x1b" not in printed, "a pipe gets no color"
+    assert "\x1b" not in printed, "the output has colors although it goes into a pipe"
     assert "Reproduced: PyTorch 36/36, Flax Linen 36/36, Flax NNX 36/36." in printed
     assert "Everything held" in printed
     summary = re.search(
@@ -60,7 +58,7 @@ def test_the_main_job(tmp_path: Path) -> None:
     shown = {" ".join(line.split()) for line in printed.splitlines()}
     if missing_cuda():
         assert {" ".join(line.split()) for line in summary[1].splitlines()} <= shown, (
-            "the README shows another summary"
+            "the README shows a different summary"
         )
     if missing_cuda():
         assert f"Not yet run on a GPU: {missing_cuda()}." in printed
@@ -81,7 +79,7 @@ def test_the_main_job(tmp_path: Path) -> None:
 
 
 def _is_whole(page: str, titles: list[str]) -> None:
-    """One page, well formed, that asks for nothing from elsewhere and needs no script."""
+    """Check that the page is well-formed, loads nothing from elsewhere and has no script."""
     assert page.index("Everything held") < page.index("<table>")
     assert all(str(escape(title)) in page for title in titles)
     assert page.count("<svg") >= 10
@@ -96,7 +94,7 @@ def _is_whole(page: str, titles: list[str]) -> None:
 
 @pytest.mark.slow
 def test_a_closed_pipe_is_no_failed_check(tmp_path: Path) -> None:
-    """As `notebook --json FILE | head -1`: the file is written, and the command ends by SIGPIPE."""
+    """`notebook --json FILE | head -1` writes the file and ends by SIGPIPE."""
     command = [sys.executable, "-m", "compare", "notebook", "--json", str(tmp_path / "report.json")]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -114,7 +112,8 @@ def test_a_closed_pipe_is_no_failed_check(tmp_path: Path) -> None:
 def test_a_name_is_never_broken(tmp_path: Path) -> None:
     name = ".".join(["encoder", *(f"layer_{number}" for number in range(20)), "in_proj_weight"])
     path = compare.save_checkpoint(tmp_path / "state.safetensors", {name: torch.ones(2)})
-    for environment in ({}, {"COLUMNS": "80"}):
+    environments: list[dict[str, str]] = [{}, {"COLUMNS": "80"}]
+    for environment in environments:
         assert name in compare_command("inspect", str(path), **environment).stdout.decode()
 
 
@@ -181,7 +180,9 @@ def test_a_report_goes_into_a_pipe_and_not_in_its_place(tmp_path: Path) -> None:
 def test_a_report_that_cannot_be_written_ends_with_2(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("compare.cli._sections", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr(
+        "compare.cli._sections", lambda *_: pytest.fail("the work had already begun")
+    )
     done = CliRunner().invoke(app, ["devices", "--json", str(tmp_path / ("long" * 80))])
     assert done.exit_code == 2
     assert "could not be written" in " ".join(done.output.replace("│", " ").split())
@@ -249,9 +250,7 @@ def test_a_report_in_which_nothing_ran_does_not_hold() -> None:
         report = Report("compare", "", {}, [Section("", checks=checks)])
         assert report.held is verdict
         assert report.as_json()["held"] is verdict
-        assert "verything held" in html(report), (
-            "a page that was to claim something says whether it held"
-        )
+        assert "verything held" in html(report), "a page with claims must say whether they held"
 
 
 def test_a_child_that_fails_says_why() -> None:

@@ -1,4 +1,4 @@
-"""Imports point one way: the contracts of `pyproject.toml` hold, and an import against them is seen."""
+"""The import contracts of `pyproject.toml` hold, and an import that breaks one is reported."""
 
 import shutil
 import subprocess

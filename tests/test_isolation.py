@@ -1,4 +1,4 @@
-"""Either implementation works where the other framework is absent, and `--help` where both are."""
+"""Each implementation works without the other framework, and `--help` works without both."""
 
 import subprocess
 import sys
@@ -85,8 +85,9 @@ def test_a_missing_file_is_named_before_a_framework_is_imported(arguments: list[
 
 
 @pytest.mark.parametrize("missing", ["torch", "jax", "flax"])
+@pytest.mark.slow
 def test_a_missing_framework_is_named(missing: str) -> None:
-    """As if never installed: `sys.modules[name] = None` is what `find_spec` takes for absent."""
+    """`sys.modules[name] = None` makes `find_spec` report that the package is not installed."""
     done = python(f"sys.modules[{missing!r}] = None\n{MAIN}", set())
     assert done.returncode == 2
     message = " ".join(done.stderr.replace("│", " ").split())

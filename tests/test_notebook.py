@@ -1,4 +1,4 @@
-"""The learners' notebook runs, and prints what it is stored with."""
+"""The learners' notebook runs and prints the outputs that are stored in it."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ NOTEBOOK = ROOT / "compare/notebooks/buffers_in_two_frameworks.ipynb"
 
 
 def printed(cell: Any) -> str:
-    """What a code cell shows, its streams joined as a front end joins them."""
+    """The text that a code cell shows, with its streams joined as a front end joins them."""
     texts = (
         output.get("text") or output.get("data", {}).get("text/plain", "")
         for output in cell.outputs
@@ -25,9 +25,8 @@ def printed(cell: Any) -> str:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow
 def test_it_prints_what_it_is_stored_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(
-        "JAX_PLATFORMS", "cpu"
-    )  # so that its kernel takes no GPU memory from the suite
+    # The kernel must take no GPU memory from the suite.
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     stored = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(stored)
     fresh = nbformat.read(NOTEBOOK, as_version=4)

@@ -1,4 +1,4 @@
-"""The wheel, installed away from the repository, and the shapes that the annotations promise."""
+"""The wheel works outside the repository, and the annotated shapes are enforced."""
 
 import importlib.util
 import os
@@ -23,8 +23,9 @@ for kind in (flax_impl.CausalAttentionWithBuffer, flax_impl.CausalAttentionWitho
     kind(13, 11, 7, 0.1).init(jax.random.key(0), jnp.zeros((2, 5, 13)))
 for kind in (flax_impl.nnx.CausalAttentionWithBuffer, flax_impl.nnx.CausalAttentionWithoutBuffers):
     kind(13, 11, 7, 0.1, rngs=nnx.Rngs(0))(jnp.zeros((2, 5, 13)))
+heads, shorter = torch.zeros(2, 5, 11), torch.zeros(2, 4, 11)
 try:
-    torch_impl.masked_attention(*[torch.zeros(2, 5, 11)] * 2, torch.zeros(2, 4, 11), torch.zeros(7, 7), lambda x: x)
+    torch_impl.masked_attention(heads, heads, shorter, torch.zeros(7, 7), lambda x: x)
 except Exception as error:
     print(type(error).__name__)
 """

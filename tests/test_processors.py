@@ -1,4 +1,4 @@
-"""The numeric tests under the instruction sets and numbers of threads that this machine can be held to."""
+"""The numeric tests under each instruction set and thread count that this machine can force."""
 
 import os
 import re
@@ -32,7 +32,7 @@ LOWEST = {
     "XLA_FLAGS": XLA_AVX2,
     "OMP_NUM_THREADS": "1",
 }
-# What a variable can be set to, and the feature without which that is no limit.
+# A variable, its value, and the processor feature without which the value has no effect.
 SETTINGS = [
     ("ATEN_CPU_CAPABILITY", "default", "avx2"),
     ("ATEN_CPU_CAPABILITY", "avx2", "avx512f"),
@@ -48,7 +48,7 @@ SETTINGS = [
 
 
 def run(limits: dict[str, str], *arguments: str) -> str:
-    """Run the suite's tests in a process that is limited so, and return its last line."""
+    """Run tests in a process with these limits and return the last line of its output."""
     command = [
         sys.executable,
         "-m",
@@ -76,13 +76,13 @@ def run(limits: dict[str, str], *arguments: str) -> str:
 )
 def test_the_numbers_hold(name: str, value: str, feature: str) -> None:
     if feature and feature not in FEATURES:
-        pytest.skip(f"this processor has no {feature}, so {name}={value} is no limit")
+        pytest.skip(f"this processor has no {feature}, so {name}={value} has no effect")
     assert " passed" in run({name: value}, *(f"tests/{module}.py" for module in NUMERIC))
 
 
 @pytest.mark.slow
 def test_the_lowest_of_all() -> None:
-    """In short: lower precision, closed rows, and the notebook's figures."""
+    """A selection: lower precision, values that are not finite, and leaking products."""
     last = run(
         LOWEST,
         "tests/modules/test_fused.py",
@@ -95,7 +95,7 @@ def test_the_lowest_of_all() -> None:
 
 @pytest.mark.slow
 def test_the_limit_is_obeyed() -> None:
-    """Without effect, the other tests here would show nothing."""
+    """If the limits had no effect, the other tests here would prove nothing."""
     script = "import torch; print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())"
     done = subprocess.run(
         [sys.executable, "-c", script], env={**os.environ, **LOWEST}, capture_output=True, text=True

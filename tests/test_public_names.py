@@ -1,4 +1,4 @@
-"""What `import compare` offers: every public name, and nothing that it does not have."""
+"""`import compare` offers every public name; any other name raises AttributeError."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the READMEs say is so: their snippets run, their tables are the records', their commands are CI's."""
+"""The READMEs are true: snippets run, tables equal the records, links and commands work."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def test_snippets_run(snippet: str, tmp_path: Path) -> None:
 
 
 def test_the_first_screen() -> None:
-    """The sentence, the two commands, and code that does a user's job."""
+    """The README begins with one sentence, two commands, and code that does a user's job."""
     assert len(README.splitlines()) <= 170
     first = README.partition("## ")[0]
     assert first.count("```sh") == 2
@@ -45,7 +45,7 @@ def test_the_first_screen() -> None:
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.parent.relative_to(ROOT)))
 def test_the_tables_are_the_records(path: Path) -> None:
-    """Whole: a row too many and a row too few are both seen."""
+    """Each table is compared whole, so an extra row and a missing row both fail."""
     text = path.read_text(encoding="utf-8")
     assert text == filled(text), "run `python -m tests.record_tables`"
 
@@ -78,7 +78,7 @@ def test_commands_start_from_a_bare_clone() -> None:
 
 
 def test_the_state_table() -> None:
-    """Moved, saved, trained: what each framework says of the weights, the buffer and the plain mask."""
+    """What each framework moves, saves and trains: weights, buffer and plain mask."""
     for buffer in (True, False):
         module = torch_module(buffer=buffer).to("meta")
         assert module.W_key.weight.is_meta
@@ -102,7 +102,7 @@ def test_the_records_are_of_the_code() -> None:
     )
     current = {f"{mutant.name} ({mutant.implementation})" for mutant in MUTANTS}
     assert set(grid["rows"]) == current, (
-        "the record is of other planted bugs; run `compare mutants --json`"
+        "the record has different planted bugs; run `compare mutants --json`"
     )
     assert [check["held"] for check in honest["checks"]] == [True]
     assert f" {len(MUTANTS)} planted bugs " in README.replace("\n", " ")

@@ -1,4 +1,4 @@
-"""Hostile and broken checkpoints, a row each: how it is made, and what must be said of it."""
+"""Hostile and broken checkpoints: how each is made, and what its error must say."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ from ..support import linen_variables, state_of, torch_module
 
 @dataclass(frozen=True)
 class Fault:
-    """`make` gets a folder and returns what is to be loaded; `says` is in the error."""
+    """`make` gets a folder and returns the path to load; the error must match `says`."""
 
     name: str
     make: Callable[[Path], Path]
@@ -45,7 +45,7 @@ def saved(folder: Path, suffix: str) -> Path:
 
 
 def plain_safetensors(folder: Path, **changes: Any) -> tuple[Path, dict[str, Any], bytes]:
-    """Header and data of a file without a manifest."""
+    """The path, header and data of a file without a manifest."""
     arrays = {key: tensor.numpy() for key, tensor in state().items()}
     header, data = {}, b""
     for key, array in arrays.items():
@@ -83,6 +83,10 @@ def replaced(suffix: str, change: Callable[[bytes], bytes]) -> Callable[[Path], 
     return make
 
 
+def cut(suffix: str, percent: int) -> Callable[[Path], Path]:
+    return replaced(suffix, lambda data: data[: len(data) * percent // 100])
+
+
 def flipped(suffix: str, at: Callable[[bytes], int]) -> Callable[[Path], Path]:
     def change(data: bytes) -> bytes:
         place = at(data)
@@ -92,7 +96,7 @@ def flipped(suffix: str, at: Callable[[bytes], int]) -> Callable[[Path], Path]:
 
 
 def weight_in(data: bytes) -> int:
-    """Where the bytes of a weight lie in a file."""
+    """The position of a weight's bytes in a file."""
     return data.index(state()["W_key.weight"].numpy().tobytes()[:16]) + 5
 
 
@@ -124,7 +128,7 @@ def torch_saved(content: Callable[[], Any]) -> Callable[[Path], Path]:
 
 
 class Planted:
-    """Pickled code, which leaves a file behind if it is run."""
+    """Pickled code that makes a file if it runs."""
 
     def __reduce__(self) -> Any:
         return (exec, ("import pathlib; pathlib.Path('planted').touch()",))
@@ -169,7 +173,7 @@ def _lying(folder: Path) -> Path:
 
 
 def _byteorder(folder: Path) -> Path:
-    """The record that says `little` says `big`: torch then turns every number around."""
+    """The byte order record says `big`, so torch would swap the bytes of every number."""
     path = saved(folder, ".pth")
     path.write_bytes(path.read_bytes().replace(b"little", b"big\0\0\0"))
     return path
@@ -271,13 +275,23 @@ def orbaxed(change: Callable[[Path], Any]) -> Callable[[Path], Path]:
     return make
 
 
+def _empty_orbax(folder: Path) -> Path:
+    (folder / "state.orbax").mkdir()
+    return folder / "state.orbax"
+
+
+def _file_as_orbax(folder: Path) -> Path:
+    (folder / "state.orbax").write_bytes(b"1")
+    return folder / "state.orbax"
+
+
 def _link_in_orbax(path: Path) -> None:
     (path / "_sharding").unlink(missing_ok=True)
     (path / "_sharding").symlink_to("/etc/passwd")
 
 
 def _flip_in_orbax(path: Path) -> None:
-    """In every file that holds data, since only some of them are read."""
+    """Flip a bit in every data file, because only some of them are read."""
     for file in [file for file in path.rglob("*") if file.is_file() and file.parent.name == "d"]:
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 0x10
@@ -306,7 +320,7 @@ def manifest_of_safetensors(change: Callable[[dict[str, Any]], Any]) -> Callable
 
 
 def change_manifest(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    """Change the manifest of a safetensors file, whose data stays."""
+    """Change the manifest of a safetensors file and keep its data."""
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
@@ -317,14 +331,14 @@ def change_manifest(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path
 
 
 def changed_state(suffix: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Path]:
-    """A whole file, of a state that does not fit the module."""
+    """A valid file whose state does not fit the module."""
 
     def make(folder: Path) -> Path:
-        found = state()
-        change(found)
+        tensors = state()
+        change(tensors)
         if suffix == ".safetensors":
-            return compare.save_checkpoint(folder / "state.safetensors", found)
-        torch.save(found, folder / f"state{suffix}")
+            return compare.save_checkpoint(folder / "state.safetensors", tensors)
+        torch.save(tensors, folder / f"state{suffix}")
         return folder / f"state{suffix}"
 
     return make
@@ -567,7 +581,7 @@ TORCH = [
     *(
         Fault(
             f"cut after {share} %",
-            replaced(".pth", lambda data, share=share: data[: len(data) * share // 100]),
+            cut(".pth", share),
             r"not a whole torch file",
         )
         for share in (1, 10, 30, 50, 70, 90, 99)
@@ -639,7 +653,7 @@ MSGPACK = [
     *(
         Fault(
             f"cut after {share} %",
-            replaced(".msgpack", lambda data, share=share: data[: len(data) * share // 100]),
+            cut(".msgpack", share),
             r"not a whole Flax msgpack file",
         )
         for share in (1, 25, 50, 75, 99)
@@ -773,12 +787,12 @@ ORBAX = [
     Fault("link in the folder", orbaxed(_link_in_orbax), r"holds a link, _sharding"),
     Fault(
         "empty folder",
-        lambda folder: (folder / "state.orbax").mkdir() or folder / "state.orbax",
+        _empty_orbax,
         r"is not a finished Orbax checkpoint",
     ),
     Fault(
         "a file",
-        lambda folder: (folder / "state.orbax").write_bytes(b"1") and folder / "state.orbax",
+        _file_as_orbax,
         r"is a file; an Orbax checkpoint is a folder",
     ),
     Fault(
@@ -793,17 +807,17 @@ ORBAX = [
     ),
     Fault(
         "another tensor in the manifest",
-        _manifest_of_orbax(lambda found: found["tensors"].pop()),
+        _manifest_of_orbax(lambda manifest: manifest["tensors"].pop()),
         r"the manifest does not know",
     ),
     Fault(
         "another checksum in the manifest",
-        _manifest_of_orbax(lambda found: found["tensors"][0].update(crc32="f" * 8)),
+        _manifest_of_orbax(lambda manifest: manifest["tensors"][0].update(crc32="f" * 8)),
         r"are not those that were saved",
     ),
 ]
 
-# Tried in a process of its own: TensorStore's callbacks complain after Orbax has raised its error.
+# A process of its own tests these: TensorStore's callbacks complain after Orbax's error.
 ORBAX_DATA = [
     Fault(
         "flipped byte in the data",
@@ -826,100 +840,112 @@ ORBAX_DATA = [
 MANIFEST = [
     Fault(
         "unknown version",
-        manifest_of_safetensors(lambda found: found.update(version=9)),
+        manifest_of_safetensors(lambda manifest: manifest.update(version=9)),
         r"has version 9",
     ),
     Fault(
         "unknown layout",
-        manifest_of_safetensors(lambda found: found.update(layout="keras")),
+        manifest_of_safetensors(lambda manifest: manifest.update(layout="keras")),
         r"layout 'keras'",
     ),
     Fault(
         "tensor it lacks",
-        manifest_of_safetensors(lambda found: found["tensors"].pop()),
+        manifest_of_safetensors(lambda manifest: manifest["tensors"].pop()),
         r"does not know W_value.weight",
     ),
     Fault(
         "tensor the file lacks",
         manifest_of_safetensors(
-            lambda found: found["tensors"].append({**found["tensors"][0], "path": ["more"]})
+            lambda manifest: manifest["tensors"].append(
+                {**manifest["tensors"][0], "path": ["more"]}
+            )
         ),
         r"the manifest declares more",
     ),
     Fault(
         "other dtype",
-        manifest_of_safetensors(lambda found: found["tensors"][0].update(dtype="int32")),
+        manifest_of_safetensors(lambda manifest: manifest["tensors"][0].update(dtype="int32")),
         r"mask is not as its manifest declares; expected int32",
     ),
     Fault(
         "other polarity",
-        manifest_of_safetensors(lambda found: found["tensors"][0].update(polarity="nonzero keeps")),
+        manifest_of_safetensors(
+            lambda manifest: manifest["tensors"][0].update(polarity="nonzero keeps")
+        ),
         r"its manifest declares 'nonzero keeps' for mask; in these modules nonzero blocks",
     ),
     Fault(
         "no checksum",
-        manifest_of_safetensors(lambda found: found["tensors"][0].update(crc32=None)),
+        manifest_of_safetensors(lambda manifest: manifest["tensors"][0].update(crc32=None)),
         r"its manifest is invalid",
     ),
     Fault(
         "alias of nothing",
-        manifest_of_safetensors(lambda found: found.update(aliases=[[["x"], ["y"]]])),
+        manifest_of_safetensors(lambda manifest: manifest.update(aliases=[[["x"], ["y"]]])),
         r"alias \['x'\] refers to a tensor that is not in the file",
     ),
     Fault(
         "mapping of nothing",
-        manifest_of_safetensors(lambda found: found.update(mapping={"rows": 3})),
+        manifest_of_safetensors(lambda manifest: manifest.update(mapping={"rows": 3})),
         r"not a valid mapping",
     ),
 ]
 
 STATE = [
-    Fault("missing mask", changed_state(".pth", lambda found: found.pop("mask")), r"missing mask"),
+    Fault(
+        "missing mask", changed_state(".pth", lambda tensors: tensors.pop("mask")), r"missing mask"
+    ),
     Fault(
         "extra entry",
-        changed_state(".pth", lambda found: found.update(head=torch.zeros(2))),
+        changed_state(".pth", lambda tensors: tensors.update(head=torch.zeros(2))),
         r"unexpected head \(2,\)",
     ),
     Fault(
         "prefix",
         changed_state(
             ".pth",
-            lambda found: [found.update({f"module.{key}": found.pop(key)}) for key in list(found)],
+            lambda tensors: [
+                tensors.update({f"module.{key}": tensors.pop(key)}) for key in list(tensors)
+            ],
         ),
         r"unexpected module.W_key.weight .*did you mean W_key.weight",
     ),
     Fault(
         "case",
         changed_state(
-            ".pth", lambda found: found.update({"w_key.weight": found.pop("W_key.weight")})
+            ".pth", lambda tensors: tensors.update({"w_key.weight": tensors.pop("W_key.weight")})
         ),
         r"unexpected w_key.weight .*did you mean W_key.weight",
     ),
     Fault(
         "wrong context length",
-        changed_state(".safetensors", lambda found: found.update(mask=torch.zeros(8, 8))),
+        changed_state(".safetensors", lambda tensors: tensors.update(mask=torch.zeros(8, 8))),
         r"mask has shape \(8, 8\).*context_length=8",
     ),
     Fault(
         "1x1 mask",
-        changed_state(".safetensors", lambda found: found.update(mask=torch.zeros(1, 1))),
+        changed_state(".safetensors", lambda tensors: tensors.update(mask=torch.zeros(1, 1))),
         r"mask has shape \(1, 1\)",
     ),
     Fault(
         "NaN in the mask",
-        changed_state(".safetensors", lambda found: found["mask"].__setitem__((0, 1), torch.nan)),
+        changed_state(
+            ".safetensors", lambda tensors: tensors["mask"].__setitem__((0, 1), torch.nan)
+        ),
         r"mask holds NaN, .*found 1 NaN",
     ),
     Fault(
         "numbers into a mask of bool",
-        changed_state(".pth", lambda found: found.update(mask=found["mask"].double())),
+        changed_state(".pth", lambda tensors: tensors.update(mask=tensors["mask"].double())),
         r"mask: is torch.float64; the module has torch.float32|JAX would narrow torch.float64",
     ),
     Fault(
         "weight not transposed",
         changed_state(
             ".safetensors",
-            lambda found: found.update({"W_key.weight": found["W_key.weight"].T.contiguous()}),
+            lambda tensors: tensors.update(
+                {"W_key.weight": tensors["W_key.weight"].T.contiguous()}
+            ),
         ),
         r"W_key.weight has shape \(13, 11\)",
     ),

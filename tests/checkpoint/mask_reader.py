@@ -1,7 +1,7 @@
-"""Run in a process of its own: load each checkpoint into a fresh module, and print the bits of its mask.
+"""Load each checkpoint into a fresh module, in a process of its own, and print its mask's digest.
 
-`python -m tests.checkpoint.mask_reader IMPLEMENTATION PATH...`; the name of each path begins with the dtype of
-its mask.
+`python -m tests.checkpoint.mask_reader IMPLEMENTATION PATH...`. The name of each path begins with
+the dtype of its mask.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from compare.runners.run import build_nnx, build_torch, linen_template
 
 
 def mask_of(implementation: str, path: Path) -> np.ndarray:
-    """Return the mask that the module then works with."""
+    """Return the mask that the module uses after the load."""
     if implementation == "torch":
         module = build_torch(PRIME, buffer=True)
         module.mask = module.mask.to(getattr(torch, path.name.split("-")[0]))
@@ -36,7 +36,8 @@ def mask_of(implementation: str, path: Path) -> np.ndarray:
 
 def digest(mask: np.ndarray) -> str:
     """Return dtype, shape and a checksum of the bits."""
-    return f"{mask.dtype} {mask.shape} {hashlib.sha256(np.ascontiguousarray(mask).tobytes()).hexdigest()[:16]}"
+    checksum = hashlib.sha256(np.ascontiguousarray(mask).tobytes()).hexdigest()[:16]
+    return f"{mask.dtype} {mask.shape} {checksum}"
 
 
 if __name__ == "__main__":

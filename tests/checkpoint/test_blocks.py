@@ -1,4 +1,4 @@
-"""Arrays in pieces: the same bytes however they lie in memory, and no more at once than was allowed."""
+"""Arrays in pieces: the same bytes for any memory layout, and never more at once than allowed."""
 
 import threading
 from typing import Any
@@ -28,8 +28,8 @@ DTYPES = (
 
 
 @st.composite
-def views(draw: st.DrawFn) -> np.ndarray:
-    """Return a view of an array: axes in any order, some of them backwards, with steps, or repeated."""
+def views(draw: Any) -> np.ndarray:
+    """Return a view with axes in any order: reversed, with steps, or repeated."""
     dtype, shape = (
         np.dtype(draw(st.sampled_from(DTYPES))),
         draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0)),
@@ -61,9 +61,9 @@ def test_pieces_are_the_array_in_c_order(
             patch.setattr(module, name, value)
         for alone in (False, True):
             assert b"".join(block.tobytes() for block in blocks(array, alone=alone)) == expected
-        found = contiguous(array)
-    assert (found.dtype, found.shape, found.flags.c_contiguous) == (array.dtype, array.shape, True)
-    assert found.astype(found.dtype.newbyteorder("=")).tobytes() == expected
+        copy = contiguous(array)
+    assert (copy.dtype, copy.shape, copy.flags.c_contiguous) == (array.dtype, array.shape, True)
+    assert copy.astype(copy.dtype.newbyteorder("=")).tobytes() == expected
 
 
 @pytest.mark.parametrize(
@@ -78,22 +78,22 @@ def test_a_large_matrix_comes_in_small_pieces(shape: tuple[int, ...]) -> None:
 
 @given(st.lists(st.integers(0, 12), max_size=12))
 def test_batches_keep_order_and_bound(sizes: list[int]) -> None:
-    held, most, lock = 0, 0, threading.Lock()
+    in_flight, most, lock = 0, 0, threading.Lock()
 
     def work(item: tuple[int, int]) -> int:
-        nonlocal held, most
+        nonlocal in_flight, most
         with lock:
-            held += item[1]
-            most = max(most, held)
+            in_flight += item[1]
+            most = max(most, in_flight)
         return item[0]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BATCH_BYTES", 10)
         order = []
-        for item, found in in_batches(enumerate(sizes), lambda item: item[1], work):
-            order.append((item, found))
+        for item, result in in_batches(enumerate(sizes), lambda item: item[1], work):
+            order.append((item, result))
             with lock:
-                held -= item[1]
+                in_flight -= item[1]
     assert order == [((index, size), index) for index, size in enumerate(sizes)]
     assert most <= max([10, *sizes])
 
@@ -105,5 +105,6 @@ def test_small_items_are_worked_on_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     def work(item: Any) -> None:
         together.wait()
 
-    # Three fit at once and two work: in fixed batches of three the third would wait alone.
+    # Three items fit at once, and two threads work. In fixed batches of three, the third item of
+    # each batch would wait alone at the barrier.
     assert len(list(in_batches(range(4), lambda item: module.BATCH_BYTES // 3, work))) == 4

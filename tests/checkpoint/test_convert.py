@@ -52,7 +52,7 @@ def test_a_mapping_is_refused_if_the_layout_does_not_change(
         CheckpointError,
         match=rf"{argument} .*has no effect: .* both have the {layout} layout: leave it out",
     ):
-        convert_checkpoint(saved, tmp_path / target, **options)  # type: ignore[arg-type]
+        convert_checkpoint(saved, tmp_path / target, **options)
     assert not (tmp_path / target).exists()
 
 

@@ -1,4 +1,4 @@
-"""Every hostile file is refused by one family of errors, and leaves what it was to be loaded into as it was."""
+"""CheckpointError refuses every hostile file, and the target of the load stays unchanged."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from compare.runners.run import build_nnx
 from ..support import linen_variables, torch_module
 from .faults import DATA_FAULTS, FAULTS
 
-# What would tell a reader to take the guard away.
+# Words that would advise the user to switch off a safeguard.
 FORBIDDEN = ("weights_only=False", "partial_restore", "Traceback")
 
 
@@ -35,7 +35,7 @@ def test_the_fault_is_named_and_nothing_is_touched(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the library that makes the file
+        warnings.simplefilter("ignore")  # the library that makes the file may warn
         path = FAULTS[name].make(tmp_path)
     before = _content(tmp_path)
     for target in (
@@ -43,7 +43,7 @@ def test_the_fault_is_named_and_nothing_is_touched(
         linen_variables(PRIME),
         build_nnx(PRIME, buffer=True),
     ):
-        held = _values(target)
+        initial = _values(target)
         with warnings.catch_warnings(), pytest.raises(CheckpointError) as caught:
             warnings.simplefilter("ignore", UnverifiedCheckpoint)
             compare.load_checkpoint(path, target)
@@ -52,8 +52,8 @@ def test_the_fault_is_named_and_nothing_is_touched(
         assert message.startswith(str(path))
         assert not any(word in message for word in FORBIDDEN)
         after = _values(target)
-        assert all(np.array_equal(held[key], after[key], equal_nan=True) for key in held)
-    assert _content(tmp_path) == before, "something was left behind, or code was run"
+        assert all(np.array_equal(initial[key], after[key], equal_nan=True) for key in initial)
+    assert _content(tmp_path) == before, "the load left a file behind or ran code"
 
 
 def _values(target: Any) -> dict[str, np.ndarray]:
@@ -74,7 +74,7 @@ def _content(folder: Path) -> dict[str, bytes | None]:
     }
 
 
-# Whole files, of another state than the module's.
+# These files are not damaged; their state does not fit the module.
 WHOLE = ("state", "msgpack: extra collection", "msgpack: a dict for the mask")
 
 

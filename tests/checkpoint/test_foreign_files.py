@@ -1,4 +1,4 @@
-"""What once slipped through: views, ties, heads, names, folders and files of others, hooks, hostile manifests."""
+"""Cases that once slipped through, mostly states, files and folders that others wrote."""
 
 import json
 from pathlib import Path
@@ -31,8 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::compare.checkpoint.errors.Unver
 def test_a_conjugate_is_not_a_tied_tensor(suffix: str, tmp_path: Path) -> None:
     z = torch.randn(3, dtype=torch.complex64)
     state = {"a": z, "b": z.conj()}
-    found = compare.read_checkpoint(compare.save_checkpoint(tmp_path / f"state{suffix}", state))
-    assert torch.equal(found["b"], z.conj())
+    tensors = compare.read_checkpoint(compare.save_checkpoint(tmp_path / f"state{suffix}", state))
+    assert torch.equal(tensors["b"], z.conj())
     torch.save(state, tmp_path / "plain.pth")
     assert torch.equal(compare.read_checkpoint(tmp_path / "plain.pth")["b"], z.conj())
 
@@ -120,7 +120,7 @@ def test_the_number_of_heads_is_part_of_the_shape(tmp_path: Path) -> None:
 
 
 class Conv1D(torch.nn.Module):
-    """As GPT-2 has it: the weight is (in, out)."""
+    """GPT-2's layer, whose weight has the shape (in, out)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,14 +186,16 @@ class Renamed(nnx.Module):
 
 
 def test_a_policy_beside_the_mapping_of_the_file(tmp_path: Path) -> None:
-    source = torch.nn.ModuleDict({"l": torch.nn.Linear(2, 2)})
+    linear = torch.nn.Linear(2, 2)
+    source = torch.nn.ModuleDict({"l": linear})
     path = compare.save_checkpoint(
         tmp_path / "s.pth", source, mapping=compare.match(source, Renamed(), rename={"l": "f"})
     )
     with pytest.raises(CheckpointError, match="missing extra"):
         compare.load_checkpoint(path, More())
     model = compare.load_checkpoint(path, More(), policy={"extra": "ignore"})
-    assert np.array_equal(model.f.bias[...], source["l"].bias.detach().numpy())
+    assert model.f.bias is not None
+    assert np.array_equal(model.f.bias[...], linear.bias.detach().numpy())
     with pytest.raises(ValueError, match="there is no 'igmore'"):
         compare.load_checkpoint(path, source, policy={"x": "igmore"})  # type: ignore[dict-item]
 
@@ -289,6 +291,7 @@ def test_an_nnx_state_as_orbax_has_it(tmp_path: Path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", nnx.state(model))
     fresh = One()
+    assert model.x.bias is not None and fresh.x.bias is not None
     fresh.x.bias[...] = jnp.ones(3)
     compare.load_checkpoint(tmp_path / "state", fresh)
     assert np.array_equal(fresh.x.bias[...], model.x.bias[...])
@@ -297,14 +300,20 @@ def test_an_nnx_state_as_orbax_has_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda found: found["tensors"][0].update(path=[0]), "which is not a torch name"),
-        (lambda found: found["tensors"][0].update(path=["a", "b"]), "which is not a torch name"),
+        (lambda manifest: manifest["tensors"][0].update(path=[0]), "which is not a torch name"),
         (
-            lambda found: found["mapping"].update(left=[["x", "zero:0/0", None]]),
+            lambda manifest: manifest["tensors"][0].update(path=["a", "b"]),
+            "which is not a torch name",
+        ),
+        (
+            lambda manifest: manifest["mapping"].update(left=[["x", "zero:0/0", None]]),
             "is left out with the policy",
         ),
-        (lambda found: found["mapping"]["rows"][0].update(layout="flatten:-1,-3"), "needs numbers"),
-        (lambda found: found["mapping"]["rows"][1].update(part=[1]), "not a valid mapping"),
+        (
+            lambda manifest: manifest["mapping"]["rows"][0].update(layout="flatten:-1,-3"),
+            "needs numbers",
+        ),
+        (lambda manifest: manifest["mapping"]["rows"][1].update(part=[1]), "not a valid mapping"),
     ],
 )
 def test_manifests_that_lie(change: Any, message: str, tmp_path: Path) -> None:
@@ -319,7 +328,7 @@ def test_manifests_that_lie(change: Any, message: str, tmp_path: Path) -> None:
 
 
 class Listed(nnx.Module):
-    """Its layers lie in a list, whose steps are numbers."""
+    """A model with a list of layers, so that its paths contain numbers."""
 
     def __init__(self, seed: int) -> None:
         self.h = nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(seed))])
@@ -327,7 +336,7 @@ class Listed(nnx.Module):
 
 @pytest.mark.parametrize("suffix", [".msgpack", ".orbax"])
 def test_a_mapping_with_numbers_fits_a_file_with_words(suffix: str, tmp_path: Path) -> None:
-    """Flax's and Orbax's own files have "0" where a list of NNX has 0."""
+    """Files that Flax and Orbax write have "0" where a list of NNX has 0."""
     model, module = Listed(0), torch.nn.Module()
     module.h = torch.nn.ModuleList([torch.nn.Linear(2, 3)])
     path = tmp_path / f"plain{suffix}"
@@ -338,18 +347,18 @@ def test_a_mapping_with_numbers_fits_a_file_with_words(suffix: str, tmp_path: Pa
             checkpointer.save(path, nnx.state(model))
     mapping, kernel = compare.match(module, model), np.asarray(model.h[0].kernel[...])
     assert np.array_equal(compare.read_checkpoint(path, mapping=mapping)["h.0.weight"], kernel.T)
-    assert np.array_equal(
-        compare.load_checkpoint(path, module, mapping=mapping).h[0].weight.detach(), kernel.T
-    )
+    loaded: Any = compare.load_checkpoint(path, module, mapping=mapping)
+    assert np.array_equal(loaded.h[0].weight.detach(), kernel.T)
     convert_checkpoint(path, tmp_path / "converted.pth", mapping=mapping)
     loaded = compare.load_checkpoint(tmp_path / "converted.pth", Listed(1))
     assert np.array_equal(loaded.h[0].kernel[...], kernel)
 
 
 def test_verify_pairs_what_loading_pairs(tmp_path: Path) -> None:
-    """Linen beside NNX by name, torch beside Flax as `match` does, without being told."""
+    """Linen and NNX pair by name; torch and Flax pair as `match` does, without any option."""
     model, module = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), torch.nn.Linear(2, 3)
     kernel = model.kernel[...]
+    assert model.bias is not None
     linen = compare.save_checkpoint(
         tmp_path / "a.msgpack", {"params": {"kernel": kernel, "bias": model.bias[...]}}
     )
@@ -361,7 +370,9 @@ def test_verify_pairs_what_loading_pairs(tmp_path: Path) -> None:
     )
     for path in paths:
         assert [verify_checkpoint(path, second) for second in paths] == [[], [], []]
-        assert [found.what.split()[0] for found in verify_checkpoint(path, other)] == ["differs"]
+        assert [difference.what.split()[0] for difference in verify_checkpoint(path, other)] == [
+            "differs"
+        ]
 
 
 @pytest.mark.parametrize("name", FLOAT8)
@@ -370,12 +381,12 @@ def test_float8_is_cast_like_any_float(name: str, tmp_path: Path) -> None:
     path = compare.save_checkpoint(tmp_path / "state.msgpack", {"params": {"kernel": kernel}})
     target = {"params": {"kernel": jnp.zeros((2, 3))}}
     convert_checkpoint(path, tmp_path / "cast.msgpack", dtype="float32")
-    for found in (
+    for variables in (
         compare.load_checkpoint(path, target, cast=True),
         compare.load_checkpoint(tmp_path / "cast.msgpack", target),
     ):
-        assert found["params"]["kernel"].dtype == np.float32
-        assert np.array_equal(found["params"]["kernel"], kernel.astype(np.float32))
+        assert variables["params"]["kernel"].dtype == np.float32
+        assert np.array_equal(variables["params"]["kernel"], kernel.astype(np.float32))
 
 
 def test_what_users_try_first_is_told_the_way(tmp_path: Path) -> None:
@@ -403,4 +414,4 @@ def test_what_users_try_first_is_told_the_way(tmp_path: Path) -> None:
     with pytest.raises(
         TypeError, match=r"mapping is a dict; expected what `compare.match` returns"
     ):
-        compare.load_checkpoint(path, torch.nn.Linear(2, 3), mapping={"a": "b"})  # type: ignore[arg-type]
+        compare.load_checkpoint(path, torch.nn.Linear(2, 3), mapping={"a": "b"})  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""The mask in particular: every edit, in every format, from each implementation into each, in new processes."""
+"""An edited mask survives every format, from each implementation into each, in new processes."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ EDITS = {
 
 
 def holders(mask: np.ndarray) -> dict[str, Any]:
-    """The state in each implementation, with that mask."""
+    """The state with this mask, in each implementation."""
     state = {**state_of(PRIME, "float32"), "mask": numpy_to_tensor(mask.copy())}
     module = build_torch(PRIME, buffer=True)
     module.load_state_dict(state, assign=True)
@@ -81,7 +81,7 @@ def test_every_edit_in_every_format_from_each_into_each(tmp_path: Path) -> None:
     expected = {}
     for number, mask in enumerate(EDITS.values()):
         for writer, holder in holders(mask).items():
-            # Without x64 JAX has narrowed int64, as it may: every value fits.
+            # Without x64, JAX narrows int64; it may, because every value fits.
             dtype = "int32" if mask.dtype == np.int64 and writer != "torch" else mask.dtype.name
             for suffix in SUFFIXES:
                 path = compare.save_checkpoint(
@@ -89,10 +89,10 @@ def test_every_edit_in_every_format_from_each_into_each(tmp_path: Path) -> None:
                 )
                 expected[str(path)] = mask.astype(numpy_dtype(dtype))
     for reader in FRAMEWORKS:
-        found = run_module("tests.checkpoint.mask_reader", [reader, *expected], ON_CPU)
-        for path, mask in expected.items():
+        digests = run_module("tests.checkpoint.mask_reader", [reader, *expected], ON_CPU)
+        for name, mask in expected.items():
             wanted = mask.astype(np.int32) if mask.dtype == np.int64 and reader != "torch" else mask
-            assert found[path] == digest(wanted), (reader, path)
+            assert digests[name] == digest(wanted), (reader, name)
 
 
 @pytest.mark.parametrize("name", ["1 to 2", "subnormal", "bool"])
@@ -137,7 +137,7 @@ def test_a_mask_with_nan_is_refused_by_all(suffix: str, tmp_path: Path) -> None:
 def test_saved_on_the_device_loaded_on_the_cpu_and_back(
     suffix: str, device: str, tmp_path: Path
 ) -> None:
-    """On the GPU: saved there, read in processes that see none, and loaded back onto it."""
+    """State saved on a GPU loads in processes that see no GPU, and back onto the GPU."""
     there = jax.devices(device)[0]
     for writer, holder in holders(EDITS["1 to 2"]).items():
         if writer == "torch":
@@ -148,12 +148,12 @@ def test_saved_on_the_device_loaded_on_the_cpu_and_back(
             holder.mask[...] = jax.device_put(holder.mask[...], there)
         path = compare.save_checkpoint(tmp_path / f"float32-{writer}{suffix}", holder)
         for reader in FRAMEWORKS:
-            found = (
+            digests = (
                 run_module("tests.checkpoint.mask_reader", [reader, str(path)], ON_CPU)
                 if device != "cpu"
                 else {}
             )
-            assert found.get(str(path), digest(EDITS["1 to 2"])) == digest(EDITS["1 to 2"])
+            assert digests.get(str(path), digest(EDITS["1 to 2"])) == digest(EDITS["1 to 2"])
         module = build_torch(PRIME, buffer=True).to(device)
         assert compare.load_checkpoint(path, module).mask.device.type == device
         assert torch.equal(module.mask.cpu(), torch.from_numpy(EDITS["1 to 2"]))

@@ -1,4 +1,4 @@
-"""What is loaded is what was saved, bit for bit: awkward values, names, views and ties, in every format."""
+"""Loading returns the saved bits in every format: awkward values, names, views and ties."""
 
 import hashlib
 import zlib
@@ -23,7 +23,7 @@ from compare.checkpoint.manifest import checksum
 from compare.checkpoint.reader import PART_BYTES
 from compare.checkpoint.tensors import Tensors, spec_of, tensors_of
 from compare.checkpoint.verify import verify_checkpoint
-from compare.conversion.mapping import Row, StateMapping
+from compare.conversion.mapping import Policy, Row, StateMapping
 from compare.dtypes import DTYPES, numpy_dtype
 
 from ..support import same_bits
@@ -43,7 +43,10 @@ def held(arrays: dict[tuple[Any, ...], np.ndarray], layout: Any) -> Tensors:
 def through(
     path: Path, arrays: dict[tuple[Any, ...], np.ndarray]
 ) -> dict[tuple[Any, ...], np.ndarray]:
-    """Write the arrays and read them back: under torch names where the format has but those, else under paths."""
+    """Write the arrays and read them back.
+
+    If the format knows only torch names, the paths are joined to names.
+    """
     chosen = format_of(path)
     torch_names = chosen.layouts == ("torch",)
     named = (
@@ -54,12 +57,12 @@ def through(
     chosen.write(path, held(named, "torch" if torch_names else "nnx"))
     with open_checkpoint(path) as stored:
         assert stored.checked
-        found = dict(stored.read())
-    return {key: found[name] for key, name in zip(arrays, named, strict=True)}
+        arrays_read = dict(stored.read())
+    return {key: arrays_read[name] for key, name in zip(arrays, named, strict=True)}
 
 
 def of_dtype(dtype: str) -> np.ndarray:
-    """Seven by three of any bits: NaN payloads, -0.0 and subnormal numbers among them."""
+    """A 7x3 array of random bits, with NaN payloads, -0.0 and subnormal numbers."""
     kind = numpy_dtype(dtype)
     if dtype == "bool":
         return (BITS[:21] % 2).astype(bool).reshape(7, 3)
@@ -75,18 +78,18 @@ def test_every_dtype_keeps_every_bit(dtype: str, suffix: str, tmp_path: Path) ->
         ):
             through(tmp_path / "state.safetensors", {("x",): of_dtype(dtype)})
         return
-    found = through(tmp_path / f"state{suffix}", {("x",): of_dtype(dtype)})
-    assert same_bits(found[("x",)], of_dtype(dtype))
+    loaded = through(tmp_path / f"state{suffix}", {("x",): of_dtype(dtype)})
+    assert same_bits(loaded[("x",)], of_dtype(dtype))
 
 
-VIEWS = {
+VIEWS: dict[str, np.ndarray] = {
     "transposed": np.arange(12, dtype=np.float32).reshape(3, 4).T,
     "strided": np.arange(12, dtype=np.float32)[::2],
     "negative stride": np.arange(12, dtype=np.float32)[::-1],
     "big-endian": np.arange(12, dtype=">f4"),
     "expanded": np.broadcast_to(np.float32(3), (4, 5)),
     "read-only": np.frombuffer(np.arange(6, dtype=np.float32).tobytes(), np.float32),
-    "0-d": np.float32(2.5).reshape(()),
+    "0-d": np.array(2.5, np.float32),
     "one": np.zeros((1, 1, 1), np.float32),
     "large transposed": np.arange(3_000_000, dtype=np.float32).reshape(1500, 2000).T,
     "large reversed": np.arange(3_000_000, dtype=np.uint16).reshape(1000, 3000)[::-1],
@@ -96,10 +99,16 @@ VIEWS = {
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("name", VIEWS)
 def test_any_view_is_saved_as_it_looks(name: str, suffix: str, tmp_path: Path) -> None:
-    """`safetensors.numpy.save_file` 0.8.0 writes a transposed view in memory order, msgpack a big-endian one."""
-    found = through(tmp_path / f"state{suffix}", {("x",): VIEWS[name], ("y",): np.ones(2, np.int8)})
+    """The plain libraries do not save every view correctly.
+
+    `safetensors.numpy.save_file` 0.8.0 writes a transposed view in memory order, and Flax's msgpack
+    writes a big-endian array in its byte order.
+    """
+    loaded = through(
+        tmp_path / f"state{suffix}", {("x",): VIEWS[name], ("y",): np.ones(2, np.int8)}
+    )
     native = VIEWS[name].astype(VIEWS[name].dtype.newbyteorder("="))
-    assert same_bits(found[("x",)], np.array(native, order="C"))
+    assert same_bits(loaded[("x",)], np.array(native, order="C"))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -123,11 +132,11 @@ def test_any_name(suffix: str, tmp_path: Path) -> None:
         ("__metadata", "é\u202e"),
     ]
     arrays = {name: np.full(3, index, np.float32) for index, name in enumerate(names)}
-    found = through(tmp_path / f"state{suffix}", arrays)
-    assert list(found) == names, (
-        "numbers in paths come back as numbers, in the order in which they were saved"
+    loaded = through(tmp_path / f"state{suffix}", arrays)
+    assert list(loaded) == names, (
+        "numbers in paths do not come back as numbers, or in another order"
     )
-    assert all(same_bits(found[name], arrays[name]) for name in names)
+    assert all(same_bits(loaded[name], arrays[name]) for name in names)
 
 
 def test_names_that_would_coincide_are_refused(tmp_path: Path) -> None:
@@ -166,9 +175,9 @@ def test_any_array_through_safetensors(
 ) -> None:
     view = array.transpose([axis for axis in order if axis < array.ndim])
     path = tmp_path_factory.mktemp("drawn") / "state.safetensors"
-    found = through(path, {("x",): view, ("y",): array})
-    assert same_bits(found[("x",)], np.array(view, order="C"))
-    assert same_bits(found[("y",)], array)
+    loaded = through(path, {("x",): view, ("y",): array})
+    assert same_bits(loaded[("x",)], np.array(view, order="C"))
+    assert same_bits(loaded[("y",)], array)
 
 
 class Tied(torch.nn.Module):
@@ -230,7 +239,7 @@ def test_names_that_a_module_ties_must_agree(tmp_path: Path) -> None:
 def test_our_msgpack_is_flaxs(
     bytes_each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where an array is stored in chunks, which Flax does above 1 GiB."""
+    """The chunks of large arrays are Flax's too; Flax splits arrays above 1 GiB."""
     from flax import serialization
 
     monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", bytes_each)
@@ -239,7 +248,7 @@ def test_our_msgpack_is_flaxs(
         ("a", "c"): np.zeros((0, 2), np.float32),
         ("d",): of_dtype("bfloat16"),
     }
-    found = through(tmp_path / "state.msgpack", arrays)
+    ours = through(tmp_path / "state.msgpack", arrays)
     theirs = serialization.msgpack_restore((tmp_path / "state.msgpack").read_bytes())
     tree = {"a": {"b": arrays[("a", "b")], "c": arrays[("a", "c")]}, "d": arrays[("d",)]}
     (tmp_path / "theirs.msgpack").write_bytes(serialization.msgpack_serialize(tree))
@@ -247,7 +256,7 @@ def test_our_msgpack_is_flaxs(
         back = dict(stored.read())
     for path, array in arrays.items():
         plain = theirs[path[0]] if len(path) == 1 else theirs[path[0]][path[1]]
-        for other in (found[path], back[path], plain):
+        for other in (ours[path], back[path], plain):
             assert same_bits(np.asarray(other), np.array(array, order="C"))
 
 
@@ -258,7 +267,7 @@ def test_a_file_without_a_manifest_says_so(tmp_path: Path) -> None:
 
 
 def test_our_safetensors_are_the_librarys(tmp_path: Path) -> None:
-    """The library reads every tensor, and lays the data out as we do."""
+    """The library reads every tensor and writes the same data in the same order."""
     from safetensors.torch import load_file, save
 
     state = {
@@ -276,7 +285,10 @@ def test_our_safetensors_are_the_librarys(tmp_path: Path) -> None:
 
 
 def test_a_reader_keeps_what_it_opened(tmp_path: Path) -> None:
-    """The file is replaced, or cut, while it is open: the old values, or an error, and the process lives."""
+    """If the file is replaced while open, the reader returns the old values.
+
+    If the file is cut, the reader raises an error and does not crash.
+    """
     path = compare.save_checkpoint(tmp_path / "state.safetensors", {"x": torch.zeros(PART_BYTES)})
     with open_checkpoint(path) as stored:
         compare.save_checkpoint(path, {"x": torch.ones(PART_BYTES)})
@@ -296,7 +308,7 @@ def test_a_reader_keeps_what_it_opened(tmp_path: Path) -> None:
 def test_reading_ends_with_the_checkpoint(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing goes on reading with a descriptor that may be another file's by then."""
+    """No read continues after the close, because the descriptor may then be another file's."""
     monkeypatch.setattr(blocks, "BATCH_BYTES", 1)
     tree = {name: np.full(5, index, np.float32) for index, name in enumerate("abc")}
     tensors = {name: torch.from_numpy(array) for name, array in tree.items()}
@@ -306,10 +318,10 @@ def test_reading_ends_with_the_checkpoint(
         convert_checkpoint(path, tmp_path / "shards", shard_bytes=8)
         path = tmp_path / "shards"
     with open_checkpoint(path) as stored:
-        found = stored.read()
-        next(found)
+        entries = stored.read()
+        next(entries)
     with open_checkpoint(path), pytest.raises(ValueError, match="the checkpoint is closed"):
-        next(found)
+        next(entries)
 
 
 def test_a_mapped_torch_file_that_is_removed_stays_readable(
@@ -358,7 +370,7 @@ def test_a_manifest_of_version_1_is_checked_too(tmp_path: Path) -> None:
 
 
 def test_the_checksum_is_that_of_python() -> None:
-    """So that another installation, without the fast library, can check the file."""
+    """An installation without the fast library can then also check the file."""
     pieces = [np.arange(100_000, dtype=np.float32), np.ones(3, np.float32)]
     spec = spec_of(np.concatenate(pieces))
     expected = zlib.crc32(b"".join(map(np.ndarray.tobytes, pieces)), zlib.crc32(b"float32[100003]"))
@@ -367,7 +379,7 @@ def test_the_checksum_is_that_of_python() -> None:
 
 @pytest.mark.parametrize("suffix", (".pth", ".safetensors"))
 def test_views_of_torch_tensors(suffix: str, tmp_path: Path) -> None:
-    """Transposed, slices of one storage, a conjugate, expanded: as each looks, none with its whole storage."""
+    """Each view is saved by its values, without the rest of its storage."""
     whole = torch.arange(1_000_000.0).view(1000, 1000)
     state = {
         **{"transposed": whole[:3, :4].T, "upper": whole[:2, :2], "lower": whole[1:3, :2]},
@@ -375,8 +387,8 @@ def test_views_of_torch_tensors(suffix: str, tmp_path: Path) -> None:
     }
     path = compare.save_checkpoint(tmp_path / f"state{suffix}", state)
     assert path.stat().st_size < 10_000
-    found = compare.read_checkpoint(path)
-    assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
+    loaded = compare.read_checkpoint(path)
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items())
 
 
 def test_a_folder_may_itself_be_a_link(tmp_path: Path) -> None:
@@ -421,7 +433,7 @@ def test_casting_is_only_by_name(tmp_path: Path) -> None:
     }
     half = compare.read_checkpoint(tmp_path / "half.safetensors")
     assert half["weight"].dtype == torch.float16
-    assert torch.equal(half["mask"], module.mask), "a mask is never cast: 1e-30 blocks"
+    assert torch.equal(half["mask"], module.get_buffer("mask")), "the mask was cast: 1e-30 blocks"
     with pytest.raises(
         CheckpointError, match=r"weight: is torch.float16; the module has torch.float32"
     ):
@@ -453,7 +465,7 @@ def test_a_policy_says_what_may_be_missing_or_left_over(tmp_path: Path) -> None:
             "attn.bias": torch.ones(2, 2).tril(),
         },
     )
-    allowed = {"extra": "ignore", "attn.bias": "verify", "mask": "verify"}
+    allowed: dict[str, Policy] = {"extra": "ignore", "attn.bias": "verify", "mask": "verify"}
     for left_out in allowed:
         with pytest.raises(CheckpointError, match=left_out):
             compare.load_checkpoint(
@@ -461,7 +473,7 @@ def test_a_policy_says_what_may_be_missing_or_left_over(tmp_path: Path) -> None:
             )
     compare.load_checkpoint(path, module, policy=allowed)
     assert float(module.weight.detach().sum()) == 4.0
-    module.mask[1, 0] = 1.0
+    module.get_buffer("mask")[1, 0] = 1.0
     with pytest.raises(CheckpointError, match="missing mask"):
         compare.load_checkpoint(path, module, policy=allowed)
 

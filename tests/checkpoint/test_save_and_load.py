@@ -1,4 +1,4 @@
-"""Every format, written by each implementation and read by each, whole or not at all."""
+"""Each implementation writes and reads every format, completely or not at all."""
 
 import os
 import signal
@@ -27,7 +27,15 @@ from compare.conversion.tensors import tensor_to_numpy
 from compare.proof.cases import FRAMEWORKS, PRIME, PRIME_BIAS, Config
 from compare.runners.run import build_nnx, build_torch, linen_template
 
-from ..support import linen_variables, nnx_model, numpy_state_of, same_bits, state_of, torch_module
+from ..support import (
+    linen_variables,
+    nnx_model,
+    numpy_state_of,
+    same_bits,
+    sections_of,
+    state_of,
+    torch_module,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::compare.checkpoint.errors.UnverifiedCheckpoint")
 
@@ -36,7 +44,7 @@ FILES = (".pth", ".safetensors", ".msgpack")
 
 
 def sources(config: Config = PRIME_BIAS) -> dict[str, Any]:
-    """The same state in each implementation, its mask edited 1 -> 2."""
+    """The same state in each implementation, with every 1 of its mask changed to 2."""
     return checkpoints.edited_sources(config, numpy_state_of(config, "float32"), buffer=True)
 
 
@@ -81,18 +89,18 @@ def test_each_reads_what_each_wrote(writer: str, suffix: str, tmp_path: Path) ->
             same_bits(tensor_to_numpy(state[key]), tensor_to_numpy(expected[key]))
             for key in expected
         )
-    assert [found.name for found in tmp_path.iterdir()] == [path.name], (
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name], (
         "a temporary file was left behind"
     )
 
 
 @pytest.mark.slow
 def test_the_edit_survives_into_new_processes_and_is_lost_without_the_buffer() -> None:
-    """Formats by writers by readers, each reader a process of its own, at the notebook's size."""
-    sections = [found for found in checkpoints.sections() if not isinstance(found, str)]
-    found = [check for section in sections for check in section.checks]
-    assert len(found) == 8
-    assert all(check.held for check in found), found
+    """All formats, writers and readers at the notebook's size; each reader is a new process."""
+    sections = sections_of(checkpoints.sections())
+    checks = [check for section in sections for check in section.checks]
+    assert len(checks) == 8
+    assert all(check.held for check in checks), checks
 
 
 @pytest.mark.parametrize("suffix", FILES)
@@ -154,7 +162,7 @@ def test_we_read_the_plain_libraries_files(tmp_path: Path) -> None:
 def test_a_file_saved_on_cuda_loads_without_cuda(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file says `cuda:0` for every storage, as torch.save writes it there; plain torch.load refuses it."""
+    """Every storage in the file is marked `cuda:0`, as on a GPU; plain torch.load refuses it."""
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
     torch.save(torch_module().state_dict(), tmp_path / "state.pth")
     if not torch.cuda.is_available():
@@ -180,7 +188,7 @@ def test_state_on_the_device_is_saved_for_any_machine(
         assert torch.equal(again.mask, module.mask)
 
 
-# What is at the path, and what the error says of it.
+# Each function makes one kind of unreadable file.
 def _no_file(path: Path) -> None: ...
 def _empty(path: Path) -> None:
     path.write_bytes(b"")
@@ -235,7 +243,7 @@ def test_unreadable_orbax_folders(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_orbax_folder_without_its_data(tmp_path: Path) -> None:
-    """In a process of its own: Orbax leaves callbacks behind that fail after the error."""
+    """This runs in a process of its own, because callbacks of Orbax fail after the error."""
     path = compare.save_checkpoint(tmp_path / "cut.orbax", torch_module())
     for data in (path / "d").iterdir():
         data.unlink()
@@ -316,9 +324,8 @@ def test_a_state_that_does_not_fit_changes_nothing(
         assert same_bits(tensor_to_numpy(tensor), before[key])
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Sparse invariant checks"
-)  # torch 2.11, of any sparse tensor it loads
+# torch 2.11 warns about every sparse tensor that it loads.
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize(
     "value", [torch.zeros(11).to_sparse(), torch.zeros(11, device="meta")], ids=["sparse", "meta"]
 )
@@ -373,7 +380,8 @@ def test_torch_modules_are_never_cast_into(tmp_path: Path) -> None:
     path = compare.save_checkpoint(tmp_path / "state.safetensors", torch_module(PRIME))
     with pytest.raises(
         CheckpointError,
-        match=r"mask: is torch.float32; the module has torch.float64: `module.to\(torch.float32\)` first",
+        match=r"mask: is torch.float32; the module has torch.float64: "
+        r"`module.to\(torch.float32\)` first",
     ):
         compare.load_checkpoint(path, torch_module(PRIME).double())
     whole = compare.save_checkpoint(
@@ -388,7 +396,7 @@ def test_torch_modules_are_never_cast_into(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"mask: the module is on the meta device"):
         compare.load_checkpoint(path, unmade)
     with pytest.raises(TypeError, match="target is a str"):
-        compare.load_checkpoint(path, "module")
+        compare.load_checkpoint(path, "module")  # type: ignore[call-overload]
 
 
 def test_weights_without_a_mask_do_not_load_into_the_class_with_one(tmp_path: Path) -> None:
@@ -497,7 +505,7 @@ def test_a_missing_package_is_named(
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_old_file(suffix: str, tmp_path: Path) -> None:
-    """A process that may not write more than 1 kB to a file stands for the full disk."""
+    """A process with a limit of 1 kB a file stands for the full disk."""
     path = compare.save_checkpoint(tmp_path / f"state{suffix}", torch_module())
     before = compare.read_checkpoint(path)
     script = (
@@ -514,10 +522,10 @@ def test_a_full_disk_leaves_the_old_file(suffix: str, tmp_path: Path) -> None:
     assert suffix == ".orbax" or "File too large" in printed
     after = compare.read_checkpoint(path)
     assert all(torch.equal(after[key], before[key]) for key in before)
-    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-# An interrupt inside `open` itself: nobody has the file object yet, so only Python can close it.
+# After an interrupt inside `open` itself, only Python has the file object and can close it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.parametrize("seconds", [0.01, 0.03, 0.06, 0.1])
@@ -526,7 +534,10 @@ def test_a_full_disk_leaves_the_old_file(suffix: str, tmp_path: Path) -> None:
 def test_an_interrupt_is_one_and_leaves_nothing(
     suffix: str, seconds: float, tmp_path: Path
 ) -> None:
-    """Ctrl-C somewhere in a save: torch has another error in its place, Orbax writes on in threads of its own."""
+    """Ctrl-C at any moment of a save raises KeyboardInterrupt and leaves nothing behind.
+
+    torch replaces the interrupt by another error, and Orbax goes on writing in its own threads.
+    """
     path = tmp_path / f"state{suffix}"
     tree = {
         "params": {f"w{index}": np.full((1000, 1000), index, np.float32) for index in range(12)}
@@ -547,8 +558,8 @@ def test_an_interrupt_is_one_and_leaves_nothing(
         pass
     finally:
         signal.signal(signal.SIGALRM, before)
-    time.sleep(0.3)  # for who writes on
-    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    time.sleep(0.3)  # a thread might still be writing
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     with compare.open_checkpoint(path) as stored:
         assert {str(key[-1]): float(array.mean()) for key, array in stored.read()} == {
             f"w{i}": i for i in range(12)
@@ -618,7 +629,7 @@ def test_a_failing_writer_leaves_the_old_checkpoint(
     assert torch.equal(
         compare.read_checkpoint(path)["W_key.weight"], torch_module(seed=1).W_key.weight
     )
-    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
 def test_folders_are_exchanged_where_the_system_cannot(
@@ -630,7 +641,7 @@ def test_folders_are_exchanged_where_the_system_cannot(
     assert torch.equal(
         compare.read_checkpoint(path)["W_key.weight"], torch_module(seed=2).W_key.weight
     )
-    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
 def test_saving_leaves_its_argument_alone(tmp_path: Path) -> None:
@@ -649,4 +660,4 @@ def test_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert compare.read_checkpoint(
             compare.save_checkpoint(f"state{suffix}", torch_module())
         ).keys()
-    assert {found.name for found in tmp_path.iterdir()} == {f"state{suffix}" for suffix in SUFFIXES}
+    assert {entry.name for entry in tmp_path.iterdir()} == {f"state{suffix}" for suffix in SUFFIXES}

@@ -18,7 +18,7 @@ class Model(nnx.Module):
 
 
 def linen_and_nnx(folder: Path, *, slip: float = 0.0) -> tuple[Path, Path]:
-    """The same state with names that only the torch names pair: `dense` in Linen, `layer` in NNX."""
+    """One state in both; only its torch names pair `dense` in Linen with `layer` in NNX."""
     source = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 4)})
     template = {"params": {"dense": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}}}
     to_linen = compare.match(source, template, rename={"a": "dense"})
@@ -46,8 +46,8 @@ def test_differences_come_in_the_order_of_the_files(tmp_path: Path) -> None:
     names = [f"layers.{index}" for index in range(30)]
     one = compare.save_checkpoint(tmp_path / "a.pth", {name: torch.ones(1) for name in names})
     two = compare.save_checkpoint(tmp_path / "b.pth", {"other": torch.ones(1)})
-    found = [difference.name for difference in compare.verify_checkpoint(one, two)]
-    assert found == [*names, "other"]
+    differing = [difference.name for difference in compare.verify_checkpoint(one, two)]
+    assert differing == [*names, "other"]
 
 
 def test_a_mapping_without_effect_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every check holds for every implementation, on every device; and a report on nothing does not."""
+"""Every check holds for every implementation and device; a check of nothing is an error."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,8 @@ from compare.commands.checks import sections
 from compare.mutants import MUTANTS, planted
 from compare.proof import cases
 from compare.proof.agreement import Finding, agreement
-from compare.proof.cases import FRAMEWORKS
+from compare.proof.cases import FRAMEWORKS, Framework
+from compare.report.model import Section
 from compare.report.verdicts import settle
 
 ON_EACH = [name for name in CHECKS if name not in ON_THEIR_OWN]
@@ -22,7 +23,7 @@ TRIALS = cases.fixed_trials()
 @pytest.mark.parametrize("check", ON_EACH)
 @pytest.mark.parametrize("name", FRAMEWORKS)
 @pytest.mark.slow
-def test_on_each_trial(name: str, check: str, trial: cases.Trial, device: str) -> None:
+def test_on_each_trial(name: Framework, check: str, trial: cases.Trial, device: str) -> None:
     findings = list(CHECKS[check](name, trial, device))
     assert findings or (check == "gradients" and trial.closed)
     for finding in findings:
@@ -32,7 +33,7 @@ def test_on_each_trial(name: str, check: str, trial: cases.Trial, device: str) -
 @pytest.mark.parametrize("check", ON_THEIR_OWN)
 @pytest.mark.parametrize("name", FRAMEWORKS)
 @pytest.mark.slow
-def test_on_its_own_trial(name: str, check: str, device: str) -> None:
+def test_on_its_own_trial(name: Framework, check: str, device: str) -> None:
     findings = list(CHECKS[check](name, TRIALS[0], device))
     assert findings
     for finding in findings:
@@ -54,7 +55,7 @@ def test_torch_compile_computes_the_same(device: str) -> None:
     ],
 )
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_the_first_stage_that_parts_is_named(name: str, bug: str, stage: str) -> None:
+def test_the_first_stage_that_parts_is_named(name: Framework, bug: str, stage: str) -> None:
     mutant = next(
         mutant for mutant in MUTANTS if (mutant.name, mutant.implementation) == (bug, name)
     )
@@ -72,7 +73,8 @@ def test_a_failure_says_both_values_where_and_why() -> None:
         "why",
     )
     assert str(finding) == (
-        "outputs (torch), a case: found 2.5, expected 2.0 at (1,): error/limit 2, limit 0.25. The limit: why"
+        "outputs (torch), a case: found 2.5, expected 2.0 at (1,): error/limit 2, limit 0.25. "
+        "The limit: why"
     )
     (check,) = settle([finding], "outputs")
     assert (check.held, check.count, check.measured) == (False, "0/1", str(finding))
@@ -84,15 +86,16 @@ def test_a_check_that_compared_nothing_is_an_error() -> None:
 
 
 def test_one_finding_beyond_its_limit_is_not_outvoted() -> None:
-    held = list(check_causality("torch", TRIALS[0]))
+    good = list(check_causality("torch", TRIALS[0]))
     nan = agreement(np.array([np.nan]), np.array([1.0]), np.inf)
-    for place in range(len(held) + 1):
-        findings = [*held[:place], Finding("causality", "torch", "nan", nan, ""), *held[place:]]
+    for place in range(len(good) + 1):
+        findings = [*good[:place], Finding("causality", "torch", "nan", nan, ""), *good[place:]]
         assert [check.held for check in settle(findings, "causality")] == [False]
 
 
 @pytest.mark.slow
 def test_sections_are_made_of_every_comparison() -> None:
     *_, section = sections(["causality"], "cpu")
+    assert isinstance(section, Section)
     assert len(section.findings) == 3 * 6 * 4
     assert [check.count for check in section.checks] == ["24/24"] * 3

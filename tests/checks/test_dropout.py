@@ -1,4 +1,4 @@
-"""The limits of the dropout check would see a wrong rate."""
+"""The limits of the dropout check catch a wrong rate."""
 
 import numpy as np
 import pytest

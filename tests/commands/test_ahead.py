@@ -1,4 +1,4 @@
-"""A second process does some of the jobs, and what it cannot do the first one does."""
+"""A second process does some of the jobs; the first process does those that fail there."""
 
 import os
 from collections.abc import Iterator
@@ -36,8 +36,8 @@ def test_jobs_are_done_once_by_either(threads: int) -> None:
     with closing(Ahead(jobs)) as second:
         assert torch.get_num_threads() == 1
         assert "OMP_NUM_THREADS" not in os.environ
-        assert second.take(jobs[0]) is None, "not for the second process"
-        assert second._results.poll(120), "it has done its first job"
+        assert second.take(jobs[0]) is None, "this job is not for the second process"
+        assert second._results.poll(120), "the second process has not done its first job"
         sections = second.take(jobs[2])
         assert sections is not None
         (section,) = sections
@@ -84,7 +84,7 @@ def test_a_result_is_looked_up_by_content() -> None:
     assert len(calls) == 1 + len(others)
     for number in range(MAX_RESULTS):
         double(ones * number, {})
-    assert double(ones, {"a": ones[:2]}) is not first, "only the last results are kept"
+    assert double(ones, {"a": ones[:2]}) is not first, "more than MAX_RESULTS results are kept"
 
 
 def test_the_users_cache_is_honoured(tmp_path: Path) -> None:

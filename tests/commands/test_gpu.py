@@ -1,4 +1,4 @@
-"""The one command for a GPU machine, tried here with steps that need none."""
+"""The command for a GPU machine, tested with steps that need no GPU."""
 
 import json
 from pathlib import Path

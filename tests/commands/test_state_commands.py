@@ -1,4 +1,4 @@
-"""`inspect`, `convert`, `verify` and `bench checkpoints`: what they show, write, and how they end."""
+"""`inspect`, `convert`, `verify` and `bench checkpoints`: output, files and exit codes."""
 
 import json
 import shlex
@@ -99,7 +99,7 @@ def test_inspect_a_file_and_two(tmp_path: Path) -> None:
         "inspect", str(one), "--json", str(tmp_path / "report.json"), "--html", str(page)
     )
     assert code == 0
-    assert "held" not in page.read_text().split("</style>")[1], "a look claims nothing"
+    assert "held" not in page.read_text().split("</style>")[1], "the page has a verdict"
     assert json.loads((tmp_path / "report.json").read_text())["held"] is None
     assert "all checksums match" in printed
     assert (
@@ -218,7 +218,7 @@ def test_a_conversion_that_went_wrong_is_seen(
 
 
 def test_the_record_has_the_whole_command(tmp_path: Path) -> None:
-    """What was asked for decides what was written and compared: another dtype is another conversion."""
+    """The recorded command includes its options: another dtype is another conversion."""
     source = compare.save_checkpoint(tmp_path / "a state.pth", torch_module())
     target, report = tmp_path / "state.msgpack", tmp_path / "report.json"
     for command in ("convert", "verify"):

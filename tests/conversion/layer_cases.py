@@ -1,4 +1,4 @@
-"""Layers with drawn hyperparameters, in torch, Linen and NNX: the same name draws the same layer in all three."""
+"""Layers with random hyperparameters, each in torch, Linen and NNX."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,19 +11,23 @@ import numpy as np
 import torch
 from flax import linen as nn
 from flax import nnx
+from torch import Tensor
 
 F64: dict[str, Any] = {"param_dtype": jnp.float64}
 
 
 @dataclass
 class Case:
-    """A layer in its three forms, and how each is called with the same NumPy inputs, channels last."""
+    """A layer in its three forms, and how to call each with the same NumPy inputs.
+
+    Channels come last in the inputs.
+    """
 
     torch: torch.nn.Module
     linen: Any
     nnx: Any
     inputs: tuple[np.ndarray, ...]
-    call_torch: Callable[..., torch.Tensor] = lambda module, *inputs: module(*inputs)
+    call_torch: Callable[..., Tensor] = lambda module, *inputs: module(*inputs)
     call_linen: Callable[..., Any] = lambda module, variables, *inputs: module.apply(
         variables, *inputs
     )
@@ -82,7 +86,7 @@ def bilinear(random: np.random.Generator) -> Case:
 
 
 class TorchEinsum(torch.nn.Module):
-    """A weight that Flax's Einsum holds in the same order."""
+    """A layer whose weight has the same order of axes in Flax's Einsum."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -101,7 +105,7 @@ def einsum(random: np.random.Generator) -> Case:
         nn.Einsum(shape, equation, **F64),
         nnx.Einsum(equation, shape, (out, features), rngs=nnx.Rngs(0), **F64),
         (random.standard_normal((4, fan_in)),),
-        layouts={"weight": "same"},  # a kernel of three axes is else a convolution's
+        layouts={"weight": "same"},  # by default, a kernel of three axes is a convolution's
     )
 
 
@@ -121,7 +125,7 @@ def convolution(rank: int, random: np.random.Generator) -> Case:
     window, stride, dilation = (tuple(map(int, random.integers(1, 4, rank))) for _ in range(3))
     padding = tuple(int(random.integers(0, size + 1)) for size in window)
     bias = bool(random.integers(2))
-    kind = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}[rank]
+    kind: Any = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}[rank]
     options: Any = dict(
         padding=[(size, size) for size in padding],
         kernel_dilation=dilation,
@@ -146,9 +150,11 @@ def convolution_transposed(rank: int, random: np.random.Generator) -> Case:
     extent = [dilation[axis] * (window[axis] - 1) for axis in range(rank)]
     padding = [int(random.integers(0, size + 1)) for size in extent]
     more = [int(random.integers(0, max(stride[axis], dilation[axis]))) for axis in range(rank)]
-    kind = {1: torch.nn.ConvTranspose1d, 2: torch.nn.ConvTranspose2d, 3: torch.nn.ConvTranspose3d}[
-        rank
-    ]
+    kind: Any = {
+        1: torch.nn.ConvTranspose1d,
+        2: torch.nn.ConvTranspose2d,
+        3: torch.nn.ConvTranspose3d,
+    }[rank]
     flipped = bool(random.integers(2))
     options: Any = dict(
         padding=[
@@ -188,13 +194,15 @@ class NnxFlattened(nnx.Module):
         return self.head(maps.reshape(len(maps), -1))
 
 
+def pair(random: np.random.Generator, low: int, high: int) -> tuple[int, int]:
+    first, second = random.integers(low, high, 2)
+    return int(first), int(second)
+
+
 def flattened(random: np.random.Generator) -> Case:
-    """A Linear behind a flattened image: torch flattens (C, H, W), Flax (H, W, C)."""
+    """A Linear after a flattened image: torch flattens (C, H, W), Flax (H, W, C)."""
     fan_in, features = int(random.integers(1, 4)), int(random.integers(2, 5))
-    window, image = (
-        tuple(map(int, random.integers(1, 4, 2))),
-        tuple(map(int, random.integers(4, 7, 2))),
-    )
+    window, image = pair(random, 1, 4), pair(random, 4, 7)
     maps = [image[axis] - window[axis] + 1 for axis in range(2)]
     size = features * maps[0] * maps[1]
     module = torch.nn.Sequential()
@@ -248,7 +256,7 @@ def group_norm(random: np.random.Generator) -> Case:
 
 
 def batch_norm(rank: int, random: np.random.Generator) -> Case:
-    """In evaluation, where the running statistics are read."""
+    """Batch norm in evaluation mode, which reads the running statistics."""
     size, eps = int(random.integers(1, 6)), 10.0 ** -random.uniform(3, 6)
     kind = {1: torch.nn.BatchNorm1d, 2: torch.nn.BatchNorm2d, 3: torch.nn.BatchNorm3d}[rank]
     module = kind(size, eps).eval()
@@ -288,7 +296,10 @@ def wide_attention(query: Any, key: Any, value: Any, mask: Any = None, **_: Any)
 
 
 def attention(separate: bool, random: np.random.Generator) -> Case:
-    """Fused in one matrix, or separate ones: then keys and values come from others, of another width in torch."""
+    """Multi-head attention with one fused input matrix or three separate ones.
+
+    With separate matrices, keys and values come from other inputs, of other widths.
+    """
     heads, each, bias = (
         int(random.integers(1, 4)),
         int(random.integers(1, 4)),
@@ -311,8 +322,8 @@ def attention(separate: bool, random: np.random.Generator) -> Case:
     )
     options: Any = dict(num_heads=heads, qkv_features=size, out_features=size, use_bias=bias)
     flax_nnx = None
-    if not separate:  # NNX has one width for keys and values
-        # Its own attention takes the softmax in float32, whatever the dtype.
+    if not separate:  # NNX has a single width for keys and values
+        # NNX's own attention always takes the softmax in float32.
         flax_nnx = nnx.MultiHeadAttention(
             in_features=size,
             **options,
@@ -359,7 +370,7 @@ def lstm(optimized: bool, random: np.random.Generator) -> Case:
 
 
 def gru(random: np.random.Generator) -> Case:
-    """In torch without the bias inside the reset gate, which NNX lacks."""
+    """A GRU cell. NNX lacks the bias inside the reset gate, so its test sets that bias to 0."""
     fan_in, size = int(random.integers(1, 6)), int(random.integers(1, 6))
     return Case(
         torch.nn.GRUCell(fan_in, size),
@@ -374,7 +385,7 @@ def gru(random: np.random.Generator) -> Case:
 
 
 class Tied(torch.nn.Module):
-    """One matrix that embeds, and scores the words of the output."""
+    """One matrix both embeds the input words and scores the output words."""
 
     def __init__(self, count: int, size: int) -> None:
         super().__init__()

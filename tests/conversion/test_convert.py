@@ -1,4 +1,4 @@
-"""Everything arrives, bit for bit, in its place; what does not fit is listed and nothing is touched."""
+"""Each entry arrives in its place bit for bit; a misfit is listed and changes nothing."""
 
 from dataclasses import replace
 from typing import Any
@@ -95,7 +95,7 @@ def test_round_trip_keeps_every_bit(dtype: str, copy: bool) -> None:
 )
 def test_any_bits_survive_the_transfer(array: np.ndarray, random: Any, transpose: bool) -> None:
     raw = random.randbytes(array.nbytes)
-    if array.dtype != np.bool_:  # other bytes than 0 and 1 are no bool
+    if array.dtype != np.bool_:  # a bool can only be a byte 0 or 1
         array = np.frombuffer(bytearray(raw), dtype=array.dtype).reshape(array.shape)
     tensor = numpy_to_tensor(array)
     there = to_jax(tensor.mT if transpose else tensor, copy=True)
@@ -124,7 +124,7 @@ def test_copies_are_independent() -> None:
 
 
 def test_shared_memory_is_shared() -> None:
-    """`copy=False`: an in-place edit of the tensor is seen in the JAX array, in both directions."""
+    """With `copy=False`, an in-place edit on one side shows on the other, both ways."""
     module = torch_module()
     variables = compare.torch_to_linen(module, linen_template(PRIME_BIAS, buffer=True), copy=False)
     with torch.no_grad():
@@ -172,7 +172,8 @@ def test_one_error_lists_everything() -> None:
     message = str(caught.value)
     for part in (
         "- missing mask: the source has nothing for buffers/mask (7, 7)",
-        "+ unexpected W_qeury.bias (11,): the target has no place for it; did you mean W_query.bias?",
+        "+ unexpected W_qeury.bias (11,): the target has no place for it; "
+        "did you mean W_query.bias?",
         "! W_key.weight has shape (11, 12); params/W_key/kernel needs (11, 13)",
         "strict=False",
     ):
@@ -230,7 +231,8 @@ def test_strict_false_converts_what_fits() -> None:
     assert [(entry.name, entry.found) for entry in mismatch.unexpected] == [
         ("params/head/kernel", (2, 3))
     ]
-    model.head = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    extended: Any = model
+    extended.head = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     state, mismatch = compare.nnx_to_torch(model, strict=False)
     assert {entry.name for entry in mismatch.unexpected} == {"head/kernel", "head/bias"}
 
@@ -296,13 +298,13 @@ def test_wrong_kinds_of_argument() -> None:
     with pytest.raises(
         TypeError, match=r"source is a list; expected a torch.nn.Module or its state dict"
     ):
-        compare.torch_to_linen([1], variables)
+        compare.torch_to_linen([1], variables)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="expected Linen variables"):
-        compare.linen_to_torch(model)
+        compare.linen_to_torch(model)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="got a State; expected Linen variables"):
         compare.linen_to_torch(nnx.state(model))
     with pytest.raises(TypeError, match=r"model is a dict; expected an nnx.Module"):
-        compare.torch_to_nnx(torch_module(PRIME), variables)
+        compare.torch_to_nnx(torch_module(PRIME), variables)  # type: ignore[call-overload]
     with pytest.raises(
         TypeError, match="template params/W_query/kernel is a str; expected an array"
     ):

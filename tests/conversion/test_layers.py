@@ -1,4 +1,4 @@
-"""Every layer that the converter knows, forward and backward in float64, at drawn sizes, in Linen and NNX."""
+"""Every known layer agrees in outputs and gradients, in float64, at random sizes."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -47,6 +47,7 @@ def test_outputs_and_gradients_agree(name: str, flavor: str, seed: int) -> None:
     random = np.random.default_rng(seed)
     case = _drawn(name, random)
     if name == "gru" and flavor == "nnx":
+        assert isinstance(case.torch, torch.nn.GRUCell)
         with torch.no_grad():
             case.torch.bias_hh[-case.torch.hidden_size :] = 0
     if flavor == "nnx" and case.nnx is None:
@@ -55,9 +56,10 @@ def test_outputs_and_gradients_agree(name: str, flavor: str, seed: int) -> None:
     cotangent = random.standard_normal(expected.shape)
     mapping, outputs, gradients = (_linen if flavor == "linen" else _nnx)(case, cotangent)
     assert np.abs(outputs - expected).max(initial=0) <= limit
-    found, wanted, bounds = gradients, *_torch_gradients(case, mapping, cotangent, gradients)
+    wanted, bounds = _torch_gradients(case, mapping, cotangent, gradients)
     for path in wanted:
-        assert np.abs(np.asarray(found[path]) - wanted[path]).max(initial=0) <= bounds[path], path
+        error = np.abs(np.asarray(gradients[path]) - wanted[path]).max(initial=0)
+        assert error <= bounds[path], path
     _assert_the_way_back(case, mapping, flavor)
 
 
@@ -84,10 +86,11 @@ def _outputs(case: Case, dtype: torch.dtype = torch.float64) -> np.ndarray:
 
 
 def _limit(case: Case) -> float:
-    """What float64 rounding may do: torch's own error in float32, scaled to float64, LAPACK's threshold times.
+    """The largest error that float64 rounding may cause.
 
-    The error in float32 includes that of rounding the weights, so it sees the conditioning too. It
-    is never taken below one rounding of the largest output.
+    It is torch's own error in float32, scaled to float64 and multiplied by LAPACK's threshold. The
+    error in float32 includes the rounding of the weights, so it reflects the conditioning. It
+    counts as at least one rounding of the largest output.
     """
     exact = _outputs(case)
     saved = {key: tensor.clone() for key, tensor in case.torch.state_dict().items()}
@@ -141,7 +144,7 @@ def _nnx(case: Case, cotangent: np.ndarray) -> tuple[StateMapping, np.ndarray, d
 def _torch_gradients(
     case: Case, mapping: StateMapping, cotangent: np.ndarray, gradients: Mapping
 ) -> tuple[dict[Any, np.ndarray], dict[Any, float]]:
-    """Return torch's gradients laid out as Flax's, and what rounding may do to each, as `_limit` has it."""
+    """Return torch's gradients in Flax's layout, and a limit for each as in `_limit`."""
     exact = _flax_gradients(case, mapping, cotangent, gradients, torch.float64)
     saved = {key: tensor.clone() for key, tensor in case.torch.state_dict().items()}
     single = _flax_gradients(case, mapping, cotangent, gradients, torch.float32)
@@ -161,13 +164,12 @@ def _flax_gradients(
     (
         case.call_torch(module, *_tensors(case, dtype)) * torch.from_numpy(cotangent).to(dtype)
     ).sum().backward()
-    tensors = {
-        name: parameter.grad.double()
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-    }
-    single = tuple(
-        replace(row, plus=None) for row in mapping.rows
-    )  # the gradient of a sum is that of each term
+    tensors = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        assert parameter.grad is not None
+        tensors[name] = parameter.grad.double()
+    # Each term of a sum has the gradient of the sum.
+    single = tuple(replace(row, plus=None) for row in mapping.rows)
     arrays, mismatch = flax_from_torch(
         tensors, gradients, StateMapping(single, flax=mapping.flax), copy=True
     )
@@ -176,7 +178,7 @@ def _flax_gradients(
 
 
 def _assert_the_way_back(case: Case, mapping: StateMapping, flavor: str) -> None:
-    """Back in a fresh torch module the outputs are the same: every bit but where two biases were added."""
+    """Every bit returns to torch, except where two biases were added."""
     if flavor == "linen":
         template = jax.eval_shape(
             lambda: _init(case, [jnp.asarray(array) for array in case.inputs])
@@ -205,6 +207,7 @@ def test_momentum_is_the_other_share_and_the_variance_is_another() -> None:
     _, updated = flax.apply(variables, inputs, mutable=["batch_stats"])
     norm(torch.from_numpy(inputs))
     statistics = updated["batch_stats"]
+    assert norm.running_mean is not None and norm.running_var is not None
     assert np.allclose(statistics["mean"], norm.running_mean, rtol=0, atol=LAPACK_THRESHOLD * U64)
     kept = 0.9 * 1.0
     unbiased = (norm.running_var.numpy() - kept) / 0.1

@@ -1,4 +1,4 @@
-"""Pairing by name: what is found, what is refused, and that one error says it all."""
+"""`match` pairs names: what it finds, what it refuses, and that one error lists everything."""
 
 import json
 from dataclasses import replace
@@ -72,9 +72,9 @@ def test_other_names_are_said_and_nothing_is_guessed() -> None:
         compare.match(Block(), shapes(TWO))
     assert len(caught.value.mismatch.missing) == len(caught.value.mismatch.unexpected) == 4
     assert (
-        "+ unexpected fc1.weight (5, 3): the target has no place for it; did you mean Dense_0.weight?"
-        in str(caught.value)
-    )
+        "+ unexpected fc1.weight (5, 3): the target has no place for it; "
+        "did you mean Dense_0.weight?"
+    ) in str(caught.value)
     assert "rename=" in str(caught.value)
     table = compare.match(Block(), shapes(TWO), rename={"fc1": "Dense_0", "fc2": "Dense_1"})
     assert {row.torch_key: row.place for row in table.rows}["fc2.weight"] == "params/Dense_1/kernel"
@@ -214,7 +214,9 @@ def test_integer_steps_of_an_nnx_list() -> None:
     table = compare.match(module, model, rename={"*": "layers.*"})
     assert ("layers", 1, "kernel") in table.by_path
     compare.torch_to_nnx(module, model, mapping=table)
-    assert np.array_equal(model.layers[1].kernel[...], module[1].weight.detach().numpy().T)
+    last, linear = model.layers[1], module[1]
+    assert isinstance(last, nnx.Linear) and isinstance(linear, torch.nn.Linear)
+    assert np.array_equal(last.kernel[...], linear.weight.detach().numpy().T)
 
 
 def test_a_table_is_saved_and_read(tmp_path: Path) -> None:
@@ -228,24 +230,27 @@ def test_a_table_is_saved_and_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda found: found.pop("rows"), "not a valid mapping: expected an object"),
-        (lambda found: found.update(flax="haiku"), "flax: 'haiku'"),
-        (lambda found: found["rows"][0].update(layout="rotated"), "there is no layout 'rotated'"),
-        (lambda found: found["rows"][0].update(path=[]), r"has the path \[\]"),
-        (lambda found: found["rows"][0].update(kind="gradient"), "kind 'gradient'"),
-        (lambda found: found["rows"].append(found["rows"][0]), "mask twice"),
-        (lambda found: found["rows"][1].update(part=[3, 2]), r"has the part \[3, 2\]"),
+        (lambda content: content.pop("rows"), "not a valid mapping: expected an object"),
+        (lambda content: content.update(flax="haiku"), "flax: 'haiku'"),
         (
-            lambda found: found["rows"][1].update(part=[1, 2]),
+            lambda content: content["rows"][0].update(layout="rotated"),
+            "there is no layout 'rotated'",
+        ),
+        (lambda content: content["rows"][0].update(path=[]), r"has the path \[\]"),
+        (lambda content: content["rows"][0].update(kind="gradient"), "kind 'gradient'"),
+        (lambda content: content["rows"].append(content["rows"][0]), "mask twice"),
+        (lambda content: content["rows"][1].update(part=[3, 2]), r"has the part \[3, 2\]"),
+        (
+            lambda content: content["rows"][1].update(part=[1, 2]),
             "the parts of W_query.weight must each occur exactly once",
         ),
         (
-            lambda found: found["rows"][0].update(kind="alias"),
+            lambda content: content["rows"][0].update(kind="alias"),
             "is an alias of mask, which has no row of its own",
         ),
-        (lambda found: found["rows"][0].update(torch_key=3), "has the torch keys 3"),
-        (lambda found: found["rows"][0].update(size=3), "unexpected keyword argument 'size'"),
-        (lambda found: found["left"].append(["a", "drop", None]), "with the policy 'drop'"),
+        (lambda content: content["rows"][0].update(torch_key=3), "has the torch keys 3"),
+        (lambda content: content["rows"][0].update(size=3), "unexpected keyword argument 'size'"),
+        (lambda content: content["left"].append(["a", "drop", None]), "with the policy 'drop'"),
     ],
 )
 def test_files_that_are_no_table(change: Any, message: str, tmp_path: Path) -> None:

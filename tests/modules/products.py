@@ -1,4 +1,4 @@
-"""Watch the operands of torch's products, or make products leak as they do on a CPU with AMX."""
+"""Record the operands of torch's products, or make products leak as on a CPU with AMX."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# The position of the left and right operand in the arguments.
+# The positions of the left and the right operand among the arguments.
 PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 KERNELS = (
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -15,7 +15,10 @@ KERNELS = (
 
 
 class WatchedProducts(TorchDispatchMode):
-    """Collect the operands of products that are not finite, by the operation's name; `count` counts the products."""
+    """Collect the operands that are not finite, each with the name of its operation.
+
+    `count` is the number of products.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,14 +37,18 @@ class WatchedProducts(TorchDispatchMode):
 
 
 class LeakingProducts(TorchDispatchMode):
-    """Let a NaN in a row of the left operand reach the row before it, in bfloat16, as oneDNN's issue 5717 does."""
+    """Let a NaN in a row of a left bfloat16 operand reach the row before it.
+
+    oneDNN's issue 5717 has the same effect.
+    """
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        found = function(*args, **(kwargs or {}))
+        product = function(*args, **(kwargs or {}))
         positions = PRODUCTS.get(function._schema.name.removeprefix("aten::"))
-        if positions is None or found.dtype != torch.bfloat16:
-            return found
+        if positions is None or product.dtype != torch.bfloat16:
+            return product
         lost = args[positions[0]].isnan().any(dim=-1, keepdim=True)  # (..., rows, 1)
-        return found.masked_fill(torch.nn.functional.pad(lost[..., 1:, :], (0, 0, 0, 1)), torch.nan)
+        row_before = torch.nn.functional.pad(lost[..., 1:, :], (0, 0, 0, 1))
+        return product.masked_fill(row_before, torch.nan)

@@ -1,4 +1,7 @@
-"""Run in a process with two host devices: the module with sharded state, converted back, and placed anew."""
+"""Convert sharded variables to torch and torch state into a sharded template.
+
+Runs in a process of its own, with two host devices.
+"""
 
 import json
 

@@ -1,7 +1,7 @@
-"""Rows that the mask closes are NaN, as in the formula, and are multiplied by nothing on the way."""
+"""Fully blocked rows give NaN, as in the formula, but no product ever sees that NaN."""
 
 import warnings
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -9,19 +9,22 @@ import torch
 
 import torch_impl
 from torch_impl.closed_rows import _open_masks, closed_rows
+from torch_impl.dispatch import Implementation
 
+from ..support import sum_of_squares
 from .products import LeakingProducts, WatchedProducts
 
 BFLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64
-# On the formula's side of "auto", on the kernels', and with a last strip that is not whole.
+# "auto" takes the formula for the short lengths and the kernels for the long ones. The last strip
+# of 330 tokens is not whole.
 TOKENS = (5, 61, 127, 128, 330)
-MULTI_HEAD = dict(
+MULTI_HEAD: dict[str, Any] = dict(
     input_embedding_dim=7, output_embedding_dim=9, context_length=400, dropout=0.0, num_heads=3
 )
 
 
 def closed_masks(tokens: int) -> dict[str, torch.Tensor]:
-    """Masks with closed rows: of every layout that the kernels know, and with a whole strip closed."""
+    """Masks with closed rows: one for each layout of the kernels, and one closed strip."""
     behind = torch.arange(tokens)[:, None] - torch.arange(tokens)
     rows = torch.arange(tokens) % 37 == 3
     masks = {
@@ -49,19 +52,23 @@ def drawn(tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
 def everything(
     heads: list[torch.Tensor], mask: torch.Tensor, dropout: Any, implementation: Any
 ) -> list[torch.Tensor]:
-    """Outputs, gradients, and second derivatives; the loss is NaN in closed rows, as a loss of NaN outputs is."""
+    """Outputs, gradients and second derivatives.
+
+    The cotangent is NaN in closed rows, because a loss of NaN outputs is NaN.
+    """
     torch.manual_seed(0)
     leaves = [tensor.clone().requires_grad_() for tensor in heads[:3]]
-    outputs = torch_impl.masked_attention(*leaves, mask, dropout, implementation)
+    queries, keys, values = leaves
+    outputs = torch_impl.masked_attention(queries, keys, values, mask, dropout, implementation)
     cotangent = heads[3].masked_fill(outputs.isnan(), torch.nan)
     first = torch.autograd.grad(outputs, leaves, cotangent, retain_graph=True)
     again = torch.autograd.grad(outputs, leaves, cotangent, create_graph=True)
-    second = torch.autograd.grad(sum((gradient**2).sum() for gradient in again[:2]), leaves)
+    second = torch.autograd.grad(sum_of_squares(again[:2]), leaves)
     return [tensor.detach() for tensor in (outputs, *first, *second)]
 
 
 def same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """NaN in the same places, and elsewhere near in float64."""
+    """Whether NaN stands in the same places and all other entries are close in float64."""
     return torch.allclose(left, right, rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
@@ -102,16 +109,17 @@ def test_a_leaking_product_reaches_no_other_row(tokens: int) -> None:
             for one, other in zip(found, expected, strict=True)
         )
         assert torch.equal(found[0].isnan().all(dim=-1), closed.expand(2, 2, tokens))
+    queries, keys, values, _ = heads
     with LeakingProducts():
-        formula = torch_impl.reference_attention(*heads[:3], mask)
+        formula = torch_impl.reference_attention(queries, keys, values, mask)
     assert int(formula.isnan().all(dim=-1).sum()) > 4 * int(closed.sum()), (
-        "the formula leaks: this test can fail"
+        "the formula does not leak here, so this test could not fail"
     )
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_heads_are_joined_without_it(tokens: int) -> None:
-    """`out_proj` is a product too; its weight's gradient is NaN, as the formula's, and its bias's as the loss's."""
+    """The product of `out_proj` sees no NaN either, and its gradients are the formula's."""
     mask = torch.zeros(400, 400)
     mask[:tokens, :tokens] = closed_masks(tokens)["causal"]
     inputs = torch.from_numpy(np.random.default_rng(0).standard_normal((2, tokens, 7)))
@@ -120,7 +128,7 @@ def test_heads_are_joined_without_it(tokens: int) -> None:
         torch.manual_seed(0)
         module = torch_impl.CausalMultiHeadAttention(
             **MULTI_HEAD, implementation=implementation
-        ).double()  # type: ignore[arg-type]
+        ).double()
         module.mask.copy_(mask)
         with WatchedProducts() as watched:
             outputs = module(inputs)
@@ -139,7 +147,7 @@ def test_heads_are_joined_without_it(tokens: int) -> None:
 
 
 def test_a_projection_of_ones_own_is_called_as_it_is() -> None:
-    module = torch_impl.CausalMultiHeadAttention(**MULTI_HEAD)  # type: ignore[arg-type]
+    module = torch_impl.CausalMultiHeadAttention(**MULTI_HEAD)
     module.out_proj = torch.nn.Sequential(module.out_proj, torch.nn.Identity())  # type: ignore[assignment]
     module.mask[2] = 1.0
     assert module(torch.ones(1, 5, 7)).isnan().all(dim=-1).tolist() == [
@@ -148,28 +156,31 @@ def test_a_projection_of_ones_own_is_called_as_it_is() -> None:
 
 
 def test_under_transforms() -> None:
-    """Where no value of the mask may be read the same steps are taken for every mask."""
-    heads = drawn(61, FLOAT64)
+    """Transforms hide the values of the mask, so every mask then takes the same steps."""
+    queries, keys, values, _ = drawn(61, FLOAT64)
     masks = torch.stack([closed_masks(61)["causal"], torch.triu(torch.ones(61, 61), 1)])
-    expected = torch.stack([torch_impl.reference_attention(*heads[:3], mask) for mask in masks])
-    attend = torch_impl.masked_attention
-    assert same(torch.vmap(lambda mask: attend(*heads[:3], mask))(masks), expected)
+    reference, attend = torch_impl.reference_attention, torch_impl.masked_attention
+    expected = torch.stack([reference(queries, keys, values, mask) for mask in masks])
+    assert same(torch.vmap(lambda mask: attend(queries, keys, values, mask))(masks), expected)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its age
-        traced: Any = torch.jit.trace(lambda *given: attend(*given), (*heads[:3], masks[1]))
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        traced: Any = torch.jit.trace(
+            lambda queries, keys, values, mask: attend(queries, keys, values, mask),
+            (queries, keys, values, masks[1]),
+        )
     for mask, one in zip(masks, expected, strict=True):
-        found = traced(*heads[:3], mask)  # tracing takes the root of head_dim in float32
-        assert torch.allclose(found, one, rtol=1e-6, atol=1e-6, equal_nan=True)
+        outputs = traced(queries, keys, values, mask)  # a trace takes head_dim's root in float32
+        assert torch.allclose(outputs, one, rtol=1e-6, atol=1e-6, equal_nan=True)
 
     def loss(queries: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return attend(queries, *heads[1:3], mask).nan_to_num().sum()
+        return attend(queries, keys, values, mask).nan_to_num().sum()
 
-    gradient = torch.func.grad(loss)(heads[0], masks[0])
-    leaf = heads[0].clone().requires_grad_()
-    formula = torch_impl.reference_attention(leaf, *heads[1:3], masks[0]).nan_to_num().sum()
+    gradient = torch.func.grad(loss)(queries, masks[0])
+    leaf = queries.clone().requires_grad_()
+    formula = reference(leaf, keys, values, masks[0]).nan_to_num().sum()
     assert same(gradient, torch.autograd.grad(formula, leaf)[0])
     with torch.autocast("cpu", BFLOAT16), WatchedProducts() as watched:
-        halves = attend(*(tensor.float() for tensor in heads[:3]), masks[0])
+        halves = attend(queries.float(), keys.float(), values.float(), masks[0])
     assert not watched.not_finite
     assert halves.dtype == BFLOAT16
     assert torch.equal(halves.isnan(), expected[0].isnan())
@@ -178,13 +189,13 @@ def test_under_transforms() -> None:
 def test_an_edit_that_closes_a_row_is_seen() -> None:
     mask = torch.triu(torch.ones(20, 20), 1)
     assert closed_rows(mask, 7, FLOAT32) is None
-    assert closed_rows(mask, 7, FLOAT32) is None, "remembered"
+    assert closed_rows(mask, 7, FLOAT32) is None, "the cached result is different"
     mask[3] = 1.0
-    assert closed_rows(mask, 3, FLOAT32) is None, "the closed row is not used"
+    assert closed_rows(mask, 3, FLOAT32) is None, "row 3 is closed, but 3 tokens do not use it"
     assert closed_rows(mask, 7, FLOAT32).nonzero().tolist() == [[3, 0]]  # type: ignore[union-attr]
     mask[3] = 0.0
     assert closed_rows(mask, 7, FLOAT32) is None
-    mask.data[5] = 1.0  # the version stays
+    mask.data[5] = 1.0  # this edit leaves the version counter as it was
     assert closed_rows(mask, 7, BFLOAT16).nonzero().tolist() == [[5, 0]]  # type: ignore[union-attr]
     with torch.inference_mode():
         inferred = mask.clone()
@@ -203,10 +214,9 @@ def test_a_mask_that_is_gone_is_forgotten() -> None:
 
 
 def test_without_tokens() -> None:
-    for implementation in ("auto", "fused", "reference"):
-        assert (
-            torch_impl.masked_attention(
-                *torch.zeros(3, 2, 0, 4), torch.zeros(5, 5), None, implementation
-            ).numel()
-            == 0
+    empty = torch.zeros(2, 0, 4)
+    for implementation in get_args(Implementation):
+        outputs = torch_impl.masked_attention(
+            empty, empty, empty, torch.zeros(5, 5), None, implementation
         )
+        assert outputs.numel() == 0

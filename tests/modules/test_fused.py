@@ -1,4 +1,4 @@
-"""The fused attention against the formula, in each framework, under every mask; and what may not fool it."""
+"""Fused attention equals the formula in each framework under any mask, also an edited one."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -35,17 +35,19 @@ from compare.proof.reference import masked_attention as exact_attention
 from compare.proof.reference_gradient import attention_forward, attention_gradient
 from compare.proof.rounding_bound import PRECISIONS, attention_bounds, most_tiles
 from compare.proof.running_error import Bounded
+from compare.report.model import Curves, Table
 from compare.runners.run import build_nnx, build_torch, linen_template
 from compare.subprocesses import child_environment
 from flax_impl.mask_tiles import is_causal
 from torch_impl import mask_layout
+from torch_impl.dispatch import Implementation
 
-from ..support import same_bits
+from ..support import same_bits, sections_of, sum_of_squares
 
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
-# Three strips of queries in torch; in Flax two strips and three tiles, none of the last whole.
+# Three strips of queries in torch, two strips and three tiles in Flax. The last ones are not whole.
 TORCH_TOKENS, FLAX_TOKENS = 300, 530
 RANDOM = np.random.default_rng(0)
 HEADS = RANDOM.standard_normal((4, 2, FLAX_TOKENS, 8))
@@ -53,8 +55,11 @@ MASK = masks()["causal"]
 
 
 @st.composite
-def drawn_masks(draw: st.DrawFn, tokens: int) -> np.ndarray:
-    """Bands, blocks, noise or nothing, then rows and columns that are open or blocked everywhere, and odd entries."""
+def drawn_masks(draw: Any, tokens: int) -> np.ndarray:
+    """A band, blocks, noise or an open mask; then some open or blocked rows and columns.
+
+    Blocked entries may be NaN, infinite, negative or subnormal.
+    """
     behind = np.subtract.outer(np.arange(tokens), np.arange(tokens))
     kind = draw(st.sampled_from(["causal", "band", "blocks", "noise", "open"]))
     random = np.random.default_rng(draw(st.integers(0, 1000)))
@@ -76,17 +81,18 @@ def drawn_masks(draw: st.DrawFn, tokens: int) -> np.ndarray:
 
 
 def judge(outputs: np.ndarray, heads: np.ndarray, mask: np.ndarray, dtype: str = "float64") -> None:
-    """Compare outputs with the exact ones, within what rounding explains, of both."""
-    stages = exact_attention(*(array.astype(np.float64) for array in heads), mask)
+    """Compare the outputs with the exact ones, within the rounding bounds of both."""
+    queries, keys, values = (array.astype(np.float64) for array in heads)
+    stages = exact_attention(queries, keys, values, mask)
     tiles = most_tiles(len(mask))
     bounds = [
         attention_bounds(stages, (0.0, 0.0, 0.0), PRECISIONS[name], tiles=tiles)
         for name in (dtype, "float64")
     ]
-    found = agreement(
+    result = agreement(
         outputs.astype(np.float64), stages.context, bounds[0].context + bounds[1].context
     )
-    assert found.held, found
+    assert result.held, result
 
 
 def in_torch(heads: np.ndarray, mask: np.ndarray, **more: Any) -> np.ndarray:
@@ -114,8 +120,8 @@ def test_torch_under_any_mask(mask: np.ndarray) -> None:
     judge(in_torch(heads, mask, implementation="fused"), heads, mask)
 
 
-# For one test alone, which counts its programs.
-ANY_MASK = jax.jit(partial(flax_impl.masked_attention, implementation="fused"))
+# One test alone uses this function, and counts its compiled programs.
+ANY_MASK: Any = jax.jit(partial(flax_impl.masked_attention, implementation="fused"))
 
 
 @settings(max_examples=25)
@@ -123,26 +129,29 @@ ANY_MASK = jax.jit(partial(flax_impl.masked_attention, implementation="fused"))
 @pytest.mark.slow
 def test_flax_under_any_mask(mask: np.ndarray) -> None:
     judge(in_flax(HEADS[:3], mask, ANY_MASK), HEADS[:3], mask)
-    assert ANY_MASK._cache_size() == 1, "another mask was compiled anew"
+    assert ANY_MASK._cache_size() == 1, "a new mask was compiled again"
 
 
-def judge_gradients(found: list[np.ndarray], heads: np.ndarray, mask: np.ndarray) -> None:
-    """Compare with the written-out gradient; where a row has no key, that of the values is NaN, and only that."""
+def judge_gradients(gradients: list[np.ndarray], heads: np.ndarray, mask: np.ndarray) -> None:
+    """Compare gradients with the exact ones.
+
+    If a row has no open key, the gradient of the values is NaN, and only that one.
+    """
     closed = (mask != 0).all(axis=1)
     opened = np.where(closed[:, None], 0.0, mask)
     width = heads.shape[-1]
     select = np.eye(3 * width).reshape(3, width, 3 * width)
-    given = {f"W_{name}.weight": select[i] for i, name in enumerate(("query", "key", "value"))}
-    given["inputs"] = np.concatenate(list(heads[:3]), axis=-1)
-    lifted = {name: Bounded.exact(array) for name, array in given.items()}
+    arrays = {f"W_{name}.weight": select[i] for i, name in enumerate(("query", "key", "value"))}
+    arrays["inputs"] = np.concatenate(list(heads[:3]), axis=-1)
+    lifted = {name: Bounded.exact(array) for name, array in arrays.items()}
     cotangent = Bounded.exact(np.where(closed[:, None], 0.0, heads[3]))
     exact = attention_gradient(lifted, attention_forward(lifted, opened), cotangent)["inputs"]
     parts = np.split(exact.value, 3, axis=-1), np.split(tolerances.regrouped(exact), 3, axis=-1)
-    for name, got, expected, limit in zip("qkv", found, *parts, strict=True):
+    for name, gradient, expected, limit in zip("qkv", gradients, *parts, strict=True):
         if name == "v" and closed.any():
-            assert np.isnan(got).all()
+            assert np.isnan(gradient).all()
             continue
-        agreed = agreement(got, expected, limit)
+        agreed = agreement(gradient, expected, limit)
         assert agreed.held, (name, agreed)
 
 
@@ -150,11 +159,15 @@ def torch_gradients(
     heads: np.ndarray, mask: np.ndarray, *, twice: bool = False
 ) -> list[np.ndarray]:
     leaves = [torch.tensor(array, requires_grad=True) for array in heads[:3]]
-    outputs = torch_impl.masked_attention(*leaves, torch.from_numpy(mask), implementation="fused")
-    found = torch.autograd.grad(outputs, leaves, torch.from_numpy(heads[3]), create_graph=twice)
+    queries, keys, values = leaves
+    outputs = torch_impl.masked_attention(
+        queries, keys, values, torch.from_numpy(mask), implementation="fused"
+    )
+    cotangent = torch.from_numpy(heads[3])
+    gradients = torch.autograd.grad(outputs, leaves, cotangent, create_graph=twice)
     if twice:
-        found = torch.autograd.grad(sum((gradient**2).sum() for gradient in found), leaves)
-    return [gradient.detach().numpy() for gradient in found]
+        gradients = torch.autograd.grad(sum_of_squares(gradients), leaves)
+    return [gradient.detach().numpy() for gradient in gradients]
 
 
 def flax_gradient(attend: Callable[..., jax.Array], heads: jax.Array, mask: jax.Array) -> Any:
@@ -168,6 +181,7 @@ FLAX_GRADIENT = jax.jit(
 
 @settings(max_examples=30)
 @given(drawn_masks(TORCH_TOKENS))
+@pytest.mark.slow
 def test_torch_gradients_under_any_mask(mask: np.ndarray) -> None:
     heads = HEADS[:, :, :TORCH_TOKENS]
     judge_gradients(torch_gradients(heads, mask), heads, mask)
@@ -178,10 +192,9 @@ def test_torch_gradients_under_any_mask(mask: np.ndarray) -> None:
 @pytest.mark.slow
 def test_flax_gradients_under_any_mask(mask: np.ndarray) -> None:
     with jax.enable_x64(True):
-        found = [
-            np.asarray(array) for array in FLAX_GRADIENT(jnp.asarray(HEADS), jnp.asarray(mask))
-        ]
-    judge_gradients(found, HEADS, mask)
+        gradients = FLAX_GRADIENT(jnp.asarray(HEADS), jnp.asarray(mask))
+        arrays = [np.asarray(gradient) for gradient in gradients]
+    judge_gradients(arrays, HEADS, mask)
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (3, 130, 4), (2, 3, 129, 4), (2, 1, 2, 130, 4)])
@@ -190,25 +203,26 @@ def test_any_leading_dimensions(shape: tuple[int, ...]) -> None:
     heads = np.random.default_rng(1).standard_normal((3, *shape))
     for name in ("causal", "window"):
         mask = masks()[name][: shape[-2] + 3, : shape[-2] + 3].copy()
-        for found in (in_torch(heads, mask, implementation="fused"), in_flax(heads, mask)):
-            judge(found, heads, mask[: shape[-2], : shape[-2]])
+        for outputs in (in_torch(heads, mask, implementation="fused"), in_flax(heads, mask)):
+            judge(outputs, heads, mask[: shape[-2], : shape[-2]])
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 4), (0, 130, 4), (2, 3, 130, 0)])
 def test_nothing_in_nothing_out(shape: tuple[int, ...]) -> None:
     heads, mask = np.zeros((3, *shape), np.float32), MASK.copy()
-    for found in (in_torch(heads, mask, implementation="fused"), in_flax(heads, mask)):
-        assert found.shape == shape
+    for outputs in (in_torch(heads, mask, implementation="fused"), in_flax(heads, mask)):
+        assert outputs.shape == shape
 
 
 @pytest.mark.parametrize("implementation", ["reference", "fused", "auto"])
 def test_a_mask_that_does_not_cover_the_tokens(implementation: Any) -> None:
     heads = HEADS[:3].astype(np.float32)
     for mask in (MASK[:100, :100], MASK[:, :100], MASK[None]):
-        for attend, arguments in (
+        calls: list[tuple[Callable[..., Any], list[Any]]] = [
             (torch_impl.masked_attention, list(map(torch.from_numpy, (*heads, mask.copy())))),
             (flax_impl.masked_attention, list(map(jnp.asarray, (*heads, mask)))),
-        ):
+        ]
+        for attend, arguments in calls:
             with pytest.raises(
                 ValueError, match=r"mask has shape .*; 530 tokens need at least \(530, 530\)"
             ):
@@ -222,10 +236,10 @@ def test_lower_precision(name: str, dtype: str) -> None:
     mask = masks()[name][:FLAX_TOKENS, :FLAX_TOKENS].copy()
     rounded = HEADS[:3].astype(numpy_dtype(dtype))
     queries, keys, values = (numpy_to_tensor(array) for array in rounded)
-    found = torch_impl.masked_attention(
+    outputs = torch_impl.masked_attention(
         queries, keys, values, torch.from_numpy(mask), implementation="fused"
     )
-    judge(tensor_to_numpy(found), rounded, mask, dtype)
+    judge(tensor_to_numpy(outputs), rounded, mask, dtype)
     judge(np.asarray(FLAX(*map(jnp.asarray, rounded), jnp.asarray(mask))), rounded, mask, dtype)
 
 
@@ -233,37 +247,37 @@ def test_lower_precision(name: str, dtype: str) -> None:
 def test_torch_second_derivatives(name: str) -> None:
     heads, mask = HEADS[:, :, :150], masks()[name][:150, :150].copy()
     leaves = [torch.tensor(array, requires_grad=True) for array in heads[:3]]
-    outputs = torch_impl.reference_attention(*leaves, torch.from_numpy(mask))
+    queries, keys, values = leaves
+    outputs = torch_impl.reference_attention(queries, keys, values, torch.from_numpy(mask))
     first = torch.autograd.grad(outputs, leaves, torch.from_numpy(heads[3]), create_graph=True)
-    expected = torch.autograd.grad(sum((gradient**2).sum() for gradient in first), leaves)
-    for found, wanted in zip(torch_gradients(heads, mask, twice=True), expected, strict=True):
-        assert np.array_equal(found, wanted.numpy()), (
-            "the reference's second derivative, to the bit"
-        )
+    expected = torch.autograd.grad(sum_of_squares(first), leaves)
+    for ours, wanted in zip(torch_gradients(heads, mask, twice=True), expected, strict=True):
+        assert np.array_equal(ours, wanted.numpy()), "the bits differ from the reference's"
 
 
 @pytest.mark.slow
 def test_flax_second_derivatives() -> None:
     mask = jnp.asarray(masks()["window"][:110, :110])
 
-    def products(implementation: str) -> list[jax.Array]:
+    def products(implementation: Literal["fused", "reference"]) -> list[jax.Array]:
         def scalar(queries: jax.Array) -> jax.Array:
             attend = partial(flax_impl.masked_attention, implementation=implementation)
             return (attend(queries, keys, values, mask) * cotangent).sum()
 
         gradient = jax.grad(scalar)
-        reverse = jax.grad(lambda given: (gradient(given) * along).sum())(queries)
+        reverse = jax.grad(lambda at: (gradient(at) * along).sum())(queries)
         return [jax.jvp(gradient, (queries,), (along,))[1], reverse]
 
     with jax.enable_x64(True):
         queries, keys, values, cotangent = jnp.asarray(HEADS[:, :, :110])
         along = cotangent[::-1]
-        for found, expected in zip(products("fused"), products("reference"), strict=True):
-            assert np.array_equal(found, expected), "the reference's second derivative, to the bit"
+        for ours, expected in zip(products("fused"), products("reference"), strict=True):
+            assert np.array_equal(ours, expected), "the bits differ from the reference's"
         with pytest.raises(TypeError, match="forward-mode"):
-            jax.jvp(lambda given: FLAX(given, keys, values, mask), (queries,), (along,))
+            jax.jvp(lambda at: FLAX(at, keys, values, mask), (queries,), (along,))
 
 
+@pytest.mark.slow
 def test_flax_under_transforms() -> None:
     heads, two = HEADS[:3].astype(np.float32), [masks()["window"], masks()["blocks"]]
     stacked = jnp.stack([jnp.asarray(mask[:FLAX_TOKENS, :FLAX_TOKENS]) for mask in two])
@@ -287,7 +301,8 @@ fused = partial(gradient, partial(masked_attention, implementation="fused"))
 specs = {"in_specs": (P("heads"),) * 4 + (P(),), "out_specs": P("heads")}
 sharded = jax.jit(jax.shard_map(fused, mesh=mesh, **specs))(*heads, mask)
 alone = jax.jit(fused)(*heads, mask)
-print(json.dumps([len(jax.devices()), *(bool((one == other).all()) for one, other in zip(sharded, alone))]))
+same = [bool((one == other).all()) for one, other in zip(sharded, alone)]
+print(json.dumps([len(jax.devices()), *same]))
 """
 
 
@@ -333,20 +348,20 @@ def test_half_precision_asks_cudnn_only_if_the_mask_is_causal(
     )
     text = program.mlir_module()
     assert "fmhaSoftmaxBackward" in text
-    assert "stablehlo.case" in text, "the mask decides when the program runs"
-    found = jax.jit(gradient)(*heads, mask)  # the same program on the CPU has only tiles
-    assert all(np.isfinite(array.astype(jnp.float32)).all() for array in found)
+    assert "stablehlo.case" in text, "the program does not read the mask when it runs"
+    gradients = jax.jit(gradient)(*heads, mask)  # on the CPU the program uses tiles only
+    assert all(np.isfinite(array.astype(jnp.float32)).all() for array in gradients)
 
 
 def test_is_causal_looks_at_every_entry() -> None:
     causal = flax_impl.causal_mask(703)
-    asked = jax.jit(is_causal, static_argnums=1)
+    jitted = jax.jit(is_causal, static_argnums=1)
     for tokens in (1, 5, 256, 700):
-        assert asked(causal, tokens)
-        assert asked(-2.0 * causal, tokens)
-        assert asked(causal.at[tokens, 0].set(1.0), tokens), "beyond the tokens"
-        assert not asked(causal.at[tokens - 1, 0].set(1e-42), tokens)
-    assert not asked(causal.at[3, 699].set(0.0), 700)
+        assert jitted(causal, tokens)
+        assert jitted(-2.0 * causal, tokens)
+        assert jitted(causal.at[tokens, 0].set(1.0), tokens), "this entry is beyond the tokens"
+        assert not jitted(causal.at[tokens - 1, 0].set(1e-42), tokens)
+    assert not jitted(causal.at[3, 699].set(0.0), 700)
 
 
 NOT_FINITE = [
@@ -359,17 +374,20 @@ NOT_FINITE = [
 
 @pytest.mark.parametrize("which, at, value", NOT_FINITE)
 def test_what_is_not_finite(which: int, at: int, value: float) -> None:
-    """Every row that may look at it is as the formula has it; behind the mask it may stay out."""
+    """A row that may attend to the value is finite exactly where the formula is.
+
+    A row that the mask keeps from it may be finite where the formula is not.
+    """
     heads = HEADS[:3, :1, :TORCH_TOKENS].copy()
     heads[which, 0, at, 3] = value
     for name in ("causal", "open", "window"):
         mask = masks()[name][:TORCH_TOKENS, :TORCH_TOKENS].copy()
         formula = in_torch(heads, mask, implementation="reference")[0]
         seen = np.ones(TORCH_TOKENS, bool) if which == 0 else mask[:, at] == 0
-        for found in (in_torch(heads, mask, implementation="fused")[0], in_flax(heads, mask)[0]):
-            assert np.array_equal(np.isfinite(found[seen]), np.isfinite(formula[seen]))
-            assert not (np.isfinite(formula) & ~np.isfinite(found)).any(), (
-                "a row is lost that the formula has"
+        for fused in (in_torch(heads, mask, implementation="fused")[0], in_flax(heads, mask)[0]):
+            assert np.array_equal(np.isfinite(fused[seen]), np.isfinite(formula[seen]))
+            assert not (np.isfinite(formula) & ~np.isfinite(fused)).any(), (
+                "an entry is lost that is finite in the formula"
             )
 
 
@@ -381,7 +399,7 @@ def test_scores_that_overflow_are_the_formulas() -> None:
     assert np.isnan(in_flax(heads, mask)).all()
 
 
-def edits() -> dict[str, Callable[[torch.nn.Module], Any]]:
+def edits() -> dict[str, Callable[[torch_impl.CausalAttentionWithBuffer], Any]]:
     window = torch.from_numpy(masks()["window"])
 
     def in_place(module: Any) -> None:
@@ -439,9 +457,9 @@ def test_torch_sees_every_edit(name: str) -> None:
     assert not torch.equal(before, after)
 
 
-def judge_same(found: torch.Tensor, formula: torch.Tensor) -> None:
-    """Far from the kernel's rounding, near to it any: an edit moves whole weights."""
-    assert float((found - formula).abs().max()) < 2.0**-24 * TORCH_TOKENS
+def judge_same(outputs: torch.Tensor, formula: torch.Tensor) -> None:
+    """Allow the kernel's rounding; an ignored edit would move whole weights."""
+    assert float((outputs - formula).abs().max()) < 2.0**-24 * TORCH_TOKENS
 
 
 def test_torch_looks_at_a_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,16 +482,16 @@ def test_torch_looks_at_a_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(looked) == 2
     for tokens in (200, 201, TORCH_TOKENS, 200):
         module(inputs[:, :tokens])
-    assert len(looked) == 4, "once for each number of tokens"
+    assert len(looked) == 4, "a mask is examined once for each number of tokens"
     copy.deepcopy(module)(inputs)
-    assert len(looked) == 5, "another tensor"
+    assert len(looked) == 5, "the copied mask is another tensor and must be examined"
     for tokens in range(130, 150):
         module(inputs[:, :tokens])
     assert len(mask_layout._cache[module.mask].by_num_tokens) == mask_layout.MAX_CACHED_LENGTHS
     with torch.inference_mode():
         module.mask = module.mask.clone()
         module(inputs)
-        module.mask[5, 2] = 1.0  # without a version there is nothing to remember it by
+        module.mask[5, 2] = 1.0  # inference tensors have no version, so nothing may be cached
         edited = module(inputs)
         module.implementation = "reference"
         judge_same(edited, module(inputs))
@@ -490,7 +508,7 @@ def test_torch_transforms_are_not_fooled() -> None:
             lambda mask: torch.func.functional_call(module, {"mask": mask}, (inputs,))
         )(two)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its age, and of Python's `if` on shapes
+            warnings.simplefilter("ignore")  # deprecation, and Python's `if` on shapes
             traced: Any = torch.jit.trace(module, (inputs,), check_trace=False)
         module.mask.copy_(two[1])
         for mask, one, other in zip(two, called, mapped, strict=True):
@@ -523,13 +541,13 @@ def test_torch_compiled_obeys_an_edit() -> None:
 
 
 def test_dropout_takes_the_formula() -> None:
-    heads = [torch.from_numpy(array) for array in HEADS[:3, :, :TORCH_TOKENS]]
-    mask = torch.from_numpy(MASK)
+    queries, keys, values = map(torch.from_numpy, HEADS[:3, :, :TORCH_TOKENS])
+    mask, dropout = torch.from_numpy(MASK), torch.nn.Dropout(0.3)
     drawn = []
-    for implementation in ("reference", "fused", "auto"):
+    for implementation in get_args(Implementation):
         torch.manual_seed(3)
         drawn.append(
-            torch_impl.masked_attention(*heads, mask, torch.nn.Dropout(0.3), implementation)
+            torch_impl.masked_attention(queries, keys, values, mask, dropout, implementation)
         )
     assert all(torch.equal(one, drawn[0]) for one in drawn)
     module = torch_impl.CausalAttentionWithBuffer(8, 8, 640, 0.3, implementation="fused")
@@ -538,7 +556,7 @@ def test_dropout_takes_the_formula() -> None:
         lambda _module, _inputs, weights: seen.append(weights.shape)
     )
     module.eval()(torch.randn(1, TORCH_TOKENS, 8))
-    assert seen == [(1, TORCH_TOKENS, TORCH_TOKENS)], "a hook sees the weights"
+    assert seen == [(1, TORCH_TOKENS, TORCH_TOKENS)], "the hook did not see the weights"
 
 
 @pytest.mark.parametrize(
@@ -598,13 +616,10 @@ def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(attention, "MEMORY_OF", (("torch", "ours"),))
     monkeypatch.setattr(attention, "SAMPLE", 1e-4)
     picture = tmp_path / "bench.png"
-    found = [
-        section
-        for section in attention.sections(True, 1, plot=picture)
-        if not isinstance(section, str)
-    ]
-    assert [section.title.split(",")[0] for section in found[:2]] == ["causal", "causal"]
-    (table, _, _, _, _, _, errors, curves) = found[0].blocks
+    sections = sections_of(attention.sections(True, 1, plot=picture))
+    assert [section.title.split(",")[0] for section in sections[:2]] == ["causal", "causal"]
+    (table, _, _, _, _, _, errors, curves) = sections[0].blocks
+    assert isinstance(table, Table) and isinstance(errors, Table) and isinstance(curves, Curves)
     names = [row[0] for row in table.rows]
     assert {
         "torch formula",
@@ -614,13 +629,12 @@ def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         "jax.nn",
         "Flax ours",
     } <= set(names)
-    assert all(0.0 < float(value) <= 1.0 for row in errors.rows for value in row[1:]), (
-        "every one is within the bound"
-    )
+    ratios = [float(str(value)) for row in errors.rows for value in row[1:]]
+    assert all(0.0 < ratio <= 1.0 for ratio in ratios), "an error exceeds its bound"
     assert [name.split(", ")[0] for name in curves.series] == names
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "bench-backward.png").is_file()
-    assert [check.name for check in found[-1].checks][:2] == [
+    assert [check.name for check in sections[-1].checks][:2] == [
         "memory, torch ours, forward",
         "memory, torch ours, forward + backward",
     ]

@@ -1,4 +1,4 @@
-"""Bad input is refused alike, each framework's conventions hold, and the mask is state under every transform."""
+"""All classes refuse bad input, keep their framework's conventions, and obey an edited mask."""
 
 from collections.abc import Callable
 from typing import Any
@@ -86,6 +86,7 @@ def test_refuses_a_mask_that_does_not_fit(shape: tuple[int, ...]) -> None:
     module, variables, model = torch_module(), linen_variables(), nnx_model()
     module.mask = torch.zeros(shape)
     variables["buffers"]["mask"] = jnp.zeros(shape)
+    assert isinstance(model.mask, nnx.Variable)
     model.mask.set_value(jnp.zeros(shape))
     inputs = normal(2, 3, D)
     attempts: list[Callable[[], Any]] = [
@@ -120,16 +121,13 @@ def test_the_mask_is_a_buffer_and_never_a_parameter() -> None:
 
 
 def test_without_buffers_the_mask_is_no_state() -> None:
-    module, variables, model = (
-        make(buffer=False) for make in (torch_module, linen_variables, nnx_model)
-    )
-    assert "mask" not in module.state_dict()
-    assert variables.keys() == {"params"}
-    assert "mask" not in nnx.state(model, nnx.Variable)
+    assert "mask" not in torch_module(buffer=False).state_dict()
+    assert linen_variables(buffer=False).keys() == {"params"}
+    assert "mask" not in nnx.state(nnx_model(buffer=False), nnx.Variable)
 
 
 def test_training_mode_follows_each_framework(device: str) -> None:
-    """torch and NNX train until told `eval()`; Linen is deterministic until told otherwise."""
+    """torch and NNX modules train until `eval()`; Linen modules are deterministic by default."""
     inputs = put(normal(3, T, D), device)
     tensor = torch.from_numpy(np.array(inputs)).to(device)
     module, model = torch_module().to(device).train(), nnx_model()
@@ -155,12 +153,12 @@ def test_training_mode_follows_each_framework(device: str) -> None:
 
 
 def put(array: np.ndarray, device: str) -> jax.Array:
-    """Commit the array to the device; what is committed nowhere follows it there."""
+    """Commit the array to the device; arrays that are not committed follow it there."""
     return jax.device_put(array, jax.devices(device)[0])
 
 
-def held(outputs: Any, inputs: Any, mask: np.ndarray | None = None) -> bool:
-    """Whether outputs are those of the seeded module, with another mask if there is one."""
+def agrees(outputs: Any, inputs: Any, mask: np.ndarray | None = None) -> bool:
+    """Whether the outputs are those of the seeded module, with this mask if there is one."""
     state = numpy_state_of(PRIME_BIAS, "float32", mask)
     return against_reference(np.asarray(outputs), PRIME_BIAS, state, np.asarray(inputs)).held
 
@@ -182,8 +180,8 @@ def test_jit_obeys_an_edited_mask_without_recompiling(device: str) -> None:
     for mask in (np.triu(np.ones((T, T), np.float32), k=1), np.zeros((T, T), np.float32)):
         variables["buffers"]["mask"] = jnp.asarray(mask)
         model.mask[...] = jnp.asarray(mask)
-        assert held(jitted(variables, inputs), inputs, mask)
-        assert held(jitted_nnx(model, inputs), inputs, mask)
+        assert agrees(jitted(variables, inputs), inputs, mask)
+        assert agrees(jitted_nnx(model, inputs), inputs, mask)
     assert traces == ["linen", "nnx"]
 
 
@@ -196,10 +194,13 @@ def test_gradients_reach_every_parameter_and_not_the_mask(device: str) -> None:
         inputs = put(normal(2, 5, D).astype(np.float64), device)
         variables = torch_to_linen(module, linen_template(PRIME_BIAS, buffer=True))
         model = torch_to_nnx(module, nnx_model())
-        linen = jax.grad(
-            lambda params: jnp.square(LINEN.apply({**variables, "params": params}, inputs)).sum()
-        )
-        gradients = linen(variables["params"])
+
+        def loss(params: Any) -> jax.Array:
+            outputs = LINEN.apply({**variables, "params": params}, inputs)
+            assert isinstance(outputs, jax.Array)
+            return jnp.square(outputs).sum()
+
+        gradients = jax.grad(loss)(variables["params"])
         state = nnx.grad(lambda model: jnp.square(model(inputs)).sum())(model)
     assert "mask" not in state
     for name in ("W_query", "W_key", "W_value"):
@@ -208,11 +209,11 @@ def test_gradients_reach_every_parameter_and_not_the_mask(device: str) -> None:
             ("kernel", linear.weight.grad.cpu().numpy().T),
             ("bias", linear.bias.grad.cpu().numpy()),
         ):
-            for found in (gradients[name][leaf], state[name][leaf][...]):
-                # A key's bias shifts all scores of a row alike: its exact gradient is 0, and only
-                # rounding is left.
+            for gradient in (gradients[name][leaf], state[name][leaf][...]):
+                # A key's bias shifts all scores of a row equally: its exact gradient is 0, and
+                # only rounding is left.
                 scale = float(linear.weight.grad.abs().max())
-                assert np.abs(np.asarray(found) - expected).max() <= FLOAT64_RELATIVE * scale
+                assert np.abs(np.asarray(gradient) - expected).max() <= FLOAT64_RELATIVE * scale
 
 
 def test_vmap_over_masks_and_inputs(device: str) -> None:
@@ -224,7 +225,7 @@ def test_vmap_over_masks_and_inputs(device: str) -> None:
 
     mapped = jax.vmap(forward)(jnp.asarray(masks), inputs)
     for outputs, mask, example in zip(mapped, masks, inputs, strict=True):
-        assert held(outputs, example, mask)
+        assert agrees(outputs, example, mask)
 
 
 def test_donated_variables(device: str) -> None:
@@ -232,20 +233,20 @@ def test_donated_variables(device: str) -> None:
     step = jax.jit(
         lambda variables, inputs: (variables, LINEN.apply(variables, inputs)), donate_argnums=0
     )
-    given = jax.device_put(linen_variables(), jax.devices(device)[0])
-    variables, outputs = step(given, inputs)
-    assert given["buffers"]["mask"].is_deleted()
-    assert held(outputs, inputs)
-    assert held(step(variables, inputs)[1], inputs)
+    donated = jax.device_put(linen_variables(), jax.devices(device)[0])
+    variables, outputs = step(donated, inputs)
+    assert donated["buffers"]["mask"].is_deleted()
+    assert agrees(outputs, inputs)
+    assert agrees(step(variables, inputs)[1], inputs)
 
 
 @pytest.mark.slow
 def test_sharded_variables_in_a_child_process() -> None:
-    """Two host devices: inputs split by batch, kernels by column, the mask by row."""
+    """On two host devices, inputs are split by batch, kernels by column, the mask by row."""
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    found = run_module("tests.modules.sharded", environment=environment)
-    assert found["devices"] == 2
-    assert found["round_trip"]
-    assert found["placed_like_the_template"]
-    assert found["sharing_refused"]
-    assert found["error_over_bound"] <= 1.0
+    results = run_module("tests.modules.sharded", environment=environment)
+    assert results["devices"] == 2
+    assert results["round_trip"]
+    assert results["placed_like_the_template"]
+    assert results["sharing_refused"]
+    assert results["error_over_bound"] <= 1.0

@@ -1,11 +1,11 @@
-"""The three implementations compute the same function, whatever the mask says."""
+"""The three implementations compute the same function under any mask."""
 
 import numpy as np
 import pytest
 import torch
 
 from compare.proof.agreement import agreement
-from compare.proof.cases import CASES, FRAMEWORKS, PRIME, PRIME_BIAS, Case
+from compare.proof.cases import CASES, FRAMEWORKS, PRIME, PRIME_BIAS, Case, Framework
 from compare.proof.rounding_bound import FLOAT64_RELATIVE
 from compare.runners.run import run
 
@@ -14,7 +14,7 @@ from ..support import judge, normal, numpy_state_of
 DTYPES = ("float32", "float64")
 T = PRIME.context_length
 
-# Drawn row by row: 0 is open, anything else is blocked.
+# Written row by row: 0 is open, any other value blocks.
 CAUSAL_EDITED = [
     [0, 2, 2, 2, 2, 2, 2],
     [0, 0, 2, 2, 2, 2, 2],
@@ -69,36 +69,36 @@ MASKS = {
 @pytest.mark.parametrize("name", FRAMEWORKS)
 @pytest.mark.slow
 def test_within_the_rounding_bound_of_the_reference(
-    name: str, case: Case, dtype: str, device: str
+    name: Framework, case: Case, dtype: str, device: str
 ) -> None:
-    found = judge(
+    result = judge(
         name, case.config, numpy_state_of(case.config, dtype), case.inputs().astype(dtype), device
     )
-    assert found.held, found
+    assert result.held, result
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(", ", "-"))
 @pytest.mark.parametrize("name", ["linen", "nnx"])
-def test_float64_equals_torch(name: str, case: Case, device: str) -> None:
+def test_float64_equals_torch(name: Framework, case: Case, device: str) -> None:
     state, inputs = numpy_state_of(case.config, "float64"), case.inputs().astype(np.float64)
     torch_outputs = run("torch", case.config, state, inputs, device=device)
-    found = agreement(run(name, case.config, state, inputs, device=device), torch_outputs)
-    assert found.relative <= FLOAT64_RELATIVE, found
+    result = agreement(run(name, case.config, state, inputs, device=device), torch_outputs)
+    assert result.relative <= FLOAT64_RELATIVE, result
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("tokens", [5, T])
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_obeys_any_mask(name: str, tokens: int, mask: np.ndarray, device: str) -> None:
+def test_obeys_any_mask(name: Framework, tokens: int, mask: np.ndarray, device: str) -> None:
     state = numpy_state_of(PRIME_BIAS, "float32", mask)
-    found = judge(
+    result = judge(
         name, PRIME_BIAS, state, normal(2, tokens, PRIME_BIAS.input_embedding_dim), device
     )
-    assert found.held, found
+    assert result.held, result
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_a_closed_row_is_nan_and_no_other(name: str, device: str) -> None:
+def test_a_closed_row_is_nan_and_no_other(name: Framework, device: str) -> None:
     state = numpy_state_of(PRIME, "float32", MASKS["row closed"])
     outputs = run(name, PRIME, state, normal(2, 5, PRIME.input_embedding_dim), device=device)
     assert np.isnan(outputs[:, 2]).all()
@@ -107,7 +107,9 @@ def test_a_closed_row_is_nan_and_no_other(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_empty_inputs_give_empty_outputs(name: str, shape: tuple[int, int], device: str) -> None:
+def test_empty_inputs_give_empty_outputs(
+    name: Framework, shape: tuple[int, int], device: str
+) -> None:
     inputs = np.zeros((*shape, PRIME.input_embedding_dim), dtype=np.float32)
     outputs = run(name, PRIME, numpy_state_of(PRIME, "float32"), inputs, device=device)
     assert outputs.shape == (*shape, PRIME.output_embedding_dim)
@@ -115,18 +117,18 @@ def test_empty_inputs_give_empty_outputs(name: str, shape: tuple[int, int], devi
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_without_the_buffer_it_is_the_same_function(name: str, device: str) -> None:
+def test_without_the_buffer_it_is_the_same_function(name: Framework, device: str) -> None:
     state = numpy_state_of(PRIME, "float32")
     inputs = normal(2, 5, PRIME.input_embedding_dim)
     without = {key: tensor for key, tensor in state.items() if key != "mask"}
     with_buffer, plain = (
-        run(name, PRIME, found, inputs, device=device) for found in (state, without)
+        run(name, PRIME, each, inputs, device=device) for each in (state, without)
     )
     assert np.array_equal(with_buffer, plain)
 
 
 def test_torch_keeps_the_seeded_stream() -> None:
-    """Three Linear layers in the order query, key, value, and nothing else, draw from the generator."""
+    """Only the Linear layers for query, key and value draw random numbers, in that order."""
     torch.manual_seed(5)
     expected = [torch.nn.Linear(13, 11, bias=True).weight for _ in range(3)]
     torch.manual_seed(5)

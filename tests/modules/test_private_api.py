@@ -1,7 +1,9 @@
-"""A torch without its undocumented operators: the package imports, and the formula is taken."""
+"""If torch lacks its undocumented operators, the package imports and uses the formula."""
 
 import subprocess
 import sys
+
+import pytest
 
 SCRIPT = """
 import torch
@@ -25,6 +27,7 @@ module(inputs).sum().backward()
 """
 
 
+@pytest.mark.slow
 def test_without_them_the_formula_is_taken() -> None:
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

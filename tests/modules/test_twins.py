@@ -1,4 +1,4 @@
-"""The files that both frameworks have say the same: what one accepts, the other accepts under the same names."""
+"""The two frameworks' packages match: both take the same arguments under the same names."""
 
 import inspect
 from pathlib import Path

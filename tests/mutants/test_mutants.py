@@ -1,4 +1,4 @@
-"""Every planted bug is seen by a check, and planting one leaves nothing behind."""
+"""A check catches every planted bug, and planting one leaves nothing behind."""
 
 import json
 import re
@@ -14,7 +14,9 @@ from compare.commands import mutants
 from compare.commands.mutants import judge
 from compare.mutants import MUTANTS, Mutant, planted
 
-# Linen runs the same lines; `python -m compare mutants` plants them in NNX too.
+from ..support import sections_of
+
+# Linen runs the same lines of these modules. `python -m compare mutants` plants bugs in NNX too.
 SHARED = (
     *("flax_impl.attention", "flax_impl.fused", "flax_impl.mask_tiles"),
     *("compare.conversion.match", "compare.conversion.tensors", "compare.conversion.apply_mapping"),
@@ -38,7 +40,7 @@ ORDER = (
 
 
 def seen_by() -> dict[str, list[str]]:
-    """The checks that saw each bug when all were run, from the record, the quickest first."""
+    """The checks that caught each bug according to the record, the quickest first."""
     record = json.loads(
         files("compare").joinpath("records/mutants-cpu.json").read_text(encoding="utf-8")
     )
@@ -47,7 +49,7 @@ def seen_by() -> dict[str, list[str]]:
         for block in record["sections"][-1]["blocks"]
         if "planted bugs and checks" in str(block).lower()
     )
-    # A check that was not run any more, since another had seen the bug, has no number.
+    # A check has no number if it did not run because another had already caught the bug.
     rows = {name: [float(cell or 0.0) for cell in row] for name, row in grid["rows"].items()}
     ratios = {name: dict(zip(grid["columns"], row, strict=True)) for name, row in rows.items()}
     return {
@@ -60,7 +62,7 @@ SEEN_BY = seen_by()
 
 
 def test_every_pattern_matches_its_module() -> None:
-    """A line that was changed has lost its planted bug; `planted` would refuse it too."""
+    """A bug cannot be planted in a line that has changed; `planted` would refuse it too."""
     for mutant in MUTANTS:
         source = Path(str(import_module(mutant.module).__file__)).read_text(encoding="utf-8")
         for pattern, replacement in mutant.changes:
@@ -100,14 +102,12 @@ def test_planting_is_undone_and_needs_a_place() -> None:
 
 @pytest.mark.slow
 def test_the_table_names_what_was_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change that changes nothing is seen by no check, and the verdict says so."""
+    """No check catches a change without effect, and the verdict says so."""
     harmless = Mutant("harmless", "torch", "torch_impl.attention", (("queries @", "queries  @"),))
     seen = next(mutant for mutant in MUTANTS if mutant.name == "no scale")
     monkeypatch.setattr(mutants, "MUTANTS", (harmless, seen))
     monkeypatch.setattr(mutants, "CHECKS", {"stages": mutants.CHECKS["stages"]})
-    honest, planted_bugs = [
-        found for found in mutants.sections(configurations=2) if not isinstance(found, str)
-    ]
+    honest, planted_bugs = sections_of(mutants.sections(configurations=2))
     assert [check.held for check in honest.checks] == [True]
     (verdict,) = planted_bugs.checks
     assert (verdict.held, verdict.measured, verdict.count) == (False, "missed: harmless", "1/2")

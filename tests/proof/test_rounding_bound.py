@@ -1,4 +1,4 @@
-"""The judge is tested too: what must fail, fails; and the reference is the formula, the bound a bound."""
+"""The judge rejects wrong arrays, the reference is the formula, and the bound is a bound."""
 
 from typing import Any
 
@@ -14,6 +14,7 @@ from compare.proof.cases import CASES, FRAMEWORKS, Config
 from compare.proof.parity import against_reference, exact_and_limit
 from compare.proof.reference import attention_stages, masked_attention
 from compare.proof.rounding_bound import EXP_ULPS, PRECISIONS, overflow
+from compare.report.model import Section, Table
 from compare.runners.run import run
 
 from ..support import normal, numpy_state_of
@@ -84,16 +85,17 @@ def test_one_ulp_beyond_the_limit_fails_and_at_it_holds() -> None:
 
 def test_one_wrong_entry_counts_the_same_among_a_million() -> None:
     for size in (1, 10**6):
-        found = np.zeros(size)
-        found[size // 2] = 1.5
-        assert agreement(found, np.zeros(size), 1.0).ratio == 1.5
+        array = np.zeros(size)
+        array[size // 2] = 1.5
+        assert agreement(array, np.zeros(size), 1.0).ratio == 1.5
     with pytest.raises(ValueError, match="dimensions"):
         agreement(np.ones(1), np.zeros(1), np.ones((2, 1)))
 
 
 def test_the_judge_names_the_worst_entry() -> None:
-    found = agreement(changed(1.25), ONES, 0.125)
-    assert (found.absolute, found.ratio, found.index, found.held) == (0.25, 2.0, (1, 2), False)
+    result = agreement(changed(1.25), ONES, 0.125)
+    assert (result.absolute, result.ratio, result.index) == (0.25, 2.0, (1, 2))
+    assert not result.held
 
 
 def test_matching_nan_and_inf_hold() -> None:
@@ -112,7 +114,7 @@ def test_nothing_compared_is_an_error() -> None:
 
 @pytest.mark.parametrize("leading", [(), (2,), (2, 3)], ids=str)
 def test_the_reference_is_the_formula_to_50_digits(leading: tuple[int, ...]) -> None:
-    """The sums written out in mpmath, one weight at a time, with and without dropout."""
+    """mpmath adds one weight at a time, with and without dropout."""
     tokens, head_dim, rate = 3, 5, 0.25
     queries, keys, values = (
         normal(*leading, tokens, head_dim, seed=seed).astype(np.float64) for seed in range(3)
@@ -120,8 +122,8 @@ def test_the_reference_is_the_formula_to_50_digits(leading: tuple[int, ...]) -> 
     mask = np.array([[0, 1, 0, 1], [0, 0, 2, 1], [0, 0, 0, 1], [0, 0, 0, 0]], dtype=np.float32)
     keep = np.random.default_rng(4).random((*leading, tokens, tokens)) >= rate
     for kept, dropped in ((None, 0.0), (keep, rate)):
-        found = masked_attention(queries, keys, values, mask, kept, dropped).context
-        assert found.shape == values.shape
+        outputs = masked_attention(queries, keys, values, mask, kept, dropped).context
+        assert outputs.shape == values.shape
         for index in np.ndindex(*leading, tokens):
             expected = _row(
                 queries[index],
@@ -133,7 +135,7 @@ def test_the_reference_is_the_formula_to_50_digits(leading: tuple[int, ...]) -> 
             )
             # float64 sums of at most 5 terms, then an exp, a quotient and 3 terms more: under 64
             # roundings of entries that stay below 8.
-            assert np.abs(found[index] - expected).max() <= 64 * 2.0**-53 * 8
+            assert np.abs(outputs[index] - expected).max() <= 64 * 2.0**-53 * 8
 
 
 def _row(
@@ -157,9 +159,8 @@ def _row(
         return np.array([float(entry) for entry in mixed])
 
 
-@settings(
-    max_examples=30
-)  # sizes are drawn, so that each is compiled anew; `python -m compare bound` draws thousands
+# Each size is compiled again, so there are few examples. `python -m compare bound` draws thousands.
+@settings(max_examples=30)
 @given(
     sizes=st.tuples(*(st.integers(1, 17) for _ in range(3))),
     batch=st.integers(1, 3),
@@ -189,12 +190,12 @@ def test_no_implementation_exceeds_the_bound(
     inputs = (scale * random.standard_normal((batch, tokens, embed))).astype(numpy_dtype(dtype))
     assume(not overflow(inputs, state, mask, PRECISIONS[dtype]))
     for name in FRAMEWORKS:
-        found = against_reference(run(name, config, state, inputs), config, state, inputs)
-        assert found.held, (name, found)
+        result = against_reference(run(name, config, state, inputs), config, state, inputs)
+        assert result.held, (name, result)
 
 
 def test_the_bound_is_not_vacuous() -> None:
-    """A slip of 1 % in the scale lies beyond the float32 bound, one of 1e-9 beyond the float64 bound."""
+    """A 1 % mistake in the scale exceeds the float32 bound; a 1e-9 mistake exceeds float64's."""
     for dtype, slip in (("float32", 1.01), ("float64", 1 + 1e-9)):
         for case in CASES:
             if case.tokens == 1:  # softmax of one score is 1, whatever the scale
@@ -219,9 +220,9 @@ def test_exp_is_as_accurate_as_the_bound_assumes(device: str) -> None:
         ulp = np.spacing(exact.astype(dtype)).astype(np.longdouble)
         with jax.enable_x64(True):
             ours = np.asarray(jnp.exp(jax.device_put(rounded, jax.devices(device)[0])))
-        for found in (torch.exp(torch.from_numpy(rounded).to(device)).cpu().numpy(), ours):
-            assert found.dtype == dtype
-            assert float((np.abs(found - exact) / ulp).max()) <= EXP_ULPS
+        for result in (torch.exp(torch.from_numpy(rounded).to(device)).cpu().numpy(), ours):
+            assert result.dtype == dtype
+            assert float((np.abs(result - exact) / ulp).max()) <= EXP_ULPS
 
 
 @pytest.mark.slow
@@ -229,22 +230,26 @@ def test_the_campaign_counts_every_case_and_sees_a_bound_that_is_too_small(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     *_, section = bound.sections(cases=12, seed=3)
-    assert [row[1] for row in section.blocks[1].rows] == [3, 3, 3, 3]
+    assert isinstance(section, Section)
+    table = section.blocks[1]
+    assert isinstance(table, Table)
+    assert [row[1] for row in table.rows] == [3, 3, 3, 3]
     assert len(section.checks) == 12
     assert all(check.held for check in section.checks)
 
-    def far_too_strict(*given: Any) -> tuple[np.ndarray, np.ndarray]:
-        exact, limit = exact_and_limit(*given)
+    def far_too_strict(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+        exact, limit = exact_and_limit(*arguments)
         return exact, limit / 1e6
 
     monkeypatch.setattr(bound, "exact_and_limit", far_too_strict)
     *_, section = bound.sections(cases=12, seed=3)
+    assert isinstance(section, Section)
     assert not any(check.held for check in section.checks)
 
 
 @pytest.mark.slow
 def test_tf32_lies_between_the_two_bounds() -> None:
-    """Emulated: operands of the scores with 11 bits leave float32's bound and stay in TF32's."""
+    """Emulated TF32, with 11-bit operands of the scores, exceeds float32's bound but not TF32's."""
     mutants = [mutant for mutant in MUTANTS if mutant.name == "TF32 left on"]
     for mutant in mutants:
         with planted(mutant.module, mutant.changes):

@@ -1,4 +1,4 @@
-"""What is said of the processor, and whose fault a leaking product is."""
+"""The report describes the processor and tells its leaking products from our bugs."""
 
 import pytest
 
@@ -10,6 +10,7 @@ from compare.report.machine import machine
 from compare.runners.products import leaking_dtypes
 
 from ..modules.products import LeakingProducts
+from ..support import sections_of
 
 
 def trial(implementation: str) -> Trial:
@@ -37,11 +38,10 @@ def test_a_leaking_processor_changes_no_output(implementation: str) -> None:
 def test_the_check_tells_torchs_fault_from_ours() -> None:
     with LeakingProducts():
         *others, last = sorted(
-            CHECKS["outputs"]("torch", trial("reference"), "cpu"), key=lambda found: not found.held
+            CHECKS["outputs"]("torch", trial("reference"), "cpu"),
+            key=lambda finding: not finding.held,
         )
-        sections = [
-            found for found in checks.sections(["outputs"], "cpu") if not isinstance(found, str)
-        ]
+        sections = sections_of(checks.sections(["outputs"], "cpu"))
     assert all(finding.held for finding in others)
     assert not last.held
     assert last.check == "outputs in bfloat16"
@@ -52,7 +52,7 @@ def test_the_check_tells_torchs_fault_from_ours() -> None:
 
 def test_the_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
-    found = machine()
-    assert {"processor", "cores", "features", "system"} <= found.keys()
-    assert all(found.values())
-    assert found["ATEN_CPU_CAPABILITY"] == "avx2"
+    description = machine()
+    assert {"processor", "cores", "features", "system"} <= description.keys()
+    assert all(description.values())
+    assert description["ATEN_CPU_CAPABILITY"] == "avx2"

@@ -1,4 +1,4 @@
-"""The reference derivatives are the formula's, and each framework's are those of the function that it computes."""
+"""The reference derivatives are those of the formula; each framework's are those of its module."""
 
 from typing import Any
 
@@ -22,12 +22,12 @@ SMALL = Config(3, 2, 5, 0.1, qkv_bias=True)
 
 
 def test_the_written_out_gradient_is_the_derivative_to_50_digits() -> None:
-    """Differentiated by mpmath; the gradient lies within its own running error bound, the second derivative too."""
+    """Both derivatives lie within their running error bounds of mpmath's derivatives."""
     trial = draw(SMALL, 3, np.random.default_rng(0), batch=1, keep=True)
     problem = derivative_problem(trial)
-    found = exact_derivatives(problem)
-    names = list(found)
-    sizes = [found[name].value.value.size for name in names]
+    derivatives = exact_derivatives(problem)
+    names = list(derivatives)
+    sizes = [derivatives[name].value.value.size for name in names]
 
     with mpmath.workdps(50):
         at = mpmath.matrix(
@@ -47,7 +47,8 @@ def test_the_written_out_gradient_is_the_derivative_to_50_digits() -> None:
             place = index - sum(sizes[: names.index(name)])
             first = mpmath.diff(lambda by, index=index: shifted(index, by, 0), 0)
             second = mpmath.diff(lambda by, t, index=index: shifted(index, by, t), (0, 0), (1, 1))
-            for bounded, exact in ((found[name].value, first), (found[name].tangent, second)):
+            pair = derivatives[name]
+            for bounded, exact in ((pair.value, first), (pair.tangent, second)):
                 error = abs(mpmath.mpf(float(bounded.value.ravel()[place])) - exact)
                 assert error <= bounded.error.ravel()[place], (name, place)
 
@@ -61,15 +62,16 @@ def _split(point: list[Any], sizes: list[int]) -> list[list[Any]]:
     return [point[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
-def _scalar(trial: Trial, problem: DerivativeProblem, given: dict[str, list[Any]]) -> Any:
+def _scalar(trial: Trial, problem: DerivativeProblem, entries: dict[str, list[Any]]) -> Any:
     """The sum of outputs times cotangent, written out one entry at a time."""
     width, head, tokens = 3, 2, 3
-    x = [given["inputs"][width * t : width * (t + 1)] for t in range(tokens)]
+    x = [entries["inputs"][width * t : width * (t + 1)] for t in range(tokens)]
+    assert trial.keep is not None
 
     def project(name: str) -> list[list[Any]]:
-        rows = [given[f"{name}.weight"][width * h : width * (h + 1)] for h in range(head)]
+        rows = [entries[f"{name}.weight"][width * h : width * (h + 1)] for h in range(head)]
         return [
-            [mpmath.fdot(x[t], rows[h]) + given[f"{name}.bias"][h] for h in range(head)]
+            [mpmath.fdot(x[t], rows[h]) + entries[f"{name}.bias"][h] for h in range(head)]
             for t in range(tokens)
         ]
 
@@ -122,7 +124,8 @@ def test_flax_gradients_are_those_of_the_function() -> None:
             (variables["params"], inputs),
             2,
         )
-        graph, parameters, rest = nnx.split(ready_nnx(SMALL, state, None), nnx.Param, ...)
+        graph, *states = nnx.split(ready_nnx(SMALL, state, None), nnx.Param, ...)
+        parameters, rest = states
         check_grads(
             lambda params, inputs: nnx.merge(graph, params, rest)(inputs), (parameters, inputs), 2
         )

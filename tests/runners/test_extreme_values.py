@@ -1,4 +1,9 @@
-"""Any magnitude from subnormal to infinite, NaN, -0 and any mask: NaN and inf stand in the same places."""
+"""With extreme inputs and any mask, NaN and infinities stand where the formula puts them.
+
+Inputs are of any magnitude from subnormal to infinite, and NaN and -0.0 are among them.
+"""
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,8 +47,8 @@ MASK_VALUES = {
 
 
 @st.composite
-def trials(draw_value: st.DrawFn, values: tuple[float, ...]) -> Trial:
-    """A trial in which some entries of the inputs are among the values, under a mask of any pattern and dtype."""
+def trials(draw_value: Any, values: tuple[float, ...]) -> Trial:
+    """A trial with some of these values in its inputs, and a mask of any pattern and dtype."""
     trial = draw(CONFIG, TOKENS, np.random.default_rng(draw_value(st.integers(0, 2**16))))
     for _ in range(draw_value(st.integers(0, 5))):
         place = tuple(draw_value(st.integers(0, size - 1)) for size in trial.inputs.shape)
@@ -65,8 +70,8 @@ def test_finite_inputs_stay_within_the_bound(trial: Trial, dtype: str) -> None:
         and not overflow(rounded.inputs, state, state["mask"], PRECISIONS[dtype])
     )
     for name in FRAMEWORKS:
-        found = run(name, CONFIG, rounded.state, rounded.inputs)
-        agreed = against_reference(found, CONFIG, rounded.state, rounded.inputs)
+        outputs = run(name, CONFIG, rounded.state, rounded.inputs)
+        agreed = against_reference(outputs, CONFIG, rounded.state, rounded.inputs)
         assert agreed.held, (name, agreed)
 
 
@@ -81,8 +86,8 @@ def test_nan_and_inf_stand_where_the_formula_puts_them(trial: Trial, dtype: str)
     with np.errstate(invalid="ignore"):
         expected = attention_stages(rounded.inputs, state, state["mask"]).context
     for name in FRAMEWORKS:
-        found = run(name, CONFIG, rounded.state, rounded.inputs)
-        agreed = agreement(pattern(found), pattern(expected), 0.0)
+        outputs = run(name, CONFIG, rounded.state, rounded.inputs)
+        agreed = agreement(pattern(outputs), pattern(expected), 0.0)
         assert agreed.held, (name, agreed)
 
 
@@ -93,7 +98,7 @@ def pattern(array: np.ndarray) -> np.ndarray:
 
 
 def test_the_documented_difference_where_a_dot_product_overflows() -> None:
-    """Partial sums of both signs: PyTorch's vector lanes meet in inf - inf, XLA adds in another order."""
+    """PyTorch adds partial sums of both signs to inf - inf; XLA adds in another order."""
     trial = draw(Config(3, 5, 6, 0.0, qkv_bias=True), TOKENS, np.random.default_rng(0))
     trial.inputs[:, 3, 2] = -1e30
     state, rounded = trial.rounded("float32").state, trial.rounded("float32")

@@ -1,4 +1,4 @@
-"""The notebook's 36 printed rows and both its state dicts, in each implementation."""
+"""Each implementation reproduces the notebook's 36 printed rows and both its state dicts."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 import compare
 from compare.commands import notebook
 from compare.conversion.tensors import torch_state
-from compare.proof.cases import FRAMEWORKS, NOTEBOOK
+from compare.proof.cases import FRAMEWORKS, NOTEBOOK, Framework
 from compare.runners.notebook_figures import PRINT_ROUNDING, figures, initial_states, match_rows
 from compare.runners.run import build_nnx, linen_template
 
@@ -21,7 +21,7 @@ CELLS = {
 @pytest.mark.parametrize(("state", "printed"), CELLS.values(), ids=CELLS)
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_every_printed_row_fits_exactly_one_pattern_of_dropout(
-    name: str, state: int, printed: list, device: str
+    name: Framework, state: int, printed: list, device: str
 ) -> None:
     matches = match_rows(name, initial_states()[state], np.array(printed), device)
     assert len(matches) == 12
@@ -35,12 +35,12 @@ def test_the_three_find_the_same_patterns_and_dropout_was_active() -> None:
     }
     assert dropped["torch"] == dropped["linen"] == dropped["nnx"]
     assert dropped["torch"][:6] != dropped["torch"][6:], (
-        "the same input twice, so a difference is dropout"
+        "the two inputs are the same, so only dropout can make a difference"
     )
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_a_printed_digit_off_by_two_fits_nothing(name: str) -> None:
+def test_a_printed_digit_off_by_two_fits_nothing(name: Framework) -> None:
     printed = np.array(CELLS["3"][1])
     printed[1, 5, 2] += 2e-4
     matches = match_rows(name, initial_states()[0], printed)
@@ -63,14 +63,13 @@ def test_printed_state_dicts(index: int, printed: dict) -> None:
     for key, rows in printed.items():
         name = key.removesuffix(".weight")
         if key == "mask":
-            held = [state[key], variables["buffers"]["mask"], model.mask[...]]
+            arrays = [state[key], variables["buffers"]["mask"], model.mask[...]]
         else:
             kernels = variables["params"][name]["kernel"], getattr(model, name).kernel[...]
-            held = [state[key], *(kernel.T for kernel in kernels)]
-        for found in held:
-            assert (
-                np.abs(np.asarray(found, dtype=np.float64) - np.array(rows)).max() <= PRINT_ROUNDING
-            )
+            arrays = [state[key], *(kernel.T for kernel in kernels)]
+        for array in arrays:
+            error = np.abs(np.asarray(array, dtype=np.float64) - np.array(rows)).max()
+            assert error <= PRINT_ROUNDING
 
 
 def test_the_callers_generator_is_left_alone() -> None:

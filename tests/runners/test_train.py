@@ -1,4 +1,4 @@
-"""What training is made of: the clipping, which Optax has otherwise than torch."""
+"""Gradient clipping in training, which Optax computes in a different way from torch."""
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,13 @@ def clipped(
 ) -> dict[str, np.ndarray]:
     with jax.enable_x64(True):
         updates = {name: jnp.asarray(array) for name, array in gradients.items()}
-        found, _ = clip.update(updates, clip.init(updates))
-        return {name: np.asarray(array) for name, array in found.items()}
+        updates, _ = clip.update(updates, clip.init(updates))
+        return {name: np.asarray(array) for name, array in updates.items()}
 
 
 @pytest.mark.parametrize("scale", [1e-8, 0.01, 1.0, 1e6], ids=["tiny", "below", "above", "huge"])
 def test_clipping_is_torchs(scale: float) -> None:
-    """Norms on both sides of the limit, the whole over all parameters; in float64, where 1e-6 is seen."""
+    """The norm of all parameters lies on both sides of the limit; float64 shows errors of 1e-6."""
     generator = np.random.default_rng(0)
     gradients = {
         "kernel": scale * generator.normal(size=(3, 4)),
@@ -36,15 +36,15 @@ def test_clipping_is_torchs(scale: float) -> None:
     for parameter, array in zip(parameters, gradients.values(), strict=True):
         parameter.grad = torch.from_numpy(array.copy())
     torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
-    found = clipped(gradients, clip_grad_norm(MAX_NORM))
+    ours = clipped(gradients, clip_grad_norm(MAX_NORM))
     for parameter, name in zip(parameters, gradients, strict=True):
         assert parameter.grad is not None
         # One rounding each for the square, the sum of 16, the root, the quotient and the product.
         np.testing.assert_allclose(
-            found[name], parameter.grad.numpy(), rtol=32 * np.finfo(np.float64).eps, atol=0
+            ours[name], parameter.grad.numpy(), rtol=32 * np.finfo(np.float64).eps, atol=0
         )
     plain = clipped(gradients, optax.clip_by_global_norm(MAX_NORM))
     if scale == 1.0:
-        assert not np.allclose(plain["bias"], found["bias"], rtol=1e-8, atol=0), (
-            "Optax's own would have passed"
+        assert not np.allclose(plain["bias"], ours["bias"], rtol=1e-8, atol=0), (
+            "Optax's own clipping would have passed this test"
         )

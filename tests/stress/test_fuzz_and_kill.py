@@ -1,4 +1,4 @@
-"""Short runs of the campaigns whose long ones are in the records, and what the long ones once found."""
+"""Short runs of the fuzz and kill campaigns, and the bad files that long runs once found."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ from compare.stress import fuzz, kill
 from compare.stress.corrupt import FORMATS, seeds, state
 from compare.stress.fuzz_worker import Input, WrongTensorsError, outcome
 
-from ..support import torch_module
+from ..support import sections_of, torch_module
 
 RECORDS = Path(compare.__file__).parent / "records"
 CASES = Path(__file__).parents[1] / "fuzz_cases"
@@ -39,13 +39,13 @@ def test_what_the_fuzzer_found_stays_mended(path: Path) -> None:
 @pytest.mark.slow
 def test_some_mutated_checkpoints(kind: str, inputs: int, tmp_path: Path) -> None:
     made = Input(kind, "suite", tmp_path)
-    found = {outcome(made.make(number)) for number in range(inputs)}
-    assert "refused" in found
-    assert found <= {"refused", "the same", "unverified"}
+    outcomes = {outcome(made.make(number)) for number in range(inputs)}
+    assert "refused" in outcomes
+    assert outcomes <= {"refused", "the same", "unverified"}
 
 
 def test_the_fuzzer_sees_what_it_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that lets another exception out, and one that lets other values through."""
+    """It catches a reader that returns other values, and one that raises another exception."""
     made = Input("safetensors", "suite", tmp_path)
     monkeypatch.setattr(
         "compare.checkpoint.reader.Reader.check", lambda self, path, array, *_: array
@@ -65,7 +65,7 @@ def test_the_fuzzer_sees_what_it_is_for(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_fuzzer_asks_for_every_tensor(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that the file lost, and one that nobody saved."""
+    """It reports a tensor that the file lost, and one that nobody saved."""
     path = seeds(tmp_path, kind)[0]
     assert outcome(path) == "the same"
     for other in ({**state(), "W_out.weight": torch.ones(3, 3)}, {"mask": state()["mask"]}):
@@ -82,9 +82,7 @@ def test_a_short_fuzz_in_processes_of_its_own(
 ) -> None:
     monkeypatch.setattr(fuzz, "SHARES", {**dict.fromkeys(FORMATS, 0.0), "msgpack": 1.0})
     monkeypatch.setattr(fuzz, "FORMATS", ("msgpack",))
-    (section,) = [
-        found for found in fuzz.sections(3, keep=tmp_path / "cases") if not isinstance(found, str)
-    ]
+    (section,) = sections_of(fuzz.sections(3, keep=tmp_path / "cases"))
     assert [check.held for check in section.checks] == [True], section.checks
     assert not (tmp_path / "cases").exists()
 
@@ -96,27 +94,25 @@ def test_the_fuzzers_clock_starts_when_its_readers_are_ready(
     tally = fuzz.FormatCounts()
     for _ in fuzz._campaign("msgpack", 0, 0.0, tally, tmp_path):
         pass
-    assert tally.inputs >= 100, "with no time at all it waits for the first report"
+    assert tally.inputs >= 100, "a campaign of 0 seconds did not wait for the first report"
     assert not tally.bad
     monkeypatch.setattr(fuzz, "FORMATS", ("msgpack",))
     monkeypatch.setattr(fuzz, "_campaign", lambda *_: iter(()))
-    (section,) = [
-        found for found in fuzz.sections(1, keep=tmp_path / "cases") if not isinstance(found, str)
-    ]
-    assert [check.held for check in section.checks] == [None], "nothing was tried"
+    (section,) = sections_of(fuzz.sections(1, keep=tmp_path / "cases"))
+    assert [check.held for check in section.checks] == [None], "a run without inputs has a verdict"
 
 
 @pytest.mark.slow
 def test_a_short_kill_campaign(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kill, "SUFFIXES", (".orbax",))
-    (section,) = [found for found in kill.sections(5) if not isinstance(found, str)]
+    (section,) = sections_of(kill.sections(5))
     assert [check.held for check in section.checks] == [True], section.checks
 
 
 def test_the_kill_campaign_sees_a_writer_that_overwrites(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A file that is cut short is what a plain `torch.save` leaves when it is killed."""
+    """A plain `torch.save` that is killed leaves a truncated file."""
     path = compare.save_checkpoint(tmp_path / "state.pth", kill.state(3))
     tally = kill.FormatCounts()
     assert kill._read(path, tally, 3) == 3
@@ -148,7 +144,7 @@ def test_the_records_are_long_ones_without_a_loss() -> None:
 def test_a_failed_read_waits_for_the_others(
     kind: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else TensorStore calls an event loop that Orbax has closed, and prints so on the user's terminal."""
+    """Otherwise TensorStore calls a closed event loop and prints the error on the terminal."""
     path = tmp_path / "state.orbax"
     with StandardCheckpointer() as checkpointer:
         checkpointer.save(
@@ -227,17 +223,9 @@ def test_two_writers_and_a_reader(suffix: str, tmp_path: Path) -> None:
     for writer in writers:
         writer.start()
     while any(writer.is_alive() for writer in writers):
-        found = compare.read_checkpoint(path)
-        assert (
-            len(
-                {
-                    float(value)
-                    for tensor in found.values()
-                    for value in (tensor.min(), tensor.max())
-                }
-            )
-            == 1
-        )
+        tensors = compare.read_checkpoint(path).values()
+        extremes = [value for tensor in tensors for value in (tensor.min(), tensor.max())]
+        assert len({float(value) for value in extremes}) == 1
     for writer in writers:
         writer.join()
     assert not failed
@@ -246,7 +234,7 @@ def test_two_writers_and_a_reader(suffix: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_target_that_may_not_be_written(suffix: str, tmp_path: Path) -> None:
-    """The folder is a file system without room for another name: what stands for a read-only one, also for root."""
+    """Nobody can make a file in /proc, so it stands for a read-only file system, even for root."""
     with pytest.raises(CheckpointError, match=r"/proc/state.*(could not be written|No such)"):
         compare.save_checkpoint(f"/proc/state{suffix}", torch_module())
 
@@ -255,20 +243,20 @@ def test_a_target_that_may_not_be_written(suffix: str, tmp_path: Path) -> None:
 def test_a_folder_replaced_while_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reader that began with the old one begins again, and never mixes the two."""
+    """A reader that began with the old folder starts again and never mixes the two."""
     path = compare.save_checkpoint(tmp_path / "state.orbax", kill.state(1))
-    opened = []
+    opened: list[str] = []
 
     def replaced(where: str) -> object:
-        found = open_checkpoint(where)
+        reader = open_checkpoint(where)
         if len(opened) < 3:
             compare.save_checkpoint(path, kill.state(2 + len(opened)))
         opened.append(where)
-        return found
+        return reader
 
     monkeypatch.setattr("compare.checkpoint.load.open_checkpoint", replaced)
-    found = compare.read_checkpoint(path)
-    assert {float(tensor.max()) for tensor in found.values()} == {4.0}
+    tensors = compare.read_checkpoint(path)
+    assert {float(tensor.max()) for tensor in tensors.values()} == {4.0}
     assert len(opened) == 4
     torch.save({"x": torch.ones(1)}, tmp_path / "plain.pth")
     with pytest.warns(UnverifiedCheckpoint):
