@@ -20,7 +20,13 @@ from .model import VERDICTS, Cell, Check, Curves, Grid, Histogram, Panels, Repor
 TEXT_WIDTH = 80
 # A pipe has no width, so any table must fit.
 _PIPE_WIDTH = 100_000
-_WHOLE_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
+# Break only between words, and change no character: the lines are looked up in the text.
+_WHOLE_WORDS: Any = {
+    "break_long_words": False,
+    "break_on_hyphens": False,
+    "expand_tabs": False,
+    "replace_whitespace": False,
+}
 _STYLES = {"held": "green", "FAILED": "bold red", "not run": "yellow"}
 
 
@@ -48,9 +54,7 @@ class ReportConsole(Console):
 def print_header(console: Console, report: Report) -> None:
     """Print the versions and the machine."""
     _print_text(console, ", ".join(f"{name} {number}" for name, number in report.versions.items()))
-    _print_text(
-        console, escape("{processor}, {cores} cores, {features}".format_map(report.machine))
-    )
+    _print_text(console, "{processor}, {cores} cores, {features}".format_map(report.machine))
 
 
 def print_section(console: Console, section: Section) -> None:
@@ -59,21 +63,20 @@ def print_section(console: Console, section: Section) -> None:
     for block in section.blocks:
         match block:
             case str():
-                _print_text(console, escape(block))
+                _print_text(console, block)
             case Table():
                 _print_table(console, block)
             case Panels():
                 _print_panels(console, block)
             case Curves(log_x=True):
-                _print_text(console, escape(f"{block.title}: see the plot in the HTML report."))
+                _print_text(console, f"{block.title}: see the plot in the HTML report.")
             case Curves():
                 _print_table(console, _curves_table(block), block.title)
             case Histogram():
                 _print_table(console, _histogram_table(block), block.title)
             case Grid():
                 _print_text(
-                    console,
-                    escape(f"{block.title}: {len(block.rows)} rows, see the JSON or HTML report."),
+                    console, f"{block.title}: {len(block.rows)} rows, see the JSON or HTML report."
                 )
     for check in section.checks:
         if check.held is False:
@@ -81,14 +84,13 @@ def print_section(console: Console, section: Section) -> None:
     console.print()
 
 
-def _print_text(console: Console, markup: str) -> None:
+def _print_text(console: Console, content: str | Text) -> None:
     """Print text wrapped between words; a word longer than a line is not broken."""
-    text = Text.from_markup(markup)
+    text = content if isinstance(content, Text) else Text(content)
     starts, end = [], 0
+    width = min(TEXT_WIDTH, console.width)
     for paragraph in text.plain.splitlines():
-        for line in textwrap.wrap(paragraph, min(TEXT_WIDTH, console.width), **_WHOLE_WORDS) or [
-            ""
-        ]:
+        for line in textwrap.wrap(paragraph, width, **_WHOLE_WORDS) or [""]:
             starts.append(text.plain.index(line, end))
             end = starts[-1] + len(line)
     for part in text.divide(starts[1:]):
@@ -102,7 +104,7 @@ def _print_heading(console: Console, title: str) -> None:
     if len(title) + 2 < width:
         console.print(Rule(f"[bold]{escape(title)}", align="left"), width=width)
     else:
-        _print_text(console, f"[bold]{escape(title)}")
+        _print_text(console, Text(title, style="bold"))
 
 
 def print_summary(console: Console, report: Report) -> None:
@@ -128,7 +130,7 @@ def print_summary(console: Console, report: Report) -> None:
 def _print_check(console: Console, check: Check) -> None:
     verdict = VERDICTS[check.held]
     line = f"{check.name} ({check.implementation}): {check.measured}; expected {check.expected}"
-    _print_text(console, f"[{_STYLES[verdict]}]{verdict}[/] {escape(line)}")
+    _print_text(console, Text.assemble((verdict, _STYLES[verdict]), f" {line}"))
 
 
 def _curves_table(curves: Curves) -> Table:
