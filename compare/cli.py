@@ -8,12 +8,13 @@ import importlib.util
 import json
 import os
 import shlex
+import signal
 import stat
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -435,6 +436,8 @@ def _run(
         _require_packages("jinja2", "matplotlib")
     _require_writable(json_file, html_file)
     _require_device(device)
+    with suppress(AttributeError, ValueError):  # no such signal, or not in the main thread
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a closed pipe must not lose the files
     console = ReportConsole()
     date = datetime.now().astimezone().isoformat(timespec="seconds")
     report = Report(_Commands.line, date, versions(), look=only_shows, machine=machine())

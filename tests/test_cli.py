@@ -265,3 +265,15 @@ def test_names_in_a_page_are_text() -> None:
     page = html(Report(hostile, "", {}, [Section(hostile, [hostile, panels], [check])]))
     assert "<script" not in page
     assert "NOT everything held" in page
+
+
+def test_help_in_a_closed_pipe_ends_by_sigpipe() -> None:
+    command = [sys.executable, "-m", "compare", "--help"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert process.returncode == -signal.SIGPIPE

@@ -27,7 +27,10 @@ def sections(
         nbytes = sum(spec.nbytes for spec in stored.specs.values())
     section = Section(f"{source} and {target}")
     section.checks.append(comparison_check(differences, tensors, nbytes))
-    if differences:
+    if not differences:
+        cast = f", after the cast to {dtype}" if dtype else ""
+        section.blocks.append(f"All {tensors} tensors are the same, bit for bit{cast}.")
+    else:
         rows = [[difference.name, difference.what] for difference in differences]
         section.blocks.append(Table(["name", "difference"], rows))
     yield section
