@@ -42,6 +42,8 @@ def sections(
         differences = verify_checkpoint(
             source, target, mapping=table, dtype=dtype, progress=progress
         )
+        if dtype is not None:
+            section.blocks.append(f"The comparison is with the source cast to {dtype}.")
         section.checks.append(
             comparison_check(differences, len(conversion.lines), conversion.nbytes)
         )
