@@ -127,7 +127,8 @@ def _time(
                 step = contestant.make(contestant_problem, case.backward)
                 first_call, outputs = _clocked(step)
         except Exception as error:  # a peer may raise anything
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]
+            first_line = str(error).partition("\n")[0]
+            reason = f"{type(error).__name__}: {first_line}"[:200]
             times[name] = Timed(contestant, [], why_not=reason)
             continue
         ratio = 0.0

@@ -278,7 +278,7 @@ def _softmax(
         growth + np.log1p(summed) + 2 * tiles * np.log1p(phi) + 2 * np.log1p(gamma(3 * tiles, u))
     )
     # No weight, exact or computed, exceeds 1 + summed. From a growth of 30 on, only that is used.
-    bound = np.where(growth < 30.0, weights * np.expm1(np.minimum(growth, 30.0)), weights + 1.0)
+    bound = np.where(growth < 30.0, weights * np.expm1(np.minimum(growth, 30.0)), np.inf)
     return np.where(
         opened, np.minimum(bound, 1.0 + summed) + _flushed(0, 3, precision), 0.0 * weights
     )
