@@ -6,6 +6,7 @@ before: NumPy leaves huge pages behind in the allocator.
 
 import ctypes
 import os
+import signal
 import statistics
 import tempfile
 import time
@@ -180,6 +181,7 @@ _PREPARED: list[tuple[Bench, list[Job]]] = []  # set in the timing process
 
 
 def _prepare(folder: Path, megabytes: int, group: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent process
     bench = Bench(folder, megabytes)
     _PREPARED.append((bench, list(bench.jobs(group))))
 

@@ -106,6 +106,7 @@ def _run(step: Step, out: Path, seconds: float) -> Section:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 timeout=seconds,
+                process_group=0,
             )
             code: int | None = process.returncode
         except subprocess.TimeoutExpired:

@@ -103,7 +103,11 @@ class _Reader:
         self.errors = folder / "stderr"
         with self.errors.open("wb") as stream:
             self.process = subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=stream
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                process_group=0,  # Ctrl-C must not reach it: `end` kills it
             )
         self.seed, self.next, self.folder = seed, first, folder
         self.last_message = time.monotonic()
@@ -204,6 +208,7 @@ def _first_bad_input(file_format: str, seed: str, first: int, folder: Path) -> i
                 capture_output=True,
                 timeout=HANG_SECONDS,
                 env=child_environment(ON_CPU),
+                process_group=0,
             )
         except subprocess.TimeoutExpired:
             return number

@@ -86,6 +86,7 @@ def _campaign(suffix: str, counts: FormatCounts, tries: int, rng: random.Random)
             text=True,
             bufsize=1,
             env=child_environment(ON_CPU),
+            process_group=0,  # Ctrl-C must not reach it: it ends when its stdin is closed
         ) as writer:
             assert writer.stdin is not None and writer.stdout is not None
             writer.stdout.readline()

@@ -15,15 +15,6 @@ DTYPES = ("float32", "float64")
 T = PRIME.context_length
 
 # Written row by row: 0 is open, any other value blocks.
-CAUSAL_EDITED = [
-    [0, 2, 2, 2, 2, 2, 2],
-    [0, 0, 2, 2, 2, 2, 2],
-    [0, 0, 0, 2, 2, 2, 2],
-    [0, 0, 0, 0, 2, 2, 2],
-    [0, 0, 0, 0, 0, 2, 2],
-    [0, 0, 0, 0, 0, 0, 2],
-    [0, 0, 0, 0, 0, 0, 0],
-]
 RECTANGLE = [
     [0, 0, 0, 0, 1, 1, 1],
     [0, 0, 0, 0, 1, 1, 1],
@@ -42,25 +33,19 @@ SIGNS = [
     [0, 1, 0, 1, 0, 1, 0],
     [0, 0, 0, 0, 0, 0, 1],
 ]
-ROW_CLOSED = [
-    [0, 1, 1, 1, 1, 1, 1],
-    [0, 0, 1, 1, 1, 1, 1],
-    [1, 1, 1, 1, 1, 1, 1],
-    [0, 0, 0, 0, 1, 1, 1],
-    [0, 0, 0, 0, 0, 1, 1],
-    [0, 0, 0, 0, 0, 0, 1],
-    [0, 0, 0, 0, 0, 0, 0],
-]
+CAUSAL = np.triu(np.ones((T, T), dtype=np.float32), k=1)
+ROW_CLOSED = CAUSAL.copy()
+ROW_CLOSED[2] = 1
 MASKS = {
-    "edited": np.array(CAUSAL_EDITED, dtype=np.float32),
+    "edited": 2 * CAUSAL,
     "rectangle": np.array(RECTANGLE, dtype=np.float32),
     "any nonzero": np.array(SIGNS, dtype=np.float32),
     "open": np.zeros((T, T), dtype=np.float32),
-    "row closed": np.array(ROW_CLOSED, dtype=np.float32),
+    "row closed": ROW_CLOSED,
     "closed": np.ones((T, T), dtype=np.float32),
     "bool": np.array(RECTANGLE, dtype=bool),
-    "int8": np.array(CAUSAL_EDITED, dtype=np.int8),
-    "float16": np.array(CAUSAL_EDITED, dtype=np.float16),
+    "int8": (2 * CAUSAL).astype(np.int8),
+    "float16": (2 * CAUSAL).astype(np.float16),
 }
 
 
