@@ -42,7 +42,7 @@ REPORTS = ("--json", "{json}", "--html", "{html}")
 STEPS = (
     Step("outputs", ("compare", "outputs", "--device", "cuda", *REPORTS), 0.3),
     Step("checks", ("compare", "checks", "--device", "cuda", *REPORTS), 0.5),
-    Step("tests", ("pytest", "-m", "gpu", "-v", "-n", "0", "-p", "no:cacheprovider"), 0.6),
+    Step("tests", ("pytest", "-m", "gpu", "-v", "-p", "no:xdist", "-p", "no:cacheprovider"), 0.6),
     Step(
         "attention",
         (

@@ -1,6 +1,9 @@
 """The command for a GPU machine, tested with steps that need no GPU."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +54,13 @@ def test_each_step_leaves_its_record_and_its_verdict(
     assert json.loads((out / "outputs-cuda.json").read_text())["held"] is True
     assert (out / "outputs-cuda.html").is_file()
     assert "NOT everything held" in (out / "summary.html").read_text()
+
+
+def test_the_tests_step_collects_the_gpu_tests_without_xdist() -> None:
+    """A GPU machine has pytest alone: `-n 0` would be an unknown argument there."""
+    step = next(step for step in gpu.STEPS if step.name == "tests")
+    command = [sys.executable, "-m", *step.arguments, "--collect-only", "-q"]
+    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "-n" not in step.arguments
+    assert int(re.findall(r"(\d+)/\d+ tests collected", done.stdout)[0]) > 100
