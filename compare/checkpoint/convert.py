@@ -216,6 +216,8 @@ def _matched(stored: Reader, like: str | PathLike[str]) -> StateMapping:
                 f"has the {other.layout} layout, as the source has: "
                 "give a checkpoint of the other framework",
             )
+        if other.mapping is not None and _has_names_of(other.mapping, stored):
+            return other.mapping
         torch, flax = (stored, other) if stored.layout == "torch" else (other, stored)
         try:
             return match(named(torch), side_of(flax))
@@ -223,6 +225,13 @@ def _matched(stored: Reader, like: str | PathLike[str]) -> StateMapping:
             raise CheckpointError(
                 stored.path, f"does not pair with {other.path}:\n{error.mismatch}", error.mismatch
             ) from error
+
+
+def _has_names_of(mapping: StateMapping, stored: Reader) -> bool:
+    """Return whether the mapping names every tensor of the checkpoint."""
+    if stored.layout == "torch":
+        return named(stored).keys() <= mapping.by_key.keys() | mapping.left_keys()
+    return mapping.flax == stored.layout and stored.specs.keys() <= mapping.by_path.keys()
 
 
 def _line(path: KeyPath, spec: Spec, tensors: Tensors, source_dtype: str, is_relaid: bool) -> Line:

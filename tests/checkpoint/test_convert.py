@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
+import torch
 
 import compare
 from compare.checkpoint.convert import convert_checkpoint
@@ -79,3 +81,19 @@ def test_a_file_without_a_suffix_is_told_the_known_ones(tmp_path: Path) -> None:
         match=r"unknown suffix '' of a file; name it with one of \.pth, \.pt, \.bin, \.safetensors",
     ):
         open_checkpoint(tmp_path / "passwd")
+
+
+def test_like_takes_the_mapping_of_a_checkpoint_that_has_one(tmp_path: Path) -> None:
+    """Its names do not pair by themselves: `fc` in torch is `dense` in Linen."""
+    source = torch.nn.ModuleDict({"fc": torch.nn.Linear(3, 4)})
+    template = {"params": {"dense": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}}}
+    mapping = compare.match(source, template, rename={"fc": "dense"})
+    variables = compare.torch_to_linen(source, template, mapping=mapping)
+    like = compare.save_checkpoint(tmp_path / "like.msgpack", variables, mapping=mapping)
+    torch.save(source.state_dict(), tmp_path / "plain.pth")
+    with pytest.warns(compare.UnverifiedCheckpoint):
+        convert_checkpoint(tmp_path / "plain.pth", tmp_path / "new.orbax", like=like)
+    assert compare.verify_checkpoint(tmp_path / "new.orbax", like) == []
+    torch.save({"other.weight": torch.ones(4, 3)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="does not pair with"):
+        convert_checkpoint(tmp_path / "other.pth", tmp_path / "other.orbax", like=like)
