@@ -67,10 +67,11 @@ def match(
 
 
 def _advice(mismatch: Mismatch) -> str:
-    unexpected = [entry.name for entry in mismatch.unexpected]
     if not (mismatch.unexpected and mismatch.missing):
         return ""
-    hint = rename_hint(unexpected, {entry.name for entry in mismatch.missing})
+    unexpected = {entry.name: entry.found or () for entry in mismatch.unexpected}
+    missing = {entry.name: entry.expected or () for entry in mismatch.missing}
+    hint = rename_hint(unexpected, missing)
     return hint or 'Pair names that differ with rename={"torch.name": "Flax.name"}.'
 
 

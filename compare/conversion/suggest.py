@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+Shape = tuple[int, ...]
+
 # A suggestion compares one name with all others, so only the first unmatched names get one.
 MAX_SUGGESTIONS = 10
 # Prefixes that wrappers add to every name: DataParallel, torch.compile, Lightning.
@@ -48,7 +50,38 @@ def collection_hint(template: Any) -> str:
     return ""
 
 
-def rename_hint(unexpected: Sequence[str], missing: Collection[str]) -> str:
-    """Return the rules as an argument to paste, or an empty string if there are none."""
-    rules = rename_rules(unexpected, missing)
+def module_rules(unexpected: Mapping[str, Shape], missing: Mapping[str, Shape]) -> dict[str, str]:
+    """Return a rename rule for each module that only one module of the other side can be.
+
+    Two modules can be the same if they have the same leaves with the same sizes, whatever the order
+    of the axes. Nothing is returned unless every unexpected module has just one candidate.
+
+    Args:
+        unexpected: torch names without a counterpart, with their shapes.
+        missing: the names of Flax entries without a counterpart, as torch would write them, with
+            their shapes.
+    """
+    old, new = _signatures(unexpected), _signatures(missing)
+    rules = {}
+    for prefix, signature in old.items():
+        candidates = [other for other, leaves in new.items() if leaves == signature]
+        rivals = [other for other, leaves in old.items() if leaves == signature]
+        if len(candidates) != 1 or len(rivals) != 1 or not prefix or not candidates[0]:
+            return {}
+        rules[prefix] = candidates[0]
+    return rules
+
+
+def _signatures(entries: Mapping[str, Shape]) -> dict[str, tuple[Any, ...]]:
+    """Return the leaves of each module with their sizes."""
+    leaves: dict[str, list[Any]] = {}
+    for name, shape in entries.items():
+        prefix, _, leaf = name.rpartition(".")
+        leaves.setdefault(prefix, []).append((leaf, sorted(shape)))
+    return {prefix: tuple(sorted(items)) for prefix, items in leaves.items()}
+
+
+def rename_hint(unexpected: Mapping[str, Shape], missing: Mapping[str, Shape]) -> str:
+    """Return the rename rules as an argument to paste, or an empty string if there are none."""
+    rules = rename_rules(list(unexpected), missing.keys()) or module_rules(unexpected, missing)
     return f"The names pair with rename={json.dumps(rules)}. " if rules else ""

@@ -54,6 +54,25 @@ def test_names_that_have_nothing_in_common_get_no_rule() -> None:
     assert rename_rules(["encoder.0.fc.weight"], {"decoder_0.fc.weight"}) == {}
 
 
+def test_a_module_that_can_be_only_one_is_suggested() -> None:
+    source = torch.nn.ModuleDict({"fc1": torch.nn.Linear(3, 4), "fc2": torch.nn.Linear(4, 5)})
+    dense = {
+        f"dense{index}": {"kernel": jnp.zeros(sizes), "bias": jnp.zeros(sizes[1])}
+        for index, sizes in enumerate([(3, 4), (4, 5)])
+    }
+    with pytest.raises(compare.ConversionError) as caught:
+        compare.match(source, {"params": dense})
+    assert 'rename={"fc1": "dense0", "fc2": "dense1"}' in str(caught.value)
+    compare.match(source, {"params": dense}, rename={"fc1": "dense0", "fc2": "dense1"})
+
+
+def test_modules_that_are_alike_get_no_rule() -> None:
+    source = torch.nn.ModuleDict({"fc1": torch.nn.Linear(4, 4), "fc2": torch.nn.Linear(4, 4)})
+    layer = {"kernel": jnp.zeros((4, 4)), "bias": jnp.zeros(4)}
+    with pytest.raises(compare.ConversionError, match=r"torch\.name"):
+        compare.match(source, {"params": {"dense0": layer, "dense1": layer}})
+
+
 def test_hundreds_of_names_are_compared_in_no_time() -> None:
     begin = time.process_time()
     with pytest.raises(compare.ConversionError, match="… and 1,188 more"):
