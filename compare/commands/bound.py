@@ -134,7 +134,7 @@ def _section(counts: dict[str, BoundCounts], seed: int) -> Section:
             )
     section.blocks = [
         f'Seed {seed}. "outside" counts the cases in which the dtype may overflow; they are not '
-        "compared. The last columns show the worst error/bound of each implementation.",
+        "compared. The last columns show the worst error/bound of each framework.",
         Table(["dtype", "cases", "outside", *FRAMEWORKS], rows),
         "What the bound would catch: the smallest relative error of the scores that exceeds it, in "
         "the most sensitive case of each size. Above 1 the bound is too wide to check the scores "

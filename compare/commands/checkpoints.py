@@ -114,7 +114,7 @@ def _section(
     section = Section(
         f"Checkpoints {kind} the buffer: the edit is {fate}",
         [
-            f"The mask is edited from {INITIAL:g} to {EDITED:g}, saved by each implementation, and "
+            f"The mask is edited from {INITIAL:g} to {EDITED:g}, saved by each framework, and "
             "loaded by each in a new process. The columns show the entry above the diagonal after "
             "loading.",
             Table(["format", "saved by", *(TITLES[reader] for reader in FRAMEWORKS)], rows),
@@ -139,7 +139,7 @@ def _section(
             "all",
             not differing,
             f"different bytes in {', '.join(differing)}" if differing else "the same bytes",
-            f"the same bytes in {', '.join(same_bytes)}, whichever implementation writes them",
+            f"the same bytes in {', '.join(same_bytes)}, whichever framework writes them",
             f"{len(same_bytes) - len(differing)}/{len(same_bytes)}",
         )
     )

@@ -55,7 +55,7 @@ CHECK_PARTS: dict[str, CheckPart] = {
         trials=(0, -1),
     ),
     "stages": CheckPart(
-        "Stages in float64: where does an implementation first differ?",
+        "Stages in float64: where does a framework first differ?",
         "Each intermediate result is compared with the reference. A failure names the first stage "
         "that differs; later stages only inherit the difference.",
     ),
@@ -66,7 +66,7 @@ CHECK_PARTS: dict[str, CheckPart] = {
     "causality": CheckPart(
         "Causality: what is blocked changes no bit",
         "The tokens of the second half are replaced: no bit of the first half's outputs may "
-        "change. NaN or inf there reaches every row, in all implementations alike, because the "
+        "change. NaN or inf there reaches every row, in all frameworks alike, because the "
         "formula multiplies it by a weight of 0.",
     ),
     "determinism": CheckPart(
@@ -180,7 +180,7 @@ def _add_results(section: Section, name: str, device: str) -> None:
 
 
 def _first_differences(findings: Sequence[Finding]) -> str:
-    """Say which stage is the first to differ in each implementation."""
+    """Say which stage is the first to differ in each framework."""
     differences = []
     for framework in FRAMEWORKS:
         stage = first_differing_stage(

@@ -201,7 +201,7 @@ def _section(verdicts: list[Verdict], largest_without_bug: float) -> Section:
         for verdict in verdicts
     }
     section = Section(
-        f"{len(names)} planted bugs, {len(verdicts)} counting each implementation separately",
+        f"{len(names)} planted bugs, {len(verdicts)} counting each framework separately",
         [
             "The table shows the largest error/limit of any check, and the checks that caught the "
             "bug. inf: a bit, a name or a NaN is wrong. error: the program does not run.",
