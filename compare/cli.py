@@ -544,16 +544,12 @@ def _require_writable(*files: Path | None) -> None:
         if not folder.is_dir():
             raise typer.BadParameter(f"{file}: the folder {folder} does not exist; make it first")
         try:
-            if not stat.S_ISREG(file.stat().st_mode):
-                continue  # a pipe or a device
-        except FileNotFoundError:
-            pass
-        except OSError as error:  # a name that is too long
-            raise typer.BadParameter(f"{file} could not be written: {error}") from error
-        try:
+            with suppress(FileNotFoundError):
+                if not stat.S_ISREG(file.stat().st_mode):
+                    continue  # a pipe or a device
             with tempfile.TemporaryFile(dir=folder):
                 pass
-        except OSError as error:
+        except OSError as error:  # also a name that is too long
             raise typer.BadParameter(f"{file} could not be written: {error}") from error
 
 

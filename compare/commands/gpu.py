@@ -4,16 +4,14 @@ Each step is a process of its own, so that a crash or a hang of one does not los
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..report.model import Block, Cell, Check, Section, Table
+from ..report.model import VERDICTS, Block, Cell, Check, Section, Table
 from ..subprocesses import child_environment
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +100,7 @@ def _run(step: Step, out: Path, seconds: float) -> Section:
             process = subprocess.run(
                 command,
                 cwd=ROOT,
-                env=child_environment({**os.environ, **ENVIRONMENT}),
+                env=child_environment(ENVIRONMENT),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 timeout=seconds,
@@ -112,14 +110,23 @@ def _run(step: Step, out: Path, seconds: float) -> Section:
         except subprocess.TimeoutExpired:
             code = None
     took = time.monotonic() - begin
+    record = files["json"]
+    checks = _checks(record) if record.is_file() else None
     return Section(
         f"{step.name} on cuda",
-        [f"`python -m {' '.join(arguments)}` took {took:.0f} s.", *_content(files["json"])],
-        [_verdict(step.name, code, took, files["json"], out / LOG)],
+        [f"`python -m {' '.join(arguments)}` took {took:.0f} s.", *_content(record, checks)],
+        [_verdict(step.name, code, took, checks, out / LOG)],
     )
 
 
-def _verdict(name: str, code: int | None, seconds: float, record: Path, log: Path) -> Check:
+def _checks(record: Path) -> list[Check]:
+    sections = json.loads(record.read_text(encoding="utf-8"))["sections"]
+    return [Check(**check) for section in sections for check in section["checks"]]
+
+
+def _verdict(
+    name: str, code: int | None, seconds: float, checks: Sequence[Check] | None, log: Path
+) -> Check:
     """Return whether the step held: by its exit code, and by how much it ran."""
     expected = "exit code 0, and something that ran"
     if code is None:
@@ -127,38 +134,23 @@ def _verdict(name: str, code: int | None, seconds: float, record: Path, log: Pat
     last = next(
         (line for line in reversed(log.read_text().splitlines()) if line.strip()), "no output"
     )
-    counts = _counts(record)
     measured = f"exit code {code}: {last.strip()[:200]}"
     # pytest ends with 0 although every test was skipped.
-    ran = counts["held"] + counts["FAILED"] > 0 if counts else " passed" in last
+    ran = " passed" in last if checks is None else any(check.held is not None for check in checks)
     return Check(name, "all", code == 0 and ran, measured, expected)
 
 
-def _counts(record: Path) -> dict[str, int]:
-    if not record.is_file():
-        return {}
-    checks = [check for section in _load(record)["sections"] for check in section["checks"]]
-    return {
-        word: sum(check["held"] is held for check in checks)
-        for word, held in (("held", True), ("FAILED", False), ("not run", None))
-    }
-
-
-def _content(record: Path) -> list[Block]:
+def _content(record: Path, checks: Sequence[Check] | None) -> list[Block]:
     """Return the counts of a step's report, and its failed checks."""
-    if not record.is_file():
+    if checks is None:
         return []
-    counts = ", ".join(f"{count} {word}" for word, count in _counts(record).items())
+    counts = ", ".join(
+        f"{sum(check.held is held for check in checks)} {word}" for held, word in VERDICTS.items()
+    )
     failed: list[Sequence[Cell]] = [
-        [check["name"], check["implementation"], check["measured"], check["expected"]]
-        for section in _load(record)["sections"]
-        for check in section["checks"]
-        if check["held"] is False
+        [check.name, check.implementation, check.measured, check.expected]
+        for check in checks
+        if check.held is False
     ]
     table = [Table(["failed check", "framework", "measured", "expected"], failed)] if failed else []
     return [f"{counts}. Record: {record.name}.", *table]
-
-
-def _load(record: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-    return content

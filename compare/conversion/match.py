@@ -107,7 +107,6 @@ class _Matcher:
     ) -> None:
         if isinstance(source, type):
             raise TypeError(f"source is the class {source.__name__}; give an instance of it")
-        is_module = isinstance(source, torch.nn.Module)
         self.flax = flax_side(template)
         self.tensors: dict[str, Any] = (
             source.state_dict(keep_vars=True)
@@ -118,8 +117,8 @@ class _Matcher:
         self.kinds: dict[str, str] = {
             key: tensor.kind for key, tensor in self.tensors.items() if hasattr(tensor, "kind")
         }
-        if is_module:
-            self.kinds |= torch_kinds(source)  # type: ignore[arg-type]
+        if isinstance(source, torch.nn.Module):
+            self.kinds |= torch_kinds(source)
         self.flax_layouts = nnx_layouts(template) if isinstance(template, nnx.Module) else {}
         self.policy = policy
         self.names, unused_names = _renamed(self.tensors, rename)
