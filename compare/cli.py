@@ -565,7 +565,7 @@ def versions() -> dict[str, str]:
 
 
 def _write(console: Console, path: Path, text: str) -> None:
-    from .files import atomic_file
+    from .files.writing import atomic_file
 
     try:
         if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced

@@ -69,6 +69,7 @@ def run(limits: dict[str, str], *arguments: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.processors
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(

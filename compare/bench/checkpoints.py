@@ -26,7 +26,7 @@ from flax import serialization
 from ..checkpoint import load_checkpoint, save_checkpoint
 from ..checkpoint.convert import convert_checkpoint
 from ..conversion.mapping import Row, StateMapping
-from ..files import forget
+from ..files.page_cache import forget
 from ..report.model import Cell, Check, Section, Table
 
 SIDE = 2048

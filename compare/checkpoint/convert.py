@@ -10,8 +10,11 @@ from typing import Any, Literal
 from ..conversion.errors import ConversionError
 from ..conversion.mapping import LINEN, NNX, KeyPath, Left, StateMapping, slashed
 from ..conversion.match import match
+from ..files import writing
+from ..files.errors import FileError
+from ..files.printable import shown
 from .errors import CheckpointError
-from .formats import KNOWN, exists, format_of, open_checkpoint, shards
+from .formats import KNOWN, exists, format_of, shards
 from .load import named, side_of, steady
 from .reader import Reader
 from .save import writable, write
@@ -68,6 +71,7 @@ def convert_checkpoint(
     dtype: str | None = None,
     shard_bytes: int | None = None,
     dry_run: bool = False,
+    memory: int | None = None,
     progress: Progress = silent,
 ) -> Conversion:
     """Write the content of the source to the target. The target's suffix selects the format.
@@ -86,6 +90,8 @@ def convert_checkpoint(
             number would become infinite.
         shard_bytes: write a folder of safetensors files of at most this size, with an index.
         dry_run: only return what would be done.
+        memory: the most bytes that what is read and held at once may take. Default: the memory that
+            is free.
         progress: called with the bytes done and the total bytes.
 
     Raises:
@@ -107,12 +113,7 @@ def convert_checkpoint(
             path, "like has no effect beside mapping", mend="leave mapping or like out"
         )
     resolved = writable(path, chosen) if chosen else _folder(path)
-    source_path = Path(source)
-    if exists(source_path) and resolved in (source_path.resolve(), *source_path.resolve().parents):
-        raise CheckpointError(
-            path,
-            "is the source, or a folder that contains it: write to another place, then rename",
-        )
+    require_apart(path, resolved, [Path(source), *([Path(like)] if like is not None else [])])
 
     def work(stored: Reader) -> Conversion:
         is_relaid = _target_layout(stored, allowed, layout) != _torch_or_flax(stored.layout)
@@ -128,18 +129,27 @@ def convert_checkpoint(
             stored, allowed, mapping=mapping, like=like, layout=layout, dtype=dtype
         )
         if not dry_run:
+            require_apart(path, resolved, stored.snapshot.states)
             counted = watched(tensors, progress)
             if chosen is not None:
-                write(path, resolved, chosen, counted)
+                write(path, resolved, chosen, counted, stored.require_current)
             else:
                 assert shard_bytes is not None
                 write_shards = partial(shards.write, shard_bytes=shard_bytes)
-                sharded = format_of("x.safetensors")._replace(write=write_shards)
-                write(path, resolved, sharded, counted)
+                sharded = format_of("x.safetensors")._replace(write=write_shards, open=shards.open_)
+                write(path, resolved, sharded, counted, stored.require_current)
         left = tensors.mapping.left if tensors.layout != stored.layout and tensors.mapping else ()
         return Conversion(lines, stored.checked, left)
 
-    return steady(source, work)
+    return steady(source, work, memory, is_settled=not dry_run)
+
+
+def require_apart(path: Path, target: Path, inputs: Iterable[Path]) -> None:
+    """Raise CheckpointError if writing the target would change an input."""
+    try:
+        writing.require_apart(target, inputs, path)
+    except FileError as error:
+        raise CheckpointError.of(error) from error
 
 
 def planned(
@@ -209,7 +219,9 @@ def _mapping(
 
 
 def _matched(stored: Reader, like: str | PathLike[str]) -> StateMapping:
-    with open_checkpoint(like) as other:
+    """Return how the names of the source pair with those of a checkpoint of the other framework."""
+
+    def work(other: Reader) -> StateMapping:
         if (other.layout == "torch") == (stored.layout == "torch"):
             raise CheckpointError(
                 like,
@@ -218,13 +230,26 @@ def _matched(stored: Reader, like: str | PathLike[str]) -> StateMapping:
             )
         if other.mapping is not None and _has_names_of(other.mapping, stored):
             return other.mapping
-        torch, flax = (stored, other) if stored.layout == "torch" else (other, stored)
-        try:
-            return match(named(torch), side_of(flax))
-        except ConversionError as error:
-            raise CheckpointError(
-                stored.path, f"does not pair with {other.path}:\n{error.mismatch}", error.mismatch
-            ) from error
+        return paired(stored, other)
+
+    return steady(like, work, stored.budget.limit)
+
+
+def paired(stored: Reader, other: Reader) -> StateMapping:
+    """Return how the names of two checkpoints pair, as `compare.match` finds it.
+
+    Raises:
+        CheckpointError: they do not pair.
+    """
+    torch, flax = (stored, other) if stored.layout == "torch" else (other, stored)
+    try:
+        return match(named(torch), side_of(flax))
+    except ConversionError as error:
+        raise CheckpointError(
+            stored.path,
+            f"does not pair with {shown(other.path)}:\n{error.mismatch}",
+            error.mismatch,
+        ) from error
 
 
 def _has_names_of(mapping: StateMapping, stored: Reader) -> bool:

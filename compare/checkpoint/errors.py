@@ -1,20 +1,16 @@
 """The errors and warnings of reading and writing checkpoints."""
 
-from os import PathLike, fspath
+from os import PathLike
+from typing import Any
 
-from ..conversion.errors import Mismatch, shown
+from ..conversion.errors import Mismatch
+from ..files.errors import FileError
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FileError):
     """A checkpoint could not be written or read.
 
     Attributes:
-        path: the file or folder.
-        reason: what is wrong.
-        key: the name of the entry that is wrong, if it is one entry.
-        expected: what was expected, in words.
-        found: what was found, in words.
-        mend: what to do about it.
         mismatch: the entries that differ, if the file was read but does not fit the target.
     """
 
@@ -23,19 +19,22 @@ class CheckpointError(ValueError):
         path: str | PathLike[str],
         reason: str,
         mismatch: Mismatch | None = None,
-        *,
-        key: str = "",
-        expected: str = "",
-        found: str = "",
-        mend: str = "",
+        **details: Any,
     ) -> None:
-        self.path = fspath(path)
-        self.reason = reason
         self.mismatch = mismatch if mismatch is not None else Mismatch()
-        self.key, self.expected, self.found, self.mend = key, expected, found, mend
-        parts = [f"expected {expected}" if expected else "", f"found {found}" if found else ""]
-        message = "; ".join([f"{shown(self.path)}: {reason}", *(part for part in parts if part)])
-        super().__init__(message + (f": {mend}" if mend else ""))
+        super().__init__(path, reason, **details)
+
+    @classmethod
+    def of(cls, error: FileError, path: str | PathLike[str] | None = None) -> "CheckpointError":
+        """Return the error of a file as the error of the checkpoint at `path`."""
+        return cls(
+            error.path if path is None else path,
+            error.reason,
+            key=error.key,
+            expected=error.expected,
+            found=error.found,
+            mend=error.mend,
+        )
 
 
 class UnverifiedCheckpoint(UserWarning):

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from stat import S_ISDIR
 from typing import Any, NamedTuple, TypeVar, get_args, overload
 
 import jax
@@ -14,12 +13,14 @@ from flax import nnx
 
 from ..conversion.apply_mapping import flax_from_torch
 from ..conversion.convert import StateDict, Variables
-from ..conversion.errors import ConversionError, shown
+from ..conversion.errors import ConversionError
 from ..conversion.mapping import LINEN, NNX, KeyPath, Policy, StateMapping, slashed
 from ..conversion.match import allowing, match
 from ..conversion.state_kinds import FlaxSide, flax_side, specs_side
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from ..dtypes import numpy_dtype
+from ..files.printable import shown
+from ..files.reading import Snapshot
 from .errors import CheckpointError, UnverifiedCheckpoint
 from .formats import open_checkpoint
 from .formats.shards import index_in
@@ -43,6 +44,7 @@ def load_checkpoint(
     mapping: StateMapping | None = None,
     policy: Mapping[str, Policy] | None = None,
     cast: bool = False,
+    memory: int | None = None,
 ) -> Module: ...
 @overload
 def load_checkpoint(
@@ -52,6 +54,7 @@ def load_checkpoint(
     mapping: StateMapping | None = None,
     policy: Mapping[str, Policy] | None = None,
     cast: bool = False,
+    memory: int | None = None,
 ) -> Variables: ...
 def load_checkpoint(
     path: str | PathLike[str],
@@ -60,6 +63,7 @@ def load_checkpoint(
     mapping: StateMapping | None = None,
     policy: Mapping[str, Policy] | None = None,
     cast: bool = False,
+    memory: int | None = None,
 ) -> Any:
     """Load parameters and buffers that `save_checkpoint`, or the format's own library, wrote.
 
@@ -76,11 +80,13 @@ def load_checkpoint(
             keeps its own value, and a value of the file is dropped. `verify`: the same, but only if
             the value is the standard causal mask.
         cast: whether floating values may be cast to the target's dtype.
+        memory: the most bytes that what is read and held at once may take. Default: the memory that
+            is free.
 
     Raises:
-        CheckpointError: the file does not exist, is not of this format, or has other values than
-            were saved; or entries do not fit the target: they are missing, unexpected, of another
-            shape, or (for torch) of another dtype. The target is unchanged.
+        CheckpointError: the file does not exist, is not of this format, needs more memory, or has
+            other values than were saved; or entries do not fit the target: they are missing,
+            unexpected, of another shape, or (for torch) of another dtype. The target is unchanged.
 
     Warns:
         UnverifiedCheckpoint: the file has no manifest, so its values could not be checked.
@@ -126,24 +132,31 @@ def load_checkpoint(
                 error.mismatch,
             ) from error
 
-    assign = steady(path, prepare)
+    assign = steady(path, prepare, memory)
     try:
         return assign()
     except ConversionError as error:
         raise CheckpointError(path, f"was not loaded:\n{error.mismatch}", error.mismatch) from error
 
 
-def read_checkpoint(path: str | PathLike[str], *, mapping: StateMapping | None = None) -> StateDict:
+def read_checkpoint(
+    path: str | PathLike[str],
+    *,
+    mapping: StateMapping | None = None,
+    memory: int | None = None,
+) -> StateDict:
     """Return the content of a checkpoint as a torch state dict on the CPU.
 
     Args:
         path: the file or folder.
         mapping: how torch and Flax names pair, for a file in Flax's layout without a mapping in its
             manifest. The attention classes need none.
+        memory: the most bytes that what is read and held at once may take. Default: the memory that
+            is free.
 
     Raises:
         CheckpointError: the path does not exist, or is not a checkpoint of the format that its
-            suffix selects.
+            suffix selects, or it needs more memory.
     """
 
     def read(stored: Reader) -> StateDict:
@@ -163,32 +176,46 @@ def read_checkpoint(path: str | PathLike[str], *, mapping: StateMapping | None =
                 mend="pass mapping=compare.match(module, template)",
             ) from error
 
-    return steady(path, read)
+    return steady(path, read, memory)
 
 
-def steady(path: str | PathLike[str], work: Callable[[Reader], Result]) -> Result:
-    """Open the checkpoint and do the work; start again if the checkpoint was replaced meanwhile.
+def steady(
+    path: str | PathLike[str],
+    work: Callable[[Reader], Result],
+    memory: int | None = None,
+    *,
+    is_settled: bool = False,
+) -> Result:
+    """Open the checkpoint and do the work; start again if the checkpoint was changed meanwhile.
 
     So the work sees the old checkpoint or the new one, never a mixture.
 
+    Args:
+        path: the file or folder.
+        work: what to do with the open checkpoint.
+        memory: the most bytes that what is read and held at once may take.
+        is_settled: whether the work itself calls `require_current` before its result counts.
+
     Raises:
-        CheckpointError: opening or the work failed, or the checkpoint was replaced too often.
+        CheckpointError: opening or the work failed, or the checkpoint was changed too often.
     """
     for _ in range(_MAX_TRIES):
-        before = _identity(Path(path))
+        before = _snapshot(Path(path))
         try:
-            with open_checkpoint(path) as stored:
+            with open_checkpoint(path, memory) as stored:
                 result = work(stored)
+                if not is_settled:
+                    stored.require_current()
                 unverified = not stored.checked
         except CheckpointError:
-            if before == _identity(Path(path)):
+            if before.is_current():
                 raise
             continue
-        if before == _identity(Path(path)):
+        if is_settled or before.is_current():
             if unverified:
                 warnings.warn(
-                    f"{path} has no manifest, so it is not known whether its values are those "
-                    "that were saved",
+                    f"{shown(path)} has no manifest, so it is not known whether its values are "
+                    "those that were saved",
                     UnverifiedCheckpoint,
                     stacklevel=3,
                 )
@@ -200,21 +227,13 @@ def steady(path: str | PathLike[str], work: Callable[[Reader], Result]) -> Resul
     )
 
 
-def _identity(path: Path) -> list[tuple[int, ...]]:
-    """Return numbers that change when the checkpoint at the path is replaced.
-
-    A folder is identified by the files in it that are written last.
-    """
+def _snapshot(path: Path) -> Snapshot:
+    """Return the state of the checkpoint; of a folder, that of the files written last."""
     try:
-        index = index_in(path)
-        parts = [path, path / "_METADATA", index or path] if path.is_dir() else [path]
-        stats = [part.stat() for part in parts if part.exists()]
+        parts = [path, path / "_METADATA", index_in(path) or path] if path.is_dir() else [path]
     except (OSError, ValueError, RuntimeError):
-        return []
-    return [
-        (stat.st_dev, stat.st_ino, 0 if S_ISDIR(stat.st_mode) else stat.st_mtime_ns)
-        for stat in stats
-    ]
+        parts = [path]
+    return Snapshot.of(parts)
 
 
 class _Named(NamedTuple):

@@ -8,7 +8,6 @@ compute it as fast as they read memory, and Python has it built in. Version 1 us
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from ..conversion.errors import shown
 from ..conversion.mapping import KeyPath, StateMapping, slashed
 from ..conversion.state_kinds import linen_kind
+from ..files.memory import Budget
+from ..files.printable import shown
+from ..files.reading import parse_json
 from .blocks import blocks
 from .errors import CheckpointError
 from .tensors import FileLayout, Spec, Tensors, checked
@@ -110,14 +111,15 @@ class Manifest:
         return json.dumps(content, separators=(",", ":"))
 
     @classmethod
-    def loads(cls, text: Any) -> "Manifest":
-        """Return the manifest that this JSON describes.
+    def loads(cls, text: Any, path: Path, budget: Budget) -> "Manifest":
+        """Return the manifest that this JSON of the checkpoint at `path` describes.
 
         Raises:
+            FileError: it does not fit the budget.
             ValueError: the JSON is not a valid manifest, or its version is unknown.
         """
         try:
-            content = json.loads(text)
+            content = parse_json(text, path, budget, "its manifest")
             if content["version"] not in (1, VERSION):
                 raise ValueError(
                     f"its manifest has version {content['version']!r}; this program knows {VERSION}"
@@ -132,22 +134,22 @@ class Manifest:
             if len(records) != len(content["tensors"]):
                 raise ValueError("its manifest has a tensor twice")
             aliases = {_path(path): _path(first) for path, first in content["aliases"]}
-            for path in (*records, *aliases):
-                if content["layout"] == "torch" and (len(path) > 1 or type(path[0]) is int):
+            for key in (*records, *aliases):
+                if content["layout"] == "torch" and (len(key) > 1 or type(key[0]) is int):
                     raise ValueError(
-                        f"its manifest has the path {list(path)}, which is not a torch name"
+                        f"its manifest has the path {list(key)}, which is not a torch name"
                     )
-            for path, first in aliases.items():
+            for key, first in aliases.items():
                 if first not in records:
                     raise ValueError(
-                        f"alias {list(path)} refers to a tensor that is not in the file"
+                        f"alias {list(key)} refers to a tensor that is not in the file"
                     )
-                if path in records:
-                    raise ValueError(f"alias {list(path)} is also the name of a stored tensor")
+                if key in records:
+                    raise ValueError(f"alias {list(key)} is also the name of a stored tensor")
             mapping = (
                 None if content["mapping"] is None else StateMapping.from_json(content["mapping"])
             )
-        except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"its manifest is invalid ({type(error).__name__}: {error})"
             ) from error
@@ -264,16 +266,3 @@ def in_manifests_order(
                 mend="the file was changed: take another copy",
             )
     return {key: spec for key, spec in ordered.items() if spec is not None}
-
-
-def no_name_twice(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    """Return the pairs of a JSON or msgpack object as a dict.
-
-    Raises:
-        ValueError: a name occurs twice. The libraries would silently take the last value.
-    """
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"the name {shown(name)} occurs twice")
-    return entries

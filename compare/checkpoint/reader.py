@@ -1,14 +1,19 @@
 """An open checkpoint: names and shapes are known, values are read and checked on demand."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+import mmap
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ..conversion.errors import shown
 from ..conversion.mapping import KeyPath, StateMapping, slashed
-from .blocks import in_batches
+from ..files.errors import FileError
+from ..files.memory import Budget
+from ..files.printable import shown
+from ..files.reading import InputFile, Snapshot
+from .blocks import BLOCK_BYTES, blocks, in_batches
 from .errors import CheckpointError
 from .manifest import Algorithm, Manifest, checksum, start
 from .tensors import FileLayout, Spec, Tensors
@@ -32,6 +37,8 @@ class Reader:
         specs: shape and dtype by path, in the order of the manifest, or else of the file.
         manifest: the manifest. None if the file has none; then values cannot be checked.
         aliases: further names of tensors, each with the first name.
+        budget: the limit of what is read and held.
+        snapshot: the files that it consists of, and their states when they were opened.
         mapped: set it to True if the values are copied anyway; large tensors are then mapped.
     """
 
@@ -44,12 +51,17 @@ class Reader:
         specs: Mapping[KeyPath, Spec],
         manifest: Manifest | None,
         aliases: Mapping[KeyPath, KeyPath] | None = None,
+        *,
+        budget: Budget,
+        snapshot: Snapshot,
     ) -> None:
         self.path = path
         self.layout: FileLayout = layout
         self.specs = specs
         self.manifest = manifest
         self.aliases = aliases or {}
+        self.budget = budget
+        self.snapshot = snapshot
         self.mapped = False
         self._is_closed = False
         self._reading: set[Fetched] = set()
@@ -108,15 +120,14 @@ class Reader:
         """Yield the tensors in order, each checked against its checksum.
 
         Raises:
-            CheckpointError: a tensor is larger than memory, or has other values than were saved.
+            CheckpointError: the tensors together do not fit the budget, or one has other values
+                than were saved.
             ValueError: the checkpoint was closed before all of them were read.
         """
         wanted = list(self.specs if paths is None else paths)
-        room = available_bytes()
-        for path in wanted:
-            self._require_room(path, room)
-        if self._is_closed:
-            raise ValueError("the checkpoint is closed")
+        with self._named():
+            self._require_room(wanted)
+        self._require_open()
         fetched = self._fetch(wanted)
         self._reading.add(fetched)
         remaining = len(wanted)
@@ -134,7 +145,8 @@ class Reader:
         """Yield the checked tensors in order; several are read at a time."""
 
         def read_and_check(path: KeyPath) -> np.ndarray:
-            return self.check(path, *self.read_tensor(path))
+            with self._named():
+                return self.check(path, *self.read_tensor(path))
 
         return in_batches(paths, lambda path: self.specs[path].nbytes, read_and_check)
 
@@ -149,21 +161,19 @@ class Reader:
         Raises:
             CheckpointError: the values are not those that were saved.
         """
-        name = slashed(path)
-        if array.dtype == np.bool_ and array.size and array.view(np.uint8).max() > 1:
-            raise CheckpointError(
-                self.path,
-                f"{shown(name)} is bool and contains bytes other than 0 and 1",
-                key=name,
-                expected="0 and 1",
-                found=str(int(array.view(np.uint8).max())),
-                mend="the file is damaged: take another copy",
-            )
+        self._require_bool(path, array)
         if self.manifest is None:
             return array
+        digest = digest or checksum([array], self.specs[path], self.manifest.algorithm)
+        self.require_checksum(path, digest)
+        return array
+
+    def require_checksum(self, path: KeyPath, digest: str) -> None:
+        """Raise CheckpointError if this is not the checksum of the values that were saved."""
+        assert self.manifest is not None
         expected, algorithm = self.manifest.records[path].checksum, self.manifest.algorithm
-        digest = digest or checksum([array], self.specs[path], algorithm)
         if digest != expected:
+            name = slashed(path)
             raise CheckpointError(
                 self.path,
                 f"the values of {shown(name)} are not those that were saved",
@@ -172,20 +182,67 @@ class Reader:
                 found=digest[:12],
                 mend="the file is damaged: take another copy",
             )
-        return array
 
-    def _require_room(self, path: KeyPath, room: int) -> None:
-        size = self.specs[path].nbytes
-        if size > room:
+    def _require_bool(self, path: KeyPath, array: np.ndarray) -> None:
+        if array.dtype == np.bool_ and array.size and array.view(np.uint8).max() > 1:
             name = slashed(path)
             raise CheckpointError(
                 self.path,
-                f"{shown(name)} declares more than fits into memory",
+                f"{shown(name)} is bool and contains bytes other than 0 and 1",
                 key=name,
-                expected=f"at most {room:,} bytes",
-                found=f"{size:,} bytes of shape {self.specs[path].shape}",
-                mend="the file is hostile, or this machine has too little memory",
+                expected="0 and 1",
+                found=str(int(array.view(np.uint8).max())),
+                mend="the file is damaged: take another copy",
             )
+
+    def parts(self, path: KeyPath) -> Iterator[np.ndarray]:
+        """Yield one tensor in consecutive flat parts, and check its values at the end.
+
+        A part takes a few MB where the format allows it.
+
+        Raises:
+            CheckpointError: the tensor has other values than were saved.
+        """
+        for _, array in self.read([path]):
+            for block in blocks(array):
+                yield block.view(array.dtype)
+
+    def require_current(self) -> None:
+        """Raise CheckpointError if a file of the checkpoint was replaced or written to."""
+        if not self.snapshot.is_current():
+            raise CheckpointError(
+                self.path,
+                "was changed while it was read",
+                mend="read it when nothing writes to it",
+            )
+
+    def _require_room(self, paths: list[KeyPath]) -> None:
+        sizes = {path: self._held_bytes(path) for path in paths}
+        if sizes:
+            largest = max(sizes, key=lambda path: sizes[path])
+            what = f"{shown(slashed(largest))} ({self.specs[largest].shape})"
+            what += f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
+            self.budget.require(sum(sizes.values()), self.path, what, key=slashed(largest))
+
+    def _held_bytes(self, path: KeyPath) -> int:
+        """Return how much memory the values take that `read` yields."""
+        return self.specs[path].nbytes
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise ValueError("the checkpoint is closed")
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Turn errors of files into a CheckpointError that names this checkpoint."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except FileError as error:
+            raise CheckpointError.of(error, self.path) from error
+        except OSError as error:
+            raise CheckpointError(self.path, f"could not be read ({shown(error)})") from error
 
     def __enter__(self) -> "Reader":
         return self
@@ -199,33 +256,93 @@ class Reader:
         self.close()
 
 
-def read_in_parts(
-    spec: Spec, fill: Callable[[int, np.ndarray], None], algorithm: Algorithm | None
-) -> tuple[np.ndarray, str | None]:
-    """Return a new array and its checksum, computed while each part is in the processor's cache.
+class Location(NamedTuple):
+    """Where the bytes of a tensor are: the file, and the offset of the first byte."""
 
-    Args:
-        spec: the spec of the array.
-        fill: copies the file's bytes from an offset into a part of the array.
-        algorithm: the algorithm of the checksum, or None for no checksum.
-    """
-    array = np.empty(spec.shape, spec.numpy)
-    flat = array.reshape(-1).view(np.uint8)
-    digest = start(spec, algorithm) if algorithm else None
-    for begin in range(0, flat.nbytes, PART_BYTES):
-        part = flat[begin : begin + PART_BYTES]
-        fill(begin, part)
+    file: InputFile
+    begin: int
+
+
+class FileReader(Reader):
+    """An open checkpoint whose tensors lie in C order in files, uncompressed."""
+
+    def __init__(self, locations: Mapping[KeyPath, Location], *header: Any, **more: Any) -> None:
+        super().__init__(*header, **more)
+        self._locations = locations
+        self._files = list(dict.fromkeys(location.file for location in locations.values()))
+
+    def location(self, path: KeyPath) -> Location:
+        """Return where the tensor lies."""
+        return self._locations[tuple(map(str, path))]
+
+    def read_tensor(self, path: KeyPath) -> ArrayAndChecksum:
+        """Read one tensor into new memory, or map a large one if `mapped` allows it.
+
+        If a mapped file is cut, the process ends, as with the libraries' own readers. A program
+        that saves by renaming never cuts a file.
+        """
+        spec = self.specs[path]
+        if self._is_mapped(path):
+            return _mapped(*self.location(path), spec), None
+        array = np.empty(spec.shape, spec.numpy)
+        flat = array.reshape(-1).view(np.uint8)
+        digest = start(spec, self.algorithm) if self.algorithm else None
+        for offset in range(0, flat.nbytes, PART_BYTES):
+            part = flat[offset : offset + PART_BYTES]
+            self.fill(path, part.data, offset)
+            if digest:  # while the part is in the processor's cache
+                digest.update(part)
+        return array, digest.hexdigest() if digest else None
+
+    def fill(self, path: KeyPath, part: memoryview, offset: int) -> None:
+        """Fill the memory with the bytes of one tensor from an offset."""
+        file, begin = self.location(path)
+        file.fill(part, begin + offset)
+
+    def parts(self, path: KeyPath) -> Iterator[np.ndarray]:
+        """Yield one tensor in consecutive flat parts of a few MB, and check it at the end."""
+        self._require_open()
+        spec = self.specs[path]
+        if spec.nbytes <= BLOCK_BYTES:
+            yield from super().parts(path)
+            return
+        digest = start(spec, self.algorithm) if self.algorithm else None
+        for offset in range(0, spec.nbytes, BLOCK_BYTES):
+            part = np.empty(min(BLOCK_BYTES, spec.nbytes - offset), np.uint8)
+            with self._named():
+                self.fill(path, part.data, offset)
+            self._require_bool(path, part.view(spec.numpy))
+            if digest:
+                digest.update(part)
+            yield part.view(spec.numpy)
         if digest:
-            digest.update(part)
-    return array, digest.hexdigest() if digest else None
+            self.require_checksum(path, digest.hexdigest())
+
+    def _is_mapped(self, path: KeyPath) -> bool:
+        spec, (_, begin) = self.specs[path], self.location(path)
+        is_aligned = begin % spec.numpy.itemsize == 0
+        return self.mapped and spec.nbytes >= PART_BYTES and is_aligned
+
+    def _held_bytes(self, path: KeyPath) -> int:
+        return 0 if self._is_mapped(path) else super()._held_bytes(path)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            file.close()
 
 
-def available_bytes() -> int:
-    """Return the available memory in bytes."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 2**62
+def _mapped(file: InputFile, begin: int, spec: Spec) -> np.ndarray:
+    """Return the values in the page cache; a part of them is copied when it is written to.
+
+    Raises:
+        FileError: the file has become shorter.
+    """
+    offset = begin % mmap.ALLOCATIONGRANULARITY
+    with file.descriptor() as descriptor:
+        file.require_length(begin + spec.nbytes)
+        memory = mmap.mmap(
+            descriptor, offset + spec.nbytes, access=mmap.ACCESS_COPY, offset=begin - offset
+        )
+    array = np.frombuffer(memory, np.uint8, offset=offset)
+    return array.view(spec.numpy).reshape(spec.shape)

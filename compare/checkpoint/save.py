@@ -2,7 +2,7 @@
 
 import errno
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,14 @@ from flax import nnx
 from torch import Tensor
 
 from ..conversion.convert import StateDict, linen_to_torch, nnx_to_torch
-from ..conversion.errors import ConversionError, shown
+from ..conversion.errors import ConversionError
 from ..conversion.mapping import LINEN, NNX, StateMapping, slashed
 from ..conversion.state_kinds import entries, flax_side, same_memory, torch_kinds
 from ..conversion.tensors import Untransferable, dense, tensor_to_numpy, to_host
+from ..files.errors import FileError
+from ..files.memory import Budget
+from ..files.printable import shown
+from ..files.writing import Rules
 from .errors import CheckpointError
 from .formats import Format, exists, format_of
 from .tensors import Tensors, spec_of, tensors_of
@@ -84,17 +88,49 @@ def writable(path: Path, chosen: Format) -> Path:
     return target
 
 
-def write(path: Path, target: Path, chosen: Format, tensors: Tensors) -> None:
+def write(
+    path: Path,
+    target: Path,
+    chosen: Format,
+    tensors: Tensors,
+    before: Callable[[], None] | None = None,
+) -> None:
     """Write the tensors to `target`; errors name it as the user did, by `path`.
+
+    What was written is opened before it takes the place of an old checkpoint, so that nothing is
+    replaced by what cannot be read.
+
+    Args:
+        path: the path in errors.
+        target: the path to write to.
+        chosen: the format.
+        tensors: what to write.
+        before: called before the new checkpoint takes its place; it may raise.
 
     Raises:
         CheckpointError: the tensors could not be written.
     """
     handled = sys.exception()
+
+    def check(new: Path) -> None:
+        _require_readable(path, chosen, tensors, new)
+        if before is not None:
+            before()
+
+    def is_saved(other: Path) -> bool:
+        """Return whether another save put this there: then the last one wins."""
+        try:
+            with chosen.open(other, Budget()) as stored:
+                return stored.checked
+        except (FileError, OSError):
+            return False
+
     try:
-        chosen.write(target, tensors)
-    except CheckpointError as error:
-        raise error if error.path != str(target) else _renamed(error, path, target) from error
+        chosen.write(target, tensors, Rules(check, may_replace=is_saved))
+    except FileError as error:
+        if isinstance(error, CheckpointError) and error.path != str(target):
+            raise
+        raise CheckpointError.of(error, path) from error
     except Exception as error:  # on a full disk, each library raises its own types
         reason = _root_cause(error, handled)
         if not isinstance(reason, Exception):
@@ -135,19 +171,21 @@ def _mend(reason: Exception, size: int) -> str:
     return f"make room for {size:,} bytes and a little more, or choose another folder"
 
 
-def _renamed(error: CheckpointError, path: Path, target: Path) -> CheckpointError:
-    """Return the error with the user's name for the path."""
-    if str(path) == str(target):
-        return error
-    return CheckpointError(
-        path,
-        error.reason,
-        error.mismatch,
-        key=error.key,
-        expected=error.expected,
-        found=error.found,
-        mend=error.mend,
-    )
+def _require_readable(path: Path, chosen: Format, tensors: Tensors, new: Path) -> None:
+    """Raise CheckpointError unless the new file can be opened, and holds these tensors."""
+    try:
+        with chosen.open(new, Budget()) as stored:
+            if dict(stored.specs) != dict(tensors.specs):
+                raise CheckpointError(path, "it would hold other names or shapes")
+    except FileError as error:
+        raise CheckpointError(
+            path,
+            f"could not be read again, and was not written: {error.reason}",
+            key=error.key,
+            expected=error.expected,
+            found=error.found,
+            mend="use simpler names, fewer tensors, or another format",
+        ) from error
 
 
 def _tensors(path: Path, source: Source, mapping: StateMapping | None, chosen: Format) -> Tensors:

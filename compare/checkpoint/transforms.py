@@ -8,11 +8,12 @@ from threading import Lock
 import numpy as np
 
 from ..conversion.apply_mapping import combined, torch_shape, unfit
-from ..conversion.errors import ConversionError, Mismatch, MismatchEntry, shown
+from ..conversion.errors import ConversionError, Mismatch, MismatchEntry
 from ..conversion.layouts import flax_shape, layout, to_flax, to_torch
 from ..conversion.mapping import KeyPath, Left, Row, StateMapping, slashed
 from ..conversion.unmatched import objection
 from ..dtypes import FLOATING, FLOATS, numpy_dtype
+from ..files.printable import shown
 from .errors import CheckpointError
 from .manifest import is_mask
 from .tensors import Spec, Tensors, whole

@@ -15,10 +15,10 @@ from ..checkpoint.formats import open_checkpoint
 from ..checkpoint.manifest import is_mask
 from ..checkpoint.tensors import Spec, spec_of
 from ..checkpoint.transforms import Progress, silent
-from ..conversion.errors import shown
 from ..conversion.mapping import slashed
 from ..conversion.state_kinds import entries
 from ..conversion.unmatched import host_values
+from ..files.printable import shown
 from ..report.model import Block, Cell, Check, Panels, Section, Table
 
 # Larger masks are shown as a grid of squares, this many along each axis.

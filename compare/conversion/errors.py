@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..files.printable import shown
 from .suggest import near
 
 Shape = tuple[int, ...]
@@ -109,10 +110,3 @@ class ConversionError(ValueError):
 
 class MappingError(ValueError):
     """A mapping file could not be read, or does not contain a valid mapping."""
-
-
-def shown(name: object) -> str:
-    """Return a name from a file for printing: control characters escaped, shortened if long."""
-    text = str(name)
-    text = text if text.isprintable() else repr(text)[1:-1]
-    return text if len(text) <= 200 else f"{text[:100]}…{text[-50:]}"

@@ -9,6 +9,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from ..files.errors import FileError
+from ..files.memory import Budget
+from ..files.printable import shown
+from ..files.reading import parse_json, read_file
+from ..files.writing import atomic_file
 from .errors import MappingError
 from .layouts import known_layout
 
@@ -182,9 +187,7 @@ class StateMapping:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the mapping to a JSON file, atomically."""
-        from ..files import atomic_file
-
-        with atomic_file(Path(path)) as stream:
+        with atomic_file(Path(path).resolve()) as stream:
             stream.write(json.dumps(self.as_json(), indent=1).encode())
 
     @classmethod
@@ -194,18 +197,20 @@ class StateMapping:
         Raises:
             MappingError: the file cannot be read, is not JSON, or is not a valid mapping.
         """
+        name, budget = shown(path), Budget()
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            raw = read_file(Path(path), budget)
+            content = parse_json(raw, Path(path), budget, "its content")
         except OSError as error:
-            raise MappingError(f"{path}: cannot be read: {error.strerror or error}") from error
-        except RecursionError as error:
-            raise MappingError(f"{path}: not a valid mapping: nested too deeply") from error
+            raise MappingError(f"{name}: cannot be read: {error.strerror or error}") from error
+        except FileError as error:
+            raise MappingError(str(error)) from error
         except ValueError as error:
-            raise MappingError(f"{path}: not a valid mapping: not JSON ({error})") from error
+            raise MappingError(f"{name}: not a valid mapping: not JSON ({error})") from error
         try:
             return cls.from_json(content)
         except ValueError as error:
-            raise MappingError(f"{path}: {error}") from error
+            raise MappingError(f"{name}: {error}") from error
 
 
 def _row(entry: Any) -> Row:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..conversion.errors import shown
+from ..files.printable import shown
 from ..report.model import Cell, Check, Section, Table
 from ..subprocesses import ON_CPU, child_environment
 from .corrupt import FORMATS

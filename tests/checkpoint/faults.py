@@ -532,11 +532,6 @@ SAFETENSORS = [
         r"the number of its tensors; expected at most 100,000; found 100,001",
     ),
     Fault(
-        "2 MB of metadata",
-        header_with(lambda h: h.update(__metadata__={"x": "y" * (2 << 20)})),
-        r"2,097,153 characters of metadata",
-    ),
-    Fault(
         "metadata of numbers",
         header_with(lambda h: h.update(__metadata__={"x": 1})),
         r"a metadata value that is not a string",
@@ -544,7 +539,7 @@ SAFETENSORS = [
     Fault(
         "nesting of 100,000",
         lambda folder: put(folder / "state.safetensors", b'{"a":' + b"[" * 100_000, b""),
-        r"its header; expected tensors; found lists nested too deeply",
+        r"its header; expected at most 1 '\[' for 0 tensors; found 100,000",
     ),
     Fault(
         "bool bytes 2 and 255",

@@ -18,13 +18,14 @@ import compare
 from compare.checkpoint import blocks
 from compare.checkpoint.convert import convert_checkpoint
 from compare.checkpoint.errors import CheckpointError, UnverifiedCheckpoint
-from compare.checkpoint.formats import format_of, open_checkpoint, safetensors, torch_zip
+from compare.checkpoint.formats import format_of, open_checkpoint, safetensors
 from compare.checkpoint.manifest import checksum
 from compare.checkpoint.reader import PART_BYTES
 from compare.checkpoint.tensors import Tensors, spec_of, tensors_of
 from compare.checkpoint.verify import verify_checkpoint
 from compare.conversion.mapping import Policy, Row, StateMapping
 from compare.dtypes import DTYPES, numpy_dtype
+from compare.files.writing import NO_RULES
 
 from ..support import same_bits
 from .faults import change_manifest
@@ -54,7 +55,7 @@ def through(
         if torch_names
         else arrays
     )
-    chosen.write(path, held(named, "torch" if torch_names else "nnx"))
+    chosen.write(path, held(named, "torch" if torch_names else "nnx"), NO_RULES)
     with open_checkpoint(path) as stored:
         assert stored.checked
         arrays_read = dict(stored.read())
@@ -324,11 +325,8 @@ def test_reading_ends_with_the_checkpoint(
         next(entries)
 
 
-def test_a_mapped_torch_file_that_is_removed_stays_readable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch_zip, "_SMALL_BYTES", 0)
-    path = compare.save_checkpoint(tmp_path / "state.pth", {"x": torch.ones(1000)})
+def test_a_mapped_torch_file_that_is_removed_stays_readable(tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "state.pth", {"x": torch.ones(PART_BYTES)})
     with open_checkpoint(path) as stored:
         path.unlink()
         stored.mapped = True

@@ -19,11 +19,11 @@ import torch
 from flax import nnx, serialization
 
 import compare
-from compare import files
 from compare.checkpoint.errors import CheckpointError
 from compare.checkpoint.formats import orbax
 from compare.commands import checkpoints
 from compare.conversion.tensors import tensor_to_numpy
+from compare.files import writing
 from compare.proof.cases import FRAMEWORKS, PRIME, PRIME_BIAS, Config
 from compare.runners.run import build_nnx, build_torch, linen_template
 
@@ -592,7 +592,7 @@ def test_an_interrupt_from_before_is_not_the_reason(
     def fail(*_: Any) -> None:
         raise RuntimeError("the writer gave up")
 
-    monkeypatch.setattr(files.os, "fsync", fail)
+    monkeypatch.setattr(writing.os, "fsync", fail)
     try:
         raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -621,8 +621,8 @@ def test_a_failing_writer_leaves_the_old_checkpoint(
     def fail(*_: Any) -> None:
         raise OSError("the disk went away")
 
-    monkeypatch.setattr(files, "_fsync", fail)
-    monkeypatch.setattr(files.os, "fsync", fail)
+    monkeypatch.setattr(writing, "_fsync", fail)
+    monkeypatch.setattr(writing.os, "fsync", fail)
     with pytest.raises(CheckpointError, match=r"could not be written \(the disk went away\)"):
         compare.save_checkpoint(path, torch_module(seed=2))
     monkeypatch.undo()
@@ -635,7 +635,7 @@ def test_a_failing_writer_leaves_the_old_checkpoint(
 def test_folders_are_exchanged_where_the_system_cannot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: object())
+    monkeypatch.setattr(writing.ctypes, "CDLL", lambda *_, **__: object())
     path = compare.save_checkpoint(tmp_path / "state.orbax", torch_module(seed=1))
     compare.save_checkpoint(path, torch_module(seed=2))
     assert torch.equal(

@@ -14,9 +14,9 @@ import torch
 from orbax.checkpoint import StandardCheckpointer
 
 import compare
-from compare import files
 from compare.checkpoint.errors import CheckpointError, UnverifiedCheckpoint
 from compare.checkpoint.formats import open_checkpoint, orbax
+from compare.files import writing
 from compare.stress import fuzz, kill
 from compare.stress.corrupt import FORMATS, seeds, state
 from compare.stress.fuzz_worker import Input, WrongTensorsError, outcome
@@ -179,30 +179,34 @@ def test_a_failed_read_waits_for_the_others(
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_what_a_killed_writer_left_is_swept_by_the_next(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"state{suffix}"
-    left, others = (
+    left, empty, other_path, foreign = (
         tmp_path / f".{path.name}.0123456789ab.tmp",
+        tmp_path / f".{path.name}.0123456789ac.tmp",
         tmp_path / ".other.pth.0123456789ab.tmp",
+        tmp_path / f".{path.name}.0123456789ad.tmp",
     )
-    for name in (left, others):
-        if suffix == ".orbax":
-            name.mkdir()
-            (name / "d").write_bytes(b"x")
-        else:
-            name.write_bytes(b"half")
+    for folder in (left, empty, other_path, foreign):
+        folder.mkdir()
+    for folder in (left, other_path, foreign):
+        (folder / "new").write_bytes(b"half")
+    for folder in (left, other_path):
+        (folder / "owner").write_text("attention-parity 0123456789ab\n")
+    (foreign / "owner").write_text("attention-parity 0123456789ab\n")  # the token of another
     compare.save_checkpoint(path, torch_module())
-    assert {entry.name for entry in tmp_path.iterdir()} == {path.name, others.name}
+    kept = {path.name, other_path.name, foreign.name}
+    assert {entry.name for entry in tmp_path.iterdir()} == kept
 
 
 def test_a_writer_at_work_is_not_swept(tmp_path: Path) -> None:
     path = tmp_path / "state.pth"
-    with files.atomic_file(path) as stream:
+    with writing.atomic_file(path) as stream:
         stream.write(b"mine")
-        files.sweep(path)
+        writing.sweep(path)
         assert len(list(tmp_path.iterdir())) == 1
     assert path.read_bytes() == b"mine"
-    with files.atomic_folder(tmp_path / "folder") as folder:
+    with writing.atomic_folder(tmp_path / "folder") as folder:
         (folder / "x").write_bytes(b"mine")
-        files.sweep(tmp_path / "folder")
+        writing.sweep(tmp_path / "folder")
     assert (tmp_path / "folder" / "x").read_bytes() == b"mine"
 
 
@@ -247,8 +251,8 @@ def test_a_folder_replaced_while_it_is_read(
     path = compare.save_checkpoint(tmp_path / "state.orbax", kill.state(1))
     opened: list[str] = []
 
-    def replaced(where: str) -> object:
-        reader = open_checkpoint(where)
+    def replaced(where: str, memory: int | None) -> object:
+        reader = open_checkpoint(where, memory)
         if len(opened) < 3:
             compare.save_checkpoint(path, kill.state(2 + len(opened)))
         opened.append(where)

@@ -6,6 +6,10 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
+from ...files.errors import FileError
+from ...files.memory import Budget
+from ...files.printable import shown
+from ...files.writing import Rules
 from ..errors import CheckpointError
 from ..reader import Reader
 from ..tensors import Tensors
@@ -20,7 +24,7 @@ class Format(NamedTuple):
         package: the package that must be installed.
         is_folder: whether a checkpoint is a folder.
         layouts: the layouts that it can hold: torch names, or Flax paths.
-        write: writes tensors to a path.
+        write: writes tensors to a path, by the rules of what may be replaced.
         open: opens a path for reading.
     """
 
@@ -28,8 +32,8 @@ class Format(NamedTuple):
     package: str
     is_folder: bool
     layouts: tuple[str, ...]
-    write: Callable[[Path, Tensors], None]
-    open: Callable[[Path], Reader]
+    write: Callable[[Path, Tensors, Rules], None]
+    open: Callable[[Path, Budget], Reader]
 
 
 FORMATS = {
@@ -87,21 +91,26 @@ def _require_package(path: str | PathLike[str], name: str, package: str) -> None
         )
 
 
-def open_checkpoint(path: str | PathLike[str]) -> Reader:
+def open_checkpoint(path: str | PathLike[str], memory: int | None = None) -> Reader:
     """Open a checkpoint of any format. Names and shapes are read now, values on demand.
 
     Use it in a `with` block. A folder without a suffix is an Orbax checkpoint, or shards with an
     index.
 
+    Args:
+        path: the file or folder.
+        memory: the most bytes that what is read and held at once may take. Default: the memory that
+            is free.
+
     Raises:
         CheckpointError: the path does not exist, or is not a checkpoint of the format that its
-            suffix selects.
+            suffix selects, or it needs more memory.
     """
-    path = Path(path)
+    path, budget = Path(path), Budget(memory)
     if not exists(path):
         raise CheckpointError(path, "no such file or folder")
     if shards.index_in(path) is not None:
-        return _opened(path, shards.open_)
+        return _opened(path, shards.open_, budget)
     if path.is_file() and not path.suffix and path.name.lower() not in KNOWN:
         raise CheckpointError(
             path, f"unknown suffix '' of a file; name it with one of {', '.join(FILE_SUFFIXES)}"
@@ -115,7 +124,7 @@ def open_checkpoint(path: str | PathLike[str]) -> Reader:
         )
     if not chosen.is_folder and not path.stat().st_size:
         raise CheckpointError(path, "is empty", mend="take another copy")
-    return _opened(path, chosen.open)
+    return _opened(path, chosen.open, budget)
 
 
 def exists(path: Path) -> bool:
@@ -135,8 +144,12 @@ def exists(path: Path) -> bool:
     return True
 
 
-def _opened(path: Path, open_: Callable[[Path], Reader]) -> Reader:
+def _opened(path: Path, open_: Callable[[Path, Budget], Reader], budget: Budget) -> Reader:
     try:
-        return open_(path)
+        return open_(path, budget)
+    except CheckpointError:
+        raise
+    except FileError as error:
+        raise CheckpointError.of(error, path) from error
     except OSError as error:
-        raise CheckpointError(path, f"could not be read ({error})") from error
+        raise CheckpointError(path, f"could not be read ({shown(error)})") from error

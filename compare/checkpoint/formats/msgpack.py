@@ -8,11 +8,14 @@ from typing import Any, BinaryIO
 import msgpack
 import numpy as np
 from flax import serialization
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
-from ...conversion.errors import shown
 from ...conversion.mapping import KeyPath, slashed
-from ...files import atomic_file
+from ...files.errors import FileError
+from ...files.memory import Budget
+from ...files.printable import shown
+from ...files.reading import InputFile, Snapshot
+from ...files.writing import NO_RULES, Rules, atomic_file
 from ..blocks import blocks
 from ..errors import CheckpointError
 from ..manifest import (
@@ -21,85 +24,127 @@ from ..manifest import (
     in_manifests_order,
     linen_or_nnx,
     manifest_of,
-    no_name_twice,
     start,
 )
-from ..reader import ArrayAndChecksum, Reader
-from ..tensors import Spec, Tensors, checked, spec_of
+from ..reader import FileReader, Location, Reader
+from ..tensors import Spec, Tensors
+from . import msgpack_tree
 
-_NDARRAY, _SCALAR = 1, 3  # the extension types of flax.serialization
+_NDARRAY = 1  # the extension type of flax.serialization
 _BIN_32 = b"\xc6"  # the type of bytes whose length takes four bytes
-_MAX_HEAD = 1024  # dtype and shape take fewer bytes
-_CHUNKED = "__msgpack_chunked_array__"
 
 
-def open_(path: Path) -> Reader:
-    """Read the file into memory.
+def open_(path: Path, budget: Budget) -> Reader:
+    """Open the file. Names and shapes are read now, values on demand.
 
     Raises:
         CheckpointError: the file is not msgpack, or does not contain nested dicts of arrays.
+        FileError: its names do not fit the budget.
     """
+    file = InputFile(path)
     try:
-        data = np.fromfile(path, np.uint8).data  # uses huge pages of memory, unlike `read_bytes`
-        tree = msgpack.unpackb(
-            data, ext_hook=_array, object_pairs_hook=_object, strict_map_key=False, raw=False
+        arrays, manifest = _arrays(file, budget)
+        specs = {key: array.spec for key, array in arrays.items()}
+        aliases: dict[KeyPath, KeyPath] = {}
+        if manifest is not None:
+            specs, aliases = in_manifests_order(path, specs, manifest), dict(manifest.aliases)
+        by_words = {tuple(map(str, key)): array for key, array in arrays.items()}
+        if len(by_words) != len(arrays):
+            raise _broken(path, "a name occurs twice, as a number and as a string")
+        layout = manifest.layout if manifest else linen_or_nnx(specs)
+        return MsgpackReader(
+            {key: array.chunks for key, array in by_words.items()},
+            {key: Location(file, array.chunks[0][0]) for key, array in by_words.items()},
+            path,
+            layout,
+            specs,
+            manifest,
+            aliases,
+            budget=budget,
+            snapshot=Snapshot({path: file.state}),
         )
-    except RecursionError:
-        raise _broken(path, "nested too deeply") from None
-    except Exception as error:  # msgpack and NumPy raise a dozen unrelated types on bad bytes
-        raise _broken(path, shown(error) if str(error) else type(error).__name__) from error
-    if not isinstance(tree, dict):
-        raise CheckpointError(path, f"holds a {type(tree).__name__}; expected Linen variables")
+    except BaseException:
+        file.close()
+        raise
+
+
+def _arrays(
+    file: InputFile, budget: Budget
+) -> tuple[dict[KeyPath, msgpack_tree.Array], Manifest | None]:
+    """Return the arrays by path, and the manifest."""
+    path = file.path
     try:
-        manifest = Manifest.loads(tree.pop(KEY)) if KEY in tree else None
+        tree = msgpack_tree.TreeReader(file, budget).read(KEY)
+    except FileError:
+        raise
+    except (ValueError, EOFError) as error:
+        raise _broken(path, shown(error)) from error
+    if not isinstance(tree, dict):
+        what = tree.what if isinstance(tree, msgpack_tree.Other) else type(tree).__name__
+        raise CheckpointError(path, f"holds a {what}; expected Linen variables")
+    try:
+        manifest = Manifest.loads(tree.pop(KEY), path, budget) if KEY in tree else None
+    except FileError:
+        raise
     except ValueError as error:
         raise _broken(path, shown(error)) from error
-    try:
-        arrays: dict[KeyPath, np.ndarray] = flatten_dict(tree)
-    except RecursionError:
-        raise _broken(path, "nested too deeply") from None
+    arrays = dict(_leaves(tree))
     for key, value in arrays.items():
-        if not isinstance(value, np.ndarray):
+        if not isinstance(value, msgpack_tree.Array):
+            what = value.what if isinstance(value, msgpack_tree.Other) else type(value).__name__
             name = shown(slashed(key))
             raise CheckpointError(
                 path,
-                f"{name}: is a {type(value).__name__}, not an array of values",
+                f"{name}: is a {what}, not an array of values",
                 key=name,
                 mend="save only the variables; for a TrainState, {'params': state.params}",
             )
-    try:
-        specs: dict[KeyPath, Spec] = {key: spec_of(array) for key, array in arrays.items()}
-    except ValueError as error:
-        raise _broken(path, shown(error)) from error
-    aliases: dict[KeyPath, KeyPath] = {}
-    if manifest is not None:
-        specs, aliases = in_manifests_order(path, specs, manifest), dict(manifest.aliases)
-    by_words = {tuple(map(str, key)): array for key, array in arrays.items()}
-    if len(by_words) != len(arrays):
-        raise _broken(path, "a name occurs twice, as a number and as a string")
-    layout = manifest.layout if manifest else linen_or_nnx(specs)
-    return MsgpackReader(by_words, path, layout, specs, manifest, aliases)
+    return arrays, manifest
 
 
-class MsgpackReader(Reader):
-    """An open msgpack file. Its arrays are views of the file's bytes in memory."""
+def _leaves(tree: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield the leaves of nested dicts with their paths, in order."""
+    opened: list[tuple[KeyPath, Iterator[tuple[Any, Any]]]] = [((), iter(tree.items()))]
+    while opened:
+        path, entries = opened[-1]
+        for name, value in entries:
+            if isinstance(value, dict):
+                opened.append(((*path, name), iter(value.items())))
+                break
+            yield (*path, name), value
+        else:
+            opened.pop()
+
+
+class MsgpackReader(FileReader):
+    """An open msgpack file. `chunks` has the first byte and size of each chunk of each array."""
 
     format = "msgpack"
 
-    def __init__(self, arrays: dict[tuple[str, ...], np.ndarray], *header: Any) -> None:
-        super().__init__(*header)
-        self._arrays = arrays
+    def __init__(
+        self,
+        chunks: Mapping[tuple[str, ...], tuple[tuple[int, int], ...]],
+        *header: Any,
+        **more: Any,
+    ) -> None:
+        super().__init__(*header, **more)
+        self._chunks = chunks
 
-    def read_tensor(self, path: KeyPath) -> ArrayAndChecksum:
-        """Return the array; no checksum was computed."""
-        return self._arrays[tuple(map(str, path))], None
+    def fill(self, path: KeyPath, part: memoryview, offset: int) -> None:
+        """Fill the memory with the bytes of one tensor from an offset, chunk by chunk."""
+        file, _ = self.location(path)
+        for begin, size in self._chunks[tuple(map(str, path))]:
+            if part.nbytes and offset < size:
+                count = min(part.nbytes, size - offset)
+                file.fill(part[:count], begin + offset)
+                part, offset = part[count:], offset + count
+            offset -= size
 
-    def close(self) -> None:
-        """Release the file's bytes."""
-        self._arrays = {}
+    def _is_mapped(self, path: KeyPath) -> bool:
+        return len(self._chunks[tuple(map(str, path))]) == 1 and super()._is_mapped(path)
 
 
-def write(path: Path, tensors: Tensors) -> None:
+def write(path: Path, tensors: Tensors, rules: Rules = NO_RULES) -> None:
     """Write the tree, tensor by tensor.
 
     All steps of a path are written as strings; the manifest records which were numbers.
@@ -111,7 +156,7 @@ def write(path: Path, tensors: Tensors) -> None:
     tree = tree_of(path, {key: key for key in tensors.specs})
     checksums: dict[KeyPath, str] = {}
     packer = msgpack.Packer()
-    with atomic_file(path) as stream:
+    with atomic_file(path, rules) as stream:
 
         def write_node(node: Any, more_entries: int = 0) -> None:
             if not isinstance(node, dict):
@@ -144,7 +189,7 @@ def _write_array(
         return str(digest.hexdigest())
     counts = _chunk_sizes(spec)
     shape = {str(axis): length for axis, length in enumerate(spec.shape)}
-    stream.write(packer.pack_map_header(3) + packer.pack(_CHUNKED) + packer.pack(True))
+    stream.write(packer.pack_map_header(3) + packer.pack(msgpack_tree.CHUNKED) + packer.pack(True))
     stream.write(packer.pack("shape") + packer.pack(shape))
     stream.write(packer.pack("chunks") + packer.pack_map_header(len(counts)))
     left_over = np.empty(0, np.uint8)
@@ -201,7 +246,9 @@ def tree_of(path: Path, leaves: Mapping[KeyPath, Any]) -> dict[str, Any]:
         CheckpointError: two names would be the same, such as 0 and "0", or a name is reserved.
     """
     words = {tuple(map(str, key)): leaf for key, leaf in leaves.items()}
-    if len(words) != len(leaves) or any(key[0] == KEY or _CHUNKED in key for key in words):
+    if len(words) != len(leaves) or any(
+        key[0] == KEY or msgpack_tree.CHUNKED in key for key in words
+    ):
         raise CheckpointError(
             path, "two names are the same when written as strings", mend="rename one"
         )
@@ -211,44 +258,6 @@ def tree_of(path: Path, leaves: Mapping[KeyPath, Any]) -> dict[str, Any]:
             path, f"the name {'/'.join(nested[0])} lies within another array", mend="rename one"
         )
     return unflatten_dict(words)
-
-
-def _array(kind: int, data: bytes) -> Any:
-    """Return the array of an extension entry, after checking its declared size."""
-    if kind not in (_NDARRAY, _SCALAR):
-        raise ValueError(f"an entry of the extension type {kind}")
-    head = msgpack.Unpacker(raw=True)
-    head.feed(data[:_MAX_HEAD])
-    parts, shape, name = head.read_array_header(), head.unpack(), head.unpack()
-    spec = checked(list(shape), name.decode())
-    begin = len(data) - spec.nbytes
-    if (
-        parts == 3
-        and begin > 0
-        and data[head.tell() : begin] == _BIN_32 + spec.nbytes.to_bytes(4, "big")
-    ):
-        # Not unpacked, so that a large array is not copied.
-        return np.frombuffer(data, spec.numpy, offset=begin).reshape(spec.shape)
-    _, _, values = msgpack.unpackb(data, raw=True)
-    if len(values) != spec.nbytes:
-        raise ValueError(f"an array {spec.dtype} {spec.shape} in {len(values)} bytes")
-    return np.frombuffer(values, dtype=spec.numpy).reshape(spec.shape)
-
-
-def _object(pairs: list[tuple[Any, Any]]) -> Any:
-    entries = no_name_twice(pairs)
-    return _joined(entries) if _CHUNKED in entries else entries
-
-
-def _joined(parts: Mapping[Any, Any]) -> np.ndarray:
-    """Return an array that Flax wrote in chunks, because an entry holds less than 4 GiB."""
-    shape = [parts["shape"][str(axis)] for axis in range(len(parts["shape"]))]
-    chunks = [parts["chunks"][str(index)] for index in range(len(parts["chunks"]))]
-    spec = checked(shape, chunks[0].dtype.name)
-    flat = np.concatenate(chunks)
-    if flat.nbytes != spec.nbytes or parts.keys() != {_CHUNKED, "shape", "chunks"}:
-        raise ValueError(f"an array {spec.dtype} {spec.shape} in {flat.nbytes} bytes")
-    return flat.reshape(spec.shape)
 
 
 def _broken(path: Path, reason: str) -> CheckpointError:

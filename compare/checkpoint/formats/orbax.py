@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +17,28 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ...conversion.errors import shown
 from ...conversion.mapping import KeyPath, dotted, slashed
-from ...files import atomic_folder
+from ...files.errors import FileError
+from ...files.memory import Budget
+from ...files.printable import shown
+from ...files.reading import Snapshot, parse_json, read_file
+from ...files.writing import NO_RULES, Rules, atomic_folder
 from ..blocks import BATCH_BYTES, in_batches
 from ..errors import CheckpointError
 from ..manifest import KEY, Manifest, checksum, in_manifests_order, linen_or_nnx, manifest_of
 from ..reader import Fetched, Reader
-from ..tensors import Tensors, checked, whole
+from ..tensors import Spec, Tensors, checked, whole
 from .msgpack import tree_of
 
 _METADATA = "_CHECKPOINT_METADATA"
 # The files and folders that Orbax itself writes into the folder of a checkpoint.
-_OWN_NAMES = re.compile(
-    r"_METADATA|_CHECKPOINT_METADATA|_sharding|array_metadatas|d|manifest\.ocdbt"
-    r"|ocdbt\.process_\d+|commit_success\.txt"
+_OWN_FILES = re.compile(
+    r"_METADATA|_CHECKPOINT_METADATA|_sharding|commit_success\.txt|array_metadatas/process_\d+"
+    r"|(ocdbt\.process_\d+/)?(manifest\.ocdbt|d/[0-9a-f]{32})"
 )
+_OWN_FOLDERS = re.compile(r"array_metadatas|ocdbt\.process_\d+|(ocdbt\.process_\d+/)?d")
 _MAX_FILES = 1_000_000
+_BYTES_PER_JSON_BYTE = 50
 # The types known to Orbax that a tree of arrays may contain.
 _READABLE = (int, float, np.number, np.ndarray, jax.Array, str)
 # TensorStore keeps several copies of a chunk in memory while it packs it.
@@ -53,12 +60,13 @@ class Pending:
         self.checksum = checksum([array], self.spec)
 
 
-def open_(path: Path) -> Reader:
+def open_(path: Path, budget: Budget) -> Reader:
     """Open the folder. Arrays are read into host memory on demand, whatever device they were on.
 
     Raises:
-        CheckpointError: the folder is not a finished Orbax checkpoint, contains a link, or does not
-            contain a tree of arrays.
+        CheckpointError: the folder is not a finished Orbax checkpoint, contains a link, names a
+            place outside itself, or does not contain a tree of arrays.
+        FileError: its metadata does not fit the budget.
     """
     if not is_orbax(path):
         raise CheckpointError(
@@ -66,8 +74,9 @@ def open_(path: Path) -> Reader:
             "is not a finished Orbax checkpoint (it has no _METADATA)",
             mend=_checkpoint_inside(path) or "take another copy",
         )
-    _require_plain(path)
-    manifest = _manifest(path)
+    snapshot = Snapshot.of([path, *_plain_files(path)])
+    _require_names_inside(path, budget)
+    manifest = _manifest(path, budget)
     with _reported(path), _reader() as checkpointer:
         metadata = _in_a_thread(checkpointer.metadata, path.absolute()).item_metadata
         if metadata is None:  # Orbax only logs the reason
@@ -81,6 +90,8 @@ def open_(path: Path) -> Reader:
             key: checked(tuple(leaf.shape), np.dtype(leaf.dtype).name)
             for key, leaf in leaves.items()
         }
+        for key, leaf in leaves.items():
+            _require_small_chunks(path, key, specs[key], leaf)
     # Orbax adds the step "value" to each path of an nnx.State.
     if manifest is None and specs and all(key[-1] == "value" for key in specs):
         names = {tuple(map(str, key[:-1])): key for key in specs}
@@ -91,7 +102,9 @@ def open_(path: Path) -> Reader:
     if manifest is not None:
         specs, aliases = in_manifests_order(path, specs, manifest), dict(manifest.aliases)
     layout = manifest.layout if manifest else linen_or_nnx(specs)
-    return OrbaxReader(names, path, layout, specs, manifest, aliases)
+    return OrbaxReader(
+        names, path, layout, specs, manifest, aliases, budget=budget, snapshot=snapshot
+    )
 
 
 class OrbaxReader(Reader):
@@ -99,8 +112,8 @@ class OrbaxReader(Reader):
 
     format = "orbax"
 
-    def __init__(self, names: dict[tuple[str, ...], KeyPath], *header: Any) -> None:
-        super().__init__(*header)
+    def __init__(self, names: dict[tuple[str, ...], KeyPath], *header: Any, **more: Any) -> None:
+        super().__init__(*header, **more)
         self._names = names
 
     def _fetch(self, paths: list[KeyPath]) -> Fetched:
@@ -110,7 +123,7 @@ class OrbaxReader(Reader):
         yield from ((pair[0], array) for pair, array in checked_pairs)
 
 
-def write(path: Path, tensors: Tensors) -> None:
+def write(path: Path, tensors: Tensors, rules: Rules = NO_RULES) -> None:
     """Write the tree, and replace an old Orbax folder. Each array is read when it is written.
 
     Raises:
@@ -122,19 +135,6 @@ def write(path: Path, tensors: Tensors) -> None:
         raise CheckpointError(
             path, f"Orbax cannot store arrays without elements: {', '.join(empty)}"
         )
-    if path.exists() and not is_orbax(path):
-        raise CheckpointError(
-            path,
-            "is a folder that Orbax did not write; it was not changed",
-            mend="choose another name",
-        )
-    names = [entry.name for entry in path.iterdir()] if path.exists() else []
-    if others := sorted(name for name in names if not _OWN_NAMES.fullmatch(name)):
-        raise CheckpointError(
-            path,
-            f"holds {', '.join(others)} beside an Orbax checkpoint; it was not changed",
-            mend="choose another name",
-        )
     if len({dotted(key) for key in tensors.specs}) != len(tensors.specs):
         raise CheckpointError(
             path,
@@ -142,7 +142,8 @@ def write(path: Path, tensors: Tensors) -> None:
             mend="rename one, or save as .msgpack",
         )
     leaves = {key: Pending(key, tensors) for key in tensors.specs}
-    with atomic_folder(path) as folder:
+    rules = rules._replace(require_own=partial(_require_own, path))
+    with atomic_folder(path, rules) as folder:
         handlers = (jax.Array, ocp.type_handlers.ArrayHandler()), (Pending, _pending_handler())
         with _checkpointer(*handlers) as checkpointer:
             tree = tree_of(path, leaves)
@@ -164,6 +165,25 @@ def write(path: Path, tensors: Tensors) -> None:
         (folder / _METADATA).write_text(json.dumps(content), encoding="utf-8")
 
 
+def _require_own(path: Path, folder: Path) -> None:
+    """Raise CheckpointError if the folder holds more than what Orbax writes."""
+    if not is_orbax(folder):
+        raise CheckpointError(
+            path,
+            "is a folder that Orbax did not write; it was not changed",
+            mend="choose another name",
+        )
+    for entry in folder.rglob("*"):
+        name = entry.relative_to(folder).as_posix()
+        is_plain = not entry.is_symlink() and (entry.is_file() or entry.is_dir())
+        if not is_plain or not (_OWN_FOLDERS if entry.is_dir() else _OWN_FILES).fullmatch(name):
+            raise CheckpointError(
+                path,
+                f"holds {shown(name)} beside an Orbax checkpoint; it was not changed",
+                mend="choose another name",
+            )
+
+
 def is_orbax(path: Path) -> bool:
     """Return whether the folder is a finished Orbax checkpoint."""
     return (path / "_METADATA").is_file()
@@ -183,9 +203,15 @@ def _checkpoint_inside(path: Path) -> str:
     return f"give {shown(last)}" if last else ""
 
 
-def _require_plain(path: Path) -> None:
-    """Raise CheckpointError if the folder contains a link, which could lead out of it."""
-    for count, entry in enumerate(path.rglob("*")):
+def _plain_files(path: Path) -> list[Path]:
+    """Return the files in the folder.
+
+    Raises:
+        CheckpointError: the folder contains a link, which could lead out of it, or something that
+            is neither a file nor a folder.
+    """
+    files = []
+    for entry in path.rglob("*"):
         if entry.is_symlink():
             raise CheckpointError(
                 path,
@@ -193,21 +219,77 @@ def _require_plain(path: Path) -> None:
                 key=shown(entry.name),
                 mend="copy the folder with what its links point to (cp -rL)",
             )
-        if not entry.is_file() and not entry.is_dir():
+        if entry.is_file():
+            files.append(entry)
+        elif not entry.is_dir():
             raise CheckpointError(
                 path, f"holds {shown(entry.name)}, which is neither a file nor a folder"
             )
-        if count > _MAX_FILES:
+        if len(files) > _MAX_FILES:
             raise CheckpointError(path, f"holds more than {_MAX_FILES:,} files")
+    return files
 
 
-def _manifest(path: Path) -> Manifest | None:
+def _require_names_inside(path: Path, budget: Budget) -> None:
+    """Raise CheckpointError if the metadata names an array in a place outside the folder.
+
+    Without OCDBT, Orbax joins the names of an array with dots and reads the folder of that name.
+    """
+    for file in (*path.glob("*.json"), *path.glob("_*"), *path.glob("array_metadatas/*")):
+        if file.is_file():  # Orbax reads these files whole, as JSON
+            budget.require(file.stat().st_size * _BYTES_PER_JSON_BYTE, file, shown(file.name))
     try:
-        content = json.loads((path / _METADATA).read_bytes()).get("custom_metadata") or {}
-        return Manifest.loads(content[KEY]) if KEY in content else None
+        content = parse_json(read_file(path / "_METADATA", budget), path, budget, "its _METADATA")
+        if content.get("use_ocdbt") is True:
+            return
+        names = [
+            ".".join(str(step["key"]) for step in entry["key_metadata"])
+            for entry in content["tree_metadata"].values()
+        ]
+    except FileError:
+        raise
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            path,
+            f"not a whole Orbax checkpoint (_METADATA: {shown(error)})",
+            mend="take another copy",
+        ) from error
+    for name in names:
+        if name.startswith("/") or "\0" in name or {"..", "."} & {*name.split("/")}:
+            raise CheckpointError(
+                path,
+                f"names an array outside its folder, {shown(name)}",
+                key=name,
+                mend="do not use this checkpoint: take another copy",
+            )
+
+
+def _require_small_chunks(path: Path, key: KeyPath, spec: Spec, leaf: Any) -> None:
+    """Raise CheckpointError if a chunk is far larger than its array: it is read as a whole."""
+    chunk = getattr(leaf.storage, "chunk_shape", None) or ()
+    nbytes = prod(chunk) * spec.numpy.itemsize
+    if nbytes > max(16 * spec.nbytes, _SLICE_BYTES):
+        name = slashed(key)
+        raise CheckpointError(
+            path,
+            f"{shown(name)} lies in chunks larger than itself",
+            key=name,
+            expected=f"at most {spec.nbytes:,} bytes",
+            found=f"{nbytes:,} bytes",
+            mend="the file is hostile: take another copy",
+        )
+
+
+def _manifest(path: Path, budget: Budget) -> Manifest | None:
+    try:
+        raw = read_file(path / _METADATA, budget)
+        content = parse_json(raw, path, budget, _METADATA).get("custom_metadata") or {}
+        return Manifest.loads(content[KEY], path, budget) if KEY in content else None
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+    except FileError:
+        raise
+    except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(
             path, f"not a whole Orbax checkpoint ({_METADATA}: {shown(error)})"
         ) from error
@@ -288,6 +370,9 @@ def _checkpointer(*handlers: tuple[Any, Any]) -> Iterator[Any]:
 def _waiting(handler: Any) -> Any:
     """Return a handler that reads like the given one, but raises only after all reads have ended.
 
+    It also refuses every array of which a part is missing, whatever the metadata says: otherwise
+    TensorStore would invent its values.
+
     Orbax closes its event loop as soon as one read fails. TensorStore would then report "Event loop
     is closed" for each of the other reads.
     """
@@ -300,6 +385,9 @@ def _waiting(handler: Any) -> Any:
     async def deserialize_each(
         infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> list[Any]:
+        infos = [copy(info) for info in infos]
+        for info in infos:
+            info.raise_array_data_missing_error = True
         single_args = [None] * len(infos) if args is None else [[arg] for arg in args]
         results = await _all(
             [deserialize([info], arg) for info, arg in zip(infos, single_args, strict=True)]

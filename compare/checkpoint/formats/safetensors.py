@@ -6,18 +6,19 @@ https://github.com/huggingface/safetensors.
 """
 
 import json
-import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from ...conversion.errors import shown
 from ...conversion.mapping import KeyPath, slashed
-from ...files import atomic_file
+from ...files.errors import FileError
+from ...files.memory import Budget
+from ...files.printable import shown
+from ...files.reading import InputFile, Snapshot, parse_json
+from ...files.writing import NO_RULES, Rules, atomic_file
 from ..blocks import BATCH_BYTES, blocks, in_batches
 from ..errors import CheckpointError
 from ..manifest import (
@@ -25,11 +26,10 @@ from ..manifest import (
     Manifest,
     in_manifests_order,
     manifest_of,
-    no_name_twice,
     start,
     torch_or_flax,
 )
-from ..reader import PART_BYTES, ArrayAndChecksum, Reader, read_in_parts
+from ..reader import FileReader, Location, Reader
 from ..tensors import FileLayout, Spec, Tensors, checked
 
 _DTYPES = {
@@ -55,98 +55,66 @@ _DTYPES = {
 }
 _NUMPY_NAMES = {name: dtype for dtype, name in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the library's limit
-_MAX_TENSORS = 100_000
-_METADATA_BYTES, _METADATA_BYTES_PER_TENSOR = 1 << 20, 4096
+MAX_TENSORS = 100_000
+_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
 class Header(NamedTuple):
-    """The header: the spec of each tensor, where its bytes begin, and the metadata."""
+    """The header: the spec of each tensor, where its bytes are, and the metadata."""
 
     specs: dict[str, Spec]
-    begins: dict[str, int]
+    locations: dict[str, Location]
     metadata: dict[str, str]
 
 
-def open_(path: Path) -> Reader:
+def open_(path: Path, budget: Budget) -> Reader:
     """Open the file. Only its header is read now.
 
     Raises:
         CheckpointError: the file is not a whole safetensors file.
+        FileError: its header does not fit the budget.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    file = InputFile(path)
     try:
-        header = read_header(path, descriptor)
-        locations = {name: (descriptor, begin) for name, begin in header.begins.items()}
-        reader = SafetensorsReader(path, header, locations)
+        header = read_header(file, budget)
+        return SafetensorsReader(path, header, budget, Snapshot({path: file.state}))
     except BaseException:
-        os.close(descriptor)
+        file.close()
         raise
-    reader.on_close = lambda: os.close(descriptor)
-    return reader
 
 
-class SafetensorsReader(Reader):
+class SafetensorsReader(FileReader):
     """One open file, or several with an index. The tensors are in the manifest's order.
 
     Args:
         path: the file or folder.
         header: the names, shapes, dtypes and metadata of all files together.
-        locations: the file descriptor and the offset of each tensor, by its name in the header.
+        budget: the limit of what is read and held.
+        snapshot: the files, as they were when they were opened.
     """
 
     format = "safetensors"
 
-    def __init__(
-        self, path: Path, header: Header, locations: Mapping[str, tuple[int, int]]
-    ) -> None:
-        manifest = _manifest(path, header.metadata)
+    def __init__(self, path: Path, header: Header, budget: Budget, snapshot: Snapshot) -> None:
+        manifest = _manifest(path, header.metadata, budget)
         layout: FileLayout = manifest.layout if manifest else torch_or_flax(header.specs)
-        self._names = {_path_of(name, layout): name for name in header.specs}
-        specs: dict[KeyPath, Spec] = {key: header.specs[name] for key, name in self._names.items()}
+        names = {_path_of(name, layout): name for name in header.specs}
+        specs: dict[KeyPath, Spec] = {key: header.specs[name] for key, name in names.items()}
         if manifest is not None:
             specs = in_manifests_order(path, specs, manifest)
-        aliases = dict(manifest.aliases) if manifest else _aliases(header)
-        super().__init__(path, layout, specs, manifest, aliases)
-        self._locations = locations
-        self.on_close: Callable[[], None] = lambda: None
-
-    def read_tensor(self, path: KeyPath) -> ArrayAndChecksum:
-        """Read one tensor into new memory, or map a large one if `mapped` allows it.
-
-        If a mapped file is cut, the process ends, as with the library's own reader. A program that
-        saves by renaming never cuts a file.
-
-        Raises:
-            CheckpointError: the file has become shorter.
-        """
-        spec = self.specs[path]
-        descriptor, begin = self._locations[self._names[tuple(map(str, path))]]
-        expected = f"{begin + spec.nbytes:,} bytes"
-        shorter = _broken(
-            self.path, "its length", expected, "fewer: it was cut after it was opened"
+        super().__init__(
+            {key: header.locations[name] for key, name in names.items()},
+            path,
+            layout,
+            specs,
+            manifest,
+            dict(manifest.aliases) if manifest else _aliases(header),
+            budget=budget,
+            snapshot=snapshot,
         )
 
-        def fill(offset: int, part: np.ndarray) -> None:
-            if os.preadv(descriptor, [part.data], begin + offset) != part.nbytes:
-                raise shorter
 
-        if not self.mapped or spec.nbytes < PART_BYTES or begin % spec.numpy.itemsize:
-            return read_in_parts(spec, fill, self.algorithm)
-        if os.fstat(descriptor).st_size < begin + spec.nbytes:
-            raise shorter
-        offset = begin % mmap.ALLOCATIONGRANULARITY
-        memory = mmap.mmap(
-            descriptor, offset + spec.nbytes, access=mmap.ACCESS_COPY, offset=begin - offset
-        )
-        array = np.frombuffer(memory, np.uint8, offset=offset)
-        return array.view(spec.numpy).reshape(spec.shape), None
-
-    def close(self) -> None:
-        """Close the files."""
-        self.on_close()
-
-
-def write(path: Path, tensors: Tensors) -> None:
+def write(path: Path, tensors: Tensors, rules: Rules = NO_RULES) -> None:
     """Write the tensors one by one. Torch names are written as they are, Flax paths with slashes.
 
     Raises:
@@ -191,7 +159,7 @@ def write(path: Path, tensors: Tensors) -> None:
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    with atomic_file(path) as stream:
+    with atomic_file(path, rules) as stream:
         descriptor, data_begin = stream.fileno(), len(header(manifest))
 
         def write_tensor(key: KeyPath) -> str:
@@ -209,32 +177,34 @@ def write(path: Path, tensors: Tensors) -> None:
         _pwrite(descriptor, memoryview(header(manifest.with_checksums(sums))), 0)
 
 
-def read_header(path: Path, descriptor: int) -> Header:
+def read_header(file: InputFile, budget: Budget) -> Header:
     """Read and check the header of an open file.
 
     Raises:
         CheckpointError: the header breaks a rule of the format, or a name occurs twice.
+        FileError: the header does not fit the budget.
     """
-    size = os.fstat(descriptor).st_size
+    path, size = file.path, file.size
     if size < 10:
         raise _broken(path, "its length", "at least 10 bytes", f"{size}")
-    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    length = int.from_bytes(file.read(8, 0), "little")
     if not 2 <= length <= min(size - 8, _MAX_HEADER):
         raise _broken(
             path, "its header's length", f"2 to {min(size - 8, _MAX_HEADER):,} bytes", f"{length:,}"
         )
-    raw = os.pread(descriptor, length, 8)
+    budget.require(length, path, "its header")
+    raw = file.read(length, 8)
     if len(raw) != length or not raw.startswith(b"{"):
         raise _broken(path, "the start of its header", "a JSON object", repr(raw[:8]))
-    if (count := raw.count(b'"data_offsets"')) > _MAX_TENSORS:
-        raise _broken(path, "the number of its tensors", f"at most {_MAX_TENSORS:,}", f"{count:,}")
+    _require_plain(path, raw)
     try:
-        content = json.loads(raw, object_pairs_hook=no_name_twice, parse_constant=_no_constant)
+        content = parse_json(raw, path, budget, "its header")
         metadata = content.pop("__metadata__", {})
         entries = {name: _entry(name, entry) for name, entry in content.items()}
-        _require_metadata(metadata, len(entries))
-    except RecursionError:
-        raise _broken(path, "its header", "tensors", "lists nested too deeply") from None
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("a metadata value that is not a string")
+    except FileError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _broken(
             path,
@@ -245,14 +215,35 @@ def read_header(path: Path, descriptor: int) -> Header:
     _require_whole(path, entries, size - 8 - length)
     return Header(
         {name: spec for name, (spec, _, _) in entries.items()},
-        {name: 8 + length + begin for name, (_, begin, _) in entries.items()},
+        {name: Location(file, 8 + length + begin) for name, (_, begin, _) in entries.items()},
         metadata,
     )
 
 
-def _manifest(path: Path, metadata: Mapping[str, str]) -> Manifest | None:
+def _require_plain(path: Path, raw: bytes) -> None:
+    """Raise CheckpointError if the header has more objects than its tensors need.
+
+    They are counted before the header is parsed, because an empty list takes 25 times its text.
+    """
+    count = raw.count(b'"data_offsets"')
+    if count > MAX_TENSORS:
+        raise _broken(path, "the number of its tensors", f"at most {MAX_TENSORS:,}", f"{count:,}")
+    structure = _STRINGS.sub(b"", raw)
+    for bracket, most in ((b"{", count + 2), (b"[", 2 * count + 1), (b",", 40 * (count + 1))):
+        if (actual := structure.count(bracket)) > most:
+            raise _broken(
+                path,
+                "its header",
+                f"at most {most:,} {bracket.decode()!r} for {count:,} tensors",
+                f"{actual:,}",
+            )
+
+
+def _manifest(path: Path, metadata: Mapping[str, str], budget: Budget) -> Manifest | None:
     try:
-        return Manifest.loads(metadata[KEY]) if KEY in metadata else None
+        return Manifest.loads(metadata[KEY], path, budget) if KEY in metadata else None
+    except FileError:
+        raise
     except ValueError as error:
         raise CheckpointError(
             path, shown(error), mend="the file was changed: take another copy"
@@ -292,10 +283,6 @@ def _aliases(header: Header) -> dict[KeyPath, KeyPath]:
     }
 
 
-def _no_constant(constant: str) -> Any:
-    raise ValueError(f"the number {constant}")
-
-
 def _entry(name: str, entry: Mapping[str, Any]) -> tuple[Spec, int, int]:
     if entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{shown(name)} has the fields {', '.join(map(shown, entry))}")
@@ -313,15 +300,6 @@ def _entry(name: str, entry: Mapping[str, Any]) -> tuple[Spec, int, int]:
             f"{shown(name)} takes {spec.nbytes} bytes and has the offsets {begin} and {end}"
         )
     return spec, begin, end
-
-
-def _require_metadata(metadata: Any, count: int) -> None:
-    if not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("a metadata value that is not a string")
-    manifest = len(metadata.get(KEY, ""))
-    others = sum(len(name) + len(value) for name, value in metadata.items()) - manifest
-    if others > _METADATA_BYTES or manifest > _METADATA_BYTES + count * _METADATA_BYTES_PER_TENSOR:
-        raise ValueError(f"{others + manifest:,} characters of metadata")
 
 
 def _require_whole(path: Path, entries: Mapping[str, tuple[Spec, int, int]], size: int) -> None:

@@ -4,23 +4,30 @@ Source: https://huggingface.co/docs/huggingface_hub/package_reference/serializat
 """
 
 import json
-import os
+import re
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from ...conversion.errors import shown
 from ...conversion.mapping import KeyPath, slashed
-from ...files import atomic_file, atomic_folder
+from ...files.errors import FileError
+from ...files.memory import Budget
+from ...files.printable import shown
+from ...files.reading import InputFile, Snapshot, parse_json, read_file
+from ...files.writing import NO_RULES, Rules, atomic_file, atomic_folder
 from ..errors import CheckpointError
-from ..manifest import KEY, Manifest, manifest_of, no_name_twice
+from ..manifest import KEY, Manifest, manifest_of
 from ..reader import Reader
-from ..tensors import Spec, Tensors
+from ..tensors import Tensors
 from . import safetensors
 from .safetensors import Header, SafetensorsReader, read_header
 
 INDEX = ".safetensors.index.json"
-_MAX_INDEX_BYTES = 256 << 20
+# So many shards stay open; of more, each is opened when it is read.
+_MAX_OPEN = 128
+_OWN_NAME = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 
 
 def index_in(path: Path) -> Path | None:
@@ -31,42 +38,30 @@ def index_in(path: Path) -> Path | None:
     return indexes[0] if len(indexes) == 1 else None
 
 
-def open_(path: Path) -> Reader:
+def open_(path: Path, budget: Budget) -> Reader:
     """Open the index and the shards. Only their headers are read now.
 
     Raises:
         CheckpointError: a shard is missing, damaged or outside the folder, or a tensor is not in
             the shard that the index names.
+        FileError: the index or the headers do not fit the budget.
     """
     index = index_in(path)
     if index is None:
         raise CheckpointError(path, f"does not contain an index of shards (one file *{INDEX})")
-    weight_map, manifest = _index(path, index)
-    specs: dict[str, Spec] = {}
-    locations: dict[str, tuple[int, int]] = {}
-    metadata: dict[str, str] = {}
+    index_state = Snapshot.of([index]).states
+    weight_map, manifest = _index(path, index, budget)
+    names = list(dict.fromkeys(weight_map.values()))
+    merged = Header({}, {}, {})
     with ExitStack() as opened:
-        for name in dict.fromkeys(weight_map.values()):
+        files = {}
+        for name in names:
             shard = _shard(path, index.parent, name)
-            descriptor = os.open(shard, os.O_RDONLY)
-            opened.callback(os.close, descriptor)
-            header = read_header(shard, descriptor)
-            for key, spec in header.specs.items():
-                if weight_map.get(key) != name:
-                    expected = shown(weight_map.get(key, "no file"))
-                    raise CheckpointError(
-                        path,
-                        f"{shown(key)} is in {shown(name)}",
-                        key=key,
-                        found=f"{shown(name)}",
-                        expected=f"{expected}, as the index says",
-                        mend="take the index and all shards from one place",
-                    )
-                specs[key], locations[key] = spec, (descriptor, header.begins[key])
-            metadata |= {
-                key: value for key, value in header.metadata.items() if key not in (KEY, "format")
-            }
-        if absent := [key for key in weight_map if key not in specs]:
+            file = InputFile(shard, keep_open=len(names) <= _MAX_OPEN)
+            opened.callback(file.close)
+            files[shard] = file.state
+            _merge(path, merged, read_header(file, budget), name, weight_map)
+        if absent := [key for key in weight_map if key not in merged.specs]:
             raise CheckpointError(
                 path,
                 f"{shown(absent[0])} is not in {shown(weight_map[absent[0]])}, "
@@ -75,11 +70,48 @@ def open_(path: Path) -> Reader:
                 mend="take the index and all shards from one place",
             )
         if manifest is not None:
-            metadata[KEY] = manifest
-        header = Header({key: specs[key] for key in weight_map}, {}, metadata)
-        reader = ShardsReader(path, header, locations)
-        reader.on_close = opened.pop_all().close
+            merged.metadata[KEY] = manifest
+        header = merged._replace(specs={key: merged.specs[key] for key in weight_map})
+        reader = ShardsReader(path, header, budget, Snapshot({**index_state, **files}))
+        opened.pop_all()
     return reader
+
+
+def _merge(
+    path: Path, merged: Header, header: Header, name: str, weight_map: Mapping[str, str]
+) -> None:
+    """Add the header of one shard.
+
+    Raises:
+        CheckpointError: the index names another shard for one of its tensors.
+    """
+    for key, spec in header.specs.items():
+        if weight_map.get(key) != name:
+            expected = shown(weight_map.get(key, "no file"))
+            raise CheckpointError(
+                path,
+                f"{shown(key)} is in {shown(name)}",
+                key=key,
+                found=f"{shown(name)}",
+                expected=f"{expected}, as the index says",
+                mend="take the index and all shards from one place",
+            )
+        merged.specs[key], merged.locations[key] = spec, header.locations[key]
+    merged.metadata.update(
+        {key: value for key, value in header.metadata.items() if key not in (KEY, "format")}
+    )
+
+
+def files_in(path: Path) -> list[Path]:
+    """Return the index at the path and the files that it names; nothing if it is no index."""
+    index = index_in(path)
+    if index is None:
+        return []
+    try:
+        weight_map, _ = _index(path, index, Budget())
+    except (FileError, OSError):
+        return [index]
+    return [index, *(index.parent / name for name in dict.fromkeys(weight_map.values()))]
 
 
 class ShardsReader(SafetensorsReader):
@@ -88,28 +120,21 @@ class ShardsReader(SafetensorsReader):
     format = "sharded"
 
 
-def write(path: Path, tensors: Tensors, shard_bytes: int) -> None:
+def write(path: Path, tensors: Tensors, rules: Rules = NO_RULES, *, shard_bytes: int) -> None:
     """Write shards of at most `shard_bytes`, and their index. A larger tensor gets its own shard.
 
     Raises:
         CheckpointError: the folder exists and contains other files.
     """
-    index = index_in(path) if path.exists() else None
-    own_names = {index.name, *_index(path, index)[0].values()} if index else set()
-    if path.exists() and (
-        others := [entry.name for entry in path.iterdir() if entry.name not in own_names]
-    ):
-        raise CheckpointError(
-            path, f"holds {shown(others[0])}; it was not changed", mend="choose another name"
-        )
     shards = _split(tensors, shard_bytes)
     sums: dict[KeyPath, str] = {}
     weight_map: dict[str, str] = {}
-    with atomic_folder(path) as folder:
+    rules = rules._replace(require_own=partial(_require_own, path))
+    with atomic_folder(path, rules) as folder:
         for number, keys in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             safetensors.write(folder / name, _shard_of(tensors, keys))
-            with safetensors.open_(folder / name) as written:
+            with safetensors.open_(folder / name, Budget()) as written:
                 assert written.manifest is not None
                 sums |= {key: record.checksum for key, record in written.manifest.records.items()}
             weight_map |= {slashed(key): name for key in keys}
@@ -121,6 +146,26 @@ def write(path: Path, tensors: Tensors, shard_bytes: int) -> None:
         }
         with atomic_file(folder / f"model{INDEX}") as stream:
             stream.write(json.dumps(content, indent=1).encode())
+
+
+def _require_own(path: Path, folder: Path) -> None:
+    """Raise CheckpointError if the folder holds more than an index and shards of this program.
+
+    What an index names is not proof enough: it may name whatever lies beside it.
+    """
+    index = index_in(folder)
+    own_names: set[str] = set()
+    if index is not None:
+        weight_map, manifest = _index(path, index, Budget())
+        names = [name for name in weight_map.values() if _OWN_NAME.fullmatch(name)]
+        own_names = {index.name, *names} if manifest is not None else set()
+    for entry in folder.iterdir():
+        if entry.name not in own_names or entry.is_symlink() or not entry.is_file():
+            raise CheckpointError(
+                path,
+                f"holds {shown(entry.name)}; it was not changed",
+                mend="choose another name",
+            )
 
 
 def _shard_of(tensors: Tensors, keys: list[KeyPath]) -> Tensors:
@@ -142,21 +187,21 @@ def _split(tensors: Tensors, shard_bytes: int) -> list[list[KeyPath]]:
     return shards
 
 
-def _index(path: Path, index: Path) -> tuple[dict[str, str], str | None]:
+def _index(path: Path, index: Path, budget: Budget) -> tuple[dict[str, str], str | None]:
     """Return the file of each tensor, and the text of the manifest, from the index."""
     if not index.is_file() or (index.is_symlink() and path.is_dir()):
         raise _broken(path, f"{shown(index.name)} is not a regular file")
-    if index.stat().st_size > _MAX_INDEX_BYTES:
-        raise _broken(path, f"more than {_MAX_INDEX_BYTES:,} bytes")
     try:
-        content = json.loads(index.read_bytes(), object_pairs_hook=no_name_twice)
+        content = parse_json(read_file(index, budget), path, budget, "its index")
         weight_map, metadata = content["weight_map"], content.get("metadata") or {}
         manifest = metadata.get(KEY)
         if not all(isinstance(name, str) for name in (*weight_map, *weight_map.values())):
             raise ValueError("a file name that is not a string")
         if manifest is not None:
-            Manifest.loads(manifest)
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            Manifest.loads(manifest, path, budget)
+    except FileError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _broken(path, shown(error) if str(error) else type(error).__name__) from error
     return dict(weight_map), manifest
 

@@ -1,93 +1,128 @@
-"""The torch zip format: a state dict of CPU tensors, read without running any pickled code.
+"""The torch format: a state dict of CPU tensors, read without running any pickled code.
 
-Small files are read into memory. Large files are mapped by torch, so they must not be cut while
-they are open.
+The records of a file are read from one directory that allows only one reading; see `zip_directory`.
+The files of torch before 1.6, which are no zips, are read too.
 """
 
-import io
-import pickle
-import re
 import zipfile
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ...conversion.errors import shown
 from ...conversion.mapping import KeyPath
-from ...conversion.state_kinds import same_memory
-from ...conversion.tensors import Untransferable, dense, numpy_to_tensor, tensor_to_numpy
-from ...files import atomic_file, read_ahead
+from ...conversion.tensors import numpy_to_tensor
+from ...dtypes import DTYPES
+from ...files.errors import FileError
+from ...files.memory import Budget
+from ...files.page_cache import read_ahead
+from ...files.printable import shown
+from ...files.reading import InputFile, Snapshot
+from ...files.writing import NO_RULES, Rules, atomic_file
 from ..blocks import WORKERS, contiguous
 from ..errors import CheckpointError
 from ..manifest import KEY, Manifest, checksum, in_manifests_order, manifest_of
-from ..reader import ArrayAndChecksum, Fetched, Reader, read_in_parts
+from ..reader import ArrayAndChecksum, Fetched, FileReader, Location, Reader
 from ..tensors import Spec, Tensors, checked, whole
+from .torch_pickle import Other, Storage, UnsafePickleError, View, build, scan
+from .zip_directory import Record, read_directory
 
-_SMALL_BYTES = 64 << 20
-# The most times that a view may show each stored byte.
+# The most times that the views of a storage may show each of its bytes.
 _MAX_EXPANSION = 16
+# How a file of torch before 1.6 begins: the pickles of a magic number and of a version.
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + b"\x80\x02M\xe9\x03."
+_MESSAGES = {
+    "meta": "a meta tensor has no values; materialize the module first (`to_empty`, then load)",
+    "sparse": "a sparse or quantized tensor; convert it with `to_dense()` or `dequantize()` first",
+    "nested": "a nested tensor; store its parts one by one",
+}
 
 
-def open_(path: Path) -> Reader:
-    """Open the file. The values of a large file are read on demand.
+class Content(NamedTuple):
+    """What a torch file holds: the object, where the bytes of each storage are, and the manifest.
+
+    `ranges` has the first byte and the number of bytes of each storage, by its key.
+    """
+
+    state: Any
+    ranges: Mapping[str, tuple[int, int]]
+    manifest: Manifest | None
+
+
+def open_(path: Path, budget: Budget) -> Reader:
+    """Open the file. Values are read on demand.
 
     Raises:
         CheckpointError: the file is not a torch file, or does not contain a dict of tensors.
+        FileError: what it contains does not fit the budget.
     """
-    with path.open("rb") as stream:
-        first_bytes = stream.read(4)
-    is_zip = first_bytes == b"PK\x03\x04"
-    if not is_zip and not re.match(rb"\x80[\x02-\x05]", first_bytes):
-        raise _broken(path, f"it begins with {first_bytes!r}")
-    manifest = _manifest(path) if is_zip else None
-    is_small = path.stat().st_size <= _SMALL_BYTES or not is_zip
-    state = _load(path, io.BytesIO(path.read_bytes()) if is_small else path, mapped=not is_small)
-    specs, aliases = _specs(path, state)
-    if manifest is not None:
-        specs, aliases = _as_declared(
-            path, state, specs | {key: specs[first] for key, first in aliases.items()}, manifest
+    file = InputFile(path)
+    try:
+        content = _content(file, budget)
+        views = _views(path, content)
+        specs, aliases = _specs(path, views)
+        if content.manifest is not None:
+            stored = specs | {key: specs[first] for key, first in aliases.items()}
+            specs, aliases = _as_declared(path, views, stored, content.manifest)
+        locations = {(key,): _location(file, view, content) for key, view in views.items()}
+        return TorchReader(
+            views,
+            locations,
+            path,
+            "torch",
+            specs,
+            content.manifest,
+            aliases,
+            budget=budget,
+            snapshot=Snapshot({path: file.state}),
         )
-    return TorchZipReader(state, is_small, path, "torch", specs, manifest, aliases)
+    except BaseException:
+        file.close()
+        raise
 
 
-class TorchZipReader(Reader):
-    """An open torch file. The values of a large file are mapped and read on demand."""
+class TorchReader(FileReader):
+    """An open torch file."""
 
     format = "torch"
 
-    def __init__(self, state: dict[str, Tensor], is_small: bool, *header: Any) -> None:
-        super().__init__(*header)
-        self._state, self._is_small = state, is_small
+    def __init__(self, views: Mapping[str, View], *header: Any, **more: Any) -> None:
+        super().__init__(*header, **more)
+        self._views = views
 
     def read_tensor(self, path: KeyPath) -> ArrayAndChecksum:
-        """Return the values in new memory, or the mapped values if `mapped` allows it."""
-        array = tensor_to_numpy(self._state[path[0]])
-        if self._is_small or self.mapped or not array.flags.c_contiguous:
-            return contiguous(array), None
-        flat = array.reshape(-1).view(np.uint8)
+        """Read or map the values; those of a view with other strides are put into C order."""
+        view, spec = self._views[path[0]], self.specs[path]
+        if _is_plain(view):
+            return super().read_tensor(path)
+        span = _span(view)
+        file, begin = self.location(path)
+        flat = np.empty(span, spec.numpy)
+        file.fill(flat.view(np.uint8).data, begin)
+        strides = [stride * spec.numpy.itemsize for stride in view.strides]
+        array = contiguous(np.lib.stride_tricks.as_strided(flat, view.shape, strides))
+        array = np.conj(array) if view.is_conj else array
+        return (np.negative(array) if view.is_neg else array), None
 
-        def fill(offset: int, part: np.ndarray) -> None:
-            part[:] = flat[offset : offset + part.nbytes]
+    def parts(self, path: KeyPath) -> Iterator[np.ndarray]:
+        """Yield one tensor in consecutive flat parts, and check it at the end."""
+        if _is_plain(self._views[path[0]]):
+            return super().parts(path)
+        return Reader.parts(self, path)
 
-        return read_in_parts(self.specs[path], fill, self.algorithm)
+    def _is_mapped(self, path: KeyPath) -> bool:
+        return _is_plain(self._views[path[0]]) and super()._is_mapped(path)
 
     def _fetch(self, paths: list[KeyPath]) -> Fetched:
-        if self.mapped and not self._is_small:
+        if self.mapped:
             read_ahead(self.path)
         return super()._fetch(paths)
 
-    def close(self) -> None:
-        """Release the tensors, and so the mapped file."""
-        self._state = {}
 
-
-def write(path: Path, tensors: Tensors) -> None:
+def write(path: Path, tensors: Tensors, rules: Rules = NO_RULES) -> None:
     """Write the state dict, then add the manifest as one more record of the zip."""
     arrays = {key: whole(tensors, key) for key in tensors.specs}
     state = {
@@ -95,7 +130,7 @@ def write(path: Path, tensors: Tensors) -> None:
         for key, array in arrays.items()
     }
     state |= {str(key[0]): state[str(first[0])] for key, first in tensors.aliases.items()}
-    with atomic_file(path) as stream, ThreadPoolExecutor(WORKERS) as pool:
+    with atomic_file(path, rules) as stream, ThreadPoolExecutor(WORKERS) as pool:
         sums = {
             key: pool.submit(checksum, [array], tensors.specs[key]) for key, array in arrays.items()
         }
@@ -108,103 +143,216 @@ def write(path: Path, tensors: Tensors) -> None:
             archive.writestr(zipfile.ZipInfo(f"{root}/{KEY}.json"), manifest.dumps())
 
 
-def _manifest(path: Path) -> Manifest | None:
-    """Check the directory of the zip, and return the manifest if there is one.
-
-    Raises:
-        CheckpointError: the file is not a zip, a record is compressed or larger than the file, or
-            the manifest is invalid.
-    """
-    size = path.stat().st_size
+def _content(file: InputFile, budget: Budget) -> Content:
     try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-            names = [record.filename for record in records]
-            if len(set(names)) != len(names):
-                repeated = Counter(names).most_common(1)[0][0]
-                raise ValueError(f"the record {shown(repeated)} occurs twice")
-            if compressed := [
-                record.filename for record in records if record.compress_type != zipfile.ZIP_STORED
-            ]:
-                raise ValueError(f"{shown(compressed[0])} is compressed; torch never compresses")
-            if sum(record.file_size for record in records) > size:
-                raise ValueError(f"its records declare more than the file's {size:,} bytes")
-            manifests = [
-                record for record in records if record.filename.partition("/")[2] == f"{KEY}.json"
-            ]
-            return Manifest.loads(archive.read(manifests[0])) if manifests else None
-    except (
-        zipfile.BadZipFile,
-        NotImplementedError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        IndexError,
-    ) as error:
-        raise _broken(path, shown(error)) from error
-
-
-def _load(path: Path, source: Any, *, mapped: bool) -> dict[str, Tensor]:
-    try:
-        state = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RecursionError) as error:
+        first_bytes = file.read(len(_LEGACY), 0)
+        if first_bytes.startswith(b"PK\x03\x04"):
+            return _zip_content(file, budget)
+        if first_bytes == _LEGACY:
+            return _legacy_content(file, budget)
+        if first_bytes[:1] == b"\x80":
+            raise UnsafePickleError("a pickle of another program")
+    except UnsafePickleError as error:
         raise CheckpointError(
-            path,
+            file.path,
             "contains more than a state dict of tensors; its code was not run",
             expected="a state dict",
+            found=shown(error),
             mend="load it where you trust its origin, and save only `module.state_dict()`",
         ) from error
-    except Exception as error:  # torch's readers raise a dozen unrelated types on bad bytes
-        raise _broken(path, shown(str(error).partition("\n")[0] or type(error).__name__)) from error
+    except FileError:
+        raise
+    except (ValueError, EOFError) as error:
+        raise _broken(file.path, shown(error)) from error
+    raise _broken(file.path, f"it begins with {first_bytes[:4]!r}")
+
+
+def _zip_content(file: InputFile, budget: Budget) -> Content:
+    """Return the content of a zip: records named by what torch calls them."""
+    directory = read_directory(file, budget)
+    records = {name.partition("/")[2]: record for name, record in directory}
+    roots = {name.partition("/")[0] for name, _ in directory}
+    if len(roots) != 1:
+        raise ValueError(f"its records lie in {len(roots)} folders")
+    if "data.pkl" not in records:
+        raise ValueError("it has no record data.pkl")
+    if "constants.pkl" in records:
+        raise UnsafePickleError("a TorchScript archive")
+    byteorder = _read(file, records["byteorder"], budget) if "byteorder" in records else b"little"
+    if byteorder != b"little":
+        raise ValueError(f"its byte order is {byteorder[:9].decode(errors='replace')}")
+    manifest = None
+    if f"{KEY}.json" in records:
+        text = _read(file, records[f"{KEY}.json"], budget)
+        manifest = Manifest.loads(text, file.path, budget)
+    state = build(_read(file, records["data.pkl"], budget), file.path, budget)
+    ranges = {
+        name.removeprefix("data/"): (record.begin, record.nbytes)
+        for name, record in records.items()
+        if name.startswith("data/")
+    }
+    return Content(state, ranges, manifest)
+
+
+def _read(file: InputFile, record: Record, budget: Budget) -> bytes:
+    budget.require(record.nbytes, file.path, "one of its records")
+    return file.read(record.nbytes, record.begin)
+
+
+def _legacy_content(file: InputFile, budget: Budget) -> Content:
+    """Return the content of a file before torch 1.6: five pickles, then each storage.
+
+    Before its bytes each storage has the number of its elements, in eight bytes.
+    """
+    system, position = _pickle_at(file, len(_LEGACY), budget)
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise ValueError("its byte order is not little")
+    state, position = _pickle_at(file, position, budget)
+    keys, position = _pickle_at(file, position, budget)
+    sizes = {view.storage.key: view.storage for view in _all_views(state)}
+    ranges: dict[str, tuple[int, int]] = {}
+    for key in keys:
+        if key not in sizes:
+            raise UnsafePickleError("a storage that no tensor shows")
+        numel = int.from_bytes(file.read(8, position), "little")
+        if numel != sizes[key].numel:
+            raise ValueError(f"the storage {shown(key)} has {numel:,} elements")
+        nbytes = numel * _itemsize(sizes[key].dtype)
+        ranges[key] = position + 8, nbytes
+        position += 8 + nbytes
+    if position != file.size:
+        raise ValueError(f"it has {file.size:,} bytes, and its storages end at {position:,}")
+    return Content(state, ranges, None)
+
+
+def _pickle_at(file: InputFile, begin: int, budget: Budget) -> tuple[Any, int]:
+    """Return the object of the pickle at an offset, and the offset after it."""
+    nbytes = 1 << 16
+    while True:
+        raw = file.read(nbytes, begin)
+        try:
+            end = scan(raw, 0, file.path, budget)
+            return build(raw[:end], file.path, budget), begin + end
+        except EOFError:
+            if begin + nbytes >= file.size:
+                raise
+            nbytes *= 4
+            budget.require(nbytes, file.path, "its pickle")
+
+
+def _all_views(state: Any) -> list[View]:
+    values = state.values() if isinstance(state, dict) else ()
+    return [value for value in values if isinstance(value, View)]
+
+
+def _views(path: Path, content: Content) -> dict[str, View]:
+    """Return the description of each tensor.
+
+    Raises:
+        CheckpointError: the object is not a dict of tensors with plain values, or a storage is
+            missing or shorter than its tensors.
+    """
+    state = content.state
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(
-            path, f"holds a {type(state).__name__}; expected a state dict: names and tensors"
+            path,
+            f"holds a {_kind(state)}; expected a state dict: names and tensors",
+            mend="save only the state dict: `torch.save(module.state_dict(), path)`",
         )
     for key, value in state.items():
-        if not isinstance(value, Tensor):
+        if isinstance(value, Other):
+            raise CheckpointError(path, f"{shown(key)}: {_MESSAGES[value.what]}", key=key)
+        if not isinstance(value, View):
             raise CheckpointError(
                 path,
-                f"{shown(key)} is a {type(value).__name__}; expected a tensor",
+                f"{shown(key)} is a {_kind(value)}; expected a tensor",
                 key=key,
                 mend="save only the state dict: `torch.save(module.state_dict(), path)`",
             )
+        if value.dtype.startswith("q"):
+            raise CheckpointError(path, f"{shown(key)}: {_MESSAGES['sparse']}", key=key)
+        if value.dtype in DTYPES:
+            _require_stored(path, key, value, content)
     return dict(state)
 
 
+def _kind(value: Any) -> str:
+    return "dict" if isinstance(value, dict) else type(value).__name__
+
+
+def _require_stored(path: Path, key: str, view: View, content: Content) -> None:
+    nbytes = view.storage.numel * _itemsize(view.storage.dtype)
+    _, stored = content.ranges.get(view.storage.key, (0, -1))
+    if stored != nbytes:
+        found = f"{stored:,}" if stored >= 0 else "none"
+        raise _broken(path, f"{shown(key)} needs a record of {nbytes:,} bytes, and has {found}")
+    end = (view.offset + _span(view)) * _itemsize(view.dtype)
+    if end > nbytes:
+        raise _broken(path, f"{shown(key)} reaches beyond its storage of {nbytes:,} bytes")
+
+
+def _location(file: InputFile, view: View, content: Content) -> Location:
+    begin, _ = content.ranges[view.storage.key]
+    return Location(file, begin + view.offset * _itemsize(view.dtype))
+
+
+def _itemsize(dtype: str) -> int:
+    return int(getattr(torch, dtype).itemsize)
+
+
+def _span(view: View) -> int:
+    """Return how many elements of the storage lie between the first and the last of the view."""
+    if 0 in view.shape:
+        return 0
+    return 1 + sum(
+        (size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True)
+    )
+
+
+def _is_plain(view: View) -> bool:
+    """Return whether the values lie in the storage as they are, in C order."""
+    expected = 1
+    for size, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
+        if size != 1 and stride != expected:
+            return not _span(view)
+        expected *= size
+    return not (view.is_conj or view.is_neg)
+
+
 def _specs(
-    path: Path, state: Mapping[str, Tensor]
+    path: Path, views: Mapping[str, View]
 ) -> tuple[dict[KeyPath, Spec], dict[KeyPath, KeyPath]]:
     """Return the spec of each tensor, and the tied names."""
     specs: dict[KeyPath, Spec] = {}
     aliases: dict[KeyPath, KeyPath] = {}
-    seen: dict[Any, KeyPath] = {}
-    for key, tensor in state.items():
+    seen: dict[View, KeyPath] = {}
+    shown_bytes: dict[Storage, int] = {}
+    for key, view in views.items():
         try:
-            dense(tensor)
-            spec = checked(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        except (Untransferable, ValueError) as error:
+            spec = checked(view.shape, view.dtype)
+        except ValueError as error:
             raise CheckpointError(path, f"{shown(key)}: {error}", key=key) from error
-        stored_bytes = tensor.untyped_storage().nbytes()
-        if spec.nbytes > _MAX_EXPANSION * max(stored_bytes, 4096):
+        first = seen.setdefault(view, (key,)) if spec.nbytes else (key,)
+        if first != (key,):
+            aliases[(key,)] = first
+            continue
+        specs[(key,)] = spec
+        storage = view.storage
+        total = shown_bytes[storage] = shown_bytes.get(storage, 0) + spec.nbytes
+        stored_bytes = storage.numel * _itemsize(storage.dtype)
+        if total > _MAX_EXPANSION * max(stored_bytes, 4096):
             raise CheckpointError(
                 path,
                 f"{shown(key)} is an expanded view: {stored_bytes:,} stored bytes "
-                f"appear as {spec.nbytes:,} bytes",
+                f"appear as {total:,} bytes",
                 key=key,
                 mend="save `tensor.contiguous()`, or take another copy",
             )
-        memory = same_memory(tensor)
-        first = (key,) if memory is None else seen.setdefault(memory, (key,))
-        if first == (key,):
-            specs[(key,)] = spec
-        else:
-            aliases[(key,)] = first
     return specs, aliases
 
 
 def _as_declared(
-    path: Path, state: Mapping[str, Tensor], specs: Mapping[KeyPath, Spec], manifest: Manifest
+    path: Path, views: Mapping[str, View], specs: Mapping[KeyPath, Spec], manifest: Manifest
 ) -> tuple[dict[KeyPath, Spec], dict[KeyPath, KeyPath]]:
     """Return the specs and tied names as the manifest declares them.
 
@@ -215,7 +363,7 @@ def _as_declared(
         if (
             key not in specs
             or specs[key] != specs.get(first)
-            or same_memory(state[str(key[0])]) != same_memory(state[str(first[0])])
+            or views[str(key[0])] != views[str(first[0])]
         ):
             raise CheckpointError(
                 path,
