@@ -1,10 +1,13 @@
 """`python -m compare`: see `compare.cli`."""
 
-import signal
-
-from .cli import app
+import sys
+from pathlib import Path
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):  # `--help | head -1` ends as every other program does
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    app(prog_name="python -m compare")
+    # Python puts the current folder first on the import path, where a downloaded file could take
+    # the place of a library.
+    if Path(sys.path[0]).resolve() != Path(__file__).resolve().parent.parent:
+        del sys.path[0]
+    from compare.cli import main
+
+    main()

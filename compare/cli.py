@@ -4,33 +4,23 @@ Nothing here imports a framework before it is needed, so that `--help` and wrong
 once.
 """
 
-import importlib.util
-import json
 import os
 import shlex
 import signal
-import stat
 import sys
-import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
-from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from typer.core import TyperGroup
+from typer.rich_utils import rich_format_error
 
 from . import __version__
 from .commands.jobs import Job
-from .report.machine import machine
-from .report.model import Report, Section
-from .report.terminal import ReportConsole, print_header, print_section, print_summary
+from .commands.run import Files, require_device, require_exists, require_packages, require_writable
+from .commands.run import run as run_jobs
+from .files.printable import readable, shown
 
 CHECKS = (
     "state",
@@ -43,11 +33,8 @@ CHECKS = (
     "dropout",
     "training",
 )
-# Parts that prove nothing about outputs, and so need neither SciPy nor Optax.
-STATE = ("inspect", "convert", "verify", "kill", "fuzz", "state", "stream", "attention")
 # The jobs that a second process takes over, the longest first.
 AHEAD = {"fused": 1, "checkpoints": 2, "devices": 3, "training": 4, "gradients": 5}
-PACKAGES = ("torch", "jax", "flax", "optax", "orbax-checkpoint", "safetensors", "numpy")
 
 JsonOption = Annotated[
     Path | None,
@@ -81,14 +68,14 @@ Checkpoint = Annotated[
         help="A checkpoint: a file, an Orbax folder, or a folder of shards with their index."
     ),
 ]
-MapOption = Annotated[
-    Path | None,
+MAP_HELP = "A mapping from torch to Flax names: JSON written by `StateMapping.save`."
+MemoryOption = Annotated[
+    int | None,
     typer.Option(
-        "--map",
-        metavar="FILE",
-        help="A mapping from torch to Flax names: JSON written by `StateMapping.save`.",
+        "--memory", metavar="MB", min=1, help="Memory that reading may take. Default: what is free."
     ),
 ]
+AllOption = Annotated[bool, typer.Option("--all", help="Show long tables whole.")]
 DtypeOption = Annotated[
     str | None,
     typer.Option(
@@ -153,7 +140,7 @@ def main_job(
             Job("mutants", {"recorded": True}),
         ]
         jobs = on_device if device else [Job("notebook"), *on_device, *others]
-        _run(jobs, json_file, html_file, device=device)
+        _run(jobs, Files(json_file, html_file), device=device)
     for option, value in (("--json", json_file), ("--html", html_file), ("--device", device)):
         if value is not None:
             raise typer.BadParameter(
@@ -164,7 +151,7 @@ def main_job(
 @app.command()
 def notebook(json_file: JsonOption = None, html_file: HtmlOption = None) -> None:
     """Run the source notebook cell by cell, and match every figure that it printed."""
-    _run([Job("notebook")], json_file, html_file)
+    _run([Job("notebook")], Files(json_file, html_file))
 
 
 @app.command()
@@ -172,7 +159,7 @@ def outputs(
     device: DeviceOption = None, json_file: JsonOption = None, html_file: HtmlOption = None
 ) -> None:
     """Compare the outputs in float64 and float32, given the same weights and inputs."""
-    _run([Job("outputs", {"device": device})], json_file, html_file, device=device)
+    _run([Job("outputs", {"device": device})], Files(json_file, html_file), device=device)
 
 
 @app.command()
@@ -189,19 +176,19 @@ def checks(
         if name not in CHECKS:
             raise typer.BadParameter(f"there is no check {name!r}; there are {', '.join(CHECKS)}")
     options = {"names": names or (), "device": device, "slow": True}
-    _run([Job("checks", options)], json_file, html_file, device=device)
+    _run([Job("checks", options)], Files(json_file, html_file), device=device)
 
 
 @app.command()
 def devices(json_file: JsonOption = None, html_file: HtmlOption = None) -> None:
     """Show what `.to()` and `device_put` move, and what happens to a mask that is left behind."""
-    _run([Job("devices")], json_file, html_file)
+    _run([Job("devices")], Files(json_file, html_file))
 
 
 @app.command()
 def checkpoints(json_file: JsonOption = None, html_file: HtmlOption = None) -> None:
     """Edit the mask, save it in every format, and load it in new processes of every framework."""
-    _run([Job("checkpoints")], json_file, html_file)
+    _run([Job("checkpoints")], Files(json_file, html_file))
 
 
 @app.command()
@@ -214,7 +201,7 @@ def bound(
     html_file: HtmlOption = None,
 ) -> None:
     """Test the rounding bound with random weights, inputs and masks in every dtype."""
-    _run([Job("bound", {"cases": cases, "seed": seed})], json_file, html_file)
+    _run([Job("bound", {"cases": cases, "seed": seed})], Files(json_file, html_file))
 
 
 @app.command()
@@ -236,7 +223,7 @@ def mutants(
 ) -> None:
     """Plant bugs one at a time, and show which checks catch each, and by what margin."""
     options = {"configurations": configurations, "first": first, "recorded": recorded}
-    _run([Job("mutants", options)], json_file, html_file, only_shows=recorded)
+    _run([Job("mutants", options)], Files(json_file, html_file), only_shows=recorded)
 
 
 @app.command()
@@ -247,7 +234,7 @@ def kill(
     html_file: HtmlOption = None,
 ) -> None:
     """Kill a process while it saves and another reads: a whole checkpoint must always be there."""
-    _run([Job("kill", {"tries": tries, "seed": seed})], json_file, html_file)
+    _run([Job("kill", {"tries": tries, "seed": seed})], Files(json_file, html_file))
 
 
 @app.command()
@@ -268,7 +255,9 @@ def fuzz(
     html_file: HtmlOption = None,
 ) -> None:
     """Damage checkpoints of every format and read them: only CheckpointError may be raised."""
-    _run([Job("fuzz", {"seconds": seconds, "seed": seed, "keep": keep})], json_file, html_file)
+    _run(
+        [Job("fuzz", {"seconds": seconds, "seed": seed, "keep": keep})], Files(json_file, html_file)
+    )
 
 
 @bench.command("attention")
@@ -289,12 +278,13 @@ def bench_attention(
 ) -> None:
     """Time attention and its gradients beside the libraries' own."""
     if plot is not None and plot.suffix not in (".png", ".svg"):
-        raise typer.BadParameter(f"--plot {plot}: name a .png or .svg file")
+        raise typer.BadParameter(f"--plot {shown(plot)}: name a .png or .svg file")
     if plot is not None:
-        _require_packages("matplotlib")
-        _require_writable(plot)
+        require_packages("matplotlib")
+        require_writable(plot)
     options = {"quick": quick, "rounds": rounds, "device": device, "plot": plot}
-    _run([Job("attention", options)], json_file, html_file, device=device)
+    files = Files(json_file, html_file, outputs=[plot] if plot is not None else [])
+    _run([Job("attention", options)], files, device=device)
 
 
 @bench.command("checkpoints")
@@ -305,7 +295,7 @@ def bench_checkpoints(
     html_file: HtmlOption = None,
 ) -> None:
     """Time saving, loading and converting beside plain library calls."""
-    _run([Job("state", {"megabytes": megabytes, "rounds": rounds})], json_file, html_file)
+    _run([Job("state", {"megabytes": megabytes, "rounds": rounds})], Files(json_file, html_file))
 
 
 @bench.command("streaming")
@@ -315,7 +305,7 @@ def bench_streaming(
     html_file: HtmlOption = None,
 ) -> None:
     """Measure the peak memory of converting a large checkpoint."""
-    _run([Job("stream", {"megabytes": megabytes})], json_file, html_file)
+    _run([Job("stream", {"megabytes": megabytes})], Files(json_file, html_file))
 
 
 @app.command()
@@ -327,40 +317,59 @@ def gpu(
     minutes: Annotated[float, typer.Option(min=0.5, help="The time for everything.")] = 9.0,
 ) -> None:
     """Run the GPU tests, outputs, checks and benchmark on CUDA; leave records, a log and a page."""
-    _require_packages("torch", "jax", "flax", "scipy", "optax", "jinja2", "matplotlib", "pytest")
-    _require_device("cuda")
+    require_packages("torch", "jax", "flax", "scipy", "optax", "jinja2", "matplotlib", "pytest")
+    require_device("cuda")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise typer.BadParameter(f"--out {out}: {error}") from error
+        raise typer.BadParameter(f"--out {shown(out)}: {shown(error)}") from error
     job = Job("gpu", {"out": out.absolute(), "minutes": minutes})
-    _run([job], out / "summary.json", out / "summary.html")
+    _run([job], Files(out / "summary.json", out / "summary.html"))
 
 
 @app.command()
 def inspect(
-    source: Annotated[
-        str, typer.Argument(help="A file, a folder, or package.module:name of a module.")
-    ],
-    other: Annotated[
-        str | None, typer.Argument(help="A second one, to show the differences.")
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SOURCE] [OTHER]", help="Files or folders; two are compared."),
     ] = None,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--module",
+            metavar="PACKAGE.MODULE:NAME",
+            help="Import a module and inspect NAME in it: this runs its code.",
+        ),
+    ] = None,
+    memory: MemoryOption = None,
+    shows_all: AllOption = False,
     json_file: JsonOption = None,
     html_file: HtmlOption = None,
 ) -> None:
-    """Show what a module or checkpoint holds: names, kinds, shapes, statistics, masks."""
-    for name in (source, *([other] if other is not None else [])):
-        if ":" not in name:
-            _require_exists(Path(name))
-    job = Job("inspect", {"source": source, "other": other}, counts_bytes=True)
-    _run([job], json_file, html_file, only_shows=other is None)
+    """Show what a checkpoint or module holds: names, kinds, shapes, statistics, masks."""
+    names, imported = sources or [], modules or []
+    if len(names) + len(imported) not in (1, 2):
+        raise typer.BadParameter("name one or two sources: files, folders, or --module")
+    for name in names:
+        require_exists(Path(name))
+    options: dict[str, Any] = {"modules": imported, "memory": _bytes(memory)}
+    options |= dict(zip(("source", "other"), names, strict=False))
+    _run(
+        [Job("inspect", options, counts_bytes=True)],
+        Files(json_file, html_file, [Path(name) for name in names]),
+        only_shows=len(names) + len(imported) == 1,
+        shows_all=shows_all,
+    )
 
 
 @app.command()
 def convert(
     source: Checkpoint,
-    target: Annotated[Path, typer.Argument(help="What to write; its suffix names the format.")],
-    mapping: MapOption = None,
+    target: Annotated[str, typer.Argument(help="What to write; its suffix names the format.")],
+    mapping: Annotated[
+        Path | None,
+        typer.Option("--map", metavar="FILE", help=MAP_HELP),
+    ] = None,
     like: Annotated[
         Path | None,
         typer.Option(
@@ -386,11 +395,13 @@ def convert(
     verify: Annotated[
         bool, typer.Option(help="Read both again afterwards and compare every element.")
     ] = True,
+    memory: MemoryOption = None,
+    shows_all: AllOption = False,
     json_file: JsonOption = None,
     html_file: HtmlOption = None,
 ) -> None:
     """Convert a checkpoint to another format, layout or dtype."""
-    _require_exists(source, mapping, like)
+    require_exists(source, mapping, like)
     options = {
         "source": source,
         "target": target,
@@ -401,178 +412,119 @@ def convert(
         "dry_run": dry_run,
         "verify": verify,
         "shard_bytes": shard_megabytes * 1_000_000 if shard_megabytes else None,
+        "memory": _bytes(memory),
     }
-    _run([Job("convert", options, counts_bytes=True)], json_file, html_file, only_shows=dry_run)
+    inputs = [path for path in (source, mapping, like) if path is not None]
+    _run(
+        [Job("convert", options, counts_bytes=True)],
+        Files(json_file, html_file, inputs, [Path(target)]),
+        only_shows=dry_run,
+        shows_all=shows_all,
+    )
 
 
 @app.command()
 def verify(
     source: Checkpoint,
     target: Checkpoint,
-    mapping: MapOption = None,
+    mappings: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--map", metavar="FILE", help=f"{MAP_HELP} Twice for a Linen and an NNX checkpoint."
+        ),
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            "--like",
+            metavar="CHECKPOINT",
+            help="Pair the names as this checkpoint does, whose mapping you trust.",
+        ),
+    ] = None,
     dtype: DtypeOption = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ignore", metavar="PATTERN", help="Names that may be on one side only, as *.counter."
+        ),
+    ] = None,
+    memory: MemoryOption = None,
+    shows_all: AllOption = False,
     json_file: JsonOption = None,
     html_file: HtmlOption = None,
 ) -> None:
-    """Compare two checkpoints of the same state bit for bit, in any formats and layouts."""
-    _require_exists(source, target, mapping)
-    options = {"source": source, "target": target, "mapping": mapping, "dtype": dtype}
-    _run([Job("verify", options, counts_bytes=True)], json_file, html_file)
+    """Compare two checkpoints of the same state bit for bit, in any formats and layouts.
 
-
-def _run(
-    jobs: Sequence[Job],
-    json_file: Path | None,
-    html_file: Path | None,
-    *,
-    device: str | None = None,
-    only_shows: bool = False,
-) -> NoReturn:
-    """Run the jobs, print each section when it is ready, and exit with the verdict."""
-    _require_packages(
-        "torch", "jax", "flax", *(() if jobs[0].part in STATE else ("scipy", "optax"))
+    Names pair by --map or --like, or by themselves. A mapping inside a checkpoint decides nothing:
+    it is compared with that pairing.
+    """
+    require_exists(source, target, like, *(mappings or ()))
+    options = {
+        "source": source,
+        "target": target,
+        "mapping": mappings or (),
+        "like": like,
+        "dtype": dtype,
+        "ignore": ignore or (),
+        "memory": _bytes(memory),
+    }
+    inputs = [path for path in (source, target, like) if path is not None]
+    _run(
+        [Job("verify", options, counts_bytes=True)],
+        Files(json_file, html_file, [*inputs, *(mappings or ())]),
+        shows_all=shows_all,
     )
-    if html_file is not None:
-        _require_packages("jinja2", "matplotlib")
-    _require_writable(json_file, html_file)
-    _require_device(device)
-    with suppress(AttributeError, ValueError):  # no such signal, or not in the main thread
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a closed pipe must not lose the files
-    console = ReportConsole()
-    date = datetime.now().astimezone().isoformat(timespec="seconds")
-    report = Report(_Commands.line, date, versions(), look=only_shows, machine=machine())
-    print_header(console, report)
-    for section in _sections(jobs, console):
-        report.sections.append(section)
-        print_section(console, section)
-    if report.claims:
-        print_summary(console, report)
-    if json_file is not None:
-        _write(console, json_file, json.dumps(report.as_json(), indent=1, allow_nan=False))
-    if html_file is not None:
-        from .report.html import html
-
-        _write(console, html_file, html(report))
-    console.end_if_pipe_closed()
-    raise typer.Exit(1 if report.claims and not report.held else 0)
 
 
-def _sections(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
-    """Yield the sections of each job in turn, and show the progress."""
-    from .checkpoint.errors import CheckpointError, UnverifiedCheckpoint
-    from .commands.ahead import Ahead
-    from .conversion.errors import MappingError
-    from .runners.compile_cache import compilation_cache
-    from .runners.run import sees_accelerator
-
-    # Two processes would each reserve most of an accelerator's memory.
-    alone = sees_accelerator() or all(job.ahead is None for job in jobs)
-    live = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[amount]}"),
-        console=console if console.is_terminal else Console(stderr=True),
-        transient=True,
-    )
-    with ExitStack() as stack:
-        stack.enter_context(live)
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore", UnverifiedCheckpoint)  # the sections say it
-        if jobs[0].part not in STATE:  # one of these measures compilation
-            stack.enter_context(compilation_cache())
-        task = live.add_task("starting", total=None, amount="")
-
-        def show_bytes(done: int, total: int) -> None:
-            live.update(
-                task,
-                completed=done,
-                total=total,
-                amount=f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB",
-            )
-
-        second: Ahead | None = None
-        for job in jobs:
-            live.update(task, description=f"{job.part}: running", total=None, amount="")
-            if second is not None and (sections := second.take(job)) is not None:
-                yield from sections
-                continue
-            try:
-                for item in job.sections(**({"progress": show_bytes} if job.counts_bytes else {})):
-                    if isinstance(item, str):
-                        live.update(
-                            task, description=f"{job.part}: {escape(item)}", total=None, amount=""
-                        )
-                        continue
-                    yield item
-                    if second is None and not alone:  # the first section is on the screen
-                        second = stack.enter_context(closing(Ahead(jobs)))
-            except (
-                CheckpointError,
-                MappingError,
-            ) as error:  # nothing was compared: a missing package, a full disk
-                raise typer.BadParameter(str(error)) from error
+def _bytes(megabytes: int | None) -> int | None:
+    return None if megabytes is None else megabytes * 1_000_000
 
 
-def _require_packages(*packages: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise typer.BadParameter(
-            f"{' and '.join(missing)} cannot be imported, and this needs it: "
-            "pip install 'attention-parity[all]'"
-        )
+def _run(jobs: list[Job], files: Files, **options: Any) -> None:
+    run_jobs(jobs, _Commands.line, files, **options)
 
 
-def _require_device(device: str | None) -> None:
-    if device == "cuda":
-        from .runners.run import missing_cuda
-
-        if missing := missing_cuda():
-            raise typer.BadParameter(f"CUDA cannot be used: {missing}")
+class _EndedError(BaseException):
+    """SIGTERM or SIGHUP came: leave as after Ctrl-C, so that nothing half-written stays."""
 
 
-def _require_exists(*paths: Path | None) -> None:
-    for path in filter(None, paths):
-        if not os.path.lexists(path):
-            raise typer.BadParameter(f"{path}: no such file or folder")
+def _end(number: int, _frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    raise _EndedError(number)
 
 
-def _require_writable(*files: Path | None) -> None:
-    """Refuse a file that could not be written before the work is done for it."""
-    for file in filter(None, files):
-        folder = file.absolute().parent
-        if not folder.is_dir():
-            raise typer.BadParameter(f"{file}: the folder {folder} does not exist; make it first")
-        try:
-            with suppress(FileNotFoundError):
-                if not stat.S_ISREG(file.stat().st_mode):
-                    continue  # a pipe or a device
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:  # also a name that is too long
-            raise typer.BadParameter(f"{file} could not be written: {error}") from error
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that the results depend on."""
-    numbers = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            numbers[name] = version(name)
-        except PackageNotFoundError:
-            numbers[name] = "not installed"
-    return numbers
-
-
-def _write(console: Console, path: Path, text: str) -> None:
-    from .files.writing import atomic_file
-
+def main() -> None:
+    """Run the command line: the console script and `python -m compare`."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
+    if hasattr(signal, "SIGPIPE"):  # `--help | head -1` ends as every other program does
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # a terminal of any encoding shows every name
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
-            path.write_text(text, encoding="utf-8")
-        else:
-            with atomic_file(path) as stream:
-                stream.write(text.encode())
-    except OSError as error:
-        raise typer.BadParameter(f"{path} could not be written: {error}") from error
-    console.print(f"Written to {path}")
+        sys.exit(app(prog_name=_program(), standalone_mode=False))
+    except _UsageError as error:
+        error.message = readable(error.message)
+        rich_format_error(error)
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        print("Aborted.", file=sys.stderr)
+        sys.exit(1)
+    except _EndedError as ended:
+        (number,) = ended.args
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+# Typer carries its own copy of Click or uses the installed one, depending on its version.
+_UsageError: Any = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "python -m compare" if name == "__main__.py" else name

@@ -34,7 +34,7 @@ def run_module(
     Raises:
         ChildError: the process exited with a code other than 0, or took too long.
     """
-    command = [sys.executable, "-m", module, *arguments]
+    command = [sys.executable, "-P", "-m", module, *arguments]
     try:
         process = subprocess.run(
             command,

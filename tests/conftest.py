@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import jax
 import pytest
 
-from compare.cli import versions
+from compare.commands.run import versions
 from compare.report.machine import machine
 from compare.runners.compile_cache import compilation_cache
 from compare.runners.run import missing_cuda

@@ -181,7 +181,7 @@ def test_a_report_that_cannot_be_written_ends_with_2(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
-        "compare.cli._sections", lambda *_: pytest.fail("the work had already begun")
+        "compare.commands.run._sections", lambda *_: pytest.fail("the work had already begun")
     )
     done = CliRunner().invoke(app, ["devices", "--json", str(tmp_path / ("long" * 80))])
     assert done.exit_code == 2

@@ -18,7 +18,7 @@ from .formats import KNOWN, exists, format_of, shards
 from .load import named, side_of, steady
 from .reader import Reader
 from .save import writable, write
-from .tensors import Spec, Tensors
+from .tensors import FileLayout, Spec, Tensors
 from .transforms import Progress, cast, relaid, silent, watched
 
 Wanted = Literal["torch", "flax"]
@@ -48,12 +48,17 @@ class Conversion:
     Attributes:
         lines: one line for each tensor.
         checked: whether the source has checksums for its values.
-        left: the entries without a counterpart on the other side.
+        mapping: how the names were paired, if the layout changed.
     """
 
     lines: list[Line]
     checked: bool
-    left: tuple[Left, ...] = ()
+    mapping: StateMapping | None = None
+
+    @property
+    def left(self) -> tuple[Left, ...]:
+        """The entries without a counterpart on the other side."""
+        return self.mapping.left if self.mapping is not None else ()
 
     @property
     def nbytes(self) -> int:
@@ -99,6 +104,10 @@ def convert_checkpoint(
             effect, or the target cannot be written. The target is then unchanged.
     """
     path = Path(target)
+    if str(target).endswith("/") and not path.is_dir():
+        raise CheckpointError(
+            target, "ends with a slash, and is not a folder yet", mend="leave the slash out"
+        )
     chosen = format_of(path) if shard_bytes is None else None
     allowed = chosen.layouts if chosen else ("torch", "linen", "nnx")
     if layout is not None and layout not in {_torch_or_flax(name) for name in allowed}:
@@ -138,8 +147,7 @@ def convert_checkpoint(
                 write_shards = partial(shards.write, shard_bytes=shard_bytes)
                 sharded = format_of("x.safetensors")._replace(write=write_shards, open=shards.open_)
                 write(path, resolved, sharded, counted, stored.require_current)
-        left = tensors.mapping.left if tensors.layout != stored.layout and tensors.mapping else ()
-        return Conversion(lines, stored.checked, left)
+        return Conversion(lines, stored.checked, tensors.mapping if is_relaid else None)
 
     return steady(source, work, memory, is_settled=not dry_run)
 
@@ -158,19 +166,16 @@ def planned(
     *,
     mapping: StateMapping | None = None,
     like: str | PathLike[str] | None = None,
-    beside: str | PathLike[str] | None = None,
     layout: Wanted | None = None,
     dtype: str | None = None,
 ) -> tuple[Tensors, list[Line]]:
     """Return the tensors in the target's layout and dtype, and a line for each.
 
-    `beside` is a checkpoint to match with if there is no other mapping.
-
     Raises:
         CheckpointError: there is no mapping, or the source does not fit it.
     """
     if _target_layout(stored, tuple(allowed), layout) != _torch_or_flax(stored.layout):
-        table = stored.spell(_mapping(stored, mapping, like, beside))
+        table = stored.spell(_mapping(stored, mapping, like))
         in_layout = relaid(stored.path, stored.tensors(), table)
     else:
         in_layout = stored.tensors()
@@ -199,9 +204,8 @@ def _mapping(
     stored: Reader,
     mapping: StateMapping | None,
     like: str | PathLike[str] | None,
-    beside: str | PathLike[str] | None,
 ) -> StateMapping:
-    table = mapping or (_matched(stored, like) if like is not None else stored.mapping)
+    table = mapping or (matched(stored, like) if like is not None else stored.mapping)
     if table is not None:
         return table
     attention = LINEN if stored.layout in ("torch", "linen") else NNX
@@ -211,25 +215,33 @@ def _mapping(
         known = set(attention.by_path)
     if stored.specs.keys() <= known:
         return attention
-    if beside is not None:
-        return _matched(stored, beside)
     raise CheckpointError(
         stored.path, "does not say how its names pair with the other framework's", mend=_MEND
     )
 
 
-def _matched(stored: Reader, like: str | PathLike[str]) -> StateMapping:
-    """Return how the names of the source pair with those of a checkpoint of the other framework."""
+def matched(
+    stored: Reader, like: str | PathLike[str], layout: FileLayout | None = None
+) -> StateMapping:
+    """Return how the names of a checkpoint pair with those of `like`.
+
+    Args:
+        stored: the checkpoint.
+        like: a checkpoint of the other framework, or one whose mapping names every tensor.
+        layout: the layout that the mapping must lead to, if it is known.
+    """
 
     def work(other: Reader) -> StateMapping:
+        carried = other.mapping
+        is_for_it = carried is not None and layout in (None, carried.flax)
+        if carried is not None and is_for_it and _has_names_of(carried, stored):
+            return carried
         if (other.layout == "torch") == (stored.layout == "torch"):
             raise CheckpointError(
                 like,
                 f"has the {other.layout} layout, as the source has: "
                 "give a checkpoint of the other framework",
             )
-        if other.mapping is not None and _has_names_of(other.mapping, stored):
-            return other.mapping
         return paired(stored, other)
 
     return steady(like, work, stored.budget.limit)
@@ -282,6 +294,12 @@ def _keys(row: Any) -> str:
 
 
 def _folder(path: Path) -> Path:
+    if path.name.endswith(shards.INDEX):
+        raise CheckpointError(
+            path,
+            "would be a folder of shards, but is named like an index",
+            mend="name it without a suffix",
+        )
     if path.suffix.lower() in KNOWN:
         raise CheckpointError(
             path,

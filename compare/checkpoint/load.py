@@ -1,5 +1,6 @@
 """Load a checkpoint into a torch or Flax model: validate everything, then assign."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
@@ -217,7 +218,7 @@ def steady(
                     f"{shown(path)} has no manifest, so it is not known whether its values are "
                     "those that were saved",
                     UnverifiedCheckpoint,
-                    stacklevel=3,
+                    stacklevel=_callers_level(),
                 )
             return result
     raise CheckpointError(
@@ -225,6 +226,15 @@ def steady(
         f"was replaced {_MAX_TRIES} times while it was read",
         mend="read it when nothing writes to it",
     )
+
+
+def _callers_level() -> int:
+    """Return the `stacklevel` of the first caller outside this package."""
+    level, frame = 1, sys._getframe(1)
+    package = __name__.partition(".")[0] + "."
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(package):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _snapshot(path: Path) -> Snapshot:

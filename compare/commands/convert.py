@@ -5,14 +5,15 @@ from pathlib import Path
 
 from ..checkpoint.convert import Conversion, Line, Wanted, convert_checkpoint
 from ..checkpoint.transforms import Progress, silent
-from ..checkpoint.verify import Difference, verify_checkpoint
+from ..checkpoint.verify import compare_checkpoints
 from ..conversion.mapping import StateMapping
 from ..report.model import Block, Cell, Check, Section, Table
+from .verify import comparison_check
 
 
 def sections(
     source: Path,
-    target: Path,
+    target: str,
     mapping: Path | None = None,
     like: Path | None = None,
     layout: Wanted | None = None,
@@ -20,6 +21,7 @@ def sections(
     shard_bytes: int | None = None,
     dry_run: bool = False,
     verify: bool = True,
+    memory: int | None = None,
     progress: Progress = silent,
 ) -> Iterator[Section | str]:
     """Yield progress messages, then one section with the table of tensors and the comparison."""
@@ -34,23 +36,37 @@ def sections(
         dtype=dtype,
         shard_bytes=shard_bytes,
         dry_run=dry_run,
+        memory=memory,
         progress=progress,
     )
     section = _section(source, target, conversion, dry_run)
+    if conversion.mapping is not None:
+        section.blocks.append(f"The tensors were paired {_pairing(mapping, like)}.")
     if not dry_run and verify:
         yield f"comparing {target}"
-        differences = verify_checkpoint(
-            source, target, mapping=table, dtype=dtype, progress=progress
+        comparison = compare_checkpoints(
+            source,
+            target,
+            mapping=conversion.mapping,
+            dtype=dtype,
+            memory=memory,
+            progress=progress,
         )
         if dtype is not None:
             section.blocks.append(f"The comparison is with the source cast to {dtype}.")
-        section.checks.append(
-            comparison_check(differences, len(conversion.lines), conversion.nbytes)
-        )
+        section.checks.append(comparison_check(comparison))
     yield section
 
 
-def _section(source: Path, target: Path, conversion: Conversion, dry_run: bool) -> Section:
+def _pairing(mapping: Path | None, like: Path | None) -> str:
+    if mapping is not None:
+        return f"by the mapping {mapping}"
+    if like is not None:
+        return f"with those of {like}"
+    return "as the source says, or as the attention classes are named; the table shows every pair"
+
+
+def _section(source: Path, target: str, conversion: Conversion, dry_run: bool) -> Section:
     rows: list[list[Cell]] = [_row(line) for line in conversion.lines]
     tensors = f"{len(conversion.lines)} tensors"
     verb = "would become" if dry_run else "became"
@@ -69,25 +85,11 @@ def _section(source: Path, target: Path, conversion: Conversion, dry_run: bool) 
         )
     section = Section("Conversion", blocks)
     if not dry_run:
-        section.checks.append(Check("written", "all", True, tensors, "every tensor of the source"))
+        held = True if conversion.lines else None
+        section.checks.append(Check("written", "all", held, tensors, "every tensor of the source"))
     return section
 
 
 def _row(line: Line) -> list[Cell]:
     shape = "x".join(map(str, line.shape)) or "scalar"
     return [line.source, line.target, line.kind, shape, line.dtype, line.layout]
-
-
-def comparison_check(differences: list[Difference], tensors: int, nbytes: int) -> Check:
-    """Return the check that every element is the same on both sides."""
-    if differences:
-        measured = f"{len(differences)} differ; {differences[0].name} {differences[0].what}"
-    else:
-        measured = f"{tensors} tensors, {nbytes:,} bytes"
-    return Check(
-        "every element, bit for bit",
-        "all",
-        not differences,
-        measured,
-        "the same names, shapes, dtypes and bits",
-    )

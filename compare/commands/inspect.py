@@ -1,244 +1,319 @@
-"""Show what a module, a file or a folder holds, or the differences between two of them."""
+"""Show what a module, a file or a folder holds, or the differences between two of them.
 
-from collections.abc import Iterator, Mapping
+Files are read part by part, so their size does not matter. What a report shows of the values is
+gathered on the way: statistics, and a coarse picture of the masks.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import numpy as np
-import torch
-from flax import nnx
 
-from ..checkpoint.errors import CheckpointError
+from ..checkpoint.blocks import BLOCK_BYTES
 from ..checkpoint.formats import open_checkpoint
 from ..checkpoint.manifest import is_mask
-from ..checkpoint.tensors import Spec, spec_of
+from ..checkpoint.reader import Reader
+from ..checkpoint.tensors import Spec
 from ..checkpoint.transforms import Progress, silent
-from ..conversion.mapping import slashed
-from ..conversion.state_kinds import entries
-from ..conversion.unmatched import host_values
+from ..conversion.mapping import KeyPath, slashed
 from ..files.printable import shown
 from ..report.model import Block, Cell, Check, Panels, Section, Table
+from .inspect_module import InspectedEntry, module_entries
 
 # Larger masks are shown as a grid of squares, this many along each axis.
 _GRID_SIZE = 16
+_MAX_PICTURES = 12
+
+Key = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class InspectedEntry:
-    """One entry. `spec` and `array` are None where it has no plain array of values."""
+class Source:
+    """What is inspected: its name, its entries in order, and notes on the whole."""
 
     name: str
-    kind: str
-    spec: Spec | None
-    array: np.ndarray | None
+    entries: Mapping[Key, InspectedEntry]
+    notes: list[str]
 
 
 def sections(
-    source: str, other: str | None = None, progress: Progress = silent
+    source: str | None = None,
+    other: str | None = None,
+    modules: Iterable[str] = (),
+    memory: int | None = None,
+    progress: Progress = silent,
 ) -> Iterator[Section | str]:
-    """Yield progress messages, then one section: the source's entries, or how the two differ."""
-    yield f"reading {source}"
-    source_entries, source_notes = read_entries(source, progress)
-    if other is None:
-        yield _section(source, source_entries, source_notes)
-        return
-    yield f"reading {other}"
-    other_entries, other_notes = read_entries(other, progress)
-    notes = [*source_notes, *other_notes]
-    yield _difference(source, other, source_entries, other_entries, notes)
+    """Yield progress messages, then one section: one source's entries, or how two of them differ.
 
-
-def read_entries(source: str, progress: Progress) -> tuple[list[InspectedEntry], list[str]]:
-    """Return the entries of a file, a folder, or `package.module:name`, and notes on the whole.
-
-    Raises:
-        CheckpointError: the source does not exist or cannot be read.
+    Args:
+        source: a file or folder.
+        other: another one.
+        modules: modules as `package.module:name`, which are imported.
+        memory: the most bytes that what is read and held at once may take.
+        progress: called with the bytes done and the total bytes.
     """
-    if not Path(source).exists() and ":" in source:
-        return _module_entries(source), []
-    with open_checkpoint(source) as stored:
-        listed = []
-        total = sum(spec.nbytes for spec in stored.specs.values())
-        done = 0
-        arrays = {}
-        for path, array in stored.read():
-            kind = stored.kinds.get(path, "unknown")
-            listed.append(InspectedEntry(slashed(path), kind, stored.specs[path], array))
-            arrays[path] = array
-            done += array.nbytes
-            progress(done, total)
-        for path, first in stored.aliases.items():
-            kind = f"alias of {slashed(first)}"
-            listed.append(InspectedEntry(slashed(path), kind, stored.specs[first], arrays[first]))
-        checked = (
-            "all checksums match" if stored.checked else "no manifest, so nothing could be checked"
+    with ExitStack() as opened:
+        given: list[Source] = []
+        for name in [name for name in (source, other) if name is not None]:
+            yield f"reading {name}"
+            given.append(_file(opened.enter_context(open_checkpoint(name, memory)), name))
+        for name in modules:
+            yield f"importing {name}"
+            entries = {tuple(entry.name.split("/")): entry for entry in module_entries(name)}
+            given.append(Source(name, entries, []))
+        if len(given) == 1:
+            yield _section(given[0], progress)
+        else:
+            yield _difference(given[0], given[1], progress)
+
+
+def _file(stored: Reader, name: str) -> Source:
+    def parts_of(path: KeyPath) -> Any:
+        return lambda: stored.parts(path)
+
+    entries = {}
+    for path, spec in stored.specs.items():
+        kind = stored.kinds.get(path, "unknown")
+        entries[_key(path)] = InspectedEntry(slashed(path), kind, spec, parts_of(path))
+    for path, first in stored.aliases.items():
+        kind = f"alias of {slashed(first)}"
+        entries[_key(path)] = InspectedEntry(
+            slashed(path), kind, stored.specs[first], parts_of(first)
         )
-        note = f"{source}: {stored.format}, {stored.layout} layout, {total:,} bytes, {checked}."
-        return listed, [note]
+    checked = (
+        "every value is as it was saved (checksums)"
+        if stored.checked
+        else "no manifest, so it is not known whether its values are those that were saved"
+    )
+    total = sum(spec.nbytes for spec in stored.specs.values())
+    note = f"{name}: {stored.format}, {stored.layout} layout, {total:,} bytes, {checked}."
+    return Source(name, entries, [note])
 
 
-def _module_entries(source: str) -> list[InspectedEntry]:
-    """Return the entries of the object `package.module:name`; a function is called first."""
-    module_name, _, name = source.partition(":")
-    try:
-        target = getattr(import_module(module_name), name)
-        if callable(target) and not isinstance(target, torch.nn.Module | nnx.Module):
-            target = target()
-        state_entries = entries(target)
-    # The user's module may raise anything when it is imported or called.
-    except (Exception, SystemExit) as error:
-        raise CheckpointError(
-            source,
-            f"is not a module that can be inspected ({type(error).__name__}: {shown(error)})",
-            expected="a file, a folder, or package.module:name of a torch or NNX module, "
-            "Linen variables, or a function without arguments that returns one",
-        ) from error
-    listed = []
-    for entry in state_entries:
-        kind = f"alias of {slashed(entry.first)}" if entry.first is not None else entry.kind
-        if kind == "left behind":
-            kind = "plain: will be left behind"
-        array = _values(entry.value) if entry.kind != "stream" else None
-        spec = spec_of(array) if array is not None else None
-        listed.append(InspectedEntry(entry.name, kind, spec, array))
-    return listed
+def _key(path: KeyPath) -> Key:
+    return tuple(map(str, path))
 
 
-def _values(value: Any) -> np.ndarray | None:
-    """Return the values as an array, or None where there is no plain array."""
-    try:
-        array = host_values(value)
-        return array if array is None or spec_of(array) else None
-    except (ValueError, TypeError, RuntimeError):
-        return None
+class _Statistics:
+    """The least, mean and greatest finite value, the number of others, and a picture of a mask."""
+
+    def __init__(self, entry: InspectedEntry) -> None:
+        self.least, self.greatest, self.sum = np.inf, -np.inf, 0.0
+        self.finite = self.nans = self.infinities = 0
+        self.mask = _MaskPicture(entry.spec) if _is_shown_mask(entry) and entry.spec else None
+
+    def add(self, part: np.ndarray) -> None:
+        """Add a consecutive part of the values."""
+        if self.mask is not None:
+            self.mask.add(part)
+        if part.dtype.kind == "c":
+            return
+        for begin in range(0, part.size, BLOCK_BYTES // 8):
+            wide = part[begin : begin + BLOCK_BYTES // 8].astype(np.float64)
+            finite = wide[np.isfinite(wide)]
+            self.finite += finite.size
+            nans = int(np.isnan(wide).sum())
+            self.nans += nans
+            self.infinities += wide.size - finite.size - nans
+            if finite.size:
+                self.least = min(self.least, float(finite.min()))
+                self.greatest = max(self.greatest, float(finite.max()))
+                # Numbers near the largest one would overflow in a plain sum.
+                self.sum += float((finite / 2**20).sum())
+
+    def cells(self) -> list[Cell]:
+        """Return least, mean and greatest, and a note on the others."""
+        notes = ", ".join(
+            f"{count} {name}"
+            for name, count in (("NaN", self.nans), ("inf", self.infinities))
+            if count
+        )
+        if not self.finite:
+            return [None, None, None, notes]
+        mean = self.sum / self.finite * 2**20
+        return [self.least, mean, self.greatest, notes]
 
 
-def _section(source: str, listed: list[InspectedEntry], notes: list[str]) -> Section:
+class _MaskPicture:
+    """A small mask as it is, a large one as a grid of blocked shares in ninths."""
+
+    def __init__(self, spec: Spec) -> None:
+        rows, columns = spec.shape
+        self.columns, self.position = columns, 0
+        self.is_whole = max(rows, columns) < _GRID_SIZE
+        self.values: list[float] = []
+        self.row_edges = _edges(rows)
+        self.column_edges = _edges(columns)
+        self.blocked = np.zeros((len(self.row_edges), len(self.column_edges)), np.int64)
+        self.sizes = np.outer(_sizes(self.row_edges, rows), _sizes(self.column_edges, columns))
+
+    def add(self, part: np.ndarray) -> None:
+        """Add a consecutive part of the values."""
+        if self.is_whole:
+            self.values += part.astype(np.float64).tolist()
+            return
+        nonzero = np.flatnonzero(part.astype(bool)) + self.position
+        rows, columns = np.divmod(nonzero, self.columns)
+        squares = (
+            np.searchsorted(self.row_edges, rows, "right") - 1,
+            np.searchsorted(self.column_edges, columns, "right") - 1,
+        )
+        np.add.at(self.blocked, squares, 1)
+        self.position += part.size
+
+    def matrix(self) -> list[list[float]]:
+        """Return the picture."""
+        if self.is_whole:
+            return np.reshape(self.values, (-1, self.columns)).tolist()
+        return np.round(9 * self.blocked / self.sizes).tolist()
+
+
+def _edges(size: int) -> np.ndarray:
+    """Return where each of the squares begins along an axis."""
+    parts = np.array_split(np.arange(size), min(size, _GRID_SIZE))
+    return np.array([part[0] for part in parts])
+
+
+def _sizes(edges: np.ndarray, size: int) -> np.ndarray:
+    return np.diff([*edges, size])
+
+
+def _is_shown_mask(entry: InspectedEntry) -> bool:
+    if entry.spec is None or len(entry.spec.shape) != 2 or 0 in entry.spec.shape:
+        return False
+    kind = entry.kind.partition(" of ")[0]
+    return is_mask(tuple(entry.name.split("/")), kind) and entry.spec.dtype[:7] != "complex"
+
+
+def _section(source: Source, progress: Progress) -> Section:
     """Show a row for every entry, and pictures of the masks."""
     columns = ["name", "kind", "shape", "dtype", "bytes", "min", "mean", "max", "notes"]
-    section = Section(source, [Table(columns, [_row(entry) for entry in listed]), *notes])
-    section.blocks += _mask_panels({source: listed})
-    return section
+    rows: list[list[Cell]] = []
+    pictures: dict[str, Mapping[str, list[list[float]]]] = {}
+    total, done = _nbytes(source), 0
+    for entry in source.entries.values():
+        row, matrix = _row(entry)
+        rows.append(row)
+        if matrix is not None:
+            pictures[entry.name] = {source.name: matrix}
+        done += entry.spec.nbytes if entry.spec is not None else 0
+        progress(done, total)
+    return Section(source.name, [Table(columns, rows), *source.notes, *_panels(pictures)])
 
 
-def _row(entry: InspectedEntry) -> list[Cell]:
+def _nbytes(source: Source) -> int:
+    return sum(entry.spec.nbytes for entry in source.entries.values() if entry.spec is not None)
+
+
+def _row(entry: InspectedEntry) -> tuple[list[Cell], list[list[float]] | None]:
+    name = shown(entry.name)
     if entry.spec is None:
-        return [shown(entry.name), entry.kind, None, None, None, None, None, None, ""]
+        return [name, entry.kind, None, None, None, None, None, None, ""], None
+    statistics = _Statistics(entry)
+    for part in entry.parts():
+        statistics.add(part)
     shape = "x".join(map(str, entry.spec.shape)) or "scalar"
-    return [
-        shown(entry.name),
-        entry.kind,
-        shape,
-        entry.spec.dtype,
-        f"{entry.spec.nbytes:,}",
-        *_statistics(entry.array),
-    ]
+    cells = statistics.cells()
+    if not entry.spec.nbytes:
+        cells[3] = "empty"
+    row: list[Cell] = [name, entry.kind, shape, entry.spec.dtype, f"{entry.spec.nbytes:,}", *cells]
+    return row, statistics.mask.matrix() if statistics.mask is not None else None
 
 
-def _statistics(array: np.ndarray | None) -> list[Cell]:
-    """Return the least, mean and greatest finite value, and a note on the others."""
-    if array is None or not array.size or array.dtype.kind == "c":
-        is_empty = array is not None and not array.size
-        return [None, None, None, "empty" if is_empty else ""]
-    wide = array.reshape(-1).astype(np.float64)
-    finite = wide[np.isfinite(wide)]
-    notes = [
-        f"{count} {name}"
-        for name, count in (("NaN", np.isnan(wide).sum()), ("inf", np.isinf(wide).sum()))
-        if count
-    ]
-    if not finite.size:
-        return [None, None, None, ", ".join(notes)]
-    return [float(finite.min()), float(finite.mean()), float(finite.max()), ", ".join(notes)]
-
-
-def _mask_panels(sides: Mapping[str, list[InspectedEntry]]) -> list[Block]:
-    """Return the masks of all sides; masks with the same name stand side by side."""
-    masks: dict[str, dict[str, list[list[float]]]] = {}
-    for side, listed in sides.items():
-        for entry in listed:
-            if entry.array is not None and _is_shown_mask(entry, entry.array):
-                masks.setdefault(entry.name, {})[side] = _coarse(entry.array)
+def _panels(pictures: Mapping[str, Mapping[str, list[list[float]]]]) -> list[Block]:
+    """Return pictures of the first masks; masks of one name stand side by side."""
     blocks: list[Block] = []
-    for name, matrices in masks.items():
+    for name, matrices in islice(pictures.items(), _MAX_PICTURES):
         whole = all(len(matrix) < _GRID_SIZE for matrix in matrices.values())
         content = "nonzero blocks" if whole else "blocked share of each square, in ninths"
-        blocks.append(Panels(f"{name}: {content}", matrices))
+        blocks.append(Panels(f"{shown(name)}: {content}", matrices))
+    if len(pictures) > _MAX_PICTURES:
+        blocks.append(f"… and the pictures of {len(pictures) - _MAX_PICTURES:,} more masks.")
     return blocks
 
 
-def _is_shown_mask(entry: InspectedEntry, array: np.ndarray) -> bool:
-    kind = entry.kind.partition(" of ")[0]
-    is_matrix = array.ndim == 2 and array.size > 0
-    return is_matrix and is_mask(tuple(entry.name.split("/")), kind)
-
-
-def _coarse(array: Any) -> list[list[float]]:
-    """Return a small mask as it is, a large one as a grid of blocked shares in ninths."""
-    if max(array.shape) < _GRID_SIZE:
-        return array.astype(np.float64).tolist()
-    rows, columns = (np.array_split(np.arange(size), min(size, _GRID_SIZE)) for size in array.shape)
-    blocked = array.astype(bool)
-    return [
-        [float(np.round(9 * blocked[np.ix_(row, column)].mean())) for column in columns]
-        for row in rows
-    ]
-
-
-def _difference(
-    source: str,
-    other: str,
-    source_entries: list[InspectedEntry],
-    other_entries: list[InspectedEntry],
-    notes: list[str],
-) -> Section:
+def _difference(left: Source, right: Source, progress: Progress) -> Section:
     """Show a row for every entry that differs, and check that there is none."""
-    left = {entry.name: entry for entry in source_entries}
-    right = {entry.name: entry for entry in other_entries}
     rows: list[list[Cell]] = []
-    for name in dict.fromkeys([*left, *right]):
-        difference = _describe_difference(left.get(name), right.get(name), source, other)
+    pictures: dict[str, dict[str, list[list[float]]]] = {}
+    total, done = _nbytes(left), 0
+    for key in dict.fromkeys([*left.entries, *right.entries]):
+        one, other = left.entries.get(key), right.entries.get(key)
+        entry = one or other
+        assert entry is not None
+        if one is None or other is None:
+            difference: str | None = f"is only in {right.name if one is None else left.name}"
+        else:
+            difference = _describe_difference(one, other)
+            done += one.spec.nbytes if one.spec is not None else 0
+            progress(done, total)
         if difference is not None:
-            rows.append([shown(name), difference])
-    section = Section(f"{source} and {other}", [*notes])
+            rows.append([shown(entry.name), difference])
+            _draw(pictures, entry.name, {left.name: one, right.name: other})
+    section = Section(f"{left.name} and {right.name}", [*left.notes, *right.notes])
     if rows:
         section.blocks.append(Table(["name", "difference"], rows))
-    section.blocks += _mask_panels({source: source_entries, other: other_entries})
-    same = f"{len(left.keys() & right.keys())} entries are the same"
-    section.checks.append(
-        Check(
-            "no difference",
-            "all",
-            not rows,
-            f"{len(rows)} entries differ" if rows else same,
-            "none",
-        )
-    )
+    section.blocks += _panels(pictures)
+    both = len(left.entries.keys() & right.entries.keys())
+    measured = f"{len(rows)} entries differ" if rows else f"{both} entries are the same"
+    held = None if not rows and not both else not rows
+    section.checks.append(Check("no difference", "all", held, measured, "none"))
     return section
 
 
-def _describe_difference(
-    left: InspectedEntry | None, right: InspectedEntry | None, source: str, other: str
-) -> str | None:
+def _draw(
+    pictures: dict[str, dict[str, list[list[float]]]],
+    name: str,
+    sides: Mapping[str, InspectedEntry | None],
+) -> None:
+    """Add the pictures of masks that differ."""
+    for side, entry in sides.items():
+        if entry is not None and _is_shown_mask(entry) and len(pictures) <= _MAX_PICTURES:
+            _, matrix = _row(entry)
+            if matrix is not None:
+                pictures.setdefault(name, {})[side] = matrix
+
+
+def _describe_difference(left: InspectedEntry, right: InspectedEntry) -> str | None:
     """Say how two entries differ, or return None if they are the same."""
-    if left is None or right is None:
-        return f"is only in {other if left is None else source}"
     if left.spec != right.spec:
         return f"{_describe_spec(left.spec)} and {_describe_spec(right.spec)}"
-    if left.array is None or right.array is None:
+    if left.spec is None or not left.spec.nbytes:
         return None
-    first, second = (np.ascontiguousarray(array).reshape(-1) for array in (left.array, right.array))
-    if not first.size:
+    count, largest = 0, 0.0
+    wide = np.complex128 if left.spec.dtype.startswith("complex") else np.float64
+    for first, second in _side_by_side(left.parts(), right.parts()):
+        width = first.dtype.itemsize
+        same = first.view(np.uint8) == second.view(np.uint8)
+        differing = ~same.reshape(-1, width).all(axis=1)
+        if differing.any():
+            count += int(differing.sum())
+            with np.errstate(all="ignore"):
+                distances = np.abs(first[differing].astype(wide) - second[differing].astype(wide))
+            largest = max(largest, float(np.nanmax(distances, initial=0.0)))
+    if not count:
         return None
-    differing = (first.view(np.uint8) != second.view(np.uint8)).reshape(first.size, -1).any(axis=1)
-    if not differing.any():
-        return None
-    wide = np.complex128 if first.dtype.kind == "c" else np.float64
-    distances = np.abs(first[differing].astype(wide) - second[differing].astype(wide))
-    largest = float(np.nanmax(distances, initial=0.0))
-    return f"{int(differing.sum()):,} of {first.size:,} values, by up to {largest:.3g}"
+    size = left.spec.nbytes // left.spec.numpy.itemsize
+    return f"{count:,} of {size:,} values, by up to {largest:.3g}"
+
+
+def _side_by_side(
+    left: Iterable[np.ndarray], right: Iterable[np.ndarray]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield parts of equal size from two sequences of parts."""
+    others = iter(right)
+    rest = np.empty(0)
+    for part in left:
+        while part.size:
+            rest = rest if rest.size else next(others)
+            size = min(part.size, rest.size)
+            yield part[:size], rest[:size]
+            part, rest = part[size:], rest[size:]
+    for _ in others:  # the checksum comes after the last part
+        pass
 
 
 def _describe_spec(spec: Spec | None) -> str:

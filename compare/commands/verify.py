@@ -1,36 +1,73 @@
 """Compare two checkpoints of the same state bit for bit, in any formats and layouts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..checkpoint.formats import open_checkpoint
 from ..checkpoint.transforms import Progress, silent
-from ..checkpoint.verify import verify_checkpoint
+from ..checkpoint.verify import Comparison, compare_checkpoints
 from ..conversion.mapping import StateMapping
-from ..report.model import Section, Table
-from .convert import comparison_check
+from ..report.model import Block, Cell, Check, Section, Table
 
 
 def sections(
     source: Path,
     target: Path,
-    mapping: Path | None = None,
+    mapping: Sequence[Path] = (),
+    like: Path | None = None,
     dtype: str | None = None,
+    ignore: Sequence[str] = (),
+    memory: int | None = None,
     progress: Progress = silent,
 ) -> Iterator[Section | str]:
     """Yield a progress message, then one section with the differences."""
     yield f"comparing {source} and {target}"
-    table = StateMapping.load(mapping) if mapping else None
-    differences = verify_checkpoint(source, target, mapping=table, dtype=dtype, progress=progress)
-    with open_checkpoint(target) as stored:
-        tensors = len(stored.specs)
-        nbytes = sum(spec.nbytes for spec in stored.specs.values())
-    section = Section(f"{source} and {target}")
-    section.checks.append(comparison_check(differences, tensors, nbytes))
-    if not differences:
+    comparison = compare_checkpoints(
+        source,
+        target,
+        mapping=[StateMapping.load(file) for file in mapping],
+        like=like,
+        dtype=dtype,
+        ignore=ignore,
+        memory=memory,
+        progress=progress,
+    )
+    section = Section(f"{source} and {target}", described(comparison))
+    section.checks.append(comparison_check(comparison))
+    if not comparison.differences and comparison.tensors:
         cast = f", after the cast to {dtype}" if dtype else ""
-        section.blocks.append(f"All {tensors} tensors are the same, bit for bit{cast}.")
-    else:
-        rows = [[difference.name, difference.what] for difference in differences]
+        section.blocks.append(f"All {comparison.tensors} tensors are the same, bit for bit{cast}.")
+    elif comparison.differences:
+        rows: list[list[Cell]] = [
+            [difference.name, difference.what] for difference in comparison.differences
+        ]
         section.blocks.append(Table(["name", "difference"], rows))
     yield section
+
+
+def described(comparison: Comparison) -> list[Block]:
+    """Say how the names were paired, and which files claim a pairing of their own."""
+    blocks: list[Block] = [f"The tensors were paired {comparison.pairing}."]
+    if comparison.claims:
+        files = " and ".join(comparison.claims)
+        blocks.append(
+            f"The mapping in {files} did not decide this: it was compared with that pairing."
+        )
+    return blocks
+
+
+def comparison_check(comparison: Comparison) -> Check:
+    """Return the check that every element is the same on both sides."""
+    differences = comparison.differences
+    if differences:
+        measured = f"{len(differences)} differ; {differences[0].name} {differences[0].what}"
+    elif comparison.tensors:
+        measured = f"{comparison.tensors} tensors, {comparison.nbytes:,} bytes"
+    else:
+        measured = "there are no tensors"
+    return Check(
+        "every element, bit for bit",
+        "all",
+        None if not differences and not comparison.tensors else not differences,
+        measured,
+        "the same names, shapes, dtypes and bits",
+    )

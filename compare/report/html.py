@@ -8,11 +8,14 @@ from markupsafe import Markup, escape
 
 from .model import VERDICTS, Grid, Report, Table
 from .plots import picture
-from .terminal import cell_text
+from .terminal import MAX_ROWS, cell_text
 
 
-def html(report: Report) -> str:
-    """Return the page. All text is escaped, because names and errors may contain any characters."""
+def html(report: Report, shows_all: bool = False) -> str:
+    """Return the page. All text is escaped, because names and errors may contain any characters.
+
+    Long tables are cut, unless `shows_all` is True.
+    """
     environment = Environment(
         loader=PackageLoader("compare.report", "."),
         autoescape=True,
@@ -28,7 +31,9 @@ def html(report: Report) -> str:
     environment.tests["digits"] = lambda cell: bool(re.fullmatch(r"[-+0-9.,e/ ]+", str(cell)))
     environment.tests["table"] = lambda block: isinstance(block, Table)
     environment.tests["grid"] = lambda block: isinstance(block, Grid)
-    return environment.get_template("page.html").render(report=report, verdicts=VERDICTS)
+    return environment.get_template("page.html").render(
+        report=report, verdicts=VERDICTS, max_rows=None if shows_all else MAX_ROWS
+    )
 
 
 def prose(text: str) -> Markup:

@@ -46,7 +46,7 @@ def save(curves: Curves, path: Path) -> None:
     """Write the curves to a .png or .svg file, black on white."""
     with matplotlib.rc_context({**_STYLE, "axes.facecolor": "white", "savefig.facecolor": "white"}):
         figure = _curves(curves)
-        figure.axes[0].set_title(curves.title)
+        figure.axes[0].set_title(curves.title, parse_math=False)
         figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
@@ -62,7 +62,7 @@ def _panels(panels: Panels) -> Figure:
         colors = "cividis"
     for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
         image = axis.imshow(matrix, vmin=low, vmax=high, cmap=colors, interpolation="nearest")
-        axis.set_title(name, fontsize=10)
+        axis.set_title(name, fontsize=10, parse_math=False)
         axis.set_xticks(range(matrix.shape[1]))
         axis.set_yticks(range(matrix.shape[0]))
         axis.set_xlabel("column")

@@ -20,6 +20,8 @@ from .model import VERDICTS, Cell, Check, Curves, Grid, Histogram, Panels, Repor
 TEXT_WIDTH = 80
 # A pipe has no width, so any table must fit.
 _PIPE_WIDTH = 100_000
+# A table of 100,000 rows takes a minute to lay out.
+MAX_ROWS = 1000
 # Break only between words, and change no character: the lines are looked up in the text.
 _WHOLE_WORDS: Any = {
     "break_long_words": False,
@@ -33,8 +35,9 @@ _STYLES = {"held": "green", "FAILED": "bold red", "not run": "yellow"}
 class ReportConsole(Console):
     """A console that does not wrap lines in a pipe and does not fail when the pipe is closed."""
 
-    def __init__(self) -> None:
+    def __init__(self, shows_all: bool = False) -> None:
         super().__init__(highlight=False)
+        self.shows_all = shows_all
         self.is_pipe_closed = False
         if not self.is_terminal and "COLUMNS" not in os.environ:
             self.width = _PIPE_WIDTH
@@ -160,8 +163,9 @@ def _print_table(console: Console, table: Table, title: str | None = None) -> No
         title=title and escape(title),
         title_justify="left",
     )
+    rows = table.rows if getattr(console, "shows_all", False) else table.rows[:MAX_ROWS]
     for index, column in enumerate(table.columns):
-        cells = [row[index] for row in table.rows]
+        cells = [row[index] for row in rows]
         longest = max(
             len(word) for cell in [column, *cells] for word in cell_text(cell).split() or [""]
         )
@@ -172,12 +176,14 @@ def _print_table(console: Console, table: Table, title: str | None = None) -> No
             min_width=longest,
             overflow="fold",
         )
-    for row in table.rows:
+    for row in rows:
         rich.add_row(*(_cell(cell) for cell in row))
     width = TEXT_WIDTH if console.width == _PIPE_WIDTH else console.width
     if console.measure(rich).maximum > width:
         rich.width = width
     console.print(rich, crop=False, no_wrap=True)
+    if more := len(table.rows) - len(rows):
+        console.print(f"… {more:,} more (--all)")
 
 
 def number_text(number: float) -> str:

@@ -91,6 +91,7 @@ class _Reader:
     def __init__(self, file_format: str, seed: str, first: int, folder: Path) -> None:
         command = [
             sys.executable,
+            "-P",
             "-m",
             "compare.stress.fuzz_worker",
             file_format,
@@ -204,7 +205,7 @@ def _first_bad_input(file_format: str, seed: str, first: int, folder: Path) -> i
         )
         try:
             process = subprocess.run(
-                [sys.executable, "-c", code, file_format, seed, str(number), str(folder)],
+                [sys.executable, "-P", "-c", code, file_format, seed, str(number), str(folder)],
                 capture_output=True,
                 timeout=HANG_SECONDS,
                 env=child_environment(ON_CPU),

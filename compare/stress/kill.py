@@ -78,7 +78,7 @@ def sections(tries: int, seed: int = 0) -> Iterator[Section | str]:
 def _campaign(suffix: str, counts: FormatCounts, tries: int, rng: random.Random) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = save_checkpoint(Path(folder) / f"state{suffix}", state(1))
-        command = [sys.executable, "-m", "compare.stress.kill_worker", str(path)]
+        command = [sys.executable, "-P", "-m", "compare.stress.kill_worker", str(path)]
         with subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -17,7 +17,9 @@ class Model(nnx.Module):
         self.layer = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
 
 
-def linen_and_nnx(folder: Path, *, slip: float = 0.0) -> tuple[Path, Path]:
+def linen_and_nnx(
+    folder: Path, *, slip: float = 0.0
+) -> tuple[Path, Path, list[compare.StateMapping]]:
     """One state in both; only its torch names pair `dense` in Linen with `layer` in NNX."""
     source = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 4)})
     template = {"params": {"dense": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}}}
@@ -27,18 +29,21 @@ def linen_and_nnx(folder: Path, *, slip: float = 0.0) -> tuple[Path, Path]:
     variables["params"]["dense"]["bias"] += slip
     model = compare.torch_to_nnx(source, Model(), mapping=to_nnx)
     linen = compare.save_checkpoint(folder / "linen.msgpack", variables, mapping=to_linen)
-    return linen, compare.save_checkpoint(folder / "nnx.msgpack", model, mapping=to_nnx)
+    nnx_file = compare.save_checkpoint(folder / "nnx.msgpack", model, mapping=to_nnx)
+    return linen, nnx_file, [to_linen, to_nnx]
 
 
 def test_linen_and_nnx_are_compared_under_their_torch_names(tmp_path: Path) -> None:
-    linen, model = linen_and_nnx(tmp_path)
-    assert compare.verify_checkpoint(linen, model) == []
-    assert compare.verify_checkpoint(model, linen) == []
+    linen, model, mappings = linen_and_nnx(tmp_path)
+    assert compare.verify_checkpoint(linen, model, mapping=mappings) == []
+    assert compare.verify_checkpoint(model, linen, mapping=mappings) == []
+    with pytest.raises(compare.CheckpointError, match=r"proves nothing: give --map twice"):
+        compare.verify_checkpoint(linen, model)
 
 
 def test_a_difference_is_named_as_torch_names_it(tmp_path: Path) -> None:
-    linen, model = linen_and_nnx(tmp_path, slip=1e-3)
-    (difference,) = compare.verify_checkpoint(linen, model)
+    linen, model, mappings = linen_and_nnx(tmp_path, slip=1e-3)
+    (difference,) = compare.verify_checkpoint(linen, model, mapping=mappings)
     assert difference.name == "a.bias"
 
 
@@ -57,5 +62,7 @@ def test_a_mapping_without_effect_is_refused(tmp_path: Path) -> None:
     mapping = compare.match(
         torch.nn.Linear(1, 1), {"params": {"kernel": jnp.ones((1, 1)), "bias": jnp.ones(1)}}
     )
-    with pytest.raises(compare.CheckpointError, match=r"mapping= has no effect.*leave it out"):
+    with pytest.raises(
+        compare.CheckpointError, match=r"mapping= and like= have no effect.*leave them out"
+    ):
         compare.verify_checkpoint(one, two, mapping=mapping)

@@ -34,7 +34,8 @@ def test_without_cuda_it_says_so_and_ends_with_2(tmp_path: Path) -> None:
 def test_each_step_leaves_its_record_and_its_verdict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_require_device", lambda device: None)
+    for module in ("compare.cli", "compare.commands.run"):
+        monkeypatch.setattr(f"{module}.require_device", lambda device: None)
     monkeypatch.setattr(gpu, "STEPS", (HOLDS, FAILS, SLEEP, SKIPS))
     out = tmp_path / "new/out"
     done = CliRunner().invoke(cli.app, ["gpu", "--out", str(out), "--minutes", "1.5"])

@@ -44,6 +44,7 @@ def everything() -> torch.nn.Module:
 def test_inspect_names_every_kind(tmp_path: Path) -> None:
     code, printed = run(
         "inspect",
+        "--module",
         "tests.commands.test_state_commands:everything",
         "--json",
         str(tmp_path / "report.json"),
@@ -101,7 +102,7 @@ def test_inspect_a_file_and_two(tmp_path: Path) -> None:
     assert code == 0
     assert "held" not in page.read_text().split("</style>")[1], "the page has a verdict"
     assert json.loads((tmp_path / "report.json").read_text())["held"] is None
-    assert "all checksums match" in printed
+    assert "every value is as it was saved (checksums)" in printed
     assert (
         json.loads((tmp_path / "report.json").read_text())["sections"][0]["blocks"][0]["rows"][0][0]
         == "mask"
@@ -119,7 +120,7 @@ def test_inspect_a_file_and_two(tmp_path: Path) -> None:
         tmp_path / "plain.pth",
     )
     code, printed = run("inspect", str(tmp_path / "plain.pth"))
-    assert "no manifest, so nothing could be checked" in printed
+    assert "no manifest, so it is not known" in printed
     assert "blocked share of each square, in ninths" in printed
 
 
@@ -192,7 +193,8 @@ def test_what_is_no_module_ends_with_2(tmp_path: Path) -> None:
         ),
         ("tests.support:linen_variables", ""),
     ):
-        code, printed = run("inspect", source)
+        arguments = ["--module", source] if ":" in source else [source]
+        code, printed = run("inspect", *arguments)
         assert code == (2 if message else 0), printed
         assert message in printed
 

@@ -56,6 +56,7 @@ _DTYPES = {
 _NUMPY_NAMES = {name: dtype for dtype, name in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the library's limit
 MAX_TENSORS = 100_000
+_MAX_METADATA = 200_000  # entries of the metadata, of which tied names need one each
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
@@ -229,7 +230,11 @@ def _require_plain(path: Path, raw: bytes) -> None:
     if count > MAX_TENSORS:
         raise _broken(path, "the number of its tensors", f"at most {MAX_TENSORS:,}", f"{count:,}")
     structure = _STRINGS.sub(b"", raw)
-    for bracket, most in ((b"{", count + 2), (b"[", 2 * count + 1), (b",", 40 * (count + 1))):
+    for bracket, most in (
+        (b"{", count + 2),
+        (b"[", 2 * count + 1),
+        (b",", 40 * count + _MAX_METADATA),
+    ):
         if (actual := structure.count(bracket)) > most:
             raise _broken(
                 path,

@@ -1,0 +1,267 @@
+"""Run jobs, print each section when it is ready, write the reports, and exit with the verdict.
+
+Everything that came from outside is made printable here, once, for the terminal and every report.
+"""
+
+import importlib.util
+import json
+import logging
+import os
+import signal
+import stat
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+from ..files.errors import FileError
+from ..files.printable import all_readable, readable, shown
+from ..files.writing import require_apart, require_distinct, write_text
+from ..report.machine import machine
+from ..report.model import Report, Section
+from ..report.terminal import ReportConsole, print_header, print_section, print_summary
+from .jobs import Job
+
+# Parts that prove nothing about outputs, and so need neither SciPy nor Optax.
+STATE = ("inspect", "convert", "verify", "kill", "fuzz", "state", "stream", "attention")
+PACKAGES = ("torch", "jax", "flax", "optax", "orbax-checkpoint", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one command.
+
+    Attributes:
+        json: where to write the report as JSON.
+        html: where to write the report as HTML.
+        inputs: what the command reads.
+        outputs: what else it writes.
+    """
+
+    json: Path | None = None
+    html: Path | None = None
+    inputs: Sequence[Path] = ()
+    outputs: Sequence[Path] = ()
+
+
+def run(
+    jobs: Sequence[Job],
+    command: str,
+    files: Files,
+    *,
+    device: str | None = None,
+    only_shows: bool = False,
+    shows_all: bool = False,
+) -> NoReturn:
+    """Run the jobs, print each section when it is ready, and exit with the verdict.
+
+    Args:
+        jobs: the jobs.
+        command: the command line, for the reports.
+        files: what is read and written.
+        device: the device that the jobs need.
+        only_shows: whether the command has a verdict only if it has checks.
+        shows_all: whether long tables are shown whole.
+    """
+    require_packages("torch", "jax", "flax", *(() if jobs[0].part in STATE else ("scipy", "optax")))
+    if files.html is not None:
+        require_packages("jinja2", "matplotlib")
+    require_device(device)
+    _require_safe(files)
+    with _quiet():
+        _print_and_write(jobs, command, files, only_shows, shows_all)
+
+
+def _print_and_write(
+    jobs: Sequence[Job], command: str, files: Files, only_shows: bool, shows_all: bool
+) -> NoReturn:
+    with suppress(AttributeError, ValueError):  # no such signal, or not in the main thread
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a closed pipe must not lose the files
+    console = ReportConsole(shows_all)
+    date = datetime.now().astimezone().isoformat(timespec="seconds")
+    report = Report(
+        readable(command.replace("\n", "\\n")), date, versions(), look=only_shows, machine=machine()
+    )
+    print_header(console, report)
+    for unsafe in _sections(jobs, console):
+        section = all_readable(unsafe)
+        report.sections.append(section)
+        print_section(console, section)
+    if report.claims:
+        print_summary(console, report)
+    if files.json is not None:
+        _write(console, files.json, json.dumps(report.as_json(), indent=1, allow_nan=False))
+    if files.html is not None:
+        from ..report.html import html
+
+        _write(console, files.html, html(report, shows_all))
+    console.end_if_pipe_closed()
+    raise typer.Exit(1 if report.claims and not report.held else 0)
+
+
+def _sections(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
+    """Yield the sections of each job in turn, and show the progress."""
+    from ..conversion.errors import MappingError
+    from ..runners.compile_cache import compilation_cache
+    from ..runners.run import sees_accelerator
+    from .ahead import Ahead
+
+    # Two processes would each reserve most of an accelerator's memory.
+    alone = sees_accelerator() or all(job.ahead is None for job in jobs)
+    live = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}"),
+        console=console if console.is_terminal else Console(stderr=True),
+        transient=True,
+    )
+    with ExitStack() as stack:
+        stack.enter_context(live)
+        if jobs[0].part not in STATE:  # one of these measures compilation
+            stack.enter_context(compilation_cache())
+        task = live.add_task("starting", total=None, amount="")
+
+        def show_bytes(done: int, total: int) -> None:
+            live.update(
+                task,
+                completed=done,
+                total=total,
+                amount=f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB",
+            )
+
+        second: Ahead | None = None
+        for job in jobs:
+            live.update(task, description=f"{job.part}: running", total=None, amount="")
+            if second is not None and (sections := second.take(job)) is not None:
+                yield from sections
+                continue
+            try:
+                for item in job.sections(**({"progress": show_bytes} if job.counts_bytes else {})):
+                    if isinstance(item, str):
+                        live.update(
+                            task,
+                            description=f"{job.part}: {escape(shown(item))}",
+                            total=None,
+                            amount="",
+                        )
+                        continue
+                    yield item
+                    if second is None and not alone:  # the first section is on the screen
+                        second = stack.enter_context(closing(Ahead(jobs)))
+            except (FileError, MappingError) as error:  # nothing was compared
+                raise typer.BadParameter(str(error)) from error
+
+
+def require_packages(*packages: str) -> None:
+    """Refuse the command if a package that it needs is not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise typer.BadParameter(
+            f"{' and '.join(missing)} cannot be imported, and this needs it: "
+            "pip install 'attention-parity[all]'"
+        )
+
+
+def require_device(device: str | None) -> None:
+    """Refuse the command if the device cannot be used."""
+    if device == "cuda":
+        from ..runners.run import missing_cuda
+
+        if missing := missing_cuda():
+            raise typer.BadParameter(f"CUDA cannot be used: {missing}")
+
+
+def require_exists(*paths: Path | None) -> None:
+    """Refuse the command if one of the paths does not exist."""
+    for path in filter(None, paths):
+        try:
+            is_there = os.path.lexists(path)
+        except ValueError:  # a NUL in the name
+            is_there = False
+        if not is_there:
+            raise typer.BadParameter(f"{shown(path)}: no such file or folder")
+
+
+def require_writable(*files: Path | None) -> None:
+    """Refuse a file that could not be written before the work is done for it."""
+    for file in filter(None, files):
+        folder = file.absolute().parent
+        if not folder.is_dir():
+            raise typer.BadParameter(
+                f"{shown(file)}: the folder {shown(folder)} does not exist; make it first"
+            )
+        try:
+            with suppress(FileNotFoundError):
+                if not stat.S_ISREG(file.stat().st_mode):
+                    continue  # a pipe or a device
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:  # also a name that is too long
+            raise typer.BadParameter(f"{shown(file)} could not be written: {error}") from error
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that the results depend on."""
+    numbers = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            numbers[name] = version(name)
+        except PackageNotFoundError:
+            numbers[name] = "not installed"
+    return numbers
+
+
+def _write(console: Console, path: Path, text: str) -> None:
+    try:
+        write_text(path, text)
+    except (OSError, FileError) as error:
+        raise typer.BadParameter(f"{shown(path)} could not be written: {shown(error)}") from error
+    console.print(f"Written to {shown(path)}", markup=False)
+
+
+def _require_safe(files: Files) -> None:
+    """Refuse reports that could not be written, or would change an input or another output."""
+    reports = [file for file in (files.json, files.html) if file is not None]
+    require_writable(*reports)
+    try:
+        require_distinct([*files.outputs, *reports])
+        inputs = list(_all_files(files.inputs)) if reports else []
+        for report in reports:
+            require_apart(report, inputs)
+    except FileError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _all_files(inputs: Sequence[Path]) -> Iterator[Path]:
+    """Yield the inputs, and the shards that an index among them names."""
+    from ..checkpoint.formats.shards import files_in
+
+    for path in inputs:
+        yield path
+        with suppress(OSError):
+            yield from files_in(path)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep warnings and log messages of libraries off the terminal: the sections say it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
