@@ -1,5 +1,7 @@
 """The dtypes that both frameworks know, by the names of NumPy and `ml_dtypes`."""
 
+from functools import cache
+
 import ml_dtypes
 import numpy as np
 
@@ -15,6 +17,7 @@ def is_extended(name: str) -> bool:
     return name.startswith(("bfloat16", "float8_"))
 
 
+@cache
 def numpy_dtype(name: str) -> np.dtype:
     """Return the NumPy dtype of that name, from `ml_dtypes` where NumPy has none."""
     return np.dtype(getattr(ml_dtypes, name) if is_extended(name) else name)

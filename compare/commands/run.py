@@ -11,6 +11,7 @@ import signal
 import stat
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -35,6 +36,7 @@ from .jobs import Job
 
 # Parts that prove nothing about outputs, and so need neither SciPy nor Optax.
 STATE = ("inspect", "convert", "verify", "kill", "fuzz", "state", "stream", "attention")
+_SECONDS_BETWEEN_UPDATES = 0.05
 PACKAGES = ("torch", "jax", "flax", "optax", "orbax-checkpoint", "safetensors", "numpy")
 
 
@@ -133,7 +135,13 @@ def _sections(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
             stack.enter_context(compilation_cache())
         task = live.add_task("starting", total=None, amount="")
 
+        shown_at = 0.0
+
         def show_bytes(done: int, total: int) -> None:
+            nonlocal shown_at
+            if (now := time.monotonic()) - shown_at < _SECONDS_BETWEEN_UPDATES:
+                return
+            shown_at = now
             live.update(
                 task,
                 completed=done,

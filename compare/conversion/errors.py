@@ -1,9 +1,10 @@
 """The errors of the converter, and the lists in them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..files.printable import shown
-from .suggest import near
+from .suggest import Nearest
 
 Shape = tuple[int, ...]
 
@@ -50,10 +51,14 @@ class Mismatch:
         return bool(self.missing or self.unexpected or self.misshaped or self.refused)
 
     def __str__(self) -> str:
-        missing_names = [entry.name for entry in self.missing]
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
+        nearest = Nearest(entry.name for entry in self.missing)
         groups = (
             (self.missing, _missing),
-            (self.unexpected, lambda entry: _unexpected(entry, missing_names)),
+            (self.unexpected, lambda entry: _unexpected(entry, nearest)),
             (self.misshaped, _misshaped),
             (self.refused, lambda entry: f"! {shown(entry.name)}: {entry.reason}"),
         )
@@ -70,9 +75,9 @@ def _missing(entry: MismatchEntry) -> str:
     return f"- missing {name}: the source has nothing for {shown(entry.place)} {expected}"
 
 
-def _unexpected(entry: MismatchEntry, missing_names: list[str]) -> str:
-    best = None if entry.reason else near(entry.name, missing_names)
-    hint = entry.reason or (f"did you mean {best}?" if best else "")
+def _unexpected(entry: MismatchEntry, nearest: Nearest) -> str:
+    best = None if entry.reason else nearest.to(entry.name)
+    hint = entry.reason or (f"did you mean {shown(best)}?" if best else "")
     name, shape = shown(entry.name), _shape(entry.found)
     return f"+ unexpected {name} {shape}: the target has no place for it{hint and f'; {hint}'}"
 

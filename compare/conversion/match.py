@@ -1,7 +1,7 @@
 """Match torch entries with Flax arrays by name. Shapes are only checked, never used to match."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -9,13 +9,15 @@ import torch
 from flax import nnx
 from torch import Tensor
 
+from ..files.memory import collector_paused
+from ..files.printable import shown
 from .apply_mapping import unfit
 from .errors import ConversionError, Mismatch, MismatchEntry
 from .layers import compound_rows, layer_types, nnx_layouts, refusal
 from .layouts import layout
 from .mapping import KeyPath, Left, Policy, Row, StateMapping, slashed
 from .state_kinds import FlaxSide, flax_side, one_trained, same_memory, torch_kinds
-from .suggest import MAX_SUGGESTIONS, collection_hint, near, rename_hint
+from .suggest import MAX_SUGGESTIONS, Nearest, collection_hint, rename_hint
 
 # The names that a torch leaf may have in Flax.
 LEAVES = {
@@ -23,6 +25,8 @@ LEAVES = {
     "running_mean": ("mean", "running_mean"),
     "running_var": ("var", "running_var"),
 }
+# Each * of a rename rule is a group, and several in one step would be tried in every way.
+_MAX_STARS = 2
 # Old GPT-2 files store the causal mask. It may be dropped only if it is the standard causal mask.
 LEGACY = re.compile(r"(^|\.)attn\.(bias|masked_bias)$")
 
@@ -60,9 +64,10 @@ def match(
             are missing, unexpected, ambiguous, or differ in shape or kind; unused rules.
         ValueError: a layout or a policy that does not exist.
     """
-    mapping, mismatch = pair(source, template, rename=rename, layouts=layouts, policy=policy)
-    if mismatch:
-        raise ConversionError(mismatch, collection_hint(template) + _advice(mismatch))
+    with collector_paused():
+        mapping, mismatch = pair(source, template, rename=rename, layouts=layouts, policy=policy)
+        if mismatch:
+            raise ConversionError(mismatch, collection_hint(template) + _advice(mismatch))
     return mapping
 
 
@@ -229,12 +234,13 @@ class _Matcher:
         order = {key: index for index, key in enumerate(self.tensors)}
         rows = sorted(self.rows, key=lambda row: order[row.torch_key])
         mapping = StateMapping(tuple(rows), tuple(self.left), self.flax.kind)
+        likely = self._suggestions(missing)
         entries = tuple(
             MismatchEntry(
                 key,
                 "",
                 _shape(self.tensors[key]),
-                reason=self._likely(key, missing) if index < MAX_SUGGESTIONS else "",
+                reason=likely(key) if index < MAX_SUGGESTIONS else "",
             )
             for index, key in enumerate(unexpected)
         )
@@ -278,19 +284,36 @@ class _Matcher:
             if entry is not None:
                 yield entry
 
-    def _likely(self, key: str, missing: Sequence[MismatchEntry]) -> str:
-        """Suggest a missing entry: the only one of this size, or the nearest by name."""
-        size = sorted(_shape(self.tensors[key]))
-        alike = [entry.name for entry in missing if sorted(entry.expected or ()) == size]
-        names = [entry.name for entry in missing]
-        best = alike[0] if len(alike) == 1 else near(self.names[key], names)
-        return f"did you mean {best}?" if best else ""
+    def _suggestions(self, missing: Sequence[MismatchEntry]) -> Callable[[str], str]:
+        """Return a function that suggests a missing entry for a torch key.
+
+        It is the only one of this size, or the nearest by name.
+        """
+        names_by_size: dict[tuple[int, ...], list[str]] = {}
+        for entry in missing:
+            size = tuple(sorted(entry.expected or ()))
+            names_by_size.setdefault(size, []).append(entry.name)
+        nearest = Nearest(entry.name for entry in missing)
+
+        def suggest(key: str) -> str:
+            alike = names_by_size.get(tuple(sorted(_shape(self.tensors[key]))), [])
+            best = alike[0] if len(alike) == 1 else nearest.to(self.names[key])
+            return f"did you mean {shown(best)}?" if best else ""
+
+        return suggest
 
 
 def _renamed(
     tensors: Iterable[str], rename: Mapping[str, str]
 ) -> tuple[dict[str, str], list[MismatchEntry]]:
     """Return the dotted Flax name of every torch key, and an entry for each unused rule."""
+    too_many = [
+        MismatchEntry(old, "", reason=f"has more than {_MAX_STARS} * between two dots")
+        for old in rename
+        if any(step.count("*") > _MAX_STARS for step in old.split("."))
+    ]
+    if too_many:
+        return {key: key for key in tensors}, too_many
     rules = sorted(rename.items(), key=lambda rule: -rule[0].count("."))
     patterns = [
         (re.compile(re.escape(old).replace(r"\*", r"([^.]+)") + r"(?=\.|$)"), old, new)
@@ -309,8 +332,9 @@ def _renamed(
         for old, new in rename.items()
         if old.count("*") != new.count("*")
     ]
+    nearest = Nearest(tensors, cutoff=0.5)
     unused += [
-        MismatchEntry(old, "", reason=_with_nearest("this rename rule fits no key", old, tensors))
+        MismatchEntry(old, "", reason=_with_nearest("this rename rule fits no key", old, nearest))
         for old in rename.keys() - used
     ]
     return names, unused
@@ -328,20 +352,21 @@ def _chosen_layouts(
 ) -> tuple[dict[str, str], list[MismatchEntry]]:
     chosen: dict[str, str] = {}
     unused = []
+    nearest = Nearest(tensors, cutoff=0.5)
     for pattern, name in layouts.items():
         fitting = [key for key in tensors if fnmatchcase(key, pattern)]
         chosen |= dict.fromkeys(fitting, name)
         if not fitting:
             unused.append(
                 MismatchEntry(
-                    pattern, "", reason=_with_nearest("this layout fits no key", pattern, tensors)
+                    pattern, "", reason=_with_nearest("this layout fits no key", pattern, nearest)
                 )
             )
     return chosen, unused
 
 
-def _with_nearest(reason: str, name: str, names: Iterable[str]) -> str:
-    best = near(name, names, cutoff=0.5)
+def _with_nearest(reason: str, name: str, nearest: Nearest) -> str:
+    best = nearest.to(name)
     return f"{reason}; did you mean {best}?" if best else reason
 
 

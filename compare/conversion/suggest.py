@@ -2,21 +2,50 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any
 
 Shape = tuple[int, ...]
 
 # A suggestion compares one name with all others, so only the first unmatched names get one.
 MAX_SUGGESTIONS = 10
+MAX_COMPARED, MAX_LENGTH = 200, 500
+MAX_RULES = 100
 # Prefixes that wrappers add to every name: DataParallel, torch.compile, Lightning.
 WRAPPERS = ("module", "_orig_mod", "model", "net")
 
 
-def near(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the name with the most similar spelling, or None."""
-    return next(iter(get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
+class Nearest:
+    """Finds the name with the most similar spelling.
+
+    Spellings are compared with a few hundred names at most: those that share the rarest word.
+    """
+
+    def __init__(self, names: Iterable[str], cutoff: float = 0.6) -> None:
+        self._names, self._cutoff = list(names), cutoff
+
+    @cached_property
+    def _by_word(self) -> dict[str, list[str]]:
+        by_word: dict[str, list[str]] = {}
+        for name in self._names:
+            for word in _words(name):
+                by_word.setdefault(word, []).append(name)
+        return by_word
+
+    def to(self, name: str) -> str | None:
+        """Return the name nearest to this one, or None if there is no similar one."""
+        names = self._names
+        if len(names) > MAX_COMPARED:
+            shared = [self._by_word[word] for word in _words(name) if word in self._by_word]
+            names = min(shared, key=len, default=[])[:MAX_COMPARED]
+        return next(iter(get_close_matches(name[:MAX_LENGTH], names, 1, self._cutoff)), None)
+
+
+def _words(name: str) -> set[str]:
+    return set(name[:MAX_LENGTH].lower().replace("/", ".").replace("_", ".").split("."))
 
 
 def rename_rules(unexpected: Sequence[str], missing: Collection[str]) -> dict[str, str]:
@@ -62,11 +91,14 @@ def module_rules(unexpected: Mapping[str, Shape], missing: Mapping[str, Shape]) 
             their shapes.
     """
     old, new = _signatures(unexpected), _signatures(missing)
+    rivals = Counter(old.values())
+    by_signature: dict[Any, list[str]] = {}
+    for prefix, signature in new.items():
+        by_signature.setdefault(signature, []).append(prefix)
     rules = {}
     for prefix, signature in old.items():
-        candidates = [other for other, leaves in new.items() if leaves == signature]
-        rivals = [other for other, leaves in old.items() if leaves == signature]
-        if len(candidates) != 1 or len(rivals) != 1 or not prefix or not candidates[0]:
+        candidates = by_signature.get(signature, [])
+        if len(candidates) != 1 or rivals[signature] != 1 or not prefix or not candidates[0]:
             return {}
         rules[prefix] = candidates[0]
     return rules
@@ -77,11 +109,12 @@ def _signatures(entries: Mapping[str, Shape]) -> dict[str, tuple[Any, ...]]:
     leaves: dict[str, list[Any]] = {}
     for name, shape in entries.items():
         prefix, _, leaf = name.rpartition(".")
-        leaves.setdefault(prefix, []).append((leaf, sorted(shape)))
+        leaves.setdefault(prefix, []).append((leaf, tuple(sorted(shape))))
     return {prefix: tuple(sorted(items)) for prefix, items in leaves.items()}
 
 
 def rename_hint(unexpected: Mapping[str, Shape], missing: Mapping[str, Shape]) -> str:
     """Return the rename rules as an argument to paste, or an empty string if there are none."""
     rules = rename_rules(list(unexpected), missing.keys()) or module_rules(unexpected, missing)
-    return f"The names pair with rename={json.dumps(rules)}. " if rules else ""
+    is_short = 0 < len(rules) <= MAX_RULES
+    return f"The names pair with rename={json.dumps(rules)}. " if is_short else ""

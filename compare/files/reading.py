@@ -188,6 +188,8 @@ class InputFile:
 
     def read(self, nbytes: int, offset: int) -> bytes:
         """Return at most `nbytes` bytes from an offset; fewer only at the end of the file."""
+        if self._descriptor is not None:
+            return read_at(self._descriptor, nbytes, offset)
         with self.descriptor() as descriptor:
             return read_at(descriptor, nbytes, offset)
 

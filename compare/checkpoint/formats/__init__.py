@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...files.errors import FileError
-from ...files.memory import Budget
+from ...files.memory import Budget, collector_paused
 from ...files.printable import shown
 from ...files.writing import Rules
 from ..errors import CheckpointError
@@ -146,7 +146,8 @@ def exists(path: Path) -> bool:
 
 def _opened(path: Path, open_: Callable[[Path, Budget], Reader], budget: Budget) -> Reader:
     try:
-        return open_(path, budget)
+        with collector_paused():
+            return open_(path, budget)
     except CheckpointError:
         raise
     except FileError as error:

@@ -77,6 +77,10 @@ def _arrays(
         tree = msgpack_tree.TreeReader(file, budget).read(KEY)
     except FileError:
         raise
+    except msgpack_tree.ListError as error:
+        if error.path:
+            raise _no_array(path, error.path, "list") from error
+        raise CheckpointError(path, "holds a list; expected Linen variables") from error
     except (ValueError, EOFError) as error:
         raise _broken(path, shown(error)) from error
     if not isinstance(tree, dict):
@@ -92,14 +96,18 @@ def _arrays(
     for key, value in arrays.items():
         if not isinstance(value, msgpack_tree.Array):
             what = value.what if isinstance(value, msgpack_tree.Other) else type(value).__name__
-            name = shown(slashed(key))
-            raise CheckpointError(
-                path,
-                f"{name}: is a {what}, not an array of values",
-                key=name,
-                mend="save only the variables; for a TrainState, {'params': state.params}",
-            )
+            raise _no_array(path, key, what)
     return arrays, manifest
+
+
+def _no_array(path: Path, key: KeyPath, what: str) -> CheckpointError:
+    name = shown(slashed(key))
+    return CheckpointError(
+        path,
+        f"{name}: is a {what}, not an array of values",
+        key=name,
+        mend="save only the variables; for a TrainState, {'params': state.params}",
+    )
 
 
 def _leaves(tree: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any]]:

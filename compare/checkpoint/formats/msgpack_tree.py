@@ -46,12 +46,23 @@ class Other(NamedTuple):
     what: str
 
 
-class _Open(NamedTuple):
-    """A map or a list that is being read; `remaining` counts its keys and values."""
+class ListError(ValueError):
+    """There is a list, which Flax never writes. `path` says where."""
 
-    entries: dict[Any, Any] | None  # None: a list, whose items are dropped
+    def __init__(self, path: tuple[Any, ...]) -> None:
+        super().__init__("a list")
+        self.path = path
+
+
+class _Open(NamedTuple):
+    """A map that is being read; `remaining` counts its keys and values."""
+
+    entries: dict[Any, Any]
     remaining: list[int]
     key: list[Any]
+
+
+_EMPTY: dict[Any, Any] = {}  # one for all: a hostile file may have millions
 
 
 class TreeReader:
@@ -72,20 +83,20 @@ class TreeReader:
         """Return nested dicts of arrays; the value of `text_name` at the top is returned as text.
 
         Raises:
+            ListError: it has a list.
             ValueError: the file is not msgpack, is nested too deeply, has a name twice or a name
-                that is no text or number.
+                that is neither text nor a number.
             EOFError: it ends too early.
             FileError: its names do not fit the budget.
         """
         opened: list[_Open] = []
         while True:
             value = self._value(opened, text_name)
-            if isinstance(value, _Open) and value.remaining[0]:
+            if isinstance(value, _Open):
                 if len(opened) >= _MAX_DEPTH:
                     raise ValueError("nested too deeply")
                 opened.append(value)
                 continue
-            value = _closed(value) if isinstance(value, _Open) else value
             while opened:
                 self._add(opened[-1], value)
                 if opened[-1].remaining[0]:
@@ -99,8 +110,6 @@ class TreeReader:
     def _add(self, parent: _Open, value: Any) -> None:
         """Put a key or a value into the map that is being read."""
         parent.remaining[0] -= 1
-        if parent.entries is None:
-            return
         if not parent.key:
             if type(value) not in (str, int):
                 kind = value.what if isinstance(value, Other) else type(value).__name__
@@ -118,21 +127,20 @@ class TreeReader:
             size = 1024 * (_BYTES_PER_ENTRY + 8 * len(opened))
             self._budget.hold(size, self._file.path, "its names")
         parent = opened[-1] if opened else None
-        is_key = parent is not None and parent.entries is not None and not parent.key
+        is_key = parent is not None and not parent.key
         is_text = len(opened) == 1 and opened[0].key == [text_name]
         first = self._take(1)[0]
         if first <= 0x7F or first >= 0xE0:
             return first if first <= 0x7F else first - 256
         if first <= 0x8F:
-            return self._begun({}, 2 * (first & 0x0F))
-        if first <= 0x9F:
-            return self._begun(None, first & 0x0F)
+            return self._begun(2 * (first & 0x0F))
+        if first <= 0x9F or first in _LISTS:
+            self._require(first & 0x0F if first <= 0x9F else self._length(_LISTS[first]))
+            raise ListError(tuple(name for one in opened for name in one.key))
         if first <= 0xBF:
             return self._text(first & 0x1F, is_key or is_text)
         if first in _MAPS:
-            return self._begun({}, 2 * self._length(_MAPS[first]))
-        if first in _LISTS:
-            return self._begun(None, self._length(_LISTS[first]))
+            return self._begun(2 * self._length(_MAPS[first]))
         if first in _STRINGS:
             return self._text(self._length(_STRINGS[first]), is_key or is_text)
         if first in _INTEGERS:
@@ -158,10 +166,14 @@ class TreeReader:
             return Other("bytes")
         raise ValueError(f"the byte {first:#x}, which msgpack does not use")
 
-    def _begun(self, entries: dict[Any, Any] | None, remaining: int) -> _Open:
+    def _begun(self, remaining: int) -> Any:
+        self._require(remaining)
+        return _Open({}, [remaining], []) if remaining else _EMPTY
+
+    def _require(self, remaining: int) -> None:
+        """Raise EOFError if the file is too short for so many entries."""
         if remaining > self._file.size - self._position:
             raise EOFError("it ends within a map or list")
-        return _Open(entries, [remaining], [])
 
     def _text(self, nbytes: int, is_wanted: bool) -> Any:
         """Return the text if it is a name or wanted; skip it if not."""
@@ -219,9 +231,7 @@ class TreeReader:
 
 
 def _closed(value: _Open) -> Any:
-    """Return what a map or list has become: Flax writes a large array as a map of chunks."""
-    if value.entries is None:
-        return Other("list")
+    """Return what a map has become: Flax writes a large array as a map of chunks."""
     return _joined(value.entries) if CHUNKED in value.entries else value.entries
 
 

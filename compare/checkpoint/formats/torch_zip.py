@@ -7,6 +7,7 @@ The files of torch before 1.6, which are no zips, are read too.
 import zipfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -296,6 +297,7 @@ def _location(file: InputFile, view: View, content: Content) -> Location:
     return Location(file, begin + view.offset * _itemsize(view.dtype))
 
 
+@cache
 def _itemsize(dtype: str) -> int:
     return int(getattr(torch, dtype).itemsize)
 
