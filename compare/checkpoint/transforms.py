@@ -233,15 +233,15 @@ def silent(done: int, total: int) -> None:
 
 
 def watched(tensors: Tensors, progress: Progress) -> Tensors:
-    """Return tensors that call `progress(bytes done, total bytes)` after each piece."""
+    """Return tensors that call `progress(bytes done, total bytes)` with each piece."""
     total, done, lock = sum(spec.nbytes for spec in tensors.specs.values()), 0, Lock()
 
     def pieces(path: KeyPath) -> Iterator[np.ndarray]:
         nonlocal done
         for piece in tensors.pieces(path):
-            yield piece
             with lock:
                 done += piece.nbytes
                 progress(done, total)
+            yield piece
 
     return replace(tensors, pieces=pieces)

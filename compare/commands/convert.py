@@ -25,7 +25,7 @@ def sections(
     progress: Progress = silent,
 ) -> Iterator[Section | str]:
     """Yield progress messages, then one section with the table of tensors and the comparison."""
-    table = StateMapping.load(mapping) if mapping else None
+    table = StateMapping.load(mapping, memory) if mapping else None
     yield f"converting {source}"
     conversion = convert_checkpoint(
         source,

@@ -24,7 +24,7 @@ def sections(
     comparison = compare_checkpoints(
         source,
         target,
-        mapping=[StateMapping.load(file) for file in mapping],
+        mapping=[StateMapping.load(file, memory) for file in mapping],
         like=like,
         dtype=dtype,
         ignore=ignore,

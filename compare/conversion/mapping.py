@@ -191,13 +191,17 @@ class StateMapping:
             stream.write(json.dumps(self.as_json(), indent=1).encode())
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> "StateMapping":
+    def load(cls, path: str | PathLike[str], memory: int | None = None) -> "StateMapping":
         """Read the mapping from a JSON file.
+
+        Args:
+            path: the file.
+            memory: the most bytes that reading it may take. Default: the memory that is free.
 
         Raises:
             MappingError: the file cannot be read, is not JSON, or is not a valid mapping.
         """
-        name, budget = shown(path), Budget()
+        name, budget = shown(path), Budget(memory)
         try:
             raw = read_file(Path(path), budget)
             content = parse_json(raw, Path(path), budget, "its content")

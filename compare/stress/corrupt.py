@@ -55,6 +55,10 @@ _JSON_VALUES: tuple[Any, ...] = (
     "float32",
     "int4",
     "../x",
+    "/etc/passwd",
+    "..",
+    "a/../../x",
+    "\x1b[31m\u202e",
     "\0",
     [],
     [0],
@@ -168,16 +172,20 @@ def _header(data: bytes, rng: random.Random) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
+def _pickles_in(archive: zipfile.ZipFile) -> list[str]:
+    return [name for name in archive.namelist() if name.endswith(".pkl")]
+
+
 def _record(data: bytes, rng: random.Random) -> bytes:
     """Change a record of a zip archive and rewrite the archive with correct checksums."""
     stream = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(stream, "w") as new:
-        chosen = rng.choice(old.namelist())
+        chosen = rng.choice([*old.namelist(), *_pickles_in(old), *_pickles_in(old)])
         for name in old.namelist():
             content = old.read(name)
             if name == chosen:
-                is_json = name.endswith(".json")
-                change = _json if is_json else rng.choice(_BYTE_CHANGES)
+                change = _json if name.endswith(".json") else rng.choice(_BYTE_CHANGES)
+                change = _pickle if name.endswith(".pkl") else change
                 content = change(content, rng)
             new.writestr(zipfile.ZipInfo(name), content)
     return stream.getvalue()
@@ -203,9 +211,75 @@ def _json(data: bytes, rng: random.Random) -> bytes:
     return json.dumps(next(iter(root.values()), None)).encode()
 
 
+# Pieces of pickles: what torch writes for tensors, what it never writes, and numbers too large.
+_PICKLE_PIECES = (
+    *(bytes([code]) for code in b"().]}0aseutQRbN12Kq\x85\x86\x87\x88\x89\x81\x8f\x90\x93\x94\x97"),
+    b"K\x03",
+    b"q\x01",
+    b"h\x01",
+    b"M\xff\xff",
+    b"J\xff\xff\xff\x7f",
+    b"J\xff\xff\xff\xff",
+    b"r\xff\xff\xff\x7f",
+    b"j\xff\xff\xff\x7f",
+    b"\x8a\x08" + b"\xff" * 8,
+    b"X\x04\0\0\0mask",
+    b"X\x07\0\0\0storage",
+    b"X\x01\0\0\x000",
+    b"X\xff\xff\xff\x7fab",
+    b"\x8d" + b"\xff" * 7 + b"\x0fa",
+    b"\x96" + b"\0\0\0\x77" + b"\0" * 4,
+    b"\x95" + b"\xff" * 7 + b"\x7f",
+    b"ccollections\nOrderedDict\n",
+    b"ctorch._utils\n_rebuild_tensor_v2\n",
+    b"ctorch._utils\n_rebuild_tensor_v3\n",
+    b"ctorch._utils\n_rebuild_parameter\n",
+    b"ctorch._tensor\n_rebuild_from_type_v2\n",
+    b"ctorch\nFloatStorage\n",
+    b"ctorch\nfloat8_e4m3fn\n",
+    b"ctorch\nSize\n",
+    b"cbuiltins\nbytearray\n",
+    b"cbuiltins\nexec\n",
+    b"cos\nsystem\n",
+    b"(S'true'\nios\nsystem\n",
+)
+
+
+def _pickle(data: bytes, rng: random.Random) -> bytes:
+    """Insert, remove or exchange pieces of a pickle."""
+    for _ in range(rng.choice((1, 2, 4))):
+        start = rng.randrange(len(data) + 1)
+        end = start + rng.choice((0, 0, 1, 2, 5))
+        pieces = b"".join(rng.choice(_PICKLE_PIECES) for _ in range(rng.choice((1, 1, 2, 8))))
+        data = data[:start] + pieces + data[end:]
+    return data if rng.random() < 0.8 else b"\x80\x02" + data[-200:]
+
+
+def _directory(data: bytes, rng: random.Random) -> bytes:
+    """Change the directory of a zip archive, or give it a second one or a second end."""
+    begin, end = data.index(b"PK\1\2"), data.rindex(b"PK\5\6")
+    directory, tail = data[begin:end], data[end:]
+    changed = rng.choice(_BYTE_CHANGES)(directory, rng)
+    return rng.choice(
+        (
+            data[:begin] + changed + tail,
+            data[:begin] + changed + directory + tail,
+            data[:begin] + directory + changed + tail,
+            data + directory + tail,
+            data[:begin] + directory + rng.choice(_BYTE_CHANGES)(tail, rng),
+            data[:begin] + directory + tail[:-2] + b"\x04\0" + b"PK\5\6",
+            rng.choice(_BYTE_CHANGES)(data[:begin], rng) + directory + tail,
+        )
+    )
+
+
+def _torch(data: bytes, rng: random.Random) -> bytes:
+    return rng.choice((_record, _record, _directory))(data, rng)
+
+
 _STRUCTURE_CHANGES: dict[str, _Change] = {
     "safetensors": _header,
-    "torch": _record,
+    "torch": _torch,
     "sharded": _json,
     "orbax": _json,
 }

@@ -16,10 +16,12 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from ..checkpoint.convert import convert_checkpoint
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.formats import open_checkpoint
 from ..conversion.mapping import slashed
@@ -28,6 +30,10 @@ from .corrupt import mutated, seeds, state
 
 SLOW_SECONDS = 5.0
 MEMORY_BYTES = 1 << 30  # limit on top of what the process uses before the first input
+BUDGET_BYTES = 64 << 20
+# What the libraries may take on top of the budget, in kilobytes of resident memory.
+SLACK_KILOBYTES = 200 << 10
+CONVERT_EVERY = 20
 REPORT_EVERY = 100
 
 
@@ -70,7 +76,7 @@ def outcome(path: Path) -> str:
         WrongTensorsError: the manifest accepts a missing tensor, an additional one or other values.
     """
     try:
-        with open_checkpoint(path) as stored:
+        with open_checkpoint(path, BUDGET_BYTES) as stored:
             loaded = {slashed(key): array for key, array in stored.read()}
             if not stored.checked:
                 return "unverified"
@@ -85,6 +91,33 @@ def outcome(path: Path) -> str:
         if not np.array_equal(array, saved[name]):
             raise WrongTensorsError(f"{name} has other values, although its checksum matches")
     return "the same"
+
+
+class TouchedError(Exception):
+    """Converting changed the source, or wrote more than the target."""
+
+
+def convert(path: Path, out: Path) -> None:
+    """Convert the checkpoint, and require that nothing but the target was written.
+
+    Raises:
+        TouchedError: something else was.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    before = _content(path)
+    target = out / "target.safetensors"
+    with suppress(CheckpointError):
+        convert_checkpoint(path, target, memory=BUDGET_BYTES)
+    if _content(path) != before:
+        raise TouchedError(f"{path} was changed")
+    if others := [entry.name for entry in out.iterdir() if entry != target]:
+        raise TouchedError(f"{', '.join(others)} was left behind")
+
+
+def _content(path: Path) -> dict[str, bytes]:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return {str(file): file.read_bytes() for file in files if file.is_file()}
 
 
 def _saved(flax_names: bool) -> dict[str, np.ndarray]:
@@ -108,6 +141,8 @@ def main() -> None:
     used_kilobytes = int(next(line for line in lines if "VmSize" in line).split()[1])
     limit = used_kilobytes * 1024 + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak += BUDGET_BYTES // 1024 + SLACK_KILOBYTES
     counts: Counter[str] = Counter()
     number = first
     _send({"ready": True})
@@ -116,8 +151,13 @@ def main() -> None:
         path = inputs.make(number)
         try:
             counts[outcome(path)] += 1
+            if number % CONVERT_EVERY == 0:
+                convert(path, folder / "out")
         except BaseException:
             _send({"bad": number, "why": traceback.format_exc()[-3000:]})
+        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > peak:
+            _send({"bad": number, "why": f"took more than {peak:,} kB of memory"})
+            return  # the peak stays: a new process goes on
         if (seconds := time.process_time() - begin) > SLOW_SECONDS:
             _send({"bad": number, "why": f"took {seconds:.1f} s"})
         number += 1

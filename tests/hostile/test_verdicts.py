@@ -1,0 +1,102 @@
+"""No file decides how it is checked, and nothing counts as held that was not compared."""
+
+from pathlib import Path
+from typing import Any
+
+import flax.serialization
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import compare
+from compare.checkpoint.convert import convert_checkpoint
+from compare.conversion.mapping import Left, Row, StateMapping
+
+from .conftest import Command
+
+pytestmark = pytest.mark.filterwarnings("ignore::compare.checkpoint.errors.UnverifiedCheckpoint")
+STATE = {"a.weight": torch.arange(9.0).reshape(3, 3), "b.weight": torch.eye(3)}
+
+
+def lying(*rows: tuple[str, str, str]) -> StateMapping:
+    return StateMapping(
+        tuple(Row(f"{key}.weight", ("params", place, "kernel"), how) for key, place, how in rows)
+    )
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        lying(("a", "b", "transposed"), ("b", "a", "transposed")),
+        lying(("a", "a", "same"), ("b", "b", "same")),
+    ],
+    ids=["exchanged", "untransposed"],
+)
+def test_the_verified_file_does_not_bring_the_rule(
+    mapping: StateMapping, here: Path, command: Command
+) -> None:
+    torch.save(STATE, "v.pth")
+    convert_checkpoint("v.pth", "got.msgpack", mapping=mapping)
+    differences = compare.verify_checkpoint("v.pth", "got.msgpack")
+    assert any("got.msgpack claims" in difference.what for difference in differences)
+    assert any("differs in" in difference.what for difference in differences)
+    code, printed = command("verify", "v.pth", "got.msgpack")
+    assert code == 1
+    assert "The mapping in got.msgpack did not decide this" in printed
+    mapping.save("map.json")
+    assert command("verify", "v.pth", "got.msgpack", "--map", "map.json")[0] == 0
+    assert command("verify", "v.pth", "got.msgpack", "--like", "got.msgpack")[0] == 0
+    assert compare.verify_checkpoint("got.msgpack", "v.pth"), "the other direction"
+
+
+def test_a_tensor_on_one_side_only_is_a_finding(here: Path, command: Command) -> None:
+    norm = torch.nn.BatchNorm1d(3)
+    torch.save(norm.state_dict(), "n.pth")
+    variables = {
+        "params": {"scale": np.ones(3, np.float32), "bias": np.zeros(3, np.float32)},
+        "batch_stats": {"mean": np.zeros(3, np.float32), "var": np.ones(3, np.float32)},
+    }
+    Path("n.msgpack").write_bytes(flax.serialization.msgpack_serialize(variables))
+    code, printed = command("verify", "n.pth", "n.msgpack")
+    assert code == 1
+    assert "num_batches_tracked has no counterpart" in printed
+    assert "--ignore num_batches_tracked" in printed
+    code, _ = command("verify", "n.pth", "n.msgpack", "--ignore", "num_batches_tracked")
+    assert code == 0
+
+
+def test_a_mapping_that_leaves_out_by_itself_is_no_excuse(here: Path) -> None:
+    """The file claims that one of its tensors has no counterpart."""
+    torch.save(STATE, "v.pth")
+    variables = {"params": {"a": {"kernel": STATE["a.weight"].T.numpy()}}}
+    claim = StateMapping(lying(("a", "a", "transposed")).rows, (Left("b.weight", "ignore"),))
+    compare.save_checkpoint("got.msgpack", variables, mapping=claim)
+    with pytest.raises(compare.CheckpointError, match=r"unexpected b\.weight"):
+        compare.verify_checkpoint("v.pth", "got.msgpack")
+
+
+@pytest.mark.parametrize("verb", ["verify", "convert", "inspect"])
+def test_nothing_compared_is_not_run(verb: str, here: Path, command: Command) -> None:
+    for name in ("one.safetensors", "two.safetensors"):
+        save_file({}, name)
+    code, printed = command(verb, "one.safetensors", "two.safetensors")
+    assert code == 1
+    assert "NOT everything held" in printed and "not run" in printed
+    with pytest.raises(compare.CheckpointError, match="nothing was compared"):
+        compare.verify_checkpoint("one.safetensors", "two.safetensors")
+
+
+def test_two_tensors_whose_joined_names_coincide_are_two(here: Path, command: Command) -> None:
+    for name, value in (("x", 1), ("y", 2)):
+        tree: Any = {
+            "params": {"a/b": np.zeros(2, np.float32), "a": {"b": np.full(2, value, np.float32)}}
+        }
+        Path(f"{name}.msgpack").write_bytes(flax.serialization.msgpack_serialize(tree))
+    for verb in ("inspect", "verify"):
+        assert command(verb, "x.msgpack", "y.msgpack")[0] == 1
+        assert command(verb, "x.msgpack", "x.msgpack")[0] == 0
+
+
+def test_a_checksum_is_named_for_what_it_proves(command: Command) -> None:
+    assert "every value is as it was saved (checksums)" in command("inspect", "a.pth")[1]
