@@ -20,6 +20,7 @@ import sys
 import unicodedata
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
@@ -161,8 +162,7 @@ def atomic_file(path: Path, rules: Rules = NO_RULES) -> Iterator[BinaryIO]:
         with flushing(stream.fileno()):
             yield stream
         stream.flush()
-        rules.check(new)
-        os.fsync(stream.fileno())
+        _while_syncing([new], lambda: rules.check(new))
         _install(new, path, before, rules)
         _fsync(path.parent)
 
@@ -190,11 +190,7 @@ def atomic_folder(path: Path, rules: Rules = NO_RULES) -> Iterator[Path]:
         folder = outer / "new"
         folder.mkdir()
         yield folder
-        rules.check(folder)
-        for inner, _, files in os.walk(folder):
-            for name in files:
-                _fsync(Path(inner, name))
-            _fsync(Path(inner))
+        _while_syncing([*folder.rglob("*"), folder], lambda: rules.check(folder))
         _install(folder, path, before, rules)
         _fsync(path.parent)
 
@@ -263,6 +259,14 @@ def _locked(path: Path, flag: int = 0) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _while_syncing(paths: Iterable[Path], work: Callable[[], object]) -> None:
+    """Flush files and folders to the disk, and do the work meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        synced = pool.submit(lambda: [_fsync(path) for path in paths])
+        work()
+        synced.result()
 
 
 def _fsync(path: Path) -> None:
