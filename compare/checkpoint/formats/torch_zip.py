@@ -210,6 +210,8 @@ def _legacy_content(file: InputFile, budget: Budget) -> Content:
         raise ValueError("its byte order is not little")
     state, position = _pickle_at(file, position, budget)
     keys, position = _pickle_at(file, position, budget)
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise UnsafePickleError("a list of storages of another program")
     sizes = {view.storage.key: view.storage for view in _all_views(state)}
     ranges: dict[str, tuple[int, int]] = {}
     for key in keys:
