@@ -166,6 +166,7 @@ def read_checkpoint(
         table = mapping or stored.mapping or (LINEN if stored.layout == "linen" else NNX)
         try:
             table = stored.spell(table)
+            stored.require_room(stored.specs, copied=True)
             return _whole_state(relaid(stored.path, stored.tensors(), table))
         except CheckpointError as error:
             if not error.mismatch or mapping or stored.mapping:
@@ -288,6 +289,7 @@ def _into_torch(
     if stored.layout == "torch":
         state = _state(stored.read(), stored.aliases)
     else:
+        stored.require_room(stored.specs, copied=True)
         state = _whole_state(tensors)
     state = {key: tensor for key, tensor in state.items() if key not in dropped}
     if cast:

@@ -109,14 +109,16 @@ def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.
     fitting = {key: tensor for key, tensor in state.items() if key in wanted}
 
     def assign() -> torch.nn.Module:
-        has_hooks = any(child._load_state_dict_pre_hooks for child in module.modules())
-        before = {key: tensor.clone() for key, tensor in wanted.items()} if has_hooks else {}
+        may_raise = any(map(_runs_own_code, module.modules()))
+        before = {key: tensor.clone() for key, tensor in wanted.items()} if may_raise else {}
         try:
             module.load_state_dict(fitting, strict=False)  # every key was checked above
-        except Exception as error:  # raised by a hook of the module
+        except BaseException as error:  # raised by code of the module's own
             with torch.no_grad():
                 for key, tensor in before.items():
                     wanted[key].copy_(tensor)
+            if not isinstance(error, Exception):
+                raise
             reason = f"load_state_dict failed: {type(error).__name__}: {error}"
             raise ConversionError(
                 Mismatch(refused=(MismatchEntry("state", "the module", reason=reason),))
@@ -124,6 +126,16 @@ def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.
         return module
 
     return assign
+
+
+def _runs_own_code(module: torch.nn.Module) -> bool:
+    """Return whether loading a state dict into this module runs code other than torch's."""
+    methods = (type(module)._load_from_state_dict, type(module).load_state_dict)
+    return bool(
+        module._load_state_dict_pre_hooks
+        or module._load_state_dict_post_hooks
+        or any(not method.__module__.startswith("torch.nn.") for method in methods)
+    )
 
 
 def _overwritten(wanted: Mapping[str, Tensor], state: StateDict) -> list[MismatchEntry]:

@@ -13,7 +13,7 @@ from ..files.errors import FileError
 from ..files.memory import Budget
 from ..files.printable import shown
 from ..files.reading import InputFile, Snapshot
-from .blocks import BLOCK_BYTES, blocks, in_batches
+from .blocks import BLOCK_BYTES, WORKERS, blocks, in_batches
 from .errors import CheckpointError
 from .manifest import Algorithm, Manifest, checksum, start
 from .tensors import FileLayout, Spec, Tensors
@@ -37,6 +37,7 @@ class Reader:
         specs: shape and dtype by path, in the order of the manifest, or else of the file.
         manifest: the manifest. None if the file has none; then values cannot be checked.
         aliases: further names of tensors, each with the first name.
+        kinds: the kind of state of each tensor, if there is a manifest.
         budget: the limit of what is read and held.
         snapshot: the files that it consists of, and their states when they were opened.
         mapped: set it to True if the values are copied anyway; large tensors are then mapped.
@@ -60,6 +61,8 @@ class Reader:
         self.specs = specs
         self.manifest = manifest
         self.aliases = aliases or {}
+        records = manifest.records if manifest is not None else {}
+        self.kinds: dict[KeyPath, str] = {path: record.kind for path, record in records.items()}
         self.budget = budget
         self.snapshot = snapshot
         self.mapped = False
@@ -72,13 +75,6 @@ class Reader:
 
     def close(self) -> None:
         """Release open files and memory."""
-
-    @property
-    def kinds(self) -> Mapping[KeyPath, str]:
-        """The kind of state of each tensor, if there is a manifest."""
-        if self.manifest is not None:
-            return {path: record.kind for path, record in self.manifest.records.items()}
-        return {}
 
     @property
     def mapping(self) -> StateMapping | None:
@@ -125,8 +121,7 @@ class Reader:
             ValueError: the checkpoint was closed before all of them were read.
         """
         wanted = list(self.specs if paths is None else paths)
-        with self._named():
-            self._require_room(wanted)
+        self.require_room(wanted)
         self._require_open()
         fetched = self._fetch(wanted)
         self._reading.add(fetched)
@@ -148,7 +143,10 @@ class Reader:
             with self._named():
                 return self.check(path, *self.read_tensor(path))
 
-        return in_batches(paths, lambda path: self.specs[path].nbytes, read_and_check)
+        if len(paths) == 1:  # starting a thread takes longer than reading a small tensor
+            yield paths[0], read_and_check(paths[0])
+            return
+        yield from in_batches(paths, lambda path: self.specs[path].nbytes, read_and_check)
 
     def check(self, path: KeyPath, array: np.ndarray, digest: str | None = None) -> np.ndarray:
         """Return the array after checking its values.
@@ -216,17 +214,32 @@ class Reader:
                 mend="read it when nothing writes to it",
             )
 
-    def _require_room(self, paths: list[KeyPath]) -> None:
-        sizes = {path: self._held_bytes(path) for path in paths}
-        if sizes:
-            largest = max(sizes, key=lambda path: sizes[path])
-            what = f"{shown(slashed(largest))} ({self.specs[largest].shape})"
-            what += f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
-            self.budget.require(sum(sizes.values()), self.path, what, key=slashed(largest))
+    def require_room(self, paths: Iterable[KeyPath], *, copied: bool = False) -> None:
+        """Raise CheckpointError if these tensors together do not fit the budget.
+
+        Args:
+            paths: the paths of the tensors.
+            copied: whether mapped tensors are copied, so that they take memory too.
+        """
+        sizes = {
+            path: self.specs[path].nbytes if copied else self._held_bytes(path) for path in paths
+        }
+        if not sizes:
+            return
+        largest = max(sizes, key=lambda path: sizes[path] + self._extra_bytes(path))
+        what = f"{shown(slashed(largest))} ({self.specs[largest].shape})"
+        what += f" and {len(sizes) - 1:,} more" if len(sizes) > 1 else ""
+        with self._named():
+            nbytes = sum(sizes.values()) + WORKERS * self._extra_bytes(largest)
+            self.budget.require(nbytes, self.path, what, key=slashed(largest))
 
     def _held_bytes(self, path: KeyPath) -> int:
         """Return how much memory the values take that `read` yields."""
         return self.specs[path].nbytes
+
+    def _extra_bytes(self, path: KeyPath) -> int:
+        """Return how much more memory is taken while the tensor is read."""
+        return 0
 
     def _require_open(self) -> None:
         if self._is_closed:

@@ -57,17 +57,22 @@ def sections(
     """
     with ExitStack() as opened:
         given: list[Source] = []
+        readers: list[Reader] = []
         for name in [name for name in (source, other) if name is not None]:
             yield f"reading {name}"
-            given.append(_file(opened.enter_context(open_checkpoint(name, memory)), name))
+            readers.append(opened.enter_context(open_checkpoint(name, memory)))
+            given.append(_file(readers[-1], name))
         for name in modules:
             yield f"importing {name}"
             entries = {tuple(entry.name.split("/")): entry for entry in module_entries(name)}
             given.append(Source(name, entries, []))
         if len(given) == 1:
-            yield _section(given[0], progress)
+            section = _section(given[0], progress)
         else:
-            yield _difference(given[0], given[1], progress)
+            section = _difference(given[0], given[1], progress)
+        for reader in readers:
+            reader.require_current()
+        yield section
 
 
 def _file(stored: Reader, name: str) -> Source:

@@ -264,17 +264,18 @@ def _locked(path: Path, flag: int = 0) -> Iterator[None]:
 def _while_syncing(paths: Iterable[Path], work: Callable[[], object]) -> None:
     """Flush files and folders to the disk, and do the work meanwhile."""
     with ThreadPoolExecutor(1) as pool:
-        synced = pool.submit(lambda: [_fsync(path) for path in paths])
+        synced = pool.submit(_fsync, *paths)
         work()
         synced.result()
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _fsync(*paths: Path) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _state(path: Path) -> State | None:

@@ -1,6 +1,7 @@
 """Cases that once slipped through, mostly states, files and folders that others wrote."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -247,6 +248,35 @@ def test_a_module_that_will_not_be_filled_is_left_as_it_was(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="load_state_dict failed: KeyError: 'not today'"):
         compare.load_checkpoint(saved, other)
     assert all(torch.equal(tensor, before[key]) for key, tensor in other.state_dict().items())
+
+
+class Late(torch.nn.Linear):
+    """A layer whose own loading raises after torch's."""
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        raise KeyError("late")
+
+
+def _with_post_hook() -> torch.nn.Module:
+    def refuse(*_: Any) -> None:
+        raise KeyError("late")
+
+    module = torch.nn.Linear(3, 3)
+    module.register_load_state_dict_post_hook(refuse)
+    return module
+
+
+@pytest.mark.parametrize("make", [_with_post_hook, lambda: Late(3, 3)])
+def test_code_that_raises_after_the_load_undoes_it(
+    make: Callable[[], torch.nn.Module], tmp_path: Path
+) -> None:
+    saved = compare.save_checkpoint(tmp_path / "s.pth", torch.nn.Linear(3, 3))
+    module = make()
+    before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    with pytest.raises(CheckpointError, match="load_state_dict failed: KeyError: 'late'"):
+        compare.load_checkpoint(saved, module)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["x\0.pth", "x" * 300 + ".pth", "loop.pth"])

@@ -402,3 +402,12 @@ def test_pickles_of_a_state_dict_still_load(here: Path) -> None:
     Path("p.pth").write_bytes(pickle.dumps({"w": [1.0]}, protocol=2))
     with pytest.raises(compare.CheckpointError, match="more than a state dict"):
         compare.read_checkpoint("p.pth")
+
+
+def test_what_lies_between_the_elements_of_a_view_counts_too(here: Path) -> None:
+    torch.save({"w": torch.zeros(5_000_000)[::4_999_999]}, "w.pth")
+    with (
+        open_checkpoint("w.pth", memory=10 * MB) as stored,
+        pytest.raises(compare.CheckpointError, match="needs more memory"),
+    ):
+        list(stored.read())

@@ -117,6 +117,10 @@ class TorchReader(FileReader):
     def _is_mapped(self, path: KeyPath) -> bool:
         return _is_plain(self._views[path[0]]) and super()._is_mapped(path)
 
+    def _extra_bytes(self, path: KeyPath) -> int:
+        view = self._views[path[0]]
+        return 0 if _is_plain(view) else _span(view) * self.specs[path].numpy.itemsize
+
     def _fetch(self, paths: list[KeyPath]) -> Fetched:
         if self.mapped:
             read_ahead(self.path)
