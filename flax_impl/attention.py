@@ -14,13 +14,21 @@ def causal_mask(context_length: int) -> Float[Array, "context_length context_len
 
 
 def is_nonzero(mask: Shaped[Array, "..."]) -> Bool[Array, "..."]:
-    """Return which entries are not 0.
+    """Return which entries are not 0. NaN is not 0.
 
     The bits are compared, because XLA on the CPU treats subnormal numbers as 0.
     """
+    if jnp.issubdtype(mask.dtype, jnp.complexfloating):
+        return is_nonzero(mask.real) | is_nonzero(mask.imag)
     if not jnp.issubdtype(mask.dtype, jnp.floating):
         return mask.astype(bool)
+    if mask.dtype.name == "float8_e8m0fnu":  # powers of 2: this dtype has no 0
+        return jnp.ones(mask.shape, bool)
+    if jnp.finfo(mask.dtype).bits < 8:
+        mask = mask.astype(jnp.float32)  # exact
     bits = jax.lax.bitcast_convert_type(mask, jnp.dtype(f"uint{8 * mask.dtype.itemsize}"))
+    if mask.dtype.name.endswith("fnuz"):  # these have no -0.0: its bits are NaN
+        return bits != 0
     return bits << 1 != 0  # drop the sign bit: -0.0 counts as 0
 
 

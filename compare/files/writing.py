@@ -209,9 +209,19 @@ def _temporary(path: Path) -> Iterator[Path]:
                     yield folder
                     return
                 finally:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    _remove(folder)
         finally:  # Ctrl-C may come before the lock is taken
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a temporary folder, the token last, so that a killed removal can be finished."""
+    with suppress(OSError):
+        for entry in folder.iterdir():
+            if entry.name != _OWNER:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        (folder / _OWNER).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _claim(token: str) -> str:
@@ -226,19 +236,21 @@ def sweep(path: Path) -> None:
         if match and entry.is_dir() and not entry.is_symlink():
             with suppress(OSError, _SweptError), _locked(entry, fcntl.LOCK_NB):
                 if _is_ours(entry, match[1]):
-                    shutil.rmtree(entry, ignore_errors=True)
-                else:
-                    entry.rmdir()  # succeeds only if it was left before the token was written
+                    _remove(entry)
 
 
 def _is_ours(folder: Path, token: str) -> bool:
-    """Return whether the folder has the token of its name inside."""
+    """Return whether the folder has the token of its name inside, or nothing at all."""
     owner = folder / _OWNER
+    others = [entry.name for entry in folder.iterdir() if entry.name != _OWNER]
     try:
         claim = read_file(owner, Budget(1000), limit=100)
+    except FileNotFoundError:
+        return not others
     except (OSError, FileError):
         return False
-    return not owner.is_symlink() and claim == _claim(token).encode()
+    was_killed_at_once = not claim and not others
+    return not owner.is_symlink() and (was_killed_at_once or claim == _claim(token).encode())
 
 
 class _SweptError(Exception):

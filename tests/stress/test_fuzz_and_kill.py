@@ -179,16 +179,18 @@ def test_a_failed_read_waits_for_the_others(
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_what_a_killed_writer_left_is_swept_by_the_next(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"state{suffix}"
-    left, empty, other_path, foreign = (
+    left, empty, begun, other_path, foreign = (
         tmp_path / f".{path.name}.0123456789ab.tmp",
         tmp_path / f".{path.name}.0123456789ac.tmp",
+        tmp_path / f".{path.name}.0123456789ae.tmp",
         tmp_path / ".other.pth.0123456789ab.tmp",
         tmp_path / f".{path.name}.0123456789ad.tmp",
     )
-    for folder in (left, empty, other_path, foreign):
+    for folder in (left, empty, begun, other_path, foreign):
         folder.mkdir()
     for folder in (left, other_path, foreign):
         (folder / "new").write_bytes(b"half")
+    (begun / "owner").touch()
     for folder in (left, other_path):
         (folder / "owner").write_text("attention-parity 0123456789ab\n")
     (foreign / "owner").write_text("attention-parity 0123456789ab\n")  # the token of another
