@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -13,11 +14,13 @@ from flax import nnx
 import flax_impl
 import torch_impl
 from compare.conversion.convert import torch_to_linen, torch_to_nnx
+from compare.conversion.tensors import numpy_to_tensor
 from compare.proof.cases import PRIME_BIAS
 from compare.proof.parity import against_reference
 from compare.proof.rounding_bound import FLOAT64_RELATIVE
 from compare.runners.run import linen_template
 from compare.subprocesses import run_module
+from flax_impl.attention import is_nonzero
 
 from ..support import linen_variables, nnx_model, normal, numpy_state_of, torch_module
 
@@ -250,3 +253,30 @@ def test_sharded_variables_in_a_child_process() -> None:
     assert results["placed_like_the_template"]
     assert results["sharing_refused"]
     assert results["error_over_bound"] <= 1.0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"float8_{kind}" for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")),
+        *("float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float4_e2m1fn"),
+        *("float16", "bfloat16", "float32", "complex64", "int8", "uint16", "bool"),
+    ],
+)
+def test_what_blocks_is_what_is_not_zero_in_every_dtype(name: str) -> None:
+    """Every code of a small dtype, and the odd numbers of a large one; NaN is not 0."""
+    dtype = np.dtype(getattr(ml_dtypes, name, name))
+    if dtype.itemsize == 1 and dtype.kind != "b":
+        codes = np.arange(16 if name.startswith("float4") else 256, dtype=np.uint8).view(dtype)
+    else:
+        odd = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, np.inf, np.nan]
+        with np.errstate(all="ignore"):
+            codes = np.array(odd if dtype.kind not in "iu" else [0, 1, 2, 127]).astype(dtype)
+    if dtype.kind == "c":
+        imaginary = np.zeros_like(codes)
+        imaginary.imag = codes.real
+        codes = np.concatenate([codes, imaginary])
+    expected = np.asarray(codes.astype(np.complex64 if dtype.kind == "c" else np.float32) != 0)
+    assert np.array_equal(np.asarray(is_nonzero(jnp.asarray(codes))), expected)
+    if hasattr(torch, name):
+        assert np.array_equal(numpy_to_tensor(codes).bool().numpy(), expected)
