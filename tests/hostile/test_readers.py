@@ -8,6 +8,7 @@ import resource
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -57,6 +58,18 @@ PICKLES = {
     "build on a function": declared(b"ctorch._utils\n_rebuild_tensor_v2\n}X\x01\0\0\0xK\x01sb."),
     "two pickles": declared(b"N.") + declared(b"N."),
     "no end": declared(b"]" * 100),
+    "hash that takes for ever": declared(b"}N\x85" + b"q\x01h\x01h\x01\x86" * 60 + b"Ns."),
+    "hashes that collide": declared(
+        b"}("
+        + b"".join(
+            b"\x8a\x0c" + ((2**61 - 1) * i).to_bytes(12, "little") + b"N" for i in range(1, 50_000)
+        )
+        + b"u."
+    ),
+    "sizes again and again": declared(
+        b"(" + b"N" * 100_000 + b"tq\x01" + b"ctorch\nSize\nh\x01\x85R" * 10_000 + b"0."
+    ),
+    "deep": declared(b"]" * 100_000 + b"a" * 99_999 + b"."),
     "class of torch": declared(b"ctorch.nn\nLinear\nK\x01K\x01\x86R."),
 }
 
@@ -64,10 +77,12 @@ PICKLES = {
 @pytest.mark.parametrize("name", PICKLES)
 def test_a_pickle_is_looked_through_before_it_is_run(name: str, here: Path) -> None:
     zipped(PICKLES[name])
+    start = time.process_time()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(compare.CheckpointError, match=r"not a whole|more than a state|holds a"):
         compare.read_checkpoint("z.pth")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+    assert time.process_time() - start < 5
 
 
 def test_many_small_objects_are_counted(here: Path) -> None:

@@ -1,42 +1,29 @@
-"""Read the pickle of a torch file as a description of its tensors. No pickled code is run.
+"""Read the pickle of a torch file as a description of its tensors.
 
-The pickle is first looked through, opcode by opcode: only what `torch.save` writes for tensors is
-let through, every declared size must lie within the pickle, and the memory that its objects take is
-counted. Then Python's unpickler builds it with functions of this module in the place of torch's, so
-that a tensor becomes a `View`, which says where its values are.
+A pickle is a program for a stack machine. Python's own machine looks up and calls any function that
+the program names. The machine in this file knows only the opcodes that `torch.save` writes for
+tensors, and in the place of torch's functions it has functions that describe: a tensor becomes a
+`View`, which says where its values are. Declared sizes must lie within the pickle, the memory that
+its objects take is counted, and no object is compared, hashed or printed as a whole.
 
-Source: `torch._weights_only_unpickler`, whose opcodes are let through here, and `torch._utils`.
+Source: `pickletools`, for the opcodes; `torch._weights_only_unpickler`, for those that torch uses;
+`torch._utils`, for the arguments of the functions.
 """
 
-import io
-import pickle
-import pickletools
-import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from ...files.errors import FileError
 from ...files.memory import Budget
 
-# The opcodes that `torch.save` uses; torch's own safe reader knows no others.
-_OPCODES = re.findall(
-    r"\w+",
-    """
-    PROTO STOP MARK GLOBAL REDUCE BUILD NEWOBJ BINPERSID NONE NEWTRUE NEWFALSE
-    BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING
-    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_SET
-    EMPTY_DICT SETITEM SETITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT
-    """,
-)
-_KNOWN = {ord(code.code): code for code in pickletools.opcodes if code.name in _OPCODES}
-# For each opcode, how many bytes its argument takes, or the code of a counted argument.
-_ARGUMENT = {byte: code.arg.n if code.arg else 0 for byte, code in _KNOWN.items()}
-_PUT = {ord("q"): 1, ord("r"): 4}
-_STOP = ord(".")
 # No opcode makes an object that takes more.
 _BYTES_PER_OPCODE = 250
+_COUNT_EVERY = 4096
+_MAX_LINE, _MAX_ARGUMENTS, _MAX_AXES = 200, 16, 64
 
 # What the functions that rebuild other tensors make, as an error should call it.
 _OTHERS = {
@@ -65,6 +52,15 @@ _STORAGES = {
     "QInt32Storage": "qint32",
     "QUInt4x2Storage": "quint4x2",
     "QUInt2x4Storage": "quint2x4",
+}
+
+
+# Functions and classes whose results say nothing about the values of a tensor.
+_DROPPED = {
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Tensor"),
+    ("torch.nn.parameter", "Parameter"),
 }
 
 
@@ -104,113 +100,253 @@ class Other(NamedTuple):
     what: str
 
 
-def scan(raw: bytes | memoryview, begin: int, path: Path, budget: Budget) -> int:
-    """Look through the pickle that begins at this offset, and return the offset of its end.
+def build(raw: bytes, path: Path, budget: Budget, *, may_go_on: bool = False) -> tuple[Any, int]:
+    """Return what the pickle describes, with a `View` or `Other` for each tensor, and its length.
+
+    Args:
+        raw: the bytes that begin with the pickle.
+        path: the file, for errors.
+        budget: the limit of what is read and held.
+        may_go_on: whether other bytes may follow the pickle.
 
     Raises:
-        UnsafePickleError: it has an opcode that `torch.save` does not write.
-        EOFError: it ends too early, or declares more than there is.
-        FileError: what it would build does not fit the budget.
-    """
-    position, size, count = begin, len(raw), 0
-    while position < size:
-        opcode = raw[position]
-        position += 1
-        count += 1
-        argument = _ARGUMENT.get(opcode)
-        if argument is None:
-            raise UnsafePickleError(f"opcode {opcode:#x}")
-        if opcode in _PUT:
-            width = _PUT[opcode]
-            # Python's unpickler makes room for all smaller numbers too.
-            if int.from_bytes(raw[position : position + width], "little") > count:
-                raise UnsafePickleError("a memo of another program")
-            position += width
-        elif argument >= 0:
-            position += argument
-        elif argument == pickletools.UP_TO_NEWLINE:
-            for _ in range(2):
-                position = _line_end(raw, position)
-        else:
-            width = 4 if argument == pickletools.TAKEN_FROM_ARGUMENT4U else 1
-            position += width + int.from_bytes(raw[position : position + width], "little")
-        if opcode == _STOP and position <= size:
-            used = position - begin
-            budget.hold(count * _BYTES_PER_OPCODE + used, path, "its pickle")
-            return position
-    raise EOFError("its pickle ends too early")
-
-
-def _line_end(raw: bytes | memoryview, position: int) -> int:
-    end = bytes(raw[position : position + 200]).find(b"\n")
-    if end < 0:
-        raise UnsafePickleError("a name of more than 200 characters")
-    return position + end + 1
-
-
-def build(raw: bytes, path: Path, budget: Budget) -> Any:
-    """Return what the pickle describes, with a `View` or `Other` for each tensor.
-
-    Raises:
-        UnsafePickleError: it needs a function or class that is not a part of tensors.
+        UnsafePickleError: it needs an opcode, a function or a class that is no part of tensors.
         EOFError: it ends too early.
         FileError: what it would build does not fit the budget.
     """
-    if scan(raw, 0, path, budget) != len(raw):
-        raise UnsafePickleError("bytes after its end")
+    machine = _Machine(raw)
     try:
-        return _Unpickler(io.BytesIO(raw)).load()
-    except UnsafePickleError:
+        while not machine.is_done:
+            count = machine.run(_COUNT_EVERY)
+            budget.hold(count * _BYTES_PER_OPCODE, path, "its pickle")
+    except (EOFError, FileError, UnsafePickleError):
         raise
-    except Exception as error:  # the unpickler and the functions here, on arguments of any type
-        raise UnsafePickleError(f"{type(error).__name__}: {error}") from error
+    except Exception as error:  # the functions here, on arguments of any type
+        raise UnsafePickleError(type(error).__name__) from error
+    if machine.position != len(raw) and not may_go_on:
+        raise UnsafePickleError("bytes after its end")
+    return machine.result, machine.position
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds dicts, lists, numbers and descriptions of tensors; nothing is looked up in modules."""
+class _Function(NamedTuple):
+    """A function that the pickle may call."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        """Return the stand-in for a function or class of torch."""
-        if (module, name) == ("collections", "OrderedDict"):
-            return _make(_Dict)
-        if module in ("torch", "torch.storage") and name in _STORAGES:
-            return Dtype(_STORAGES[name])
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return Dtype(name)
-        if (module, name) == ("torch", "Size"):
-            return _make(tuple)
-        if (module, name) in (("torch", "device"), ("torch.serialization", "_get_layout")):
-            return _make(str)
-        if (module, name) in (("torch", "Tensor"), ("torch.nn.parameter", "Parameter")):
-            return _make(Dtype)
-        if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
-            return _make(_rebuilt_with_attributes)
-        if module == "torch._utils" and name in _OTHERS:
-            return _make(lambda *_: Other(_OTHERS[name]))
-        if module == "torch._utils" and name in _REBUILD:
-            return _make(_REBUILD[name])
-        raise UnsafePickleError(f"{module}.{name}")
+    call: Callable[..., Any]
 
-    def persistent_load(self, pid: Any) -> Storage:
-        """Return the storage that a tensor refers to."""
-        word, dtype, key, _, numel, *view = pid
-        if word != "storage" or not isinstance(dtype, Dtype) or view not in ([], [None]):
+
+class _Machine:
+    """The stack, the marks and the memo of one pickle."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw, self.position = raw, 0
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+        self.is_done, self.result = False, None
+
+    def run(self, steps: int) -> int:
+        """Run so many opcodes, or to the end, and return how many were run."""
+        for count in range(1, steps + 1):
+            if self.position >= len(self.raw):
+                raise EOFError("its pickle ends too early")
+            operation = _OPERATIONS.get(self.raw[self.position])
+            if operation is None:
+                raise UnsafePickleError("an opcode that torch does not write")
+            self.position += 1
+            operation(self)
+            if self.is_done:
+                return count
+        return steps
+
+    def take(self, nbytes: int) -> bytes:
+        """Return the next bytes."""
+        end = self.position + nbytes
+        if end > len(self.raw):
+            raise EOFError("its pickle ends too early")
+        part = self.raw[self.position : end]
+        self.position = end
+        return part
+
+    def number(self, nbytes: int) -> int:
+        """Return the next unsigned number."""
+        return int.from_bytes(self.take(nbytes), "little")
+
+    def line(self) -> str:
+        """Return the text up to the next line break."""
+        end = self.raw.find(b"\n", self.position, self.position + _MAX_LINE)
+        if end < 0:
+            raise (EOFError if len(self.raw) < self.position + _MAX_LINE else UnsafePickleError)(
+                "a name without an end"
+            )
+        text = self.raw[self.position : end].decode("ascii")
+        self.position = end + 1
+        return text
+
+    def since_mark(self) -> list[Any]:
+        """Take what was pushed since the last mark."""
+        begin = self.marks.pop()
+        if begin > len(self.stack):
+            raise UnsafePickleError("a mark below the stack")
+        items = self.stack[begin:]
+        del self.stack[begin:]
+        return items
+
+    def push(self, value: Any) -> None:
+        """Put a value on the stack."""
+        self.stack.append(value)
+
+    def protocol(self) -> None:
+        """Skip the number of the protocol: the opcodes say what is needed."""
+        self.take(1)
+
+    def stop(self) -> None:
+        """End with the only value on the stack."""
+        (self.result,) = self.stack
+        self.is_done = True
+
+    def tuple_of(self, size: int) -> None:
+        """Replace the last values by a tuple."""
+        if size > len(self.stack):
+            raise UnsafePickleError("an empty stack")
+        begin = len(self.stack) - size
+        self.stack[begin:] = [tuple(self.stack[begin:])]
+
+    def append(self, items: list[Any]) -> None:
+        """Append items to the list on the stack."""
+        if type(self.stack[-1]) is not list:
+            raise UnsafePickleError("an item of something that is not a list")
+        self.stack[-1].extend(items)
+
+    def set_items(self, items: list[Any]) -> None:
+        """Put keys and values into the dict on the stack."""
+        target = self.stack[-1]
+        if type(target) is not dict or len(items) % 2:
+            raise UnsafePickleError("a key of something that is not a dict")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # Others can be made to have one hash, or a hash that takes for ever.
+            if type(key) is not str and not (type(key) is int and abs(key) < 2**31):
+                raise UnsafePickleError(f"a key that is a {type(key).__name__}")
+            target[key] = value
+
+    def set_item(self) -> None:
+        """Put one key and value into the dict below them."""
+        value, key = self.stack.pop(), self.stack.pop()
+        self.set_items([key, value])
+
+    def append_one(self) -> None:
+        """Append one item to the list below it."""
+        item = self.stack.pop()
+        self.append([item])
+
+    def reduce(self) -> None:
+        """Call a function."""
+        arguments, function = self.stack.pop(), self.stack.pop()
+        self.push(_called(function, arguments))
+
+    def build(self) -> None:
+        """Drop the attributes of a dict: those of a state dict say nothing about its tensors."""
+        self.stack.pop()
+        if type(self.stack[-1]) is not dict:
+            raise UnsafePickleError("attributes of something that is not a dict")
+
+    def storage(self) -> None:
+        """Replace a persistent id by the storage that it names."""
+        pid = self.stack.pop()
+        if type(pid) is not tuple or len(pid) not in (5, 6):
             raise UnsafePickleError("a storage of another kind")
-        if not isinstance(key, str) or type(numel) is not int or numel < 0:
+        word, dtype, key, _, numel, *view = pid
+        if type(word) is not str or word != "storage" or type(dtype) is not Dtype:
+            raise UnsafePickleError("a storage of another kind")
+        if view and view[0] is not None:
+            raise UnsafePickleError("a view of a storage")
+        if type(key) is not str or type(numel) is not int or not 0 <= numel < 2**63:
             raise UnsafePickleError("a storage without a key and a size")
-        return Storage(key, dtype.name, numel)
+        self.push(Storage(key, dtype.name, numel))
 
 
-class _Dict(dict[Any, Any]):
-    """A dict whose attributes are dropped: those of a state dict say nothing about its tensors."""
+_OPERATIONS: dict[int, Callable[[_Machine], None]] = {
+    b"\x80"[0]: _Machine.protocol,
+    b"."[0]: _Machine.stop,
+    b"("[0]: lambda it: it.marks.append(len(it.stack)),
+    b"c"[0]: lambda it: it.push(_global(it.line(), it.line())),
+    b"R"[0]: _Machine.reduce,
+    b"\x81"[0]: _Machine.reduce,
+    b"b"[0]: _Machine.build,
+    b"Q"[0]: _Machine.storage,
+    b"N"[0]: lambda it: it.push(None),
+    b"\x88"[0]: lambda it: it.push(True),
+    b"\x89"[0]: lambda it: it.push(False),
+    b"K"[0]: lambda it: it.push(it.number(1)),
+    b"M"[0]: lambda it: it.push(it.number(2)),
+    b"J"[0]: lambda it: it.push(int.from_bytes(it.take(4), "little", signed=True)),
+    b"\x8a"[0]: lambda it: it.push(int.from_bytes(it.take(it.number(1)), "little", signed=True)),
+    b"G"[0]: lambda it: it.push(struct.unpack(">d", it.take(8))[0]),
+    b"X"[0]: lambda it: it.push(it.take(it.number(4)).decode("utf-8", "surrogatepass")),
+    b"U"[0]: lambda it: it.push(it.take(it.number(1)).decode("ascii")),
+    b")"[0]: lambda it: it.push(()),
+    b"t"[0]: lambda it: it.push(tuple(it.since_mark())),
+    b"\x85"[0]: lambda it: it.tuple_of(1),
+    b"\x86"[0]: lambda it: it.tuple_of(2),
+    b"\x87"[0]: lambda it: it.tuple_of(3),
+    b"]"[0]: lambda it: it.push([]),
+    b"a"[0]: _Machine.append_one,
+    b"e"[0]: lambda it: it.append(it.since_mark()),
+    b"}"[0]: lambda it: it.push({}),
+    b"s"[0]: _Machine.set_item,
+    b"u"[0]: lambda it: it.set_items(it.since_mark()),
+    b"h"[0]: lambda it: it.push(it.memo[it.number(1)]),
+    b"j"[0]: lambda it: it.push(it.memo[it.number(4)]),
+    b"q"[0]: lambda it: it.memo.__setitem__(it.number(1), it.stack[-1]),
+    b"r"[0]: lambda it: it.memo.__setitem__(it.number(4), it.stack[-1]),
+}
 
-    def __setstate__(self, state: Any) -> None:
-        """Drop the attributes."""
+
+def _global(module: str, name: str) -> Any:
+    """Return the stand-in for a function or class of torch."""
+    if (module, name) == ("collections", "OrderedDict"):
+        return _Function(_empty_dict)
+    if module in ("torch", "torch.storage") and name in _STORAGES:
+        return Dtype(_STORAGES[name])
+    if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+        return Dtype(name)
+    if (module, name) in _DROPPED:
+        return _Function(lambda *_: None)
+    if (module, name) == ("torch", "Size"):
+        return _Function(_size)
+    if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
+        return _Function(_rebuilt_with_attributes)
+    if module == "torch._utils" and name in _OTHERS:
+        return _Function(lambda *_: Other(_OTHERS[name]))
+    if module == "torch._utils" and name in _REBUILD:
+        return _Function(_REBUILD[name])
+    raise UnsafePickleError(f"{module}.{name}")
 
 
-def _make(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a new function for each load, because a pickle may set attributes of it."""
-    return lambda *arguments: function(*arguments)
+def _called(function: Any, arguments: Any) -> Any:
+    """Return the result of a function, whose arguments must be few: they may come again and again.
+
+    Raises:
+        UnsafePickleError: it is not a function, or they are not its arguments.
+    """
+    if type(function) is not _Function or type(arguments) is not tuple:
+        raise UnsafePickleError("a call of something else")
+    if len(arguments) > _MAX_ARGUMENTS:
+        raise UnsafePickleError(f"a call with {len(arguments):,} arguments")
+    return function.call(*arguments)
+
+
+def _size(sizes: Any) -> tuple[Any, ...]:
+    """Return the tuple of a `torch.Size`."""
+    if type(sizes) not in (tuple, list) or len(sizes) > _MAX_AXES:
+        raise UnsafePickleError("a size that is no list of numbers")
+    return tuple(sizes)
+
+
+def _empty_dict(*arguments: Any) -> dict[Any, Any]:
+    """Return the dict of `OrderedDict()`; one that is made of a list is not read."""
+    if arguments:
+        raise UnsafePickleError("an OrderedDict with arguments")
+    return {}
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> View:
@@ -226,7 +362,7 @@ def _tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) 
 
 
 def _view(storage: Any, offset: Any, shape: Any, strides: Any, dtype: str, bits: Any) -> View:
-    if not isinstance(storage, Storage) or len(shape) != len(strides) or len(shape) > 64:
+    if not isinstance(storage, Storage) or len(shape) != len(strides) or len(shape) > _MAX_AXES:
         raise UnsafePickleError("a tensor without a storage")
     numbers = (offset, *shape, *strides)
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
@@ -248,11 +384,9 @@ def _first(data: Any, *_: Any) -> Any:
     return data
 
 
-def _rebuilt_with_attributes(
-    function: Callable[..., Any], _kind: Any, arguments: Any, _state: Any
-) -> Any:
+def _rebuilt_with_attributes(function: Any, _kind: Any, arguments: Any, _state: Any) -> Any:
     """Return the tensor of `_rebuild_from_type_v2`, without its Python attributes."""
-    return function(*arguments)
+    return _called(function, arguments)
 
 
 _REBUILD: dict[str, Callable[..., Any]] = {

@@ -28,7 +28,7 @@ from ..errors import CheckpointError
 from ..manifest import KEY, Manifest, checksum, in_manifests_order, manifest_of
 from ..reader import ArrayAndChecksum, Fetched, FileReader, Location, Reader
 from ..tensors import Spec, Tensors, checked, whole
-from .torch_pickle import Other, Storage, UnsafePickleError, View, build, scan
+from .torch_pickle import Other, Storage, UnsafePickleError, View, build
 from .zip_directory import Record, read_directory
 
 # The most times that the views of a storage may show each of its bytes.
@@ -190,7 +190,7 @@ def _zip_content(file: InputFile, budget: Budget) -> Content:
     if f"{KEY}.json" in records:
         text = _read(file, records[f"{KEY}.json"], budget)
         manifest = Manifest.loads(text, file.path, budget)
-    state = build(_read(file, records["data.pkl"], budget), file.path, budget)
+    state, _ = build(_read(file, records["data.pkl"], budget), file.path, budget)
     ranges = {
         name.removeprefix("data/"): (record.begin, record.nbytes)
         for name, record in records.items()
@@ -238,8 +238,8 @@ def _pickle_at(file: InputFile, begin: int, budget: Budget) -> tuple[Any, int]:
     while True:
         raw = file.read(nbytes, begin)
         try:
-            end = scan(raw, 0, file.path, budget)
-            return build(raw[:end], file.path, budget), begin + end
+            value, length = build(raw, file.path, budget, may_go_on=True)
+            return value, begin + length
         except EOFError:
             if begin + nbytes >= file.size:
                 raise
