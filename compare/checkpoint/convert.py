@@ -122,7 +122,8 @@ def convert_checkpoint(
             path, "like has no effect beside mapping", mend="leave mapping or like out"
         )
     resolved = writable(path, chosen) if chosen else _folder(path)
-    require_apart(path, resolved, [Path(source), *([Path(like)] if like is not None else [])])
+    others = [] if like is None else [Path(like), *shards.files_in(Path(like))]
+    require_apart(path, resolved, [Path(source), *others])
 
     def work(stored: Reader) -> Conversion:
         is_relaid = _target_layout(stored, allowed, layout) != _torch_or_flax(stored.layout)
@@ -139,6 +140,10 @@ def convert_checkpoint(
         )
         if not dry_run:
             require_apart(path, resolved, stored.snapshot.states)
+            if chosen is not None and chosen.holds_all:
+                nbytes = sum(spec.nbytes for spec in tensors.specs.values())
+                with stored.named_errors():
+                    stored.budget.require(nbytes, path, f"a {path.suffix} file as a whole")
             counted = watched(tensors, progress)
             if chosen is not None:
                 write(path, resolved, chosen, counted, stored.require_current)

@@ -140,7 +140,7 @@ class Reader:
         """Yield the checked tensors in order; several are read at a time."""
 
         def read_and_check(path: KeyPath) -> np.ndarray:
-            with self._named():
+            with self.named_errors():
                 return self.check(path, *self.read_tensor(path))
 
         if len(paths) == 1:  # starting a thread takes longer than reading a small tensor
@@ -229,7 +229,7 @@ class Reader:
         largest = max(sizes, key=lambda path: sizes[path] + self._extra_bytes(path))
         what = f"{shown(slashed(largest))} ({self.specs[largest].shape})"
         what += f" and {len(sizes) - 1:,} more" if len(sizes) > 1 else ""
-        with self._named():
+        with self.named_errors():
             nbytes = sum(sizes.values()) + WORKERS * self._extra_bytes(largest)
             self.budget.require(nbytes, self.path, what, key=slashed(largest))
 
@@ -246,7 +246,7 @@ class Reader:
             raise ValueError("the checkpoint is closed")
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def named_errors(self) -> Iterator[None]:
         """Turn errors of files into a CheckpointError that names this checkpoint."""
         try:
             yield
@@ -317,13 +317,13 @@ class FileReader(Reader):
         self._require_open()
         spec = self.specs[path]
         if spec.nbytes <= BLOCK_BYTES:
-            with self._named():
+            with self.named_errors():
                 yield self.check(path, *self.read_tensor(path)).reshape(-1)
             return
         digest = start(spec, self.algorithm) if self.algorithm else None
         for offset in range(0, spec.nbytes, BLOCK_BYTES):
             part = np.empty(min(BLOCK_BYTES, spec.nbytes - offset), np.uint8)
-            with self._named():
+            with self.named_errors():
                 self.fill(path, part.data, offset)
             self._require_bool(path, part.view(spec.numpy))
             if digest:

@@ -258,17 +258,17 @@ def _torch_tensors(
 def _host_tensor(path: Path, key: Any, value: Any) -> np.ndarray:
     if not isinstance(key, str):
         raise CheckpointError(
-            path, f"the key {key!r} is a {type(key).__name__}; a state dict has names"
+            path, f"the key {shown(repr(key))} is a {type(key).__name__}; a state dict has names"
         )
     if not isinstance(value, Tensor):
         raise CheckpointError(
-            path, f"{key} is a {type(value).__name__}; expected a tensor", key=key
+            path, f"{shown(key)} is a {type(value).__name__}; expected a tensor", key=key
         )
     try:
         array = tensor_to_numpy(dense(value))
         spec_of(array)
     except ValueError as error:  # includes Untransferable
-        raise CheckpointError(path, f"{key}: {error}", key=key) from error
+        raise CheckpointError(path, f"{shown(key)}: {error}", key=key) from error
     return array
 
 

@@ -4,7 +4,7 @@ Neither file decides how it is checked: names pair as the user says, or as `comp
 them. A mapping that a file carries is a claim, and is compared with that pairing.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from os import PathLike
@@ -235,7 +235,8 @@ def _linen_and_nnx(
         source = source if dtype is None else cast(source, dtype, stored.path)
         return _Pairing(source, target, "by the given mappings")
     source, target = _cast(stored, dtype), written.tensors()
-    names, others = _by_name(source, target.layout), _by_name(target, source.layout)
+    names = _by_name(source, target.layout, True)
+    others = _by_name(target, source.layout, True)
     if names.keys() != others.keys() and stored.mapping and written.mapping:
         raise CheckpointError(
             written.path,
@@ -260,7 +261,9 @@ def _compared(
     def is_ignored(name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in ignore)
 
-    differences, tensors, nbytes = _differences(pairing.source, pairing.target, progress)
+    # Between the frameworks, a tied Flax array has several torch names but no further Flax names.
+    has_ties = pairing.table is None or pairing.source.layout == "torch"
+    differences, tensors, nbytes = _differences(pairing.source, pairing.target, has_ties, progress)
     only_here = "has no counterpart; if that is right, say --ignore {}"
     table = pairing.table
     left = () if table is None else table.left
@@ -312,56 +315,78 @@ def _rule_text(row: Row) -> str:
 
 
 def _differences(
-    source: Tensors, target: Tensors, progress: Progress
+    source: Tensors, target: Tensors, has_ties: bool, progress: Progress
 ) -> tuple[list[Difference], int, int]:
     """Return the differences, and the number and the bytes of the tensors that both have."""
-    source_paths = _by_name(source, target.layout)
-    target_paths = _by_name(target, source.layout)
+    here = _by_name(source, target.layout, has_ties)
+    there = _by_name(target, source.layout, has_ties)
     differences = [
-        Difference("/".join(name), "is only in the source")
-        for name in source_paths
-        if name not in target_paths
+        Difference("/".join(name), "is only in the source") for name in here if name not in there
     ]
     differences += [
-        Difference("/".join(name), "is only in the target")
-        for name in target_paths
-        if name not in source_paths
+        Difference("/".join(name), "is only in the target") for name in there if name not in here
     ]
-    both = [name for name in target_paths if name in source_paths]
-    total, done = sum(target.specs[target_paths[name]].nbytes for name in both), 0
-    for name in both:
-        spec, other = source.specs[source_paths[name]], target.specs[target_paths[name]]
+    both = [name for name in there if name in here]
+    first_names = {(here[name], there[name]): name for name in reversed(both)}
+    total, done = sum(target.specs[path].nbytes for _, path in first_names), 0
+    for (source_path, target_path), name in first_names.items():
+        spec, other = source.specs[source_path], target.specs[target_path]
         if spec != other:
-            description = (
+            what = (
                 f"is {spec.dtype} {spec.shape} in the source, "
                 f"{other.dtype} {other.shape} in the target"
             )
-            differences.append(Difference("/".join(name), description))
+            differences.append(Difference("/".join(name), what))
             continue
-        array = whole(target, target_paths[name])
-        if differing := _differing_bytes(source.pieces(source_paths[name]), array):
-            differences.append(
-                Difference(
-                    "/".join(name), f"differs in {differing:,} of its {array.nbytes:,} bytes"
-                )
-            )
+        array = whole(target, target_path)
+        if differing := _differing_bytes(source.pieces(source_path), array):
+            what = f"differs in {differing:,} of its {array.nbytes:,} bytes"
+            differences.append(Difference("/".join(name), what))
         done += array.nbytes
         progress(done, total)
-    tied = {_words(path) for path in source.aliases} ^ {_words(path) for path in target.aliases}
-    if source.layout == "torch":
-        differences += [
-            Difference("/".join(name), "is tied on one side only") for name in sorted(tied)
-        ]
+    if has_ties:
+        differences += _tie_differences(here, there, both)
     return differences, len(both), total
 
 
-def _by_name(tensors: Tensors, other: FileLayout) -> dict[tuple[str, ...], KeyPath]:
+def _by_name(tensors: Tensors, other: FileLayout, has_ties: bool) -> dict[tuple[str, ...], KeyPath]:
     """Return the paths by name; Linen's names lose the collection if the other side is NNX."""
-    names = {_words(path): path for path in tensors.specs}
+    first_paths = {path: path for path in tensors.specs}
+    first_paths |= tensors.aliases if has_ties else {}
+    names = {_words(path): first for path, first in first_paths.items()}
     if (tensors.layout, other) != ("linen", "nnx"):
         return names
     shorter = {name[1:]: path for name, path in names.items()}
     return shorter if len(shorter) == len(names) else names
+
+
+def _tie_differences(
+    here: Mapping[tuple[str, ...], KeyPath],
+    there: Mapping[tuple[str, ...], KeyPath],
+    both: Sequence[tuple[str, ...]],
+) -> list[Difference]:
+    """Return the names that are not tied to the same other names on both sides."""
+    groups: list[dict[KeyPath, set[tuple[str, ...]]]] = [{}, {}]
+    for name in both:
+        for side, paths in zip(groups, (here, there), strict=True):
+            side.setdefault(paths[name], set()).add(name)
+    are_same: dict[tuple[KeyPath, KeyPath], bool] = {}
+    differences = []
+    for name in both:
+        key = here[name], there[name]
+        one, other = groups[0][key[0]], groups[1][key[1]]
+        if key not in are_same:
+            are_same[key] = one == other
+        if not are_same[key]:
+            what = f"is tied to {_others(one, name)} in the source, {_others(other, name)} in the "
+            differences.append(Difference("/".join(name), f"{what}target"))
+    return differences
+
+
+def _others(group: set[tuple[str, ...]], name: tuple[str, ...]) -> str:
+    other = next((each for each in group if each != name), None)
+    more = f" and {len(group) - 2:,} more" if len(group) > 2 else ""
+    return "nothing" if other is None else shown("/".join(other)) + more
 
 
 def _differing_bytes(pieces: Iterable[np.ndarray], array: np.ndarray) -> int:

@@ -245,9 +245,9 @@ def _require_safe(files: Files) -> None:
     require_writable(*reports)
     try:
         require_distinct([*files.outputs, *reports])
-        inputs = list(_all_files(files.inputs)) if reports else []
-        for report in reports:
-            require_apart(report, inputs)
+        inputs = list(_all_files(files.inputs))
+        for target in [*files.outputs, *reports]:
+            require_apart(target, inputs)
     except FileError as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -37,7 +37,7 @@ class Budget:
         if nbytes > self.limit - self.held:
             raise FileError(
                 path,
-                f"{what} needs more memory than is allowed",
+                f"more memory is needed for {what} than is allowed",
                 expected=f"at most {max(self.limit - self.held, 0):,} bytes",
                 found=f"{nbytes:,} bytes",
                 mend="the file is hostile, or allow more with --memory (memory= in Python)",

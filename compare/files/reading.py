@@ -87,7 +87,7 @@ def parse_json(raw: bytes | str, path: Path, budget: Budget, what: str) -> Any:
     """
     text = raw.encode(errors="surrogatepass") if isinstance(raw, str) else raw
     objects, items = text.count(b"{") + text.count(b"["), text.count(b",") + text.count(b":")
-    budget.hold(len(text) * 2 + objects * _BYTES_PER_OBJECT + items * _BYTES_PER_ITEM, path, what)
+    budget.hold(len(text) * 4 + objects * _BYTES_PER_OBJECT + items * _BYTES_PER_ITEM, path, what)
     try:
         return json.loads(raw, object_pairs_hook=no_name_twice, parse_constant=_no_constant)
     except RecursionError:

@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from ..files.writing import atomic_file
 from .model import ContestantStyle, Curves, Histogram, Panels
 
 # A placeholder for the text color of the page; replaced in the finished SVG.
@@ -47,7 +48,8 @@ def save(curves: Curves, path: Path) -> None:
     with matplotlib.rc_context({**_STYLE, "axes.facecolor": "white", "savefig.facecolor": "white"}):
         figure = _curves(curves)
         figure.axes[0].set_title(curves.title, parse_math=False)
-        figure.savefig(path, dpi=150, bbox_inches="tight")
+        with atomic_file(path.resolve()) as stream:
+            figure.savefig(stream, format=path.suffix[1:], dpi=150, bbox_inches="tight")
 
 
 def _panels(panels: Panels) -> Figure:

@@ -95,6 +95,21 @@ def test_no_report_or_target_replaces_an_input(
     assert content(here) == before
 
 
+def test_a_mapping_and_shards_of_a_template_are_inputs(here: Path, command: Command) -> None:
+    mapping = compare.match({"w": torch.ones(1)}, {"params": {"w": torch.ones(1).numpy()}})
+    mapping.save("map.msgpack")
+    assert command("convert", "a.pth", "map.msgpack", "--map", "map.msgpack")[0] == 2
+    assert compare.StateMapping.load("map.msgpack") == mapping
+    convert_checkpoint("a.safetensors", "like", shard_bytes=60)
+    shard = "like/model-00001-of-00004.safetensors"
+    before = content(here / "like")
+    arguments = ("a.msgpack", shard, "--layout", "torch", "--like", f"like/model{INDEX}")
+    assert command("convert", *arguments)[0] == 2
+    with pytest.raises(compare.CheckpointError, match="is what is read"):
+        convert_checkpoint("a.msgpack", shard, like=f"like/model{INDEX}", layout="torch")
+    assert content(here / "like") == before
+
+
 def test_a_link_stays_a_link(command: Command) -> None:
     Path("real.json").write_text("old")
     Path("link.json").symlink_to("real.json")

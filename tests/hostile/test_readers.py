@@ -19,8 +19,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import torch
+from flax.serialization import msgpack_serialize
 
 import compare
+from compare.checkpoint.convert import convert_checkpoint
 from compare.checkpoint.formats import open_checkpoint
 
 from .conftest import Command
@@ -87,7 +89,7 @@ def test_a_pickle_is_looked_through_before_it_is_run(name: str, here: Path) -> N
 
 def test_many_small_objects_are_counted(here: Path) -> None:
     zipped(declared(b"]" * 400_000 + b"."))
-    with pytest.raises(compare.CheckpointError, match="its pickle needs more memory than"):
+    with pytest.raises(compare.CheckpointError, match="memory is needed for its pickle"):
         open_checkpoint("z.pth", memory=50 * MB)
 
 
@@ -423,6 +425,46 @@ def test_what_lies_between_the_elements_of_a_view_counts_too(here: Path) -> None
     torch.save({"w": torch.zeros(5_000_000)[::4_999_999]}, "w.pth")
     with (
         open_checkpoint("w.pth", memory=10 * MB) as stored,
-        pytest.raises(compare.CheckpointError, match="needs more memory"),
+        pytest.raises(compare.CheckpointError, match="more memory is needed for"),
     ):
         list(stored.read())
+
+
+def test_a_long_name_over_many_arrays_counts_for_each(here: Path) -> None:
+    zero = np.zeros(1, np.float32)
+    tree = {"k" * 300_000: {f"n{i}": zero for i in range(400)}}
+    Path("long.msgpack").write_bytes(msgpack_serialize(tree))
+    with pytest.raises(compare.CheckpointError, match="memory is needed for its names"):
+        open_checkpoint("long.msgpack", memory=50 * MB)
+
+
+def test_a_format_that_is_written_as_a_whole_is_counted_as_a_whole(here: Path) -> None:
+    state = {f"w{i}": torch.ones(250_000) for i in range(30)}
+    compare.save_checkpoint("big.safetensors", state)
+    with pytest.raises(compare.CheckpointError, match="file as a whole than is allowed"):
+        convert_checkpoint("big.safetensors", "big.pth", memory=20 * MB)
+    convert_checkpoint("big.safetensors", "other.safetensors", memory=20 * MB)
+
+
+def test_metadata_beside_many_tensors_takes_no_time(here: Path) -> None:
+    count = 20_000
+    entries: dict[str, Any] = {
+        f"n{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(count)
+    }
+    entries["__metadata__"] = {f"t{i}": "x" for i in range(count)}
+    raw = json.dumps(entries).encode()
+    Path("m.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw)
+    start = time.process_time()
+    open_checkpoint("m.safetensors").close()
+    assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize("name", ["tab\tb.pth", "имя.pth", "b b.pth"])
+def test_a_file_of_any_name_is_read(name: str, here: Path) -> None:
+    torch.save({"w": torch.ones(2)}, name)  # torch puts the name into the records
+    assert torch.equal(compare.read_checkpoint(name)["w"], torch.ones(2))
+
+
+def test_a_small_expanded_mask_is_read(here: Path) -> None:
+    torch.save({"mask": torch.ones(1, 1).expand(256, 256)}, "m.pth")
+    assert compare.read_checkpoint("m.pth")["mask"].shape == (256, 256)

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 import compare
 from compare.checkpoint.convert import convert_checkpoint
+from compare.checkpoint.formats import msgpack
+from compare.checkpoint.tensors import tensors_of
 from compare.conversion.mapping import Left, Row, StateMapping
 
 from .conftest import Command
@@ -100,3 +102,20 @@ def test_two_tensors_whose_joined_names_coincide_are_two(here: Path, command: Co
 
 def test_a_checksum_is_named_for_what_it_proves(command: Command) -> None:
     assert "every value is as it was saved (checksums)" in command("inspect", "a.pth")[1]
+
+
+def test_what_a_name_is_tied_to_is_compared(here: Path, command: Command) -> None:
+    one, other = torch.ones(4), torch.zeros(4)
+    torch.save({"a": one, "b": other, "c": one}, "v1.pth")
+    torch.save({"a": one, "b": other, "c": other}, "v2.pth")
+    torch.save({"a": one, "b": other, "c": one.clone()}, "v3.pth")
+    torch.save({"c": one, "a": one, "b": other}, "v4.pth")
+    for left, right, code in (("v1", "v2", 1), ("v1", "v3", 1), ("v1", "v4", 0), ("v1", "v1", 0)):
+        assert command("verify", f"{left}.pth", f"{right}.pth")[0] == code
+        assert command("verify", f"{right}.pth", f"{left}.pth")[0] == code
+    arrays = {("a",): np.ones(2, np.float32), ("b",): np.zeros(2, np.float32)}
+    for name, aliases in (("n1", {("c",): ("a",)}), ("n2", {("c",): ("b",)}), ("n3", {})):
+        msgpack.write(Path(f"{name}.msgpack"), tensors_of("nnx", arrays, {}, aliases))
+    assert compare.verify_checkpoint("n1.msgpack", "n1.msgpack") == []
+    assert compare.verify_checkpoint("n1.msgpack", "n2.msgpack")
+    assert compare.verify_checkpoint("n1.msgpack", "n3.msgpack")

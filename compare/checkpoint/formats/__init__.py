@@ -26,6 +26,7 @@ class Format(NamedTuple):
         layouts: the layouts that it can hold: torch names, or Flax paths.
         write: writes tensors to a path, by the rules of what may be replaced.
         open: opens a path for reading.
+        holds_all: whether all tensors are in memory at once while it is written.
     """
 
     suffixes: tuple[str, ...]
@@ -34,11 +35,12 @@ class Format(NamedTuple):
     layouts: tuple[str, ...]
     write: Callable[[Path, Tensors, Rules], None]
     open: Callable[[Path, Budget], Reader]
+    holds_all: bool = False
 
 
 FORMATS = {
     "torch": Format(
-        (".pth", ".pt", ".bin"), "torch", False, ("torch",), torch_zip.write, torch_zip.open_
+        (".pth", ".pt", ".bin"), "torch", False, ("torch",), torch_zip.write, torch_zip.open_, True
     ),
     "safetensors": Format(
         (".safetensors",),

@@ -263,7 +263,9 @@ def tree_of(path: Path, leaves: Mapping[KeyPath, Any]) -> dict[str, Any]:
     nested = [key for key in words if any(key[:end] in words for end in range(1, len(key)))]
     if nested:
         raise CheckpointError(
-            path, f"the name {'/'.join(nested[0])} lies within another array", mend="rename one"
+            path,
+            f"the name {shown('/'.join(nested[0]))} lies within another array",
+            mend="rename one",
         )
     return unflatten_dict(words)
 

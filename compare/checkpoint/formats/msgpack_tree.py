@@ -17,7 +17,6 @@ from ..tensors import Spec, checked
 
 CHUNKED = "__msgpack_chunked_array__"
 _MAX_DEPTH = 500
-_MAX_NAME = 1 << 20
 _MAX_HEAD = 1024  # dtype and shape take fewer bytes
 _WINDOW = 1 << 16
 _BYTES_PER_ENTRY = 400
@@ -146,10 +145,13 @@ class TreeReader:
         if first in _INTEGERS:
             pattern = _INTEGERS[first]
             return struct.unpack(pattern, self._take(struct.calcsize(pattern)))[0]
-        if first in _EXTENSIONS:
-            return self._array(self._length(_EXTENSIONS[first]))
-        if first in _FIXED_EXTENSIONS:
-            return self._array(_FIXED_EXTENSIONS[first])
+        if first in _EXTENSIONS or first in _FIXED_EXTENSIONS:
+            names = sum(len(name) for one in opened for name in one.key if isinstance(name, str))
+            self._budget.hold(8 * names, self._file.path, "its names")  # each leaf has the path
+            is_fixed = first in _FIXED_EXTENSIONS
+            return self._array(
+                _FIXED_EXTENSIONS[first] if is_fixed else self._length(_EXTENSIONS[first])
+            )
         return self._other(first)
 
     def _other(self, first: int) -> Any:
@@ -180,7 +182,7 @@ class TreeReader:
         if not is_wanted:
             self._skip(nbytes)
             return Other("str")
-        self._budget.hold(4 * nbytes if nbytes > _MAX_NAME else 0, self._file.path, "a text")
+        self._budget.hold(4 * nbytes, self._file.path, "a text")
         return self._take(nbytes).decode()
 
     def _array(self, nbytes: int) -> Array:

@@ -281,10 +281,11 @@ def _name_of(path: Path, key: KeyPath, layout: FileLayout) -> str:
 def _aliases(header: Header) -> dict[KeyPath, KeyPath]:
     """Return the tied names that the library's `save_model` writes into the metadata."""
     specs, metadata = header.specs, header.metadata
+    others = {*specs, "format"}
     return {
         (name,): (first,)
         for name, first in metadata.items()
-        if name not in {*specs, "format"} and first in specs
+        if name not in others and first in specs
     }
 
 

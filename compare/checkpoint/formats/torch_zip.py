@@ -28,11 +28,11 @@ from ..errors import CheckpointError
 from ..manifest import KEY, Manifest, checksum, in_manifests_order, manifest_of
 from ..reader import ArrayAndChecksum, Fetched, FileReader, Location, Reader
 from ..tensors import Spec, Tensors, checked, whole
-from .torch_pickle import Other, Storage, UnsafePickleError, View, build
+from .torch_pickle import Other, UnsafePickleError, View, build
 from .zip_directory import Record, read_directory
 
-# The most times that the views of a storage may show each of its bytes.
-_MAX_EXPANSION = 16
+# All tensors together may show so many times the bytes of all storages, and a little more.
+_MAX_EXPANSION, _FREE_BYTES = 16, 1 << 20
 # How a file of torch before 1.6 begins: the pickles of a magic number and of a version.
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + b"\x80\x02M\xe9\x03."
 _MESSAGES = {
@@ -190,6 +190,7 @@ def _zip_content(file: InputFile, budget: Budget) -> Content:
     if f"{KEY}.json" in records:
         text = _read(file, records[f"{KEY}.json"], budget)
         manifest = Manifest.loads(text, file.path, budget)
+    budget.require(5 * records["data.pkl"].nbytes, file.path, "its pickle")
     state, _ = build(_read(file, records["data.pkl"], budget), file.path, budget)
     ranges = {
         name.removeprefix("data/"): (record.begin, record.nbytes)
@@ -244,7 +245,7 @@ def _pickle_at(file: InputFile, begin: int, budget: Budget) -> tuple[Any, int]:
             if begin + nbytes >= file.size:
                 raise
             nbytes *= 4
-            budget.require(nbytes, file.path, "its pickle")
+            budget.require(5 * nbytes, file.path, "its pickle")
 
 
 def _all_views(state: Any) -> list[View]:
@@ -274,7 +275,8 @@ def _views(path: Path, content: Content) -> dict[str, View]:
                 path,
                 f"{shown(key)} is a {_kind(value)}; expected a tensor",
                 key=key,
-                mend="save only the state dict: `torch.save(module.state_dict(), path)`",
+                mend="save only the tensors of the state dict: {key: value for key, value in "
+                "state.items() if isinstance(value, torch.Tensor)}",
             )
         if value.dtype.startswith("q"):
             raise CheckpointError(path, f"{shown(key)}: {_MESSAGES['sparse']}", key=key)
@@ -334,7 +336,9 @@ def _specs(
     specs: dict[KeyPath, Spec] = {}
     aliases: dict[KeyPath, KeyPath] = {}
     seen: dict[View, KeyPath] = {}
-    shown_bytes: dict[Storage, int] = {}
+    storages = {view.storage.key: view.storage for view in views.values()}
+    stored_bytes = sum(storage.numel * _itemsize(storage.dtype) for storage in storages.values())
+    total = 0
     for key, view in views.items():
         try:
             spec = checked(view.shape, view.dtype)
@@ -345,14 +349,12 @@ def _specs(
             aliases[(key,)] = first
             continue
         specs[(key,)] = spec
-        storage = view.storage
-        total = shown_bytes[storage] = shown_bytes.get(storage, 0) + spec.nbytes
-        stored_bytes = storage.numel * _itemsize(storage.dtype)
-        if total > _MAX_EXPANSION * max(stored_bytes, 4096):
+        total += spec.nbytes
+        if total > _MAX_EXPANSION * stored_bytes + _FREE_BYTES:
             raise CheckpointError(
                 path,
-                f"{shown(key)} is an expanded view: {stored_bytes:,} stored bytes "
-                f"appear as {total:,} bytes",
+                f"{shown(key)} is an expanded view: with those before it, {stored_bytes:,} stored "
+                f"bytes appear as {total:,} bytes",
                 key=key,
                 mend="save `tensor.contiguous()`, or take another copy",
             )

@@ -50,7 +50,9 @@ def read_directory(file: InputFile, budget: Budget) -> list[tuple[str, Record]]:
     begin, end, count = _directory_range(file)
     budget.require(end - begin + count * _BYTES_PER_RECORD, file.path, "its directory")
     entries = _entries(file.read(end - begin, begin), count)
-    records = [(entry.name.decode("ascii"), _record(file, entry)) for entry in entries]
+    records = [
+        (entry.name.decode("utf-8", "surrogateescape"), _record(file, entry)) for entry in entries
+    ]
     names = [name.casefold() for name, _ in records]
     if len(set(names)) != len(names):
         repeated = Counter(names).most_common(1)[0][0]
@@ -113,19 +115,23 @@ def _entries(raw: bytes, count: int) -> list[_Entry]:
         position += name_size + extra_size + comment_size
         if signature != b"PK\1\2" or position > len(raw):
             raise ValueError("its directory is cut")
-        if not name.isascii() or not name.decode("ascii").isprintable() or b"\\" in name:
-            raise ValueError(f"a record has the name {name[:50]!r}")
+        if b"\0" in name:
+            raise ValueError("a record has a NUL in its name")
         if method:
-            raise ValueError(f"{shown(name.decode())} is compressed; torch never compresses")
+            raise ValueError(f"{_text(name)} is compressed; torch never compresses")
         if flags & _ENCRYPTED or comment_size:
-            raise ValueError(f"{shown(name.decode())} is encrypted or has a comment")
+            raise ValueError(f"{_text(name)} is encrypted or has a comment")
         nbytes, packed, header = _long(extra, nbytes, packed, header)
         if nbytes != packed or disk:
-            raise ValueError(f"{shown(name.decode())} has two sizes")
+            raise ValueError(f"{_text(name)} has two sizes")
         entries.append(_Entry(name, header, nbytes))
     if position != len(raw):
         raise ValueError("its directory has more records than its end record says")
     return entries
+
+
+def _text(name: bytes) -> str:
+    return shown(name.decode("utf-8", "surrogateescape"))
 
 
 def _long(extra: bytes, *numbers: int) -> tuple[int, ...]:
@@ -155,7 +161,7 @@ def _record(file: InputFile, entry: _Entry) -> Record:
         ValueError: there is no header of that name, or the record reaches beyond the file.
     """
     raw = file.read(_LOCAL.size + len(entry.name), entry.header)
-    name = shown(entry.name.decode())
+    name = _text(entry.name)
     if len(raw) < _LOCAL.size or raw[:4] != b"PK\3\4":
         raise ValueError(f"{name} is not where the directory says")
     _, _, flags, method, *_, name_size, extra_size = _LOCAL.unpack_from(raw)
