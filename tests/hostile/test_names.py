@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import compare
 from compare.files.printable import MAX_LENGTH, readable, shown
+from compare.report import html, terminal
 
 from .conftest import Command
 
@@ -54,11 +55,10 @@ def page(report: Path) -> str:
     return report.read_text(encoding="utf-8").split("</style>")[-1]
 
 
-@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
-def test_every_command_prints_them_escaped(name: str, here: Path, command: Command) -> None:
-    source = named("n.safetensors", f"{name}.mask", "x.mask")
-    other = named("o.safetensors", f"{name}.bias")
-    Path("map.json").write_text(json.dumps({name: 1}))
+def test_every_command_prints_them_escaped(here: Path, command: Command) -> None:
+    source = named("n.safetensors", *(f"{name}.mask" for name in NAMES), "x.mask")
+    other = named("o.safetensors", *(f"{name}.bias" for name in NAMES))
+    Path("map.json").write_text(json.dumps(dict.fromkeys(NAMES, 1)))
     reports = ("--json", "r.json", "--html", "r.html")
     for arguments in (
         ("inspect", source, *reports),
@@ -118,14 +118,19 @@ def test_a_terminal_of_any_encoding(encoding: str, here: Path) -> None:
     assert "ü漢".encode(encoding, errors="backslashreplace") in done.stdout
 
 
-def test_long_tables_are_cut_and_many_pictures_too(here: Path, command: Command) -> None:
-    save_file({f"n{i:04d}": torch.ones(1) for i in range(1003)}, "many.safetensors")
+def test_long_tables_are_cut_and_many_pictures_too(
+    here: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert terminal.MAX_ROWS == html.MAX_ROWS == 1000
+    for module in (terminal, html):
+        monkeypatch.setattr(module, "MAX_ROWS", 10)
+    save_file({f"n{i:04d}": torch.ones(1) for i in range(13)}, "many.safetensors")
     printed = command("inspect", "many.safetensors", "--json", "r.json", "--html", "r.html")[1]
-    assert "… 3 more (--all)" in printed and "n1002" not in printed
+    assert "… 3 more (--all)" in printed and "n0012" not in printed
     assert "… 3 more (--all)" in Path("r.html").read_text(encoding="utf-8")
     rows = json.loads(Path("r.json").read_text())["sections"][0]["blocks"][0]["rows"]
-    assert len(rows) == 1003
-    assert "n1002" in command("inspect", "many.safetensors", "--all")[1]
+    assert len(rows) == 13
+    assert "n0012" in command("inspect", "many.safetensors", "--all")[1]
     save_file({f"m{i}.mask": torch.ones(3, 3) for i in range(14)}, "masks.safetensors")
     printed = command("inspect", "masks.safetensors", "--html", "r.html")[1]
     assert "the pictures of 2 more masks" in printed
