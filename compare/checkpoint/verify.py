@@ -327,7 +327,9 @@ def _differences(
         Difference("/".join(name), "is only in the target") for name in there if name not in here
     ]
     both = [name for name in there if name in here]
-    first_names = {(here[name], there[name]): name for name in reversed(both)}
+    first_names: dict[tuple[KeyPath, KeyPath], tuple[str, ...]] = {}
+    for name in both:
+        first_names.setdefault((here[name], there[name]), name)
     total, done = sum(target.specs[path].nbytes for _, path in first_names), 0
     for (source_path, target_path), name in first_names.items():
         spec, other = source.specs[source_path], target.specs[target_path]

@@ -35,6 +35,11 @@ from .zip_directory import Record, read_directory
 _MAX_EXPANSION, _FREE_BYTES = 16, 1 << 20
 # How a file of torch before 1.6 begins: the pickles of a magic number and of a version.
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + b"\x80\x02M\xe9\x03."
+_STATE_DICT_ONLY = "save only the state dict: `torch.save(module.state_dict(), path)`"
+_TENSORS_ONLY = (
+    "save only the tensors of the state dict: "
+    "{key: value for key, value in state.items() if isinstance(value, torch.Tensor)}"
+)
 _MESSAGES = {
     "meta": "a meta tensor has no values; materialize the module first (`to_empty`, then load)",
     "sparse": "a sparse or quantized tensor; convert it with `to_dense()` or `dequantize()` first",
@@ -265,7 +270,7 @@ def _views(path: Path, content: Content) -> dict[str, View]:
         raise CheckpointError(
             path,
             f"holds a {_kind(state)}; expected a state dict: names and tensors",
-            mend="save only the state dict: `torch.save(module.state_dict(), path)`",
+            mend=_STATE_DICT_ONLY,
         )
     for key, value in state.items():
         if isinstance(value, Other):
@@ -275,8 +280,7 @@ def _views(path: Path, content: Content) -> dict[str, View]:
                 path,
                 f"{shown(key)} is a {_kind(value)}; expected a tensor",
                 key=key,
-                mend="save only the tensors of the state dict: {key: value for key, value in "
-                "state.items() if isinstance(value, torch.Tensor)}",
+                mend=_TENSORS_ONLY if key.endswith("_extra_state") else _STATE_DICT_ONLY,
             )
         if value.dtype.startswith("q"):
             raise CheckpointError(path, f"{shown(key)}: {_MESSAGES['sparse']}", key=key)
