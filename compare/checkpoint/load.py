@@ -20,6 +20,7 @@ from ..conversion.match import allowing, match
 from ..conversion.state_kinds import FlaxSide, flax_side, specs_side
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from ..dtypes import numpy_dtype
+from ..files.memory import collector_paused
 from ..files.printable import shown
 from ..files.reading import Snapshot
 from .errors import CheckpointError, UnverifiedCheckpoint
@@ -133,7 +134,8 @@ def load_checkpoint(
                 error.mismatch,
             ) from error
 
-    assign = steady(path, prepare, memory)
+    with collector_paused():
+        assign = steady(path, prepare, memory)
     try:
         return assign()
     except ConversionError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..conversion.mapping import KeyPath, Left, Row, StateMapping
+from ..files.memory import collector_paused
 from ..files.printable import shown
 from .blocks import blocks
 from .convert import matched, paired, planned
@@ -133,7 +134,8 @@ def compare_checkpoints(
 
     def with_target(written: Reader) -> Comparison:
         def with_source(stored: Reader) -> Comparison:
-            pairing = _paired(stored, written, tables, like, dtype)
+            with collector_paused():
+                pairing = _paired(stored, written, tables, like, dtype)
             return _compared(stored, written, pairing, ignore, progress)
 
         return steady(source, with_source, memory)

@@ -19,6 +19,7 @@ CHUNKED = "__msgpack_chunked_array__"
 _MAX_DEPTH = 500
 _MAX_HEAD = 1024  # dtype and shape take fewer bytes
 _WINDOW = 1 << 16
+_MAX_LENGTHS = 8
 _BYTES_PER_ENTRY = 400
 _NDARRAY, _SCALAR = 1, 3  # the extension types of flax.serialization
 # Entries of a fixed size: the number of bytes after the first.
@@ -77,6 +78,8 @@ class TreeReader:
         self._position = 0
         self._window, self._window_begin = b"", 0
         self._entries = 0
+        self._heads: dict[bytes, Spec] = {}
+        self._head_lengths: set[int] = set()
 
     def read(self, text_name: str) -> Any:
         """Return nested dicts of arrays; the value of `text_name` at the top is returned as text.
@@ -192,6 +195,25 @@ class TreeReader:
             raise ValueError(f"an entry of the extension type {kind}")
         begin = self._position
         raw = self._take(min(nbytes, _MAX_HEAD))
+        spec, at = self._head(raw)
+        width = _BINARIES.get(raw[at]) if at < len(raw) else None
+        if width is None:
+            raise ValueError(f"an array {spec.dtype} {spec.shape} that is not followed by bytes")
+        size = int.from_bytes(raw[at + 1 : at + 1 + width], "big")
+        if size != spec.nbytes or at + 1 + width + size != nbytes:
+            raise ValueError(f"an array {spec.dtype} {spec.shape} in {size} bytes")
+        self._position = begin
+        self._skip(nbytes)
+        return Array(spec, ((begin + at + 1 + width, size),))
+
+    def _head(self, raw: bytes) -> tuple[Spec, int]:
+        """Return the shape and dtype at the beginning of an array, and where they end.
+
+        Most arrays of a file begin as others do, so what was unpacked is kept.
+        """
+        for length in self._head_lengths:
+            if (spec := self._heads.get(raw[:length])) is not None:
+                return spec, length
         head = msgpack.Unpacker(raw=True, max_buffer_size=_MAX_HEAD)
         head.feed(raw)
         try:
@@ -201,16 +223,13 @@ class TreeReader:
             raise ValueError(
                 f"an array without shape and dtype ({type(error).__name__})"
             ) from error
-        at = head.tell()
-        width = _BINARIES.get(raw[at]) if at < len(raw) else None
-        if parts != 3 or width is None:
-            raise ValueError(f"an array {spec.dtype} {spec.shape} that is not followed by bytes")
-        size = int.from_bytes(raw[at + 1 : at + 1 + width], "big")
-        if size != spec.nbytes or at + 1 + width + size != nbytes:
-            raise ValueError(f"an array {spec.dtype} {spec.shape} in {size} bytes")
-        self._position = begin
-        self._skip(nbytes)
-        return Array(spec, ((begin + at + 1 + width, size),))
+        if parts != 3:
+            raise ValueError(f"an array {spec.dtype} {spec.shape} in {parts} parts")
+        length = head.tell()
+        if len(self._head_lengths) < _MAX_LENGTHS or length in self._head_lengths:
+            self._head_lengths.add(length)
+            self._heads[raw[:length]] = spec
+        return spec, length
 
     def _length(self, width: int) -> int:
         return int.from_bytes(self._take(width), "big")
