@@ -11,9 +11,8 @@ from ..conversion.errors import ConversionError
 from ..conversion.mapping import LINEN, NNX, KeyPath, Left, StateMapping, slashed
 from ..conversion.match import match
 from ..files import writing
-from ..files.errors import FileError
 from ..files.printable import shown
-from .errors import CheckpointError
+from .errors import CheckpointError, naming
 from .formats import KNOWN, exists, format_of, shards
 from .load import named, side_of, steady
 from .reader import Reader
@@ -142,7 +141,7 @@ def convert_checkpoint(
             require_apart(path, resolved, stored.snapshot.states)
             if chosen is not None and chosen.holds_all:
                 nbytes = sum(spec.nbytes for spec in tensors.specs.values())
-                with stored.named_errors():
+                with naming(path):
                     stored.budget.require(nbytes, path, f"a {path.suffix} file as a whole")
             counted = watched(tensors, progress)
             if chosen is not None:
@@ -159,10 +158,8 @@ def convert_checkpoint(
 
 def require_apart(path: Path, target: Path, inputs: Iterable[Path]) -> None:
     """Raise CheckpointError if writing the target would change an input."""
-    try:
+    with naming(path):
         writing.require_apart(target, inputs, path)
-    except FileError as error:
-        raise CheckpointError.of(error) from error
 
 
 def planned(
@@ -252,8 +249,13 @@ def matched(
     return steady(like, work, stored.budget.limit)
 
 
-def paired(stored: Reader, other: Reader) -> StateMapping:
+def paired(stored: Reader, other: Reader, mend: str = "") -> StateMapping:
     """Return how the names of two checkpoints pair, as `compare.match` finds it.
+
+    Args:
+        stored: one checkpoint.
+        other: one of the other framework.
+        mend: what to do if they do not pair.
 
     Raises:
         CheckpointError: they do not pair.
@@ -266,6 +268,7 @@ def paired(stored: Reader, other: Reader) -> StateMapping:
             stored.path,
             f"does not pair with {shown(other.path)}:\n{error.mismatch}",
             error.mismatch,
+            mend=mend,
         ) from error
 
 

@@ -1,13 +1,16 @@
 """The errors and warnings of reading and writing checkpoints."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
 from ..conversion.errors import Mismatch
 from ..files.errors import FileError
+from ..files.printable import shown
 
 
-class CheckpointError(FileError):
+class CheckpointError(FileError, ValueError):
     """A checkpoint could not be written or read.
 
     Attributes:
@@ -35,6 +38,19 @@ class CheckpointError(FileError):
             found=error.found,
             mend=error.mend,
         )
+
+
+@contextmanager
+def naming(path: str | PathLike[str]) -> Iterator[None]:
+    """Turn errors of files within the block into a CheckpointError of the checkpoint at `path`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except FileError as error:
+        raise CheckpointError.of(error, path) from error
+    except OSError as error:
+        raise CheckpointError(path, f"could not be read ({shown(error)})") from error
 
 
 class UnverifiedCheckpoint(UserWarning):

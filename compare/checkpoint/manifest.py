@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from ..conversion.mapping import KeyPath, StateMapping, slashed
+from ..conversion.mapping import KeyPath, StateMapping, slashed, words
 from ..conversion.state_kinds import linen_kind
 from ..files.memory import Budget
 from ..files.printable import shown
@@ -242,8 +242,8 @@ def in_manifests_order(
     Raises:
         CheckpointError: the manifest and the file have different tensors.
     """
-    stored = {tuple(map(str, key)): spec for key, spec in specs.items()}
-    ordered = {key: stored.pop(tuple(map(str, key)), None) for key in manifest.records}
+    stored = {words(key): spec for key, spec in specs.items()}
+    ordered = {key: stored.pop(words(key), None) for key in manifest.records}
     absent = [key for key, spec in ordered.items() if spec is None]
     for key in [*absent, *stored]:
         name = shown(slashed(key))

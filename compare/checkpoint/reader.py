@@ -2,19 +2,17 @@
 
 import mmap
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ..conversion.mapping import KeyPath, StateMapping, slashed
-from ..files.errors import FileError
+from ..conversion.mapping import KeyPath, StateMapping, slashed, words
 from ..files.memory import Budget
 from ..files.printable import shown
 from ..files.reading import InputFile, Snapshot
 from .blocks import BLOCK_BYTES, WORKERS, blocks, in_batches
-from .errors import CheckpointError
+from .errors import CheckpointError, naming
 from .manifest import Algorithm, Manifest, checksum, start
 from .tensors import FileLayout, Spec, Tensors
 
@@ -106,10 +104,8 @@ class Reader:
         """
         if self.manifest is None and self.layout != "torch":
             paths = (*mapping.by_path, *(item.path for item in mapping.left if item.path))
-            spelled = {tuple(map(str, path)): path for path in paths}
-            self.specs = {
-                spelled.get(tuple(map(str, path)), path): spec for path, spec in self.specs.items()
-            }
+            spelled = {words(path): path for path in paths}
+            self.specs = {spelled.get(words(path), path): spec for path, spec in self.specs.items()}
         return mapping
 
     def read(self, paths: Iterable[KeyPath] | None = None) -> Iterator[tuple[KeyPath, np.ndarray]]:
@@ -140,7 +136,7 @@ class Reader:
         """Yield the checked tensors in order; several are read at a time."""
 
         def read_and_check(path: KeyPath) -> np.ndarray:
-            with self.named_errors():
+            with naming(self.path):
                 return self.check(path, *self.read_tensor(path))
 
         if len(paths) == 1:  # starting a thread takes longer than reading a small tensor
@@ -229,7 +225,7 @@ class Reader:
         largest = max(sizes, key=lambda path: sizes[path] + self._extra_bytes(path))
         what = f"{shown(slashed(largest))} ({self.specs[largest].shape})"
         what += f" and {len(sizes) - 1:,} more" if len(sizes) > 1 else ""
-        with self.named_errors():
+        with naming(self.path):
             nbytes = sum(sizes.values()) + WORKERS * self._extra_bytes(largest)
             self.budget.require(nbytes, self.path, what, key=slashed(largest))
 
@@ -244,18 +240,6 @@ class Reader:
     def _require_open(self) -> None:
         if self._is_closed:
             raise ValueError("the checkpoint is closed")
-
-    @contextmanager
-    def named_errors(self) -> Iterator[None]:
-        """Turn errors of files into a CheckpointError that names this checkpoint."""
-        try:
-            yield
-        except CheckpointError:
-            raise
-        except FileError as error:
-            raise CheckpointError.of(error, self.path) from error
-        except OSError as error:
-            raise CheckpointError(self.path, f"could not be read ({shown(error)})") from error
 
     def __enter__(self) -> "Reader":
         return self
@@ -286,7 +270,7 @@ class FileReader(Reader):
 
     def location(self, path: KeyPath) -> Location:
         """Return where the tensor lies."""
-        return self._locations[tuple(map(str, path))]
+        return self._locations[words(path)]
 
     def read_tensor(self, path: KeyPath) -> ArrayAndChecksum:
         """Read one tensor into new memory, or map a large one if `mapped` allows it.
@@ -317,13 +301,13 @@ class FileReader(Reader):
         self._require_open()
         spec = self.specs[path]
         if spec.nbytes <= BLOCK_BYTES:
-            with self.named_errors():
+            with naming(self.path):
                 yield self.check(path, *self.read_tensor(path)).reshape(-1)
             return
         digest = start(spec, self.algorithm) if self.algorithm else None
         for offset in range(0, spec.nbytes, BLOCK_BYTES):
             part = np.empty(min(BLOCK_BYTES, spec.nbytes - offset), np.uint8)
-            with self.named_errors():
+            with naming(self.path):
                 self.fill(path, part.data, offset)
             self._require_bool(path, part.view(spec.numpy))
             if digest:

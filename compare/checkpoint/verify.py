@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..conversion.mapping import KeyPath, Left, Row, StateMapping
+from ..conversion.mapping import KeyPath, Left, Row, StateMapping, slashed, words
 from ..files.memory import collector_paused
 from ..files.printable import shown
 from .blocks import blocks
@@ -196,21 +196,12 @@ def _torch_and_flax(
     elif like is not None:
         how, table = f"by the mapping of {shown(like)}", matched(stored, like, flax_layout)
     else:
-        how, table = "by their names", _by_names(stored, written)
+        how, table = "by their names", paired(stored, written, f"\n{_MEND}")
         left = table.left
     allowed = ("torch",) if written.layout == "torch" else ("linen", "nnx")
     table = stored.spell(written.spell(table))
     tensors, _ = planned(stored, allowed, mapping=table, dtype=dtype)
     return _Pairing(tensors, written.tensors(), how, table, left)
-
-
-def _by_names(stored: Reader, written: Reader) -> StateMapping:
-    try:
-        return paired(stored, written)
-    except CheckpointError as error:
-        raise CheckpointError(
-            stored.path, error.reason, error.mismatch, mend=f"\n{_MEND}"
-        ) from error
 
 
 def _linen_and_nnx(
@@ -263,21 +254,23 @@ def _compared(
     def is_ignored(name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in ignore)
 
-    # Between the frameworks, a tied Flax array has several torch names but no further Flax names.
-    has_ties = pairing.table is None or pairing.source.layout == "torch"
-    differences, tensors, nbytes = _differences(pairing.source, pairing.target, has_ties, progress)
-    only_here = "has no counterpart; if that is right, say --ignore {}"
     table = pairing.table
     left = () if table is None else table.left
-    accepted = {"/".join(map(str, item.path)) if item.path else item.torch_key for item in left}
+    accepted = {slashed(item.path) if item.path else item.torch_key for item in left}
+    # Between the frameworks, a tied Flax array has several torch names but no further Flax names.
+    has_ties = table is None or pairing.source.layout == "torch"
+    alone, differences, tensors, nbytes = _differences(
+        pairing.source, pairing.target, has_ties, progress
+    )
     differences = [
-        difference
-        for difference in differences
-        if not difference.what.startswith("is only in")
-        or not (difference.name in accepted or is_ignored(difference.name))
+        *(one for one in alone if one.name not in accepted and not is_ignored(one.name)),
+        *differences,
     ]
     differences += [
-        Difference(item.torch_key, only_here.format(shown(item.torch_key)))
+        Difference(
+            item.torch_key,
+            f"has no counterpart; if that is right, say --ignore {shown(item.torch_key)}",
+        )
         for item in pairing.left
         if not is_ignored(item.torch_key)
     ]
@@ -292,18 +285,14 @@ def _compared(
 def _claimed(reader: Reader, table: StateMapping) -> list[Difference]:
     """Return where the mapping that a file carries is not the pairing of the comparison."""
     assert reader.mapping is not None
-    claims = {_words(path): row for path, row in reader.mapping.by_path.items()}
+    claims = {words(path): row for path, row in reader.mapping.by_path.items()}
     differences = []
     for path, row in table.by_path.items():
-        claim = claims.get(_words(path))
+        claim = claims.get(words(path))
         if claim is not None and _rule(claim) != _rule(row):
             what = f"{shown(reader.path)} claims {_rule_text(claim)}; it is {_rule_text(row)}"
             differences.append(Difference(row.place, what))
     return differences
-
-
-def _words(path: KeyPath) -> tuple[str, ...]:
-    return tuple(map(str, path))
 
 
 def _rule(row: Row) -> tuple[object, ...]:
@@ -318,17 +307,21 @@ def _rule_text(row: Row) -> str:
 
 def _differences(
     source: Tensors, target: Tensors, has_ties: bool, progress: Progress
-) -> tuple[list[Difference], int, int]:
-    """Return the differences, and the number and the bytes of the tensors that both have."""
+) -> tuple[list[Difference], list[Difference], int, int]:
+    """Return the tensors of one side only, the other differences, and what both sides have.
+
+    The two numbers are the count and the bytes of the tensors that both sides have.
+    """
     here = _by_name(source, target.layout, has_ties)
     there = _by_name(target, source.layout, has_ties)
-    differences = [
+    alone = [
         Difference("/".join(name), "is only in the source") for name in here if name not in there
     ]
-    differences += [
+    alone += [
         Difference("/".join(name), "is only in the target") for name in there if name not in here
     ]
     both = [name for name in there if name in here]
+    differences = []
     first_names: dict[tuple[KeyPath, KeyPath], tuple[str, ...]] = {}
     for name in both:
         first_names.setdefault((here[name], there[name]), name)
@@ -350,14 +343,14 @@ def _differences(
         progress(done, total)
     if has_ties:
         differences += _tie_differences(here, there, both)
-    return differences, len(both), total
+    return alone, differences, len(both), total
 
 
 def _by_name(tensors: Tensors, other: FileLayout, has_ties: bool) -> dict[tuple[str, ...], KeyPath]:
     """Return the paths by name; Linen's names lose the collection if the other side is NNX."""
     first_paths = {path: path for path in tensors.specs}
     first_paths |= tensors.aliases if has_ties else {}
-    names = {_words(path): first for path, first in first_paths.items()}
+    names = {words(path): first for path, first in first_paths.items()}
     if (tensors.layout, other) != ("linen", "nnx"):
         return names
     shorter = {name[1:]: path for name, path in names.items()}

@@ -18,7 +18,7 @@ from ..checkpoint.manifest import is_mask
 from ..checkpoint.reader import Reader
 from ..checkpoint.tensors import Spec
 from ..checkpoint.transforms import Progress, silent
-from ..conversion.mapping import KeyPath, slashed
+from ..conversion.mapping import KeyPath, slashed, words
 from ..files.printable import shown
 from ..report.model import Block, Cell, Check, Panels, Section, Table
 from .inspect_module import InspectedEntry, module_entries
@@ -82,10 +82,10 @@ def _file(stored: Reader, name: str) -> Source:
     entries = {}
     for path, spec in stored.specs.items():
         kind = stored.kinds.get(path, "unknown")
-        entries[_key(path)] = InspectedEntry(slashed(path), kind, spec, parts_of(path))
+        entries[words(path)] = InspectedEntry(slashed(path), kind, spec, parts_of(path))
     for path, first in stored.aliases.items():
         kind = f"alias of {slashed(first)}"
-        entries[_key(path)] = InspectedEntry(
+        entries[words(path)] = InspectedEntry(
             slashed(path), kind, stored.specs[first], parts_of(first)
         )
     checked = (
@@ -96,10 +96,6 @@ def _file(stored: Reader, name: str) -> Source:
     total = sum(spec.nbytes for spec in stored.specs.values())
     note = f"{name}: {stored.format}, {stored.layout} layout, {total:,} bytes, {checked}."
     return Source(name, entries, [note])
-
-
-def _key(path: KeyPath) -> Key:
-    return tuple(map(str, path))
 
 
 class _Statistics:

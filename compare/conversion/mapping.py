@@ -27,6 +27,11 @@ def slashed(path: KeyPath) -> str:
     return "/".join(map(str, path))
 
 
+def words(path: KeyPath) -> tuple[str, ...]:
+    """Return the path with strings only: a file has strings where an NNX list has integers."""
+    return tuple(map(str, path))
+
+
 def dotted(path: KeyPath) -> str:
     """Return the path as torch writes it: "W_query.weight"."""
     return ".".join(map(str, path))

@@ -27,7 +27,7 @@ from flax.traverse_util import flatten_dict
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .mapping import KeyPath, slashed
+from .mapping import KeyPath, slashed, words
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _COLLECTION_KINDS = {
@@ -284,7 +284,7 @@ def _side(kind: FlaxKind, saved: list[StateEntry]) -> FlaxSide:
             raise TypeError(
                 f"template {slashed(path)} is a {type(leaf).__name__}; expected an array{mend}"
             )
-    names = {path: tuple(map(str, path[1:] if kind == "linen" else path)) for path in leaves}
+    names = {path: words(path[1:] if kind == "linen" else path) for path in leaves}
     by_name: dict[str, list[KeyPath]] = {}
     for path, name in names.items():
         by_name.setdefault(".".join(name), []).append(path)

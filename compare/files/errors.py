@@ -5,7 +5,7 @@ from os import PathLike, fspath
 from .printable import shown
 
 
-class FileError(ValueError):
+class FileError(Exception):
     """A file or folder cannot be read or written safely.
 
     Attributes:

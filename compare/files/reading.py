@@ -221,6 +221,15 @@ class InputFile:
             mend="take another copy",
         )
 
+    @contextmanager
+    def kept(self) -> Iterator["InputFile"]:
+        """Close the file only if the block raises: what the block returns goes on reading it."""
+        try:
+            yield self
+        except BaseException:
+            self.close()
+            raise
+
     def close(self) -> None:
         """Close the file. It may be read again afterwards."""
         if self._descriptor is not None:

@@ -1,5 +1,6 @@
 """A folder with one small checkpoint in every format, and the command line inside it."""
 
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +30,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def here(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An own copy of the checkpoints, as the current folder."""
-    import shutil
-
     shutil.copytree(checkpoints, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -6,11 +6,9 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from ...files.errors import FileError
 from ...files.memory import Budget, collector_paused
-from ...files.printable import shown
 from ...files.writing import Rules
-from ..errors import CheckpointError
+from ..errors import CheckpointError, naming
 from ..reader import Reader
 from ..tensors import Tensors
 from . import msgpack, orbax, safetensors, shards, torch_zip
@@ -147,12 +145,5 @@ def exists(path: Path) -> bool:
 
 
 def _opened(path: Path, open_: Callable[[Path, Budget], Reader], budget: Budget) -> Reader:
-    try:
-        with collector_paused():
-            return open_(path, budget)
-    except CheckpointError:
-        raise
-    except FileError as error:
-        raise CheckpointError.of(error, path) from error
-    except OSError as error:
-        raise CheckpointError(path, f"could not be read ({shown(error)})") from error
+    with naming(path), collector_paused():
+        return open_(path, budget)

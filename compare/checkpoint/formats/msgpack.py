@@ -10,8 +10,7 @@ import numpy as np
 from flax import serialization
 from flax.traverse_util import unflatten_dict
 
-from ...conversion.mapping import KeyPath, slashed
-from ...files.errors import FileError
+from ...conversion.mapping import KeyPath, slashed, words
 from ...files.memory import Budget
 from ...files.printable import shown
 from ...files.reading import InputFile, Snapshot
@@ -41,14 +40,13 @@ def open_(path: Path, budget: Budget) -> Reader:
         CheckpointError: the file is not msgpack, or does not contain nested dicts of arrays.
         FileError: its names do not fit the budget.
     """
-    file = InputFile(path)
-    try:
+    with InputFile(path).kept() as file:
         arrays, manifest = _arrays(file, budget)
         specs = {key: array.spec for key, array in arrays.items()}
         aliases: dict[KeyPath, KeyPath] = {}
         if manifest is not None:
             specs, aliases = in_manifests_order(path, specs, manifest), dict(manifest.aliases)
-        by_words = {tuple(map(str, key)): array for key, array in arrays.items()}
+        by_words = {words(key): array for key, array in arrays.items()}
         if len(by_words) != len(arrays):
             raise _broken(path, "a name occurs twice, as a number and as a string")
         layout = manifest.layout if manifest else linen_or_nnx(specs)
@@ -63,9 +61,6 @@ def open_(path: Path, budget: Budget) -> Reader:
             budget=budget,
             snapshot=Snapshot({path: file.state}),
         )
-    except BaseException:
-        file.close()
-        raise
 
 
 def _arrays(
@@ -75,8 +70,6 @@ def _arrays(
     path = file.path
     try:
         tree = msgpack_tree.TreeReader(file, budget).read(KEY)
-    except FileError:
-        raise
     except msgpack_tree.ListError as error:
         if error.path:
             raise _no_array(path, error.path, "list") from error
@@ -88,8 +81,6 @@ def _arrays(
         raise CheckpointError(path, f"holds a {what}; expected Linen variables")
     try:
         manifest = Manifest.loads(tree.pop(KEY), path, budget) if KEY in tree else None
-    except FileError:
-        raise
     except ValueError as error:
         raise _broken(path, shown(error)) from error
     arrays = dict(_leaves(tree))
@@ -141,7 +132,7 @@ class MsgpackReader(FileReader):
     def fill(self, path: KeyPath, part: memoryview, offset: int) -> None:
         """Fill the memory with the bytes of one tensor from an offset, chunk by chunk."""
         file, _ = self.location(path)
-        for begin, size in self._chunks[tuple(map(str, path))]:
+        for begin, size in self._chunks[words(path)]:
             if part.nbytes and offset < size:
                 count = min(part.nbytes, size - offset)
                 file.fill(part[:count], begin + offset)
@@ -149,7 +140,7 @@ class MsgpackReader(FileReader):
             offset -= size
 
     def _is_mapped(self, path: KeyPath) -> bool:
-        return len(self._chunks[tuple(map(str, path))]) == 1 and super()._is_mapped(path)
+        return len(self._chunks[words(path)]) == 1 and super()._is_mapped(path)
 
 
 def write(path: Path, tensors: Tensors, rules: Rules = NO_RULES) -> None:
@@ -253,21 +244,21 @@ def tree_of(path: Path, leaves: Mapping[KeyPath, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: two names would be the same, such as 0 and "0", or a name is reserved.
     """
-    words = {tuple(map(str, key)): leaf for key, leaf in leaves.items()}
-    if len(words) != len(leaves) or any(
-        key[0] == KEY or msgpack_tree.CHUNKED in key for key in words
+    by_words = {words(key): leaf for key, leaf in leaves.items()}
+    if len(by_words) != len(leaves) or any(
+        key[0] == KEY or msgpack_tree.CHUNKED in key for key in by_words
     ):
         raise CheckpointError(
             path, "two names are the same when written as strings", mend="rename one"
         )
-    nested = [key for key in words if any(key[:end] in words for end in range(1, len(key)))]
+    nested = [key for key in by_words if any(key[:end] in by_words for end in range(1, len(key)))]
     if nested:
         raise CheckpointError(
             path,
             f"the name {shown('/'.join(nested[0]))} lies within another array",
             mend="rename one",
         )
-    return unflatten_dict(words)
+    return unflatten_dict(by_words)
 
 
 def _broken(path: Path, reason: str) -> CheckpointError:

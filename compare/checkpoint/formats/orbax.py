@@ -17,8 +17,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ...conversion.mapping import KeyPath, dotted, slashed
-from ...files.errors import FileError
+from ...conversion.mapping import KeyPath, dotted, slashed, words
 from ...files.memory import Budget
 from ...files.printable import shown
 from ...files.reading import Snapshot, parse_json, read_file
@@ -94,10 +93,10 @@ def open_(path: Path, budget: Budget) -> Reader:
             _require_small_chunks(path, key, specs[key], leaf)
     # Orbax adds the step "value" to each path of an nnx.State.
     if manifest is None and specs and all(key[-1] == "value" for key in specs):
-        names = {tuple(map(str, key[:-1])): key for key in specs}
+        names = {words(key[:-1]): key for key in specs}
         specs = {key[:-1]: spec for key, spec in specs.items()}
     else:
-        names = {tuple(map(str, key)): key for key in specs}
+        names = {words(key): key for key in specs}
     aliases: dict[KeyPath, KeyPath] = {}
     if manifest is not None:
         specs, aliases = in_manifests_order(path, specs, manifest), dict(manifest.aliases)
@@ -117,7 +116,7 @@ class OrbaxReader(Reader):
         self._names = names
 
     def _fetch(self, paths: list[KeyPath]) -> Fetched:
-        arrays = _restore(self.path, [self._names[tuple(map(str, path))] for path in paths])
+        arrays = _restore(self.path, [self._names[words(path)] for path in paths])
         pairs = list(zip(paths, arrays, strict=True))
         checked_pairs = in_batches(pairs, _nbytes, lambda pair: self.check(*pair))
         yield from ((pair[0], array) for pair, array in checked_pairs)
@@ -246,8 +245,6 @@ def _require_names_inside(path: Path, budget: Budget) -> None:
             ".".join(str(step["key"]) for step in entry["key_metadata"])
             for entry in content["tree_metadata"].values()
         ]
-    except FileError:
-        raise
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise CheckpointError(
             path,
@@ -287,8 +284,6 @@ def _manifest(path: Path, budget: Budget) -> Manifest | None:
         return Manifest.loads(content[KEY], path, budget) if KEY in content else None
     except FileNotFoundError:
         return None
-    except FileError:
-        raise
     except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(
             path, f"not a whole Orbax checkpoint ({_METADATA}: {shown(error)})"

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...conversion.mapping import KeyPath, slashed
-from ...files.errors import FileError
 from ...files.memory import Budget
 from ...files.printable import shown
 from ...files.reading import InputFile, Snapshot, parse_json
@@ -75,13 +74,9 @@ def open_(path: Path, budget: Budget) -> Reader:
         CheckpointError: the file is not a whole safetensors file.
         FileError: its header does not fit the budget.
     """
-    file = InputFile(path)
-    try:
+    with InputFile(path).kept() as file:
         header = read_header(file, budget)
         return SafetensorsReader(path, header, budget, Snapshot({path: file.state}))
-    except BaseException:
-        file.close()
-        raise
 
 
 class SafetensorsReader(FileReader):
@@ -204,8 +199,6 @@ def read_header(file: InputFile, budget: Budget) -> Header:
         entries = {name: _entry(name, entry) for name, entry in content.items()}
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("a metadata value that is not a string")
-    except FileError:
-        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _broken(
             path,
@@ -247,8 +240,6 @@ def _require_plain(path: Path, raw: bytes) -> None:
 def _manifest(path: Path, metadata: Mapping[str, str], budget: Budget) -> Manifest | None:
     try:
         return Manifest.loads(metadata[KEY], path, budget) if KEY in metadata else None
-    except FileError:
-        raise
     except ValueError as error:
         raise CheckpointError(
             path, shown(error), mend="the file was changed: take another copy"

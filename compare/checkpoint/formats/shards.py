@@ -199,8 +199,6 @@ def _index(path: Path, index: Path, budget: Budget) -> tuple[dict[str, str], str
             raise ValueError("a file name that is not a string")
         if manifest is not None:
             Manifest.loads(manifest, path, budget)
-    except FileError:
-        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _broken(path, shown(error) if str(error) else type(error).__name__) from error
     return dict(weight_map), manifest

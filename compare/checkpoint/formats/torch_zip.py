@@ -17,7 +17,6 @@ import torch
 from ...conversion.mapping import KeyPath
 from ...conversion.tensors import numpy_to_tensor
 from ...dtypes import DTYPES
-from ...files.errors import FileError
 from ...files.memory import Budget
 from ...files.page_cache import read_ahead
 from ...files.printable import shown
@@ -65,8 +64,7 @@ def open_(path: Path, budget: Budget) -> Reader:
         CheckpointError: the file is not a torch file, or does not contain a dict of tensors.
         FileError: what it contains does not fit the budget.
     """
-    file = InputFile(path)
-    try:
+    with InputFile(path).kept() as file:
         content = _content(file, budget)
         views = _views(path, content)
         specs, aliases = _specs(path, views)
@@ -85,9 +83,6 @@ def open_(path: Path, budget: Budget) -> Reader:
             budget=budget,
             snapshot=Snapshot({path: file.state}),
         )
-    except BaseException:
-        file.close()
-        raise
 
 
 class TorchReader(FileReader):
@@ -170,8 +165,6 @@ def _content(file: InputFile, budget: Budget) -> Content:
             found=shown(error),
             mend="load it where you trust its origin, and save only `module.state_dict()`",
         ) from error
-    except FileError:
-        raise
     except (ValueError, EOFError) as error:
         raise _broken(file.path, shown(error)) from error
     raise _broken(file.path, f"it begins with {first_bytes[:4]!r}")
@@ -269,7 +262,7 @@ def _views(path: Path, content: Content) -> dict[str, View]:
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(
             path,
-            f"holds a {_kind(state)}; expected a state dict: names and tensors",
+            f"holds a {type(state).__name__}; expected a state dict: names and tensors",
             mend=_STATE_DICT_ONLY,
         )
     for key, value in state.items():
@@ -278,7 +271,7 @@ def _views(path: Path, content: Content) -> dict[str, View]:
         if not isinstance(value, View):
             raise CheckpointError(
                 path,
-                f"{shown(key)} is a {_kind(value)}; expected a tensor",
+                f"{shown(key)} is a {type(value).__name__}; expected a tensor",
                 key=key,
                 mend=_TENSORS_ONLY if key.endswith("_extra_state") else _STATE_DICT_ONLY,
             )
@@ -287,10 +280,6 @@ def _views(path: Path, content: Content) -> dict[str, View]:
         if value.dtype in DTYPES:
             _require_stored(path, key, value, content)
     return dict(state)
-
-
-def _kind(value: Any) -> str:
-    return "dict" if isinstance(value, dict) else type(value).__name__
 
 
 def _require_stored(path: Path, key: str, view: View, content: Content) -> None:
