@@ -157,6 +157,14 @@ def _other_offset(data: bytes) -> bytes:
     return data[: at + 8] + struct.pack("<Q", 5) + data[at + 16 :]
 
 
+def _twice() -> bytes:
+    """The directory where the end record says, and another one right before that record."""
+    zipped(b"\x80\x02}.")
+    data = Path("z.pth").read_bytes()
+    begin, end = data.index(b"PK\1\2"), data.rindex(b"PK\5\6")
+    return data[:end] + data[begin:end] + data[end:]
+
+
 def _short_count(data: bytes) -> bytes:
     at = data.rindex(b"PK\5\6")
     return data[: at + 8] + struct.pack("<2H", 1, 1) + data[at + 12 :]
@@ -172,6 +180,7 @@ def _short_count(data: bytes) -> bytes:
         lambda: _cased(_plain()),
         lambda: _other_offset(_plain()),
         lambda: _short_count(_plain()),
+        _twice,
         lambda: _plain() + b"\0",
         lambda: _plain() + _plain(),
     ],
