@@ -15,6 +15,7 @@ and then filled with NaN. On a CPU, and for strips on any device, second derivat
 the formula.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -33,14 +34,14 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what t
 def kernel_layout(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> MaskLayout | None:
     """Return the layout of the mask, or None if the kernels may differ from the formula.
 
-    They may differ for inputs whose scores may not be finite (the CPU's kernel gives a finite row
-    for a query of NaN), in transforms of `torch.func`, forward-mode differentiation, tracing and
-    autocast, and for subclasses of Tensor. The result is also None if torch lacks the kernels or
-    if they do not take the tensors.
+    They may differ for inputs or scores that may not be finite (the CPU's kernel gives a finite row
+    for a query of NaN, and a NaN behind the mask reaches no row), in transforms of `torch.func`,
+    forward-mode differentiation, tracing and autocast, and for subclasses of Tensor. The result is
+    also None if torch lacks the kernels or if they do not take the tensors.
     """
     if not HAS_KERNELS:
         return None
-    if not (_are_plain(queries, keys, values, mask) and _scores_are_finite(queries, keys)):
+    if not (_are_plain(queries, keys, values, mask) and _are_finite(queries, keys, values)):
         return None
     return mask_layout(mask, queries.shape[-2])
 
@@ -55,9 +56,8 @@ def fused_attention(
     """Compute `reference_attention` in memory that is linear in the number of tokens.
 
     Causal and open masks use the kernel of `scaled_dot_product_attention`. Other masks are computed
-    one strip of queries at a time, without the keys that are blocked for the whole strip. In the
-    formula, a NaN or inf in a blocked value reaches every row through 0 * NaN; here it may not.
-    `layout` is the result of `kernel_layout` for the same arguments.
+    one strip of queries at a time, without the keys that are blocked for the whole strip. `layout`
+    is the result of `kernel_layout` for the same arguments.
     """
     shape = queries.shape
     if layout.kind in ("strips", "wide"):
@@ -93,13 +93,16 @@ def _are_plain(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> b
     )
 
 
-def _scores_are_finite(queries: Tensor, keys: Tensor) -> bool:
-    """Return whether no score can be inf or NaN: |q . k| <= head_dim max|q| max|k|."""
-    # aminmax is the fastest single pass over a tensor that also propagates NaN and inf.
+def _are_finite(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Return whether no value and no score is inf or NaN: |q . k| <= head_dim max|q| max|k|."""
+    # aminmax is the fastest single pass over a tensor that also propagates NaN and inf; of the
+    # values only their sum is needed. If it overflows, the formula is used, which is right too.
     extremes = [extreme for tensor in (queries, keys) for extreme in torch.aminmax(tensor.detach())]
-    max_query, max_key = torch.stack(extremes).view(2, 2).abs().amax(dim=1).tolist()
-    max_finite = torch.finfo(torch.promote_types(queries.dtype, torch.float32)).max
-    return queries.shape[-1] * max_query * max_key <= max_finite
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    sum_of_values = values.detach().sum(dtype=wide)
+    low, high, low_key, high_key, total = torch.stack([*extremes, sum_of_values]).tolist()
+    max_score = queries.shape[-1] * max(-low, high) * max(-low_key, high_key)
+    return math.isfinite(total) and max_score <= torch.finfo(wide).max
 
 
 def _four_dims(tensor: Tensor) -> Tensor:

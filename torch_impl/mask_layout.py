@@ -1,17 +1,18 @@
 """Which pairs a stored mask blocks: analysed once, and cached until the mask changes."""
 
-import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Shaped
+import torch.nn.functional as F
+from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 STRIP_QUERIES = 64  # the queries of a strip share the same ranges of keys
 STRIPS_IN_WIDE = 8  # a wide strip has 512 queries
-CHECKSUM_WORDS = 32  # words of 8 bytes in each checksum
+ROWS_AT_ONCE = 512  # rows of a mask that are packed at a time
+_SHIFTS = torch.arange(8, device="cpu")[:, None]
 MAX_CACHED_LENGTHS = 8  # numbers of tokens for which the layout of a mask is cached
 
 
@@ -36,11 +37,12 @@ class MaskLayout(NamedTuple):
     closed_rows: bool = False  # whether some row blocks every key
 
 
-class _CachedLayouts(NamedTuple):
-    stamp: tuple[object, ...]
-    by_num_tokens: dict[int, tuple[Tensor, MaskLayout]]  # checksums and layout
+class _Cached(NamedTuple):
+    packed: Tensor
+    layout: MaskLayout
 
 
+# For each mask, by its stamp and its number of tokens.
 _cache = WeakIdKeyDictionary()
 
 
@@ -49,26 +51,25 @@ def mask_layout(
 ) -> MaskLayout:
     """Return the layout of the mask's first `num_tokens` rows and columns.
 
-    The layout is cached until the tensor's version changes. Writes through `.data`, NumPy or DLPack
-    do not change the version, so on the CPU checksums of the mask's bits are compared too. They
-    miss a change that keeps every sum, such as entries of one row that swap places within
-    `CHECKSUM_WORDS` words. On other devices such writes go unnoticed.
+    The layout is cached. On the CPU it is used again only if exactly the same pairs are blocked:
+    all of the mask is looked at in each call, whatever was written to it, and how. On other devices
+    it is used again until the tensor's version changes, so writes through `.data` or DLPack go
+    unnoticed there.
     """
-    used_mask = mask[:num_tokens, :num_tokens]
-    checksums = _checksums(used_mask)
-    if mask.is_inference() or checksums is None:  # an inference tensor has no version
+    used_mask = mask.detach()[:num_tokens, :num_tokens]
+    is_on_cpu = mask.device.type == "cpu"
+    if mask.is_inference() and not is_on_cpu:  # an inference tensor has no version
         return examine(used_mask)
-    stamp = (mask._version, mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, mask.device)
-    entry: _CachedLayouts | None = _cache.get(mask)
-    if entry is None or entry.stamp != stamp:
-        entry = _cache[mask] = _CachedLayouts(stamp, {})
-    cached = entry.by_num_tokens.pop(num_tokens, None)
-    if cached is None or not torch.equal(cached[0], checksums):
-        cached = checksums, examine(used_mask)
-    entry.by_num_tokens[num_tokens] = cached  # the most recently used is last
-    if len(entry.by_num_tokens) > MAX_CACHED_LENGTHS:
-        entry.by_num_tokens.pop(next(iter(entry.by_num_tokens)), None)
-    return cached[1]
+    stamp = None if is_on_cpu else (mask._version, mask.data_ptr(), mask.shape, mask.stride())
+    packed = pack(used_mask) if is_on_cpu else torch.empty(0)
+    layouts: dict[object, _Cached] = _cache.setdefault(mask, {})
+    cached = layouts.pop((num_tokens, stamp), None)
+    if cached is None or not torch.equal(cached.packed, packed):
+        cached = _Cached(packed, examine(used_mask))
+    layouts[num_tokens, stamp] = cached  # the most recently used is last
+    if len(layouts) > MAX_CACHED_LENGTHS:
+        layouts.pop(next(iter(layouts)), None)
+    return cached.layout
 
 
 def examine(mask: Shaped[Tensor, "tokens tokens"]) -> MaskLayout:
@@ -127,16 +128,17 @@ def _ranges(is_open: Bool[Tensor, " tokens"]) -> tuple[tuple[int, int], ...]:
     )
 
 
-def _checksums(mask: Shaped[Tensor, "tokens tokens"]) -> Tensor | None:
-    """Return sums over groups of 8-byte words of a row, or None if rows are not whole words.
+def pack(mask: Shaped[Tensor, "tokens tokens"]) -> Int64[Tensor, " words"]:
+    """Return which pairs are blocked, with 64 pairs in a word. Two masks are the same if these are.
 
-    On devices other than the CPU the result is empty.
+    Each word is the sum of 8 words of 8 bools, one byte each, shifted by 0 to 7 bits.
     """
-    if mask.device.type != "cpu":
-        return torch.empty(0)
-    if mask.stride(1) != 1 or any(
-        size * mask.element_size() % 8 for size in (mask.shape[1], mask.stride(0))
-    ):
-        return None
-    words = mask.view(torch.int64)
-    return words.unflatten(1, (-1, math.gcd(words.shape[1], CHECKSUM_WORDS))).sum(dim=2)
+    packed = []
+    for rows in mask.split(ROWS_AT_ONCE):
+        blocked = rows.to(torch.bool, copy=True)  # any nonzero entry becomes True
+        columns, height = -blocked.shape[1] % 8, -blocked.shape[0] % 8
+        if columns or height:
+            blocked = F.pad(blocked, (0, columns, 0, height))
+        words = blocked.view(torch.int64).view(8, -1)
+        packed.append(words.bitwise_left_shift_(_SHIFTS).sum(dim=0))
+    return torch.cat(packed)

@@ -556,13 +556,16 @@ _FUSED = [
         "fused: stale remembered mask",
         "torch",
         "torch_impl.mask_layout",
-        ((r"if (entry|cached) is None or .*:\n", r"if \1 is None:\n"),),
+        ((r"if cached is None or .*:\n", "if cached is None:\n"),),
     ),
     Mutant(
         "fused: only the version is looked at",
         "torch",
         "torch_impl.mask_layout",
-        ((r" or not torch\.equal\(cached\[0\], checksums\)", ""),),
+        (
+            (r"stamp = None if is_on_cpu else ", "stamp = "),
+            (r" or not torch\.equal\(cached\.packed, packed\)", ""),
+        ),
     ),
     Mutant(
         "fused: the last key left out",

@@ -374,21 +374,24 @@ NOT_FINITE = [
 
 @pytest.mark.parametrize("which, at, value", NOT_FINITE)
 def test_what_is_not_finite(which: int, at: int, value: float) -> None:
-    """A row that may attend to the value is finite exactly where the formula is.
+    """In torch an entry is finite exactly where the formula's is.
 
-    A row that the mask keeps from it may be finite where the formula is not.
+    In Flax a row that the mask keeps from the value may be finite where the formula is not.
     """
     heads = HEADS[:3, :1, :TORCH_TOKENS].copy()
     heads[which, 0, at, 3] = value
     for name in ("causal", "open", "window"):
         mask = masks()[name][:TORCH_TOKENS, :TORCH_TOKENS].copy()
         formula = in_torch(heads, mask, implementation="reference")[0]
+        in_flax_too = in_flax(heads, mask)[0]
+        for implementation in ("fused", "auto"):
+            in_torch_too = in_torch(heads, mask, implementation=implementation)[0]
+            assert np.array_equal(np.isfinite(in_torch_too), np.isfinite(formula))
         seen = np.ones(TORCH_TOKENS, bool) if which == 0 else mask[:, at] == 0
-        for fused in (in_torch(heads, mask, implementation="fused")[0], in_flax(heads, mask)[0]):
-            assert np.array_equal(np.isfinite(fused[seen]), np.isfinite(formula[seen]))
-            assert not (np.isfinite(formula) & ~np.isfinite(fused)).any(), (
-                "an entry is lost that is finite in the formula"
-            )
+        assert np.array_equal(np.isfinite(in_flax_too[seen]), np.isfinite(formula[seen]))
+        assert not (np.isfinite(formula) & ~np.isfinite(in_flax_too)).any(), (
+            "an entry is lost that is finite in the formula"
+        )
 
 
 def test_scores_that_overflow_are_the_formulas() -> None:
@@ -417,6 +420,17 @@ def edits() -> dict[str, Callable[[torch_impl.CausalAttentionWithBuffer], Any]]:
     def through_numpy(module: Any) -> None:
         module.mask.numpy()[200, 100] = 1.0
 
+    def swapped(module: Any) -> None:
+        module.mask.data[200, [100, 202]] = module.mask.data[200, [202, 100]]
+
+    def swapped_in_two_rows(module: Any) -> None:
+        module.mask.data[[100, 200], 150] = module.mask.data[[200, 100], 150]
+
+    def same_sum(module: Any) -> None:
+        module.mask = module.mask.long()
+        module(torch.zeros(1, TORCH_TOKENS, 8))
+        module.mask.data[10, 200], module.mask.data[10, 202] = 0, 2
+
     def to_another_and_back(module: Any) -> None:
         module.to(torch.float64).mask.fill_(0.0)
         module.to(torch.float32)
@@ -429,6 +443,9 @@ def edits() -> dict[str, Callable[[torch_impl.CausalAttentionWithBuffer], Any]]:
         "in place": in_place,
         "a view": through_a_view,
         ".data": through_data,
+        "two swapped": swapped,
+        "two swapped in a column": swapped_in_two_rows,
+        "the same sum": same_sum,
         "other .data": other_data,
         "NumPy": through_numpy,
         "copy_": lambda module: module.mask.copy_(window),
@@ -487,14 +504,30 @@ def test_torch_looks_at_a_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(looked) == 5, "the copied mask is another tensor and must be examined"
     for tokens in range(130, 150):
         module(inputs[:, :tokens])
-    assert len(mask_layout._cache[module.mask].by_num_tokens) == mask_layout.MAX_CACHED_LENGTHS
+    assert len(mask_layout._cache[module.mask]) == mask_layout.MAX_CACHED_LENGTHS
     with torch.inference_mode():
         module.mask = module.mask.clone()
         module(inputs)
-        module.mask[5, 2] = 1.0  # inference tensors have no version, so nothing may be cached
+        module.mask[5, 2] = 1.0  # inference tensors have no version
         edited = module(inputs)
         module.implementation = "reference"
         judge_same(edited, module(inputs))
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 65, 512, 513])
+def test_every_entry_is_packed(size: int) -> None:
+    """The packed words of two masks are the same only if the same pairs are blocked."""
+    random = np.random.default_rng(size)
+    mask = torch.from_numpy(random.random((size, size)) < 0.5)
+    packed = mask_layout.pack(mask)
+    set_bits = sum((word % 2**64).bit_count() for word in packed.tolist())
+    assert set_bits == int(mask.sum()), "each blocked pair has a bit of its own"
+    for row, column in random.integers(size, size=(40, 2)).tolist():
+        edited = mask.clone()
+        edited[row, column] = ~edited[row, column]
+        assert not torch.equal(mask_layout.pack(edited), packed)
+        two, power = edited.to(torch.complex64) * 1e-45j, torch.float8_e5m2
+        assert torch.equal(mask_layout.pack(two), mask_layout.pack(edited.to(power)))
 
 
 def test_torch_transforms_are_not_fooled() -> None:
