@@ -56,8 +56,10 @@ class Conversion:
 
     @property
     def left(self) -> tuple[Left, ...]:
-        """The entries without a counterpart on the other side."""
-        return self.mapping.left if self.mapping is not None else ()
+        """The entries without a counterpart on the other side, which are left out."""
+        made = {line.target for line in self.lines}
+        left = self.mapping.left if self.mapping is not None else ()
+        return tuple(item for item in left if item.torch_key not in made)
 
     @property
     def nbytes(self) -> int:
@@ -282,7 +284,10 @@ def _has_names_of(mapping: StateMapping, stored: Reader) -> bool:
 def _line(path: KeyPath, spec: Spec, tensors: Tensors, source_dtype: str, is_relaid: bool) -> Line:
     name = slashed(path)
     source, layout = name, "same"
-    if is_relaid and tensors.mapping is not None:
+    refills = tensors.mapping.refills if tensors.mapping is not None else {}
+    if is_relaid and tensors.layout == "torch" and name in refills:
+        source = "made again"
+    elif is_relaid and tensors.mapping is not None:
         rows = (
             [tensors.mapping.by_path[path]]
             if tensors.layout != "torch"

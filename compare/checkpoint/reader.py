@@ -101,7 +101,15 @@ class Reader:
         """Rename the paths to those of the mapping, and return the mapping.
 
         Positions in an NNX list are integers, but strings in a file that Flax's own library wrote.
+
+        Raises:
+            CheckpointError: the masks that the mapping makes again do not fit the budget.
         """
+        if self.layout != "torch" and mapping.refills:
+            refills = mapping.refills.values()
+            nbytes = sum(Spec(refill.shape, refill.dtype).nbytes for refill in refills)
+            with naming(self.path):
+                self.budget.require(nbytes, self.path, "the masks that its mapping describes")
         if self.manifest is None and self.layout != "torch":
             paths = (*mapping.by_path, *(item.path for item in mapping.left if item.path))
             spelled = {words(path): path for path in paths}

@@ -11,7 +11,7 @@ from ..conversion.apply_mapping import combined, torch_shape, unfit
 from ..conversion.errors import ConversionError, Mismatch, MismatchEntry
 from ..conversion.layouts import flax_shape, layout, to_flax, to_torch
 from ..conversion.mapping import KeyPath, Left, Row, StateMapping, slashed
-from ..conversion.unmatched import objection
+from ..conversion.unmatched import objection, refill_of, refilled
 from ..dtypes import FLOATING, FLOATS, numpy_dtype
 from ..files.printable import shown
 from .errors import CheckpointError
@@ -70,6 +70,7 @@ def _to_flax(source: Tensors, mapping: StateMapping) -> Tensors:
             refused += _differing(source, row, first)
     _raise(missing, unexpected, misshaped, refused)
     kinds = {path: mapping.by_path[path].kind for path in specs}
+    mapping = _with_refills(source, mapping)
 
     def pieces(path: KeyPath) -> Iterable[np.ndarray]:
         row = mapping.by_path[path]
@@ -116,14 +117,34 @@ def _to_torch(source: Tensors, mapping: StateMapping) -> Tensors:
     }
     aliases = {key: first for key, first in first_keys.items() if first in specs}
     kinds = {(key,): rows[0].kind for key, rows in mapping.by_key.items()}
+    for key, refill in mapping.refills.items():
+        specs[(key,)] = Spec(refill.shape, refill.dtype)
+        kinds[(key,)] = "buffer"
 
     def pieces(path: KeyPath) -> Iterator[np.ndarray]:
+        if path[0] in mapping.refills:
+            yield refilled(mapping.refills[path[0]])
+            return
         for row in mapping.by_key[path[0]]:
             array = _whole(source, row.path)
             part = to_torch(layout(row.layout, array.shape), array)
             yield part if path[0] == row.torch_key else np.zeros_like(part)
 
     return Tensors("torch", specs, pieces, kinds, aliases, mapping)
+
+
+def _with_refills(source: Tensors, mapping: StateMapping) -> StateMapping:
+    """Return the mapping with the refills of the source's causal masks, for the way back."""
+
+    def with_refill(item: Left) -> Left:
+        path = (item.torch_key,)
+        if item.policy != "verify" or item.path is not None or path not in source.specs:
+            return item
+        return item._replace(refill=refill_of(_whole(source, path)))
+
+    if not any(item.policy == "verify" for item in mapping.left):
+        return mapping
+    return StateMapping(mapping.rows, tuple(map(with_refill, mapping.left)), mapping.flax)
 
 
 def _objections(

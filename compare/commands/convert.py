@@ -75,7 +75,7 @@ def _section(source: Path, target: str, conversion: Conversion, dry_run: bool) -
         f"{source} {verb} {target}: {tensors}, {conversion.nbytes:,} bytes.",
     ]
     blocks += [
-        f"{item.torch_key} has no counterpart in the target and is left out ({item.policy})."
+        f"{item.torch_key} exists on one side only and is left out ({item.policy})."
         for item in conversion.left
     ]
     if not conversion.checked:

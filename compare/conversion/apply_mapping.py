@@ -12,8 +12,18 @@ from .errors import Mismatch, MismatchEntry, Shape
 from .layouts import Layout, layout, to_flax
 from .layouts import to_torch as torch_layout
 from .mapping import KeyPath, Left, Row, StateMapping, slashed
-from .tensors import Untransferable, dense, tensor_to_numpy, to_host, to_jax, to_torch
-from .unmatched import host_values, objection
+from .tensors import (
+    UNINITIALIZED,
+    Untransferable,
+    dense,
+    is_uninitialized,
+    shape_of,
+    tensor_to_numpy,
+    to_host,
+    to_jax,
+    to_torch,
+)
+from .unmatched import host_values, objection, refilled
 
 
 def flax_from_torch(
@@ -62,7 +72,7 @@ def flax_from_torch(
             used_keys.add(row.torch_key)
             refused += untied(row, tensors[row.torch_key], mapping, tensors)
     unexpected = [
-        MismatchEntry(str(key), "", found=tuple(getattr(value, "shape", ())))
+        MismatchEntry(str(key), "", found=shape_of(value))
         for key, value in tensors.items()
         if key not in used_keys
     ]
@@ -121,6 +131,7 @@ def torch_from_flax(
     for row in mapping.rows:
         if row.kind == "alias" and mapping.by_path[row.path].torch_key in state:
             state[row.torch_key] = state[mapping.by_path[row.path].torch_key]
+    state |= {key: to_torch(refilled(refill), copy=True) for key, refill in mapping.refills.items()}
     missing = [
         MismatchEntry(row.torch_key, row.place)
         for path, row in mapping.by_path.items()
@@ -131,6 +142,8 @@ def torch_from_flax(
 
 def unfit(row: Row, key: str, tensor: Any, flax_shape: Sequence[int]) -> MismatchEntry | None:
     """Return why the torch tensor cannot become the row's Flax array of that shape, or None."""
+    if is_uninitialized(tensor):
+        return MismatchEntry(key, row.place, reason=UNINITIALIZED)
     if not hasattr(tensor, "shape"):
         return MismatchEntry(key, row.place, reason=f"is a {type(tensor).__name__}, not a tensor")
     if row.shape is not None and row.shape != tuple(flax_shape):

@@ -120,9 +120,9 @@ def torch_to_nnx(
     Args:
         source: a module, or its state dict. Weights are (out, in).
         model: the model to fill. If its arrays are committed or have a sharding, the new values are
-            placed on the same devices. In an abstract model (`nnx.eval_shape`), Params and Buffers
-            are filled; random streams and plain arrays stay abstract, so build a real model to
-            train it.
+            placed on the same devices. In an abstract model (`nnx.eval_shape`), the saved state is
+            filled; random streams and plain arrays stay abstract, so build a real model to train
+            it.
         mapping: how torch and Flax names pair. Default: what `compare.match` finds.
         copy: False shares memory with the torch tensors (see `compare.conversion.tensors.to_jax`).
         strict: False converts what fits and leaves the rest of the model as it was.
@@ -217,9 +217,10 @@ def nnx_to_torch(
     copy: bool = True,
     strict: bool = True,
 ) -> StateDict | tuple[StateDict, Mismatch]:
-    """Return a torch state dict with the Params and Buffers of an NNX model.
+    """Return a torch state dict with the saved state of an NNX model.
 
-    Random streams have no counterpart in a state dict and are left out.
+    That is every Variable (Params, Buffers, statistics and others), except caches, intermediates
+    and random streams.
 
     Args:
         model: the model; its arrays may be sharded.

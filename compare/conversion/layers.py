@@ -1,10 +1,12 @@
 """Which torch layers have a counterpart in Flax, and how compound layers are mapped."""
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from flax import nnx
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .mapping import KeyPath, Left, Row
 from .state_kinds import FlaxSide
@@ -34,10 +36,22 @@ SUPPORTED: tuple[type[nn.Module], ...] = (
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
 )
+_CONTAINERS = (
+    nn.Module,
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.ParameterList,
+    nn.ParameterDict,
+)
+# Modules of these packages compute something, so their names alone do not say what.
+_TORCH_LAYERS = ("torch.nn.modules.", "torch.nn.quant", "torch.nn.qat.", "torch.ao.")
 _MENDS: dict[type[nn.Module], str] = {
     nn.LSTM: "use nn.LSTMCell, layer by layer",
     nn.GRU: "use nn.GRUCell, layer by layer",
     nn.EmbeddingBag: "use nn.Embedding and reduce its output",
+    nn.TransformerEncoderLayer: "write it with nn.MultiheadAttention, nn.Linear and nn.LayerNorm",
+    nn.TransformerDecoderLayer: "write it with nn.MultiheadAttention, nn.Linear and nn.LayerNorm",
 }
 
 
@@ -51,18 +65,28 @@ def layer_types(source: Any) -> dict[str, nn.Module]:
 def refusal(layer: nn.Module) -> str | None:
     """Return why Flax has no layer that computes the same, or None.
 
-    Modules that are not part of torch are never refused: the user writes their Flax counterpart.
+    Only layers of torch that hold state are refused. The user writes the Flax counterpart of all
+    other modules, and of layers without state.
     """
-    own_tensors = list(layer.parameters(recurse=False)) + list(layer.buffers(recurse=False))
     name = type(layer).__name__
-    if not own_tensors or not type(layer).__module__.startswith("torch.nn.modules"):
+    if is_parametrized(layer):
+        return (
+            f"{name} computes a weight from other tensors: call "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, name) first"
+        )
+    has_state = any(True for _ in chain(layer.parameters(), layer.buffers()))
+    is_torchs = type(layer).__module__.startswith(_TORCH_LAYERS)
+    if not has_state or not is_torchs or type(layer) in _CONTAINERS:
         return None
     if not isinstance(layer, SUPPORTED):
         mend = next(
             (mend for layer_type, mend in _MENDS.items() if isinstance(layer, layer_type)),
             "replace it",
         )
-        return f"{name} has no counterpart in Flax: {mend}"
+        return (
+            f"{name} has no counterpart in Flax: {mend}; if your Flax model computes the same, "
+            "match its state dict instead: compare.match(source.state_dict(), template)"
+        )
     if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats:
         return (
             f"{name} with track_running_stats=True has no counterpart in Flax: "

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from ..dtypes import DTYPES
 from ..files.errors import FileError
 from ..files.memory import Budget
 from ..files.printable import shown
@@ -69,6 +70,23 @@ class Row:
         return slashed(self.path)
 
 
+class Refill(NamedTuple):
+    """How to make a causal mask that was left out again: it is a constant in a triangle.
+
+    Attributes:
+        shape: the shape.
+        dtype: the name of the dtype.
+        pattern: where the constant is: "tril" (on and below the diagonal of the last two axes),
+            "triu" (above it) or "full". It is 0 elsewhere.
+        value: the constant, as Python writes a float.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    pattern: Literal["tril", "triu", "full"]
+    value: str
+
+
 class Left(NamedTuple):
     """An entry that exists on one side only, and the rule for leaving it out.
 
@@ -78,11 +96,13 @@ class Left(NamedTuple):
             causal mask. `zero:2/3` leaves it out only if the third of its three parts is all zeros,
             because Flax has no bias there.
         path: the path in Flax, if torch is the side that lacks it. The target keeps its own value.
+        refill: how to make it again on the way back to torch, if that is known.
     """
 
     torch_key: str
     policy: str
     path: KeyPath | None = None
+    refill: Refill | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +154,16 @@ class StateMapping:
             for key, rows in rows_by_key.items()
         }
 
+    @cached_property
+    def refills(self) -> dict[str, Refill]:
+        """The torch keys without a counterpart that can be made again."""
+        keys = self.left_keys()
+        return {
+            item.torch_key: item.refill
+            for item in self.left
+            if item.refill and item.torch_key in keys
+        }
+
     def left_keys(self) -> set[str]:
         """Return the torch keys without a counterpart in Flax."""
         return {item.torch_key for item in self.left if item.path is None} - self.by_key.keys()
@@ -143,7 +173,7 @@ class StateMapping:
         return {
             "flax": self.flax,
             "rows": [asdict(row) for row in self.rows],
-            "left": [list(item) for item in self.left],
+            "left": [_left_as_json(item) for item in self.left],
         }
 
     @classmethod
@@ -254,14 +284,34 @@ def _row(entry: Any) -> Row:
     )
 
 
-def _left(name: Any, policy: Any, path: Any) -> Left:
+def _left_as_json(item: Left) -> list[Any]:
+    entry: list[Any] = [item.torch_key, item.policy, item.path]
+    return entry if item.refill is None else [*entry, item.refill._asdict()]
+
+
+def _left(name: Any, policy: Any, path: Any, refill: Any = None) -> Left:
     if not isinstance(name, str) or not (
         policy in ("ignore", "verify") or re.fullmatch(r"zero:\d/[1-9]", str(policy))
     ):
         raise ValueError(
             f"{name!r} is left out with the policy {policy!r}; expected ignore, verify or zero:I/N"
         )
-    return Left(name, policy, None if path is None else _path(path))
+    made_again = None if refill is None else _refill(**refill)
+    return Left(name, policy, None if path is None else _path(path), made_again)
+
+
+def _refill(shape: Any, dtype: Any, pattern: Any, value: Any) -> Refill:
+    is_shape = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    if (
+        not is_shape
+        or dtype not in DTYPES
+        or pattern not in ("tril", "triu", "full")
+        or not isinstance(value, str)
+        or (pattern != "full" and len(shape) < 2)
+    ):
+        raise ValueError(f"a mask is {dtype} {shape}, {pattern} of {value}; expected tril or triu")
+    float(value)
+    return Refill(tuple(shape), dtype, pattern, value)
 
 
 def _path(path: Any) -> KeyPath:

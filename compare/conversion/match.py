@@ -14,10 +14,12 @@ from ..files.printable import shown
 from .apply_mapping import unfit
 from .errors import ConversionError, Mismatch, MismatchEntry
 from .layers import compound_rows, layer_types, nnx_layouts, refusal
-from .layouts import layout
-from .mapping import KeyPath, Left, Policy, Row, StateMapping, slashed
+from .layouts import known_layout, layout
+from .mapping import KeyPath, Left, Policy, Refill, Row, StateMapping, slashed
 from .state_kinds import FlaxSide, flax_side, one_trained, same_memory, torch_kinds
 from .suggest import MAX_SUGGESTIONS, Nearest, collection_hint, rename_hint
+from .tensors import UNINITIALIZED, Untransferable, is_uninitialized, shape_of
+from .unmatched import host_values, refill_of
 
 # The names that a torch leaf may have in Flax.
 LEAVES = {
@@ -90,6 +92,7 @@ def pair(
 ) -> tuple[StateMapping, Mismatch]:
     """Return the mapping and the list of what does not fit. The arguments are those of `match`."""
     matcher = _Matcher(source, template, rename or {}, layouts or {}, policy or {})
+    matcher.refuse_unreadable()
     matcher.refuse_layers()
     matcher.pair_compound_layers()
     matcher.pair_by_name()
@@ -126,18 +129,42 @@ class _Matcher:
             self.kinds |= torch_kinds(source)
         self.flax_layouts = nnx_layouts(template) if isinstance(template, nnx.Module) else {}
         self.policy = policy
+        for name in layouts.values():
+            known_layout(name)
+        unnamed = [key for key in self.tensors if not isinstance(key, str)]
+        self.refused = [_unnamed(key) for key in unnamed]
+        for key in unnamed:
+            del self.tensors[key]
         self.names, unused_names = _renamed(self.tensors, rename)
         self.layouts, unused_layouts = _chosen_layouts(self.tensors, layouts)
-        self.refused = [*unused_names, *unused_layouts]
+        self.rules, self.used_layouts = layouts, set[str]()
+        self.refused += [*unused_names, *unused_layouts]
         self.rows: list[Row] = []
         self.left: list[Left] = []
         self.done: set[str] = set()
+
+    def refuse_unreadable(self) -> None:
+        """Refuse the tensors that have no shape yet, once each, and not their Flax paths too."""
+        for key in [key for key, tensor in self.tensors.items() if is_uninitialized(tensor)]:
+            paths = _candidates(key, self.names[key], self.flax)
+            place = slashed(paths[0]) if len(paths) == 1 else ""
+            self.refused.append(MismatchEntry(key, place, reason=UNINITIALIZED))
+            del self.tensors[key]
 
     def refuse_layers(self) -> None:
         """Refuse the layers that Flax does not have."""
         for prefix, layer in self.layers.items():
             if reason := refusal(layer):
                 self.refused.append(MismatchEntry(prefix or "the module", "", reason=reason))
+
+    def refuse_unused_layouts(self) -> None:
+        """Refuse each rule of `layouts` that fits a key, but was not needed for any."""
+        for pattern in self.rules:
+            keys = [key for key in self.tensors if fnmatchcase(key, pattern)]
+            if keys and not self.used_layouts & {*keys}:
+                what = "attention and recurrent layers, and tied or unmatched tensors, take none"
+                reason = f"this layout is not used: {what}; leave it out"
+                self.refused.append(MismatchEntry(pattern, "", reason=reason))
 
     def pair_compound_layers(self) -> None:
         """Pair attention, LSTM and GRU, which one framework stores in one piece."""
@@ -177,7 +204,9 @@ class _Matcher:
             )
         shape = tuple(self.flax.leaves[path].shape)
         layer = self.layers.get(key.rpartition(".")[0])
-        name = self.layouts.get(key) or _layout(
+        if chosen := self.layouts.get(key):
+            self.used_layouts.add(key)
+        name = chosen or _layout(
             key, path, self.tensors[key], shape, layer, self.flax_layouts.get(path)
         )
         layout(name, shape)
@@ -221,6 +250,7 @@ class _Matcher:
 
     def settle(self) -> tuple[StateMapping, Mismatch]:
         """Apply the policy to entries without a counterpart, and list the remaining ones."""
+        self.refuse_unused_layouts()
         used_rules: set[str] = set()
         unexpected = self._leave_torch_entries(used_rules)
         missing = self._leave_flax_entries(used_rules)
@@ -239,7 +269,7 @@ class _Matcher:
             MismatchEntry(
                 key,
                 "",
-                _shape(self.tensors[key]),
+                shape_of(self.tensors[key]),
                 reason=likely(key) if index < MAX_SUGGESTIONS else "",
             )
             for index, key in enumerate(unexpected)
@@ -256,10 +286,20 @@ class _Matcher:
             elif decided is None and LEGACY.search(key):
                 decided = "verify"
             if decided in ("ignore", "verify"):
-                self.left.append(Left(key, decided))
+                self.left.append(Left(key, decided, None, self._refill(key, decided)))
             else:
                 unexpected.append(key)
         return unexpected
+
+    def _refill(self, key: str, decided: str) -> Refill | None:
+        """Return how to make the entry again on the way back, if its values are known."""
+        tensor = self.tensors[key]
+        if decided != "verify" or not isinstance(tensor, Tensor):
+            return None
+        try:
+            return refill_of(host_values(tensor))
+        except Untransferable:
+            return None
 
     def _leave_flax_entries(self, used_rules: set[str]) -> list[MismatchEntry]:
         """Leave the Flax entries that the policy allows; return the others."""
@@ -296,11 +336,16 @@ class _Matcher:
         nearest = Nearest(entry.name for entry in missing)
 
         def suggest(key: str) -> str:
-            alike = names_by_size.get(tuple(sorted(_shape(self.tensors[key]))), [])
+            alike = names_by_size.get(tuple(sorted(shape_of(self.tensors[key]))), [])
             best = alike[0] if len(alike) == 1 else nearest.to(self.names[key])
             return f"did you mean {shown(best)}?" if best else ""
 
         return suggest
+
+
+def _unnamed(key: Any) -> MismatchEntry:
+    reason = f"the key is a {type(key).__name__}; a state dict has names: write {str(key)!r}"
+    return MismatchEntry(repr(key), "", reason=reason)
 
 
 def _renamed(
@@ -478,10 +523,6 @@ def _decide(name: str, policy: Mapping[str, Policy], used: set[str]) -> Policy |
                 )
             return decided
     return None
-
-
-def _shape(tensor: Any) -> tuple[int, ...]:
-    return tuple(getattr(tensor, "shape", ()))
 
 
 def torch_name(path: KeyPath, flax: FlaxSide) -> str:

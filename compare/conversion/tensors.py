@@ -1,6 +1,7 @@
 """Convert one tensor between torch and JAX, bit for bit, by copy or by shared memory."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ from ..dtypes import is_extended, numpy_dtype
 
 # Dtypes that NumPy lacks are viewed as unsigned integers of the same width.
 _CARRIERS = {1: (torch.uint8, np.uint8), 2: (torch.uint16, np.uint16)}
+
+
+UNINITIALIZED = "a lazy layer has no values yet: call the module once first"
 
 
 class Untransferable(ValueError):
@@ -142,7 +146,7 @@ def dense(tensor: Tensor) -> Tensor:
         Untransferable: a lazy, nested, meta, sparse or quantized tensor, which has no plain values.
     """
     if is_lazy(tensor):
-        raise Untransferable("a lazy layer has no values yet; call the module once first")
+        raise Untransferable(UNINITIALIZED)
     if tensor.is_nested:
         raise Untransferable("a nested tensor; store its parts one by one")
     if tensor.device.type == "meta":
@@ -154,6 +158,16 @@ def dense(tensor: Tensor) -> Tensor:
             "a sparse or quantized tensor; convert it with `to_dense()` or `dequantize()` first"
         )
     return tensor.detach().resolve_conj().resolve_neg()
+
+
+def is_uninitialized(value: Any) -> bool:
+    """Return whether the value is the tensor of a lazy layer that was never called."""
+    return isinstance(value, Tensor) and is_lazy(value)
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """Return the shape of a tensor, an array or a spec, or () if it has none yet."""
+    return () if is_uninitialized(value) else tuple(getattr(value, "shape", ()))
 
 
 def _fit_x64(tensor: Tensor, *, copy: bool) -> Tensor:

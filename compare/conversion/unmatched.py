@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .mapping import Policy
+from ..dtypes import numpy_dtype
+from .mapping import Policy, Refill
 from .tensors import tensor_to_numpy
 
 # Values of a legacy `masked_bias`: the number that blocked scores were set to.
@@ -79,6 +80,31 @@ def _mask_objection(array: np.ndarray) -> str | None:
         f"was edited: {different} of its {square.size} entries differ from the causal mask "
         "and would be lost"
     )
+
+
+def refill_of(array: np.ndarray | None) -> Refill | None:
+    """Return how to make the causal mask again, bit for bit, or None if it is another array."""
+    if array is None or array.dtype.kind == "c" or not array.size or _mask_objection(array):
+        return None
+    nonzero = array[array.astype(bool)]
+    value = repr(float(nonzero.flat[0])) if nonzero.size else "0.0"
+    for pattern in ("full",) if array.ndim < 2 else ("tril", "triu"):
+        refill = Refill(array.shape, array.dtype.name, pattern, value)  # type: ignore[arg-type]
+        if refilled(refill).tobytes() == np.ascontiguousarray(array).tobytes():
+            return refill
+    return None
+
+
+def refilled(refill: Refill) -> np.ndarray:
+    """Return the array that the refill describes."""
+    dtype = numpy_dtype(refill.dtype)
+    if refill.pattern == "full":
+        return np.full(refill.shape, float(refill.value)).astype(dtype)
+    rows, columns = (np.arange(size) for size in refill.shape[-2:])
+    is_lower = rows[:, None] >= columns
+    is_filled = is_lower if refill.pattern == "tril" else np.logical_not(is_lower)
+    fill, empty = np.array([float(refill.value), 0.0]).astype(dtype)
+    return np.broadcast_to(np.where(is_filled, fill, empty), refill.shape).copy()
 
 
 def host_values(value: Any) -> np.ndarray | None:

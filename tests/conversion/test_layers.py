@@ -234,6 +234,17 @@ def test_momentum_is_the_other_share_and_the_variance_is_another() -> None:
             torch.nn.MultiheadAttention(4, 2, add_bias_kv=True),
             "add_bias_kv=True has no counterpart",
         ),
+        (
+            torch.nn.TransformerEncoderLayer(8, 2),
+            "0: TransformerEncoderLayer has no counterpart in Flax: write it with",
+        ),
+        (torch.nn.TransformerDecoderLayer(8, 2), "0: TransformerDecoderLayer has no counterpart"),
+        (torch.nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5]), "0: AdaptiveLogSoftmaxWithLoss has no"),
+        (
+            torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 2)),
+            "computes a weight from other tensors: call .*remove_parametrizations",
+        ),
+        (torch.ao.quantization.FakeQuantize(), "0: FakeQuantize has no counterpart"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else "",
 )
@@ -242,6 +253,43 @@ def test_layers_without_a_counterpart_are_refused_by_name(
 ) -> None:
     with pytest.raises(ConversionError, match=message):
         compare.match(torch.nn.Sequential(layer), {"params": {}})
+
+
+def test_what_a_refusal_advises_works() -> None:
+    """A state dict has no layers, so a Flax model of the user's own can take its names."""
+    layer = torch.nn.RNNCell(2, 3)
+    names = {key: tuple(tensor.shape) for key, tensor in layer.state_dict().items()}
+    template = {"params": {key: jax.ShapeDtypeStruct(shape, "f4") for key, shape in names.items()}}
+    with pytest.raises(
+        ConversionError, match=r"compare\.match\(source\.state_dict\(\), template\)"
+    ):
+        compare.match(layer, template)
+    assert len(compare.match(layer.state_dict(), template).rows) == 4
+
+
+@pytest.mark.parametrize("layer", [torch.nn.GELU(), torch.nn.LocalResponseNorm(2)])
+def test_a_layer_without_state_is_not_looked_at(layer: torch.nn.Module) -> None:
+    assert compare.match(torch.nn.Sequential(layer), {"params": {}}).rows == ()
+
+
+def test_a_gru_cell_keeps_the_hidden_bias_of_its_new_gate() -> None:
+    """The other two thirds are added to the input's bias, so they come back as zeros."""
+    cell = torch.nn.GRUCell(2, 3)
+    flax = nn.GRUCell(3)
+    carry, inputs = jnp.ones((1, 3)), jnp.ones((1, 2))
+    template = jax.eval_shape(flax.init, jax.random.key(0), carry, inputs)
+    table = compare.match(cell, template)
+    state = compare.linen_to_torch(
+        compare.torch_to_linen(cell, template, mapping=table), mapping=table
+    )
+    assert torch.equal(state["bias_hh"][:6], torch.zeros(6))
+    assert torch.equal(state["bias_hh"][6:], cell.bias_hh.detach()[6:])
+    assert torch.equal(state["bias_ih"][:6], (cell.bias_ih + cell.bias_hh).detach()[:6])
+    back = torch.nn.GRUCell(2, 3)
+    back.load_state_dict(state)
+    inputs_and_state = torch.ones(1, 2), torch.ones(1, 3)
+    limit = LAPACK_THRESHOLD * 2.0**-24
+    assert torch.allclose(cell(*inputs_and_state), back(*inputs_and_state), rtol=0, atol=limit)
 
 
 def test_the_hidden_bias_that_nnx_lacks_is_refused_unless_zero() -> None:

@@ -14,7 +14,7 @@ from flax import nnx
 
 import compare
 from compare.conversion.errors import ConversionError
-from compare.conversion.mapping import LINEN, NNX, Left, Row, StateMapping
+from compare.conversion.mapping import LINEN, NNX, Row, StateMapping
 from compare.proof.cases import PRIME_BIAS
 from compare.runners.run import build_nnx, linen_template
 
@@ -158,7 +158,10 @@ LEGACY = {
 def test_gpt2s_legacy_mask_is_dropped_only_while_it_is_the_causal_one() -> None:
     template = shapes({"params": {"h": {"0": {"w": (2,)}}}})
     table = compare.match(LEGACY, template)
-    assert table.left == (Left("h.0.attn.bias", "verify"), Left("h.0.attn.masked_bias", "verify"))
+    assert [(item.torch_key, item.policy) for item in table.left] == [
+        ("h.0.attn.bias", "verify"),
+        ("h.0.attn.masked_bias", "verify"),
+    ]
     compare.torch_to_linen(LEGACY, template)
     edited = {**LEGACY, "h.0.attn.bias": LEGACY["h.0.attn.bias"].clone()}
     edited["h.0.attn.bias"][0, 0, 3, 0] = 0
@@ -177,6 +180,42 @@ def test_gpt2s_legacy_mask_is_dropped_only_while_it_is_the_causal_one() -> None:
         compare.match(LEGACY, template, policy={"*.attn.bias": "refuse"})
     with pytest.raises(ValueError, match="there is no 'drop'; there are ignore, verify and refuse"):
         compare.match(LEGACY, template, policy={"*.attn.bias": "drop"})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float16, torch.float32])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_legacy_mask_comes_back(dtype: torch.dtype, flip: bool, tmp_path: Path) -> None:
+    """The mapping knows how to make again what it left out, in memory and through files."""
+    mask = torch.tril(torch.ones(1, 1, 4, 4))
+    mask = 1e-4 * (1 - mask) if flip and dtype.is_floating_point else 1 - mask if flip else mask
+    state = {**LEGACY, "h.0.attn.bias": mask.to(dtype)}
+    template = shapes({"params": {"h": {"0": {"w": (2,)}}}})
+    table = compare.match(state, template)
+    variables = compare.torch_to_linen(state, template, mapping=table)
+    table.save(tmp_path / "map.json")
+    for mapping in (table, StateMapping.load(tmp_path / "map.json")):
+        _require_same(compare.linen_to_torch(variables, mapping=mapping), state)
+    source = compare.save_checkpoint(tmp_path / "a.pth", state)
+    like = compare.save_checkpoint(tmp_path / "like.msgpack", variables)
+    compare.convert_checkpoint(source, tmp_path / "b.msgpack", like=like)
+    compare.convert_checkpoint(tmp_path / "b.msgpack", tmp_path / "c.safetensors", layout="torch")
+    _require_same(compare.read_checkpoint(tmp_path / "c.safetensors"), state)
+    assert compare.verify_checkpoint(source, tmp_path / "c.safetensors") == []
+
+
+def _require_same(state: Any, expected: Any) -> None:
+    assert state.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert state[key].dtype == tensor.dtype and torch.equal(state[key], tensor), key
+
+
+def test_a_mask_that_no_constant_makes_does_not_come_back() -> None:
+    mask = torch.tril(torch.rand(4, 4) + 1)
+    template = shapes({"params": {"h": {"0": {"w": (2,)}}}})
+    table = compare.match({**LEGACY, "h.0.attn.bias": mask}, template)
+    variables = {"params": {"h": {"0": {"w": jnp.ones(2)}}}}
+    back = compare.linen_to_torch(variables, mapping=table)
+    assert "h.0.attn.bias" not in back and "h.0.attn.masked_bias" in back
 
 
 def test_a_mask_that_torch_lacks_is_kept_only_on_demand() -> None:
@@ -206,6 +245,90 @@ def test_a_tied_weight_has_one_place_and_both_names() -> None:
         ConversionError, match=r"head.weight: is tied to embed.weight in Flax, and has other values"
     ):
         compare.torch_to_linen(apart, template, mapping=table)
+
+
+CONTAINERS: dict[str, Any] = {
+    "ModuleDict": lambda: torch.nn.ModuleDict({"a": torch.nn.Linear(3, 4)}),
+    "Module": lambda: _with_child(torch.nn.Module()),
+    "a class of one's own": lambda: _with_child(type("Own", (torch.nn.Module,), {})()),
+}
+
+
+def _with_child(module: torch.nn.Module) -> torch.nn.Module:
+    module.a = torch.nn.Linear(3, 4)
+    return module
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_container_may_have_state_of_its_own(name: str) -> None:
+    source = CONTAINERS[name]()
+    source.register_buffer("mask", torch.arange(2.0))
+    source.register_parameter("scale", torch.nn.Parameter(torch.arange(3.0)))
+
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            self.a = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+            self.mask = nnx.Variable(jnp.zeros(2))
+            self.scale = nnx.Param(jnp.zeros(3))
+
+    table = compare.match(source, Model())
+    model = compare.torch_to_nnx(source, Model(), mapping=table)
+    assert model.mask[...].tolist() == [0, 1] and model.scale[...].tolist() == [0, 1, 2]
+    source.load_state_dict(compare.nnx_to_torch(model, mapping=table))
+
+
+def test_parameters_in_a_list_or_dict_pair_by_their_names() -> None:
+    tensors = [torch.nn.Parameter(torch.arange(2.0)), torch.nn.Parameter(torch.arange(3.0))]
+    names = {"0": tensors[0], "1": tensors[1]}
+    template = shapes({"params": {"p": {"0": (2,), "1": (3,)}}})
+    for container in (torch.nn.ParameterList(tensors), torch.nn.ParameterDict(names)):
+        variables = compare.torch_to_linen(torch.nn.ModuleDict({"p": container}), template)
+        assert variables["params"]["p"]["1"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LazyLinear, torch.nn.LazyConv1d])
+def test_a_lazy_layer_is_refused_by_name(kind: Any) -> None:
+    layer = torch.nn.LazyLinear(4) if kind is torch.nn.LazyLinear else torch.nn.LazyConv1d(4, 2)
+    source = torch.nn.ModuleDict({"a": layer, "b": torch.nn.Linear(3, 4)})
+    kernel = (3, 4) if kind is torch.nn.LazyLinear else (2, 3, 4)
+    names = {"a": {"kernel": kernel, "bias": (4,)}, "b": {"kernel": (3, 4), "bias": (4,)}}
+    template = shapes({"params": names})
+    called = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 4), "b": torch.nn.Linear(3, 4)})
+    message = r"a\.weight: a lazy layer has no values yet: call the module once first"
+    with pytest.raises(ConversionError, match=message) as caught:
+        compare.match(source, template)
+    assert not caught.value.mismatch.missing
+    with pytest.raises(ConversionError, match=message):
+        compare.torch_to_linen(source, template)
+    if kind is torch.nn.LazyLinear:
+        table = compare.match(called, template)
+        with pytest.raises(ConversionError, match=message):
+            compare.torch_to_linen(source, template, mapping=table)
+
+
+def test_a_key_that_is_no_name_is_refused() -> None:
+    template = shapes({"params": {"3": (2,)}})
+    message = "3: the key is a int; a state dict has names: write '3'"
+    state: Any = {3: torch.zeros(2)}
+    for work in (compare.match, compare.torch_to_linen):
+        with pytest.raises(ConversionError, match=message):
+            work(state, template)
+    assert compare.torch_to_linen({"3": torch.zeros(2)}, template)["params"]["3"].shape == (2,)
+
+
+def test_a_layout_that_has_no_effect_is_refused() -> None:
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            self.c = nnx.LSTMCell(3, 3, rngs=nnx.Rngs(0))
+            self.a = nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0))
+
+    layers = {"c": torch.nn.LSTMCell(3, 3), "a": torch.nn.MultiheadAttention(4, 2)}
+    source = torch.nn.ModuleDict(layers)
+    for key in ("c.weight_ih", "a.in_proj_weight", "a.out_proj.weight", "a.*"):
+        with pytest.raises(ConversionError, match="this layout is not used"):
+            compare.match(source, Model(), layouts={key: "same"})
+        with pytest.raises(ValueError, match="there is no layout 'no such layout'"):
+            compare.match(source, Model(), layouts={key: "no such layout"})
 
 
 def test_integer_steps_of_an_nnx_list() -> None:
@@ -251,6 +374,21 @@ def test_a_table_is_saved_and_read(tmp_path: Path) -> None:
         (lambda content: content["rows"][0].update(torch_key=3), "has the torch keys 3"),
         (lambda content: content["rows"][0].update(size=3), "unexpected keyword argument 'size'"),
         (lambda content: content["left"].append(["a", "drop", None]), "with the policy 'drop'"),
+        (
+            lambda content: content["left"].append(["a", "verify", None, {"shape": 3}]),
+            "not a valid mapping: TypeError",
+        ),
+        (
+            lambda content: content["left"].append(
+                [
+                    "a",
+                    "verify",
+                    None,
+                    {"shape": [3], "dtype": "bool", "pattern": "tril", "value": "1"},
+                ]
+            ),
+            r"a mask is bool \[3\], tril of 1",
+        ),
     ],
 )
 def test_files_that_are_no_table(change: Any, message: str, tmp_path: Path) -> None:
