@@ -16,7 +16,7 @@ from ..conversion.mapping import KeyPath, Left, Row, StateMapping, slashed, word
 from ..files.memory import collector_paused
 from ..files.printable import shown
 from .blocks import blocks
-from .convert import matched, paired, planned
+from .convert import matched, paired
 from .errors import CheckpointError
 from .load import steady
 from .reader import Reader
@@ -78,7 +78,7 @@ def verify_checkpoint(
     memory: int | None = None,
     progress: Progress = silent,
 ) -> list[Difference]:
-    """Read both checkpoints, the source in the target's layout, and compare every element.
+    """Read both checkpoints, in Flax's layout if one is Flax's, and compare every element.
 
     Args:
         source: the checkpoint that was converted.
@@ -198,10 +198,16 @@ def _torch_and_flax(
     else:
         how, table = "by their names", paired(stored, written, f"\n{_MEND}")
         left = table.left
-    allowed = ("torch",) if written.layout == "torch" else ("linen", "nnx")
     table = stored.spell(written.spell(table))
-    tensors, _ = planned(stored, allowed, mapping=table, dtype=dtype)
-    return _Pairing(tensors, written.tensors(), how, table, left)
+    # Both are compared in Flax's layout: two biases of torch have one sum, and not the reverse.
+    source, target = (
+        relaid(reader.path, reader.tensors(), table)
+        if reader.layout == "torch"
+        else reader.tensors()
+        for reader in (stored, written)
+    )
+    source = source if dtype is None else cast(source, dtype, stored.path)
+    return _Pairing(source, target, how, table, left)
 
 
 def _linen_and_nnx(
@@ -258,7 +264,7 @@ def _compared(
     left = () if table is None else table.left
     accepted = {slashed(item.path) if item.path else item.torch_key for item in left}
     # Between the frameworks, a tied Flax array has several torch names but no further Flax names.
-    has_ties = table is None or pairing.source.layout == "torch"
+    has_ties = table is None
     alone, differences, tensors, nbytes = _differences(
         pairing.source, pairing.target, has_ties, progress
     )

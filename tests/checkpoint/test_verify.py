@@ -1,6 +1,7 @@
 """Two checkpoints of one state, under other names and in other layouts."""
 
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -66,3 +67,44 @@ def test_a_mapping_without_effect_is_refused(tmp_path: Path) -> None:
         compare.CheckpointError, match=r"mapping= and like= have no effect.*leave them out"
     ):
         compare.verify_checkpoint(one, two, mapping=mapping)
+
+
+class _Layer(nnx.Module):
+    def __init__(self, layer: nnx.Module) -> None:
+        self.a = layer
+
+
+LAYERS: dict[str, Any] = {
+    "Linear": (torch.nn.Linear(3, 4), lambda rngs: nnx.Linear(3, 4, rngs=rngs)),
+    "LSTMCell": (torch.nn.LSTMCell(3, 4), lambda rngs: nnx.LSTMCell(3, 4, rngs=rngs)),
+    "BatchNorm": (torch.nn.BatchNorm1d(4), lambda rngs: nnx.BatchNorm(4, rngs=rngs)),
+    "MultiheadAttention": (
+        torch.nn.MultiheadAttention(4, 2),
+        lambda rngs: nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs),
+    ),
+    "ConvTranspose": (
+        torch.nn.ConvTranspose1d(3, 4, 2),
+        lambda rngs: nnx.ConvTranspose(3, 4, (2,), rngs=rngs),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_order_of_the_two_does_not_matter(name: str, tmp_path: Path) -> None:
+    layer, make = LAYERS[name]
+    source = torch.nn.ModuleDict({"a": layer})
+    table = compare.match(source, _Layer(make(nnx.Rngs(0))))
+    one = compare.save_checkpoint(tmp_path / "a.pth", source, mapping=table)
+    other = tmp_path / "b.msgpack"
+    compare.convert_checkpoint(one, other)
+    ignore = ["*.num_batches_tracked"]
+    # The names of a transposed convolution do not say that it is one.
+    for mapping in (table,) if name == "ConvTranspose" else (None, table):
+        assert compare.verify_checkpoint(one, other, mapping=mapping, ignore=ignore) == []
+        assert compare.verify_checkpoint(other, one, mapping=mapping, ignore=ignore) == []
+    bias = next(key for key in source.state_dict() if "bias" in key)
+    source.state_dict()[bias][1] += 1e-3
+    edited = compare.save_checkpoint(tmp_path / "c.pth", source, mapping=table)
+    differences = compare.verify_checkpoint(edited, other, mapping=table, ignore=ignore)
+    assert len(differences) == 1
+    assert compare.verify_checkpoint(other, edited, mapping=table, ignore=ignore) == differences
