@@ -1,4 +1,10 @@
-"""The Flax msgpack format: nested dicts of NumPy arrays, with the manifest at the top level."""
+"""The Flax msgpack format: nested dicts of NumPy arrays.
+
+The format has no place for metadata, and `flax.serialization.msgpack_restore` shall return the
+variables alone. So the last array is written in the way that Flax has for arrays above 1 GiB, as a
+dict with its chunks. Flax reads that dict's `shape` and `chunks`, and the manifest is a third entry
+of it. Files of older versions have the manifest at the top level, and are read too.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
@@ -68,8 +74,9 @@ def _arrays(
 ) -> tuple[dict[KeyPath, msgpack_tree.Array], Manifest | None]:
     """Return the arrays by path, and the manifest."""
     path = file.path
+    reader = msgpack_tree.TreeReader(file, budget, KEY)
     try:
-        tree = msgpack_tree.TreeReader(file, budget).read(KEY)
+        tree = reader.read()
     except msgpack_tree.ListError as error:
         if error.path:
             raise _no_array(path, error.path, "list") from error
@@ -80,7 +87,10 @@ def _arrays(
         what = tree.what if isinstance(tree, msgpack_tree.Other) else type(tree).__name__
         raise CheckpointError(path, f"holds a {what}; expected Linen variables")
     try:
-        manifest = Manifest.loads(tree.pop(KEY), path, budget) if KEY in tree else None
+        texts = [*reader.texts, *([tree.pop(KEY)] if KEY in tree else [])]
+        if len(texts) > 1:
+            raise ValueError("it has two manifests")
+        manifest = Manifest.loads(texts[0], path, budget) if texts else None
     except ValueError as error:
         raise _broken(path, shown(error)) from error
     arrays = dict(_leaves(tree))
@@ -153,42 +163,50 @@ def write(path: Path, tensors: Tensors, rules: Rules = NO_RULES) -> None:
         CheckpointError: two names would be the same.
     """
     tree = tree_of(path, {key: key for key in tensors.specs})
+    leaves = [leaf for _, leaf in _leaves(tree)]
     checksums: dict[KeyPath, str] = {}
     packer = msgpack.Packer()
     with atomic_file(path, rules) as stream:
 
-        def write_node(node: Any, more_entries: int = 0) -> None:
-            if not isinstance(node, dict):
-                checksums[node] = _write_array(
-                    stream, packer, tensors.specs[node], tensors.pieces(node)
-                )
+        def write_node(node: Any) -> None:
+            if isinstance(node, dict):
+                stream.write(packer.pack_map_header(len(node)))
+                for name, child in node.items():
+                    stream.write(packer.pack(name))
+                    write_node(child)
                 return
-            stream.write(packer.pack_map_header(len(node) + more_entries))
-            for name, child in node.items():
-                stream.write(packer.pack(name))
-                write_node(child)
+            spec, pieces, is_last = tensors.specs[node], tensors.pieces(node), node == leaves[-1]
+            checksums[node] = _write_array(stream, packer, spec, pieces, has_manifest=is_last)
+            if is_last:
+                manifest = manifest_of(tensors).with_checksums(checksums)
+                stream.write(packer.pack(KEY) + packer.pack(manifest.dumps()))
 
-        write_node(tree, more_entries=1)
-        manifest = manifest_of(tensors).with_checksums(checksums)
-        stream.write(packer.pack(KEY) + packer.pack(manifest.dumps()))
+        write_node(tree)
 
 
 def _write_array(
-    stream: BinaryIO, packer: msgpack.Packer, spec: Spec, pieces: Iterable[np.ndarray]
+    stream: BinaryIO,
+    packer: msgpack.Packer,
+    spec: Spec,
+    pieces: Iterable[np.ndarray],
+    *,
+    has_manifest: bool,
 ) -> str:
     """Write one array as Flax does, and return its checksum.
 
     Source: `flax.serialization`. An array is an extension entry with shape, dtype and bytes. An
-    array larger than `MAX_CHUNK_SIZE` is a dict of such entries.
+    array larger than `MAX_CHUNK_SIZE` is a dict of such entries. So is the one that `has_manifest`,
+    which the caller writes after it.
     """
     digest = start(spec)
     data = (block for piece in pieces for block in blocks(piece, alone=True))
-    if spec.nbytes <= serialization.MAX_CHUNK_SIZE:
+    if spec.nbytes <= serialization.MAX_CHUNK_SIZE and not has_manifest:
         _write_entry(stream, packer, spec.shape, spec, data, digest)
         return str(digest.hexdigest())
     counts = _chunk_sizes(spec)
     shape = {str(axis): length for axis, length in enumerate(spec.shape)}
-    stream.write(packer.pack_map_header(3) + packer.pack(msgpack_tree.CHUNKED) + packer.pack(True))
+    stream.write(packer.pack_map_header(4 if has_manifest else 3))
+    stream.write(packer.pack(msgpack_tree.CHUNKED) + packer.pack(True))
     stream.write(packer.pack("shape") + packer.pack(shape))
     stream.write(packer.pack("chunks") + packer.pack_map_header(len(counts)))
     left_over = np.empty(0, np.uint8)
@@ -201,7 +219,7 @@ def _write_array(
 def _chunk_sizes(spec: Spec) -> list[int]:
     """Return the number of elements in each chunk of an array."""
     largest, size = max(1, serialization.MAX_CHUNK_SIZE // spec.numpy.itemsize), prod(spec.shape)
-    return [min(largest, size - begin) for begin in range(0, size, largest)]
+    return [min(largest, size - begin) for begin in range(0, size, largest)] or [0]
 
 
 def _write_entry(

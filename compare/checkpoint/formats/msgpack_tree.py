@@ -71,18 +71,23 @@ class TreeReader:
     Args:
         file: the file.
         budget: the limit of what is read and held.
+        text_name: the name of a text, at the top or beside the chunks of an array.
+
+    Attributes:
+        texts: the texts of that name that lay beside chunks.
     """
 
-    def __init__(self, file: InputFile, budget: Budget) -> None:
-        self._file, self._budget = file, budget
+    def __init__(self, file: InputFile, budget: Budget, text_name: str) -> None:
+        self._file, self._budget, self._text_name = file, budget, text_name
+        self.texts: list[Any] = []
         self._position = 0
         self._window, self._window_begin = b"", 0
         self._entries = 0
         self._heads: dict[bytes, Spec] = {}
         self._head_lengths: set[int] = set()
 
-    def read(self, text_name: str) -> Any:
-        """Return nested dicts of arrays; the value of `text_name` at the top is returned as text.
+    def read(self) -> Any:
+        """Return nested dicts of arrays; the text of `text_name` at the top is one of the values.
 
         Raises:
             ListError: it has a list.
@@ -93,7 +98,7 @@ class TreeReader:
         """
         opened: list[_Open] = []
         while True:
-            value = self._value(opened, text_name)
+            value = self._value(opened)
             if isinstance(value, _Open):
                 if len(opened) >= _MAX_DEPTH:
                     raise ValueError("nested too deeply")
@@ -103,7 +108,7 @@ class TreeReader:
                 self._add(opened[-1], value)
                 if opened[-1].remaining[0]:
                     break
-                value = _closed(opened.pop())
+                value = self._closed(opened.pop())
             if not opened:
                 if self._position != self._file.size:
                     raise ValueError(f"it goes on after byte {self._position:,}")
@@ -122,7 +127,15 @@ class TreeReader:
             return
         parent.entries[parent.key.pop()] = value
 
-    def _value(self, opened: list[_Open], text_name: str) -> Any:
+    def _closed(self, value: _Open) -> Any:
+        """Return what a map has become: Flax writes a large array as a map of chunks."""
+        if CHUNKED not in value.entries:
+            return value.entries
+        if self._text_name in value.entries:
+            self.texts.append(value.entries.pop(self._text_name))
+        return _joined(value.entries)
+
+    def _value(self, opened: list[_Open]) -> Any:
         """Return the next entry: a map or list that begins, a number, a name, an array or other."""
         self._entries += 1
         if self._entries % 1024 == 0:
@@ -130,7 +143,8 @@ class TreeReader:
             self._budget.hold(size, self._file.path, "its names")
         parent = opened[-1] if opened else None
         is_key = parent is not None and not parent.key
-        is_text = len(opened) == 1 and opened[0].key == [text_name]
+        is_text = parent is not None and parent.key == [self._text_name]
+        is_text = is_text and (len(opened) == 1 or CHUNKED in opened[-1].entries)
         first = self._take(1)[0]
         if first <= 0x7F or first >= 0xE0:
             return first if first <= 0x7F else first - 256
@@ -249,11 +263,6 @@ class TreeReader:
         if nbytes > self._file.size - self._position:
             raise EOFError("it ends too early")
         self._position += nbytes
-
-
-def _closed(value: _Open) -> Any:
-    """Return what a map has become: Flax writes a large array as a map of chunks."""
-    return _joined(value.entries) if CHUNKED in value.entries else value.entries
 
 
 def _joined(parts: dict[Any, Any]) -> Array:
