@@ -70,7 +70,8 @@ class Manifest:
     Attributes:
         layout: the framework whose names and shapes the tensors have.
         records: the record of each tensor, by path.
-        aliases: further names of tensors that are stored once, each with the first name.
+        aliases: further names of tensors, each with the first name. A further name has a record of
+            its own if the format stores a copy under it.
         mapping: how torch and Flax names pair, if known.
         algorithm: the algorithm of the checksums.
     """
@@ -144,8 +145,10 @@ class Manifest:
                     raise ValueError(
                         f"alias {list(key)} refers to a tensor that is not in the file"
                     )
-                if key in records:
-                    raise ValueError(f"alias {list(key)} is also the name of a stored tensor")
+                if key in records and records[key][:2] != records[first][:2]:
+                    raise ValueError(
+                        f"alias {list(key)} is also the name of a tensor with other values"
+                    )
             mapping = (
                 None if content["mapping"] is None else StateMapping.from_json(content["mapping"])
             )

@@ -1,7 +1,7 @@
 """Named tensors that can be written, and their shapes and dtypes, known before they are read."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -105,6 +105,24 @@ def tensors_of(
 
     specs = {path: spec_of(array) for path, array in arrays.items()}
     return Tensors(layout, specs, pieces, kinds or {}, aliases or {}, mapping, in_memory=True)
+
+
+def with_copies(tensors: Tensors) -> Tensors:
+    """Return torch tensors with a copy under each further name, and the names still tied.
+
+    The other layouts are returned as they are.
+    """
+    if tensors.layout != "torch" or not tensors.aliases:
+        return tensors
+    copies = {key: first for key, first in tensors.aliases.items() if first in tensors.specs}
+    specs = {**tensors.specs, **{key: tensors.specs[first] for key, first in copies.items()}}
+    kinds = {key: tensors.kinds[first] for key, first in copies.items() if first in tensors.kinds}
+    return replace(
+        tensors,
+        specs=specs,
+        kinds={**tensors.kinds, **kinds},
+        pieces=lambda path: tensors.pieces(copies.get(path, path)),
+    )
 
 
 def whole(tensors: Tensors, key: KeyPath) -> np.ndarray:

@@ -197,7 +197,7 @@ class NnxTied(nnx.Module):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_tied_weight_is_stored_once_and_tied_again(suffix: str, tmp_path: Path) -> None:
+def test_a_tied_weight_is_read_once_and_tied_again(suffix: str, tmp_path: Path) -> None:
     source, target, model = Tied(1), Tied(2), NnxTied(3)
     mapping = compare.match(source, model)
     path = compare.save_checkpoint(tmp_path / f"state{suffix}", source, mapping=mapping)
@@ -259,6 +259,41 @@ def test_our_msgpack_is_flaxs(
         plain = theirs[path[0]] if len(path) == 1 else theirs[path[0]][path[1]]
         for other in (ours[path], back[path], plain):
             assert same_bits(np.asarray(other), np.array(array, order="C"))
+
+
+def test_tied_names_are_all_in_the_librarys_state_dict(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    source = Tied(1)
+    path = compare.save_checkpoint(tmp_path / "tied.safetensors", source)
+    convert_checkpoint(path, tmp_path / "shards", shard_bytes=1)
+    shards = sorted((tmp_path / "shards").glob("*.safetensors"))
+    state = {key: tensor for shard in shards for key, tensor in load_file(shard).items()}
+    for plain in (load_file(path), state):
+        target = Tied(2)
+        target.load_state_dict(plain)
+        assert torch.equal(target.head.weight, source.embed.weight)
+    for checkpoint in (path, tmp_path / "shards"):
+        back = compare.read_checkpoint(checkpoint)
+        assert back["head.weight"] is back["embed.weight"], "still tied"
+        assert verify_checkpoint(checkpoint, path) == []
+
+
+def test_a_damaged_copy_of_a_tied_tensor_is_named(tmp_path: Path) -> None:
+    source = Tied(1)
+    path = compare.save_checkpoint(tmp_path / "tied.safetensors", source)
+    data = bytearray(path.read_bytes())
+    values = source.embed.weight.detach().numpy().tobytes()
+    first = data.index(values)
+    second = data.index(values, first + 1)
+    for begin in (first, second):
+        damaged = bytearray(data)
+        damaged[begin + 5] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(
+            CheckpointError, match=r"the values of (embed|head)\.weight are not those"
+        ):
+            compare.load_checkpoint(path, Tied(3))
 
 
 def test_a_file_without_a_manifest_says_so(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ...conversion.mapping import KeyPath, slashed
 from ...files.memory import Budget
 from ...files.printable import shown
@@ -28,8 +30,8 @@ from ..manifest import (
     start,
     torch_or_flax,
 )
-from ..reader import FileReader, Location, Reader
-from ..tensors import FileLayout, Spec, Tensors, checked
+from ..reader import PART_BYTES, FileReader, Location, Reader
+from ..tensors import FileLayout, Spec, Tensors, checked, with_copies
 
 _DTYPES = {
     "float64": "F64",
@@ -98,24 +100,48 @@ class SafetensorsReader(FileReader):
         specs: dict[KeyPath, Spec] = {key: header.specs[name] for key, name in names.items()}
         if manifest is not None:
             specs = in_manifests_order(path, specs, manifest)
+        aliases = dict(manifest.aliases) if manifest else _aliases(header)
+        self._copies: dict[KeyPath, list[KeyPath]] = {}
+        for key in [key for key in aliases if key in specs]:
+            self._copies.setdefault(aliases[key], []).append(key)
         super().__init__(
             {key: header.locations[name] for key, name in names.items()},
             path,
             layout,
-            specs,
+            {key: spec for key, spec in specs.items() if key not in aliases},
             manifest,
-            dict(manifest.aliases) if manifest else _aliases(header),
+            aliases,
             budget=budget,
             snapshot=snapshot,
         )
+
+    def require_checksum(self, path: KeyPath, digest: str) -> None:
+        """Check the copies under further names too: the library reads those."""
+        super().require_checksum(path, digest)
+        for copy in self._copies.get(path, ()):
+            super().require_checksum(copy, self._checksum(copy, self.specs[path]))
+
+    def _checksum(self, path: KeyPath, spec: Spec) -> str:
+        """Return the checksum of what lies in the file."""
+        assert self.algorithm is not None
+        digest = start(spec, self.algorithm)
+        for offset in range(0, spec.nbytes, PART_BYTES):
+            part = np.empty(min(PART_BYTES, spec.nbytes - offset), np.uint8)
+            self.fill(path, part.data, offset)
+            digest.update(part)
+        return str(digest.hexdigest())
 
 
 def write(path: Path, tensors: Tensors, rules: Rules = NO_RULES) -> None:
     """Write the tensors one by one. Torch names are written as they are, Flax paths with slashes.
 
+    The format has no names for one tensor twice, so tied torch tensors are written under each of
+    their names: `load_file` then returns a whole state dict.
+
     Raises:
         CheckpointError: the format lacks a dtype, or a name cannot be written.
     """
+    tensors = with_copies(tensors)
     names = {key: _name_of(path, key, tensors.layout) for key in tensors.specs}
     for key, spec in tensors.specs.items():
         if spec.dtype not in _DTYPES:
@@ -136,11 +162,9 @@ def write(path: Path, tensors: Tensors, rules: Rules = NO_RULES) -> None:
         end += tensors.specs[key].nbytes
 
     def header(manifest: Manifest) -> bytes:
-        tied = {str(key[0]): str(first[0]) for key, first in tensors.aliases.items()}
+        metadata = {KEY: manifest.dumps()}
         if tensors.layout == "torch":
-            metadata = {**tied, KEY: manifest.dumps(), "format": "pt"}
-        else:
-            metadata = {KEY: manifest.dumps()}
+            metadata["format"] = "pt"
         entries = {
             names[key]: {
                 "dtype": _DTYPES[tensors.specs[key].dtype],

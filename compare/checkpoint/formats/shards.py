@@ -20,7 +20,7 @@ from ...files.writing import NO_RULES, Rules, atomic_file, atomic_folder
 from ..errors import CheckpointError
 from ..manifest import KEY, Manifest, manifest_of
 from ..reader import Reader
-from ..tensors import Tensors
+from ..tensors import Tensors, with_copies
 from . import safetensors
 from .safetensors import Header, SafetensorsReader, read_header
 
@@ -126,6 +126,7 @@ def write(path: Path, tensors: Tensors, rules: Rules = NO_RULES, *, shard_bytes:
     Raises:
         CheckpointError: the folder exists and contains other files.
     """
+    tensors = with_copies(tensors)
     shards = _split(tensors, shard_bytes)
     sums: dict[KeyPath, str] = {}
     weight_map: dict[str, str] = {}
@@ -171,7 +172,11 @@ def _require_own(path: Path, folder: Path) -> None:
 def _shard_of(tensors: Tensors, keys: list[KeyPath]) -> Tensors:
     """Return the tensors of one shard."""
     specs = {key: tensors.specs[key] for key in keys}
-    aliases = {key: first for key, first in tensors.aliases.items() if first in specs}
+    aliases = {
+        key: first
+        for key, first in tensors.aliases.items()
+        if first in specs and (key in specs or key not in tensors.specs)
+    }
     return replace(tensors, specs=specs, aliases=aliases, mapping=None)
 
 
