@@ -80,7 +80,7 @@ DtypeOption = Annotated[
     str | None,
     typer.Option(
         "--dtype",
-        help="Cast floating tensors, except masks, to float64, float32, float16 or bfloat16.",
+        help="Cast floating tensors, except buffers, to float64, float32, float16 or bfloat16.",
     ),
 ]
 

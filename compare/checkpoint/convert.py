@@ -92,7 +92,7 @@ def convert_checkpoint(
         like: a checkpoint of the other framework; its names and shapes are matched with the
             source's to get the mapping.
         layout: the layout of a safetensors target. Default: the layout of the source.
-        dtype: the dtype that floating tensors, except masks, are cast to. Refused if a finite
+        dtype: the dtype that floating tensors, except buffers, are cast to. Refused if a finite
             number would become infinite.
         shard_bytes: write a folder of safetensors files of at most this size, with an index.
         dry_run: only return what would be done.

@@ -7,7 +7,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, overload
 
-import jax
 import numpy as np
 import torch
 from flax import nnx
@@ -15,9 +14,9 @@ from flax import nnx
 from ..conversion.apply_mapping import flax_from_torch
 from ..conversion.convert import StateDict, Variables
 from ..conversion.errors import ConversionError
-from ..conversion.mapping import LINEN, NNX, KeyPath, Policy, StateMapping, slashed
+from ..conversion.mapping import LINEN, NNX, KeyPath, Policy, StateMapping
 from ..conversion.match import allowing, match
-from ..conversion.state_kinds import FlaxSide, flax_side, specs_side
+from ..conversion.state_kinds import FlaxSide, flax_side, specs_side, torch_kinds
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from ..dtypes import numpy_dtype
 from ..files.memory import collector_paused
@@ -28,7 +27,7 @@ from .formats import open_checkpoint
 from .formats.shards import index_in
 from .load_flax import flax_leaves, install
 from .load_torch import fill_torch, require_fit
-from .manifest import is_mask
+from .manifest import is_cast
 from .reader import Reader
 from .tensors import Tensors, whole
 from .transforms import cast_array, relaid
@@ -81,7 +80,9 @@ def load_checkpoint(
         policy: patterns of names to what happens if one side lacks the entry. `ignore`: the target
             keeps its own value, and a value of the file is dropped. `verify`: the same, but only if
             the value is the standard causal mask.
-        cast: whether floating values may be cast to the target's dtype.
+        cast: whether floating values may be cast to the target's dtype, and int32 to int64. A
+            buffer, which may be a mask, keeps its values: in Flax it keeps the dtype of the file,
+            and in torch it is refused if a value would change.
         memory: the most bytes that what is read and held at once may take. Default: the memory that
             is free.
 
@@ -295,10 +296,12 @@ def _into_torch(
         state = _whole_state(tensors)
     state = {key: tensor for key, tensor in state.items() if key not in dropped}
     if cast:
-        module_state = module.state_dict()
+        module_state, module_kinds = module.state_dict(), torch_kinds(module)
         for key in [key for key in state if key in module_state]:
-            state[key] = _cast(stored.path, key, state[key], module_state[key].dtype)
-    _require_masks(stored.path, tensors, state)
+            kept = state[key]
+            state[key] = _cast(stored.path, key, kept, module_state[key].dtype)
+            if "buffer" in (kinds.get(key), module_kinds.get(key)):
+                _require_unchanged(stored.path, key, kept, state[key])
     return fill_torch(module, state)
 
 
@@ -317,10 +320,12 @@ def _torch_into_flax(
     # This checks names and shapes; no values are read from a file that does not fit.
     relaid(stored.path, stored.tensors(), table)
     state = _state(stored.read(), stored.aliases)
-    _require_masks(stored.path, stored.tensors(), state)
     if cast:
         for key in [key for key in table.by_key if key in state]:
-            leaf = side.leaves[table.by_key[key][0].path]
+            path = table.by_key[key][0].path
+            if not is_cast(path, side.kinds[path]):
+                continue
+            leaf = side.leaves[path]
             dtype = getattr(torch, np.dtype(leaf.dtype).name)
             state[key] = _cast(stored.path, key, state[key], dtype)
     arrays, mismatch = flax_from_torch(state, side.leaves, table, copy=True)
@@ -334,8 +339,6 @@ def _flax_into_flax(
 ) -> Callable[[], Any]:
     side = flax_side(target)
     leaves = flax_leaves(stored, side, policy, cast)
-    for path, array in leaves.items():
-        _require_no_nan(stored.path, path, side.kinds[path], array)
     return lambda: install(target, leaves)
 
 
@@ -381,26 +384,21 @@ def _owned(array: np.ndarray) -> np.ndarray:
     )
 
 
-def _require_masks(path: Path, tensors: Tensors, state: StateDict) -> None:
-    for key, tensor in state.items():
-        kind = tensors.kinds.get((key,), "unknown")
-        if tensor.is_floating_point() and is_mask((key,), kind) and bool(torch.isnan(tensor).any()):
-            raise _nan(path, key, int(torch.isnan(tensor).sum()))
+def _require_unchanged(path: Path, key: str, before: torch.Tensor, after: torch.Tensor) -> None:
+    """Raise CheckpointError if a cast changed a value of a buffer.
 
-
-def _require_no_nan(path: Path, steps: KeyPath, kind: str, array: jax.Array) -> None:
-    if is_mask(steps, kind) and array.dtype.kind not in "biu":
-        is_nan = np.isnan(np.asarray(array).astype(np.complex128))
-        if is_nan.any():
-            raise _nan(path, slashed(steps), int(is_nan.sum()))
-
-
-def _nan(path: Path, key: str, count: int) -> CheckpointError:
-    return CheckpointError(
-        path,
-        f"{shown(key)} holds NaN, which one framework treats as blocked and another propagates",
-        key=key,
-        expected="numbers",
-        found=f"{count} NaN",
-        mend="write 0 where a mask is open and 1 where it blocks",
-    )
+    A mask blocks where it is not 0, and a small number may become 0 in a narrower dtype.
+    """
+    if after is before:
+        return
+    was, becomes = before.double(), after.double()
+    differs = (was != becomes) & ~(was.isnan() & becomes.isnan())
+    if bool(differs.any()):
+        raise CheckpointError(
+            path,
+            f"{shown(key)} is a buffer, and {int(differs.sum())} of its values would change",
+            key=key,
+            expected=f"values that {after.dtype} has",
+            found=f"{was[differs][0]:.3g}",
+            mend=f"keep its dtype: module.{key} = module.{key}.to({before.dtype}) first",
+        )

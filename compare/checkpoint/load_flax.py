@@ -18,6 +18,7 @@ from ..conversion.state_kinds import FlaxSide, linen_entries, one_trained, specs
 from ..conversion.tensors import Untransferable, numpy_to_tensor, to_jax
 from ..conversion.unmatched import decided, may_lack, objection
 from ..dtypes import FLOATING
+from .manifest import is_cast
 from .reader import Reader
 from .transforms import cast_array
 
@@ -86,7 +87,8 @@ def flax_leaves(
     for path, source in pairs.items():
         try:
             array, leaf = arrays[source], side.leaves[path]
-            if cast and {array.dtype.name, np.dtype(leaf.dtype).name} <= {*FLOATING}:
+            may_cast = cast and is_cast(path, side.kinds[path])
+            if may_cast and {array.dtype.name, np.dtype(leaf.dtype).name} <= {*FLOATING}:
                 array = cast_array(stored.path, names[path], array, np.dtype(leaf.dtype))
             leaves[path] = _leaf(array, leaf)
         except Untransferable as error:

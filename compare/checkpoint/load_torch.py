@@ -191,13 +191,14 @@ def _refusal(key: str, dtype: str, expected: Tensor, cast: bool) -> str | None:
     ):
         return f"the module's is an expanded view: `module.{key} = module.{key}.clone()` first"
     floating = file_dtype.is_floating_point and expected.dtype.is_floating_point
-    if file_dtype == expected.dtype or (cast and floating):
+    if file_dtype == expected.dtype:
         return None
-    # JAX without x64 makes int32 of int64; no value is lost.
-    if (file_dtype, expected.dtype) == (torch.int32, torch.int64):
+    # JAX without x64 makes int32 of int64; the way back loses no value.
+    may_cast = floating or (file_dtype, expected.dtype) == (torch.int32, torch.int64)
+    if may_cast and cast:
         return None
-    if floating:
-        mend = f"module.to({file_dtype})"
-    else:
-        mend = f"module.{key} = module.{key}.to({file_dtype})"
-    return f"is {file_dtype}; the module has {expected.dtype}: `{mend}` first"
+    whole = (
+        f"module.to({file_dtype})" if floating else f"module.{key} = module.{key}.to({file_dtype})"
+    )
+    mend = f"`{whole}` first" + (", or pass cast=True" if may_cast else "")
+    return f"is {file_dtype}; the module has {expected.dtype}: {mend}"

@@ -192,6 +192,14 @@ def is_mask(path: KeyPath, kind: str) -> bool:
     return kind != "parameter" and str(path[-1]).rpartition(".")[2] == "mask"
 
 
+def is_cast(path: KeyPath, kind: str) -> bool:
+    """Return whether a cast may change the entry: not a buffer, which may block by its values.
+
+    Where the kind is not known, only an entry named `mask` is taken for a buffer.
+    """
+    return not (kind == "buffer" or is_mask(path, kind))
+
+
 def checksum(pieces: Iterable[np.ndarray], spec: Spec, algorithm: Algorithm = "crc32") -> str:
     """Return the checksum of consecutive pieces of one tensor."""
     digest = start(spec, algorithm)

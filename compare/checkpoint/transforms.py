@@ -15,7 +15,7 @@ from ..conversion.unmatched import objection, refill_of, refilled
 from ..dtypes import FLOATING, FLOATS, numpy_dtype
 from ..files.printable import shown
 from .errors import CheckpointError
-from .manifest import is_mask
+from .manifest import is_cast
 from .tensors import Spec, Tensors, whole
 
 
@@ -218,7 +218,7 @@ def cast_array(path: Path, name: str, array: np.ndarray, dtype: np.dtype) -> np.
 
 
 def cast(tensors: Tensors, dtype: str, path: Path) -> Tensors:
-    """Return the tensors with floating values, except those of masks, in another dtype.
+    """Return the tensors with floating values, except those of buffers, in another dtype.
 
     Raises:
         CheckpointError: the dtype is not floating; or, while the values are read, a finite number
@@ -228,17 +228,17 @@ def cast(tensors: Tensors, dtype: str, path: Path) -> Tensors:
         raise CheckpointError(
             path, f"cannot be cast to {dtype}", expected=f"one of {', '.join(FLOATS)}", found=dtype
         )
-    is_cast = {
-        key: spec.dtype in FLOATING and not is_mask(key, tensors.kinds.get(key, "unknown"))
+    changes = {
+        key: spec.dtype in FLOATING and is_cast(key, tensors.kinds.get(key, "unknown"))
         for key, spec in tensors.specs.items()
     }
     specs = {
-        key: spec._replace(dtype=dtype) if is_cast[key] else spec
+        key: spec._replace(dtype=dtype) if changes[key] else spec
         for key, spec in tensors.specs.items()
     }
 
     def pieces(key: KeyPath) -> Iterable[np.ndarray]:
-        if not is_cast[key]:
+        if not changes[key]:
             return tensors.pieces(key)
         target = numpy_dtype(dtype)
         return (cast_array(path, slashed(key), piece, target) for piece in tensors.pieces(key))

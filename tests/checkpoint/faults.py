@@ -927,13 +927,6 @@ STATE = [
         r"mask has shape \(1, 1\)",
     ),
     Fault(
-        "NaN in the mask",
-        changed_state(
-            ".safetensors", lambda tensors: tensors["mask"].__setitem__((0, 1), torch.nan)
-        ),
-        r"mask holds NaN, .*found 1 NaN",
-    ),
-    Fault(
         "numbers into a mask of bool",
         changed_state(".pth", lambda tensors: tensors.update(mask=tensors["mask"].double())),
         r"mask: is torch.float64; the module has torch.float32|JAX would narrow torch.float64",

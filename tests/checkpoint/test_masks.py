@@ -1,26 +1,30 @@
 """An edited mask survives every format, from each implementation into each, in new processes."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 
 import compare
+import flax_impl
 from compare.checkpoint.convert import convert_checkpoint
 from compare.checkpoint.errors import CheckpointError
 from compare.checkpoint.formats import open_checkpoint
 from compare.conversion.convert import torch_to_linen, torch_to_nnx
 from compare.conversion.tensors import numpy_to_tensor, tensor_to_numpy
-from compare.dtypes import numpy_dtype
+from compare.dtypes import DTYPES, numpy_dtype
 from compare.proof.cases import FRAMEWORKS, PRIME
 from compare.runners.run import build_nnx, build_torch, linen_template
 from compare.subprocesses import ON_CPU, run_module
 
-from ..support import linen_variables, nnx_model, same_bits, state_of, torch_module
+from ..support import linen_variables, same_bits, state_of, torch_module
 from .mask_reader import digest
 
 SUFFIXES = (".pth", ".safetensors", ".msgpack", ".orbax")
@@ -121,16 +125,128 @@ def test_dtype_and_polarity_are_declared(suffix: str, tmp_path: Path) -> None:
     assert (mask["dtype"], mask["kind"], mask["polarity"]) == ("int8", "buffer", "nonzero blocks")
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_mask_with_nan_is_refused_by_all(suffix: str, tmp_path: Path) -> None:
-    mask = CAUSAL.copy()
-    mask[0, 1] = np.nan
-    path = compare.save_checkpoint(tmp_path / f"state{suffix}", holders(mask)["linen"])
-    for target in (torch_module(PRIME), linen_variables(PRIME), nnx_model(PRIME)):
-        with pytest.raises(
-            CheckpointError, match=r"mask holds NaN.*found 1 NaN: write 0 where a mask is open"
-        ):
-            compare.load_checkpoint(path, target)
+# JAX without x64 has no 64-bit dtypes; int64 becomes int32.
+IN_BOTH = sorted({*DTYPES} - {"float64", "complex128", "uint64"})
+INPUTS = np.random.default_rng(0).standard_normal((2, 7, PRIME.input_embedding_dim), np.float32)
+
+
+def _blocking_values(dtype: str) -> list[Any]:
+    """Values that are not 0 in this dtype: the largest, the smallest, and NaN if there is one."""
+    numpy = numpy_dtype(dtype)
+    if dtype == "bool":
+        return [True]
+    if dtype == "int64":  # JAX without x64 holds what fits int32
+        return [2**31 - 1, 1, -(2**31)]
+    if numpy.kind in "iu":
+        return [np.iinfo(numpy).max, 1, *([np.iinfo(numpy).min] if numpy.kind == "i" else [])]
+    if numpy.kind == "c":
+        return [1e-45j, complex(np.nan, 0), 2.0]
+    limits = ml_dtypes.finfo(numpy)
+    return [limits.max, limits.smallest_subnormal, np.nan]
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex")
+@pytest.mark.parametrize("dtype", IN_BOTH)
+def test_one_verdict_on_a_mask_of_every_dtype(dtype: str, tmp_path: Path) -> None:
+    """What is not 0 blocks when called, and comes back from a file, in all three."""
+    expected = _called(holders(CAUSAL))
+    zero = dtype == "float8_e8m0fnu"  # it has powers of 2, and no 0
+    for index, value in enumerate(_blocking_values(dtype)):
+        pattern = np.ones_like(CAUSAL) if zero else CAUSAL
+        mask = np.where(pattern != 0, value, 0 if not zero else 1).astype(numpy_dtype(dtype))
+        sources = holders(mask)
+        for framework, outputs in _called(sources).items():
+            wanted = np.full_like(outputs, np.nan) if zero else expected[framework]
+            assert np.array_equal(outputs, wanted, equal_nan=True), (framework, value)
+        for writer, source in sources.items():
+            path = compare.save_checkpoint(tmp_path / f"{writer}{index}.msgpack", source)
+            for target in holders(mask).values():
+                loaded = compare.load_checkpoint(path, target, cast=dtype == "int64")
+                assert same_bits(_mask_of(loaded), _mask_of(target)), (writer, value)
+
+
+def _called(sources: dict[str, Any]) -> dict[str, np.ndarray]:
+    linen = flax_impl.CausalAttentionWithBuffer(**_arguments())
+    with torch.no_grad():
+        return {
+            "torch": sources["torch"].eval()(torch.from_numpy(INPUTS)).numpy(),
+            "linen": np.asarray(linen.apply(sources["linen"], INPUTS)),
+            "nnx": np.asarray(_evaluated(sources["nnx"])(INPUTS)),
+        }
+
+
+def _evaluated(model: Any) -> Any:
+    model.eval()
+    return model
+
+
+def _arguments() -> dict[str, Any]:
+    return {
+        "input_embedding_dim": PRIME.input_embedding_dim,
+        "output_embedding_dim": PRIME.output_embedding_dim,
+        "context_length": 7,
+        "dropout": 0.1,
+    }
+
+
+def _mask_of(holder: Any) -> np.ndarray:
+    if isinstance(holder, dict):
+        return np.asarray(holder["buffers"]["mask"])
+    mask = holder.mask
+    return tensor_to_numpy(mask) if isinstance(mask, torch.Tensor) else np.asarray(mask[...])
+
+
+def test_a_cast_never_opens_a_mask(tmp_path: Path) -> None:
+    """Whatever the buffer is called: 1e-30 would be 0 in float16."""
+    source: Any = torch.nn.Module()
+    source.register_buffer("causal", torch.from_numpy(_with(1e-30)))
+    source.weight = torch.nn.Parameter(torch.ones(2))
+    path = compare.save_checkpoint(tmp_path / "a.safetensors", source)
+    convert_checkpoint(path, tmp_path / "half.pth", dtype="float16")
+    half = compare.read_checkpoint(tmp_path / "half.pth")
+    assert torch.equal(half["causal"], source.causal) and half["weight"].dtype == torch.float16
+    target = copy.deepcopy(source).half()
+    with pytest.raises(
+        CheckpointError, match=r"causal is a buffer, and 21 of its values would change.*1e-30: keep"
+    ):
+        compare.load_checkpoint(path, target, cast=True)
+    target.causal = target.causal.to(torch.float32)  # as the error says
+    compare.load_checkpoint(path, target, cast=True)
+    assert torch.equal(target.causal, source.causal) and target.weight.dtype == torch.float16
+    variables = {
+        "params": {"weight": jnp.ones(2, "float16")},
+        "buffers": {"causal": jnp.ones((7, 7), "float16")},
+    }
+    loaded = compare.load_checkpoint(path, variables, cast=True)
+    again = compare.save_checkpoint(tmp_path / "b.msgpack", loaded)
+    for each in (loaded, compare.load_checkpoint(again, variables, cast=True)):
+        assert each["params"]["weight"].dtype == jnp.float16
+        assert same_bits(np.asarray(each["buffers"]["causal"]), _with(1e-30))
+
+
+def test_an_exact_cast_of_a_buffer_is_made_only_on_demand(tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "a.pth", torch_module(PRIME))
+    half = torch_module(PRIME).half()
+    with pytest.raises(CheckpointError, match=r"or pass cast=True"):
+        compare.load_checkpoint(path, half)
+    assert compare.load_checkpoint(path, half, cast=True).mask.dtype == torch.float16
+    assert torch.equal(half.mask, torch.from_numpy(CAUSAL).half())
+
+
+def test_an_integer_is_cast_only_on_demand(tmp_path: Path) -> None:
+    target: Any = torch.nn.Module()
+    target.register_buffer("step", torch.zeros(2, dtype=torch.int64))
+    path = compare.save_checkpoint(
+        tmp_path / "a.pth", {"step": torch.tensor([1, -(2**31)], dtype=torch.int32)}
+    )
+    with pytest.raises(
+        CheckpointError, match=r"is torch.int32; the module has torch.int64.*cast=True"
+    ):
+        compare.load_checkpoint(path, target)
+    assert compare.load_checkpoint(path, target, cast=True).step.tolist() == [1, -(2**31)]
+    narrow = compare.save_checkpoint(tmp_path / "b.pth", {"step": torch.ones(2, dtype=torch.int16)})
+    with pytest.raises(CheckpointError, match=r"is torch.int16; the module has torch.int64"):
+        compare.load_checkpoint(narrow, target, cast=True)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
