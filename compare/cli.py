@@ -18,7 +18,15 @@ from typer.rich_utils import rich_format_error
 
 from . import __version__
 from .commands.jobs import Job
-from .commands.run import Files, require_device, require_exists, require_packages, require_writable
+from .commands.run import (
+    ClickError,
+    Files,
+    UnsoundError,
+    require_device,
+    require_exists,
+    require_packages,
+    require_writable,
+)
 from .commands.run import run as run_jobs
 from .files.printable import readable, shown
 
@@ -506,7 +514,10 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         sys.exit(app(prog_name=_program(), standalone_mode=False))
-    except _UsageError as error:
+    except UnsoundError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except ClickError as error:
         error.message = readable(error.message)
         rich_format_error(error)
         sys.exit(error.exit_code)
@@ -517,12 +528,6 @@ def main() -> None:
         (number,) = ended.args
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
-
-
-# Typer carries its own copy of Click or uses the installed one, depending on its version.
-_UsageError: Any = next(
-    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
-)
 
 
 def _program() -> str:

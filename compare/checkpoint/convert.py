@@ -16,7 +16,7 @@ from .errors import CheckpointError, naming
 from .formats import KNOWN, exists, format_of, shards
 from .load import named, side_of, steady
 from .reader import Reader
-from .save import writable, write
+from .save import require_folder, writable, write
 from .tensors import FileLayout, Spec, Tensors
 from .transforms import Progress, cast, relaid, silent, watched
 
@@ -107,7 +107,12 @@ def convert_checkpoint(
     path = Path(target)
     if str(target).endswith("/") and not path.is_dir():
         raise CheckpointError(
-            target, "ends with a slash, and is not a folder yet", mend="leave the slash out"
+            target,
+            "ends with a slash, and is not a folder yet",
+            expected="a name",
+            found="a slash at its end",
+            mend="leave the slash out",
+            is_usage=True,
         )
     chosen = format_of(path) if shard_bytes is None else None
     allowed = chosen.layouts if chosen else ("torch", "linen", "nnx")
@@ -116,11 +121,19 @@ def convert_checkpoint(
             path,
             f"layout={layout!r} has no effect: {path.suffix or 'an Orbax folder'} holds only "
             f"the {_torch_or_flax(allowed[0])} layout",
+            expected=f"layout={_torch_or_flax(allowed[0])!r}, or none",
+            found=f"layout={layout!r}",
             mend="leave layout (--layout) out",
+            is_usage=True,
         )
     if mapping is not None and like is not None:
         raise CheckpointError(
-            path, "like has no effect beside mapping", mend="leave mapping or like out"
+            path,
+            "like has no effect beside mapping",
+            expected="one of them",
+            found="both",
+            mend="leave mapping or like out",
+            is_usage=True,
         )
     resolved = writable(path, chosen) if chosen else _folder(path)
     others = [] if like is None else [Path(like), *shards.files_in(Path(like))]
@@ -134,7 +147,10 @@ def convert_checkpoint(
                     path,
                     f"{argument} has no effect: source and target both have "
                     f"the {_torch_or_flax(stored.layout)} layout",
+                    expected="no mapping",
+                    found=argument,
                     mend="leave it out",
+                    is_usage=True,
                 )
         tensors, lines = planned(
             stored, allowed, mapping=mapping, like=like, layout=layout, dtype=dtype
@@ -220,7 +236,12 @@ def _mapping(
     if stored.specs.keys() <= known:
         return attention
     raise CheckpointError(
-        stored.path, "does not say how its names pair with the other framework's", mend=_MEND
+        stored.path,
+        "does not say how its names pair with the other framework's",
+        expected="a mapping in it, or the names of the attention classes",
+        found="neither",
+        mend=_MEND,
+        is_usage=True,
     )
 
 
@@ -243,15 +264,18 @@ def matched(
         if (other.layout == "torch") == (stored.layout == "torch"):
             raise CheckpointError(
                 like,
-                f"has the {other.layout} layout, as the source has: "
-                "give a checkpoint of the other framework",
+                f"has the {other.layout} layout, as the source has",
+                expected="a checkpoint of the other framework",
+                found=other.layout,
+                mend="give a checkpoint of the other framework",
+                is_usage=True,
             )
         return paired(stored, other)
 
     return steady(like, work, stored.budget.limit)
 
 
-def paired(stored: Reader, other: Reader, mend: str = "") -> StateMapping:
+def paired(stored: Reader, other: Reader, mend: str = _MEND) -> StateMapping:
     """Return how the names of two checkpoints pair, as `compare.match` finds it.
 
     Args:
@@ -266,12 +290,8 @@ def paired(stored: Reader, other: Reader, mend: str = "") -> StateMapping:
     try:
         return match(named(torch), side_of(flax))
     except ConversionError as error:
-        raise CheckpointError(
-            stored.path,
-            f"does not pair with {shown(other.path)}:\n{error.mismatch}",
-            error.mismatch,
-            mend=mend,
-        ) from error
+        reason = f"does not pair with {shown(other.path)}"
+        raise CheckpointError.unfit(stored.path, reason, error.mismatch, mend) from error
 
 
 def _has_names_of(mapping: StateMapping, stored: Reader) -> bool:
@@ -311,17 +331,29 @@ def _folder(path: Path) -> Path:
         raise CheckpointError(
             path,
             "would be a folder of shards, but is named like an index",
+            expected="a name without a suffix",
+            found=shards.INDEX,
             mend="name it without a suffix",
+            is_usage=True,
         )
     if path.suffix.lower() in KNOWN:
         raise CheckpointError(
             path,
             f"would be a folder of shards, but {path.suffix} is the suffix of another format",
+            expected="a name without a suffix",
+            found=path.suffix,
             mend="name it without a suffix",
+            is_usage=True,
         )
     if exists(path) and not path.is_dir():
-        raise CheckpointError(path, "is not a folder, which shards need: choose another name")
+        raise CheckpointError(
+            path,
+            "is not a folder, which shards need",
+            expected="a folder",
+            found="something else",
+            mend="choose another name",
+            is_usage=True,
+        )
     target = path.resolve()
-    if not target.parent.is_dir():
-        raise CheckpointError(path, f"the folder {target.parent} does not exist; make it first")
+    require_folder(path, target.parent)
     return target

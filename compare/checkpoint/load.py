@@ -129,18 +129,15 @@ def load_checkpoint(
                 return _torch_into_flax(stored, target, mapping, policy or {}, cast)
             return _flax_into_flax(stored, target, policy or {}, cast)
         except ConversionError as error:
-            raise CheckpointError(
-                path,
-                f"does not fit the target; nothing was loaded:\n{error.mismatch}",
-                error.mismatch,
-            ) from error
+            reason = "does not fit the target; nothing was loaded"
+            raise CheckpointError.unfit(path, reason, error.mismatch) from error
 
     with collector_paused():
         assign = steady(path, prepare, memory)
     try:
         return assign()
     except ConversionError as error:
-        raise CheckpointError(path, f"was not loaded:\n{error.mismatch}", error.mismatch) from error
+        raise CheckpointError.unfit(path, "was not loaded", error.mismatch) from error
 
 
 def read_checkpoint(
@@ -174,12 +171,9 @@ def read_checkpoint(
         except CheckpointError as error:
             if not error.mismatch or mapping or stored.mapping:
                 raise
-            raise CheckpointError(
-                path,
-                f"does not contain the variables of the attention classes:\n{error.mismatch}",
-                error.mismatch,
-                mend="pass mapping=compare.match(module, template)",
-            ) from error
+            reason = "does not contain the variables of the attention classes"
+            mend = "pass mapping=compare.match(module, template)"
+            raise CheckpointError.unfit(path, reason, error.mismatch, mend) from error
 
     return steady(path, read, memory)
 
@@ -228,6 +222,8 @@ def steady(
     raise CheckpointError(
         path,
         f"was replaced {_MAX_TRIES} times while it was read",
+        expected="one checkpoint for as long as it is read",
+        found=f"{_MAX_TRIES} others",
         mend="read it when nothing writes to it",
     )
 

@@ -16,7 +16,7 @@ from ..conversion.errors import ConversionError, Mismatch, MismatchEntry
 from ..conversion.mapping import KeyPath, Policy, dotted, slashed
 from ..conversion.state_kinds import FlaxSide, linen_entries, one_trained, specs_side
 from ..conversion.tensors import Untransferable, numpy_to_tensor, to_jax
-from ..conversion.unmatched import decided, may_lack, objection
+from ..conversion.unmatched import decided, lacking, objection
 from ..dtypes import FLOATING
 from .manifest import is_cast
 from .reader import Reader
@@ -43,11 +43,11 @@ def flax_leaves(
     for path, leaf in side.leaves.items():
         target_name, sources = slashed(path), by_name.get(names[path], [])
         if not sources:
-            missing += (
-                []
-                if may_lack(target_name, leaf, policy)
-                else [MismatchEntry(names[path], target_name, expected=tuple(leaf.shape))]
-            )
+            if (reason := lacking(target_name, leaf, policy)) is not None:
+                expected = tuple(leaf.shape)
+                missing.append(
+                    MismatchEntry(names[path], target_name, expected=expected, reason=reason)
+                )
         elif len(sources) > 1:
             refused.append(
                 MismatchEntry(

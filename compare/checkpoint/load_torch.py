@@ -12,7 +12,7 @@ from ..conversion.convert import StateDict
 from ..conversion.errors import ConversionError, Mismatch, MismatchEntry
 from ..conversion.mapping import Policy
 from ..conversion.state_kinds import one_trained, same_memory, torch_kinds
-from ..conversion.unmatched import decided, host_values, may_lack, objection
+from ..conversion.unmatched import decided, host_values, lacking, objection
 from .tensors import Spec
 
 
@@ -37,12 +37,12 @@ def require_fit(
     }
     tied, module_kinds = _tied(wanted), torch_kinds(module)
     missing = [
-        MismatchEntry(key, "the module's", expected=tuple(tensor.shape))
+        MismatchEntry(key, "the module's", expected=tuple(tensor.shape), reason=reason)
         for key, tensor in wanted.items()
         if key not in specs
         and not tied.get(key, set()) & specs.keys()
         and key not in left
-        and not may_lack(key, tensor, policy)
+        and (reason := lacking(key, tensor, policy)) is not None
     ]
     extra = [key for key in specs if key not in wanted]
     dropped = {key for key in extra if decided(key, policy) in ("ignore", "verify")}
@@ -55,6 +55,7 @@ def require_fit(
             key,
             "the module",
             reason=f"is a {type(entry).__name__} in the module; only tensors are stored",
+            mend="keep it as a buffer, or leave get_extra_state out",
         )
         for key, entry in module_state.items()
         if key not in wanted
@@ -64,6 +65,7 @@ def require_fit(
             key,
             "the module",
             reason=f"is a {kinds[key]} in the file and a {module_kinds[key]} in the module",
+            mend="register it on both sides alike",
         )
         for key in wanted
         if one_trained(kinds.get(key, "unknown"), module_kinds.get(key, "unknown"))
@@ -98,6 +100,7 @@ def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.
                     key,
                     "the module",
                     reason=f"is tied to {first} in the module, and has other values",
+                    mend="load it into a module that does not tie them",
                 )
             )
     refused += _overwritten(wanted, state) if not refused else []
@@ -120,9 +123,9 @@ def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.
             if not isinstance(error, Exception):
                 raise
             reason = f"load_state_dict failed: {type(error).__name__}: {error}"
-            raise ConversionError(
-                Mismatch(refused=(MismatchEntry("state", "the module", reason=reason),))
-            ) from error
+            mend = "see what its hooks and its own loading expect"
+            entry = MismatchEntry("state", "the module", reason=reason, mend=mend)
+            raise ConversionError(Mismatch(refused=(entry,))) from error
         return module
 
     return assign
@@ -158,7 +161,8 @@ def _overwritten(wanted: Mapping[str, Tensor], state: StateDict) -> list[Mismatc
                     "lies in the same memory as another entry of the module, "
                     "which has other values here"
                 )
-                refused.append(MismatchEntry(key, "the module", reason=reason))
+                mend = "give the entries memory of their own: `tensor.clone()`"
+                refused.append(MismatchEntry(key, "the module", reason=reason, mend=mend))
     return refused
 
 

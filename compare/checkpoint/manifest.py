@@ -264,6 +264,8 @@ def in_manifests_order(
             if key in absent
             else f"the manifest does not know {name}",
             key=slashed(key),
+            expected="the same tensors in the file and its manifest",
+            found="one of them alone has it",
             mend="the file was changed: take another copy",
         )
     for key, record in manifest.records.items():

@@ -215,6 +215,8 @@ class Reader:
             raise CheckpointError(
                 self.path,
                 "was changed while it was read",
+                expected="the files that were opened",
+                found="others, or other content",
                 mend="read it when nothing writes to it",
             )
 

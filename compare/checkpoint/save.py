@@ -59,14 +59,12 @@ def save_checkpoint(
         write(path, target, chosen, _tensors(path, source, mapping, chosen))
     except (TypeError, RecursionError) as error:  # leaves that are not arrays, endless dicts
         mend = "give a torch or NNX module, a state dict or Linen variables"
-        raise CheckpointError(path, shown(error).removeprefix("template "), mend=mend) from error
+        reason = shown(error).removeprefix("template ")
+        expected = "names and arrays"
+        raise CheckpointError(path, reason, expected=expected, found=reason, mend=mend) from error
     except ConversionError as error:
-        raise CheckpointError(
-            path,
-            f"the state cannot be stored in this format:\n{error.mismatch}",
-            error.mismatch,
-            mend=_MEND,
-        ) from error
+        reason = "the state cannot be stored in this format"
+        raise CheckpointError.unfit(path, reason, error.mismatch, _MEND) from error
     return path
 
 
@@ -78,14 +76,31 @@ def writable(path: Path, chosen: Format) -> Path:
     """
     exists(path)
     target = path.resolve()
-    if not target.parent.is_dir():
-        raise CheckpointError(path, f"the folder {target.parent} does not exist; make it first")
+    require_folder(path, target.parent)
     if target.exists() and not (target.is_dir() if chosen.is_folder else target.is_file()):
         wanted = "a folder" if chosen.is_folder else "a regular file"
         raise CheckpointError(
-            path, f"is not {wanted}, which this format writes", mend="choose another name"
+            path,
+            f"is not {wanted}, which this format writes",
+            expected=wanted,
+            found="something else",
+            mend="choose another name",
+            is_usage=True,
         )
     return target
+
+
+def require_folder(path: Path, folder: Path) -> None:
+    """Raise CheckpointError unless the folder exists in which `path` is to be written."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            path,
+            f"the folder {shown(folder)} does not exist",
+            expected="a folder to write to",
+            found="no folder",
+            mend="make it first",
+            is_usage=True,
+        )
 
 
 def write(
@@ -139,6 +154,8 @@ def write(
         raise CheckpointError(
             path,
             f"could not be written ({shown(reason)}); what was there before is unchanged",
+            expected="a file that can be written",
+            found=shown(reason),
             mend=_mend(reason, size),
         ) from error
 
@@ -176,7 +193,13 @@ def _require_readable(path: Path, chosen: Format, tensors: Tensors, new: Path) -
     try:
         with chosen.open(new, Budget()) as stored:
             if dict(stored.specs) != dict(tensors.specs):
-                raise CheckpointError(path, "it would hold other names or shapes")
+                raise CheckpointError(
+                    path,
+                    "it would hold other names or shapes",
+                    expected=f"{len(tensors.specs):,} tensors",
+                    found=f"{len(stored.specs):,}, not all as they were given",
+                    mend="use simpler names, or another format",
+                )
     except FileError as error:
         raise CheckpointError(
             path,
@@ -192,7 +215,11 @@ def _tensors(path: Path, source: Source, mapping: StateMapping | None, chosen: F
     """Return the source's state in a layout that the format can hold."""
     if isinstance(source, nnx.State):
         raise CheckpointError(
-            path, "an nnx.State does not say which module it belongs to; give the NNX model"
+            path,
+            "an nnx.State does not say which module it belongs to",
+            expected="an NNX model",
+            found="an nnx.State",
+            mend="give the NNX model",
         )
     nested = isinstance(source, Mapping) and any(
         isinstance(value, Mapping) for value in source.values()
@@ -210,13 +237,19 @@ def _tensors(path: Path, source: Source, mapping: StateMapping | None, chosen: F
     except CheckpointError as error:
         if mapping:
             raise
-        raise CheckpointError(path, error.reason, error.mismatch, mend=_MEND) from error
+        if not error.mismatch:
+            raise
+        reason = "the state does not fit the names of the attention classes"
+        raise CheckpointError.unfit(path, reason, error.mismatch, _MEND) from error
 
 
 def _unpaired(path: Path) -> CheckpointError:
     return CheckpointError(
         path,
         "stores the other framework's layout, and nothing says how the names pair",
+        expected="a mapping, or the names of the attention classes",
+        found="neither",
+        is_usage=True,
         mend="pass mapping=compare.match(module, template)",
     )
 
@@ -226,8 +259,10 @@ def _from_torch(path: Path, source: Any, mapping: StateMapping | None) -> Tensor
     if not isinstance(tensors, Mapping) or not tensors:
         raise CheckpointError(
             path,
-            f"there is no state in a {type(source).__name__}; give a torch or NNX module, "
-            "a state dict or Linen variables",
+            f"there is no state in a {type(source).__name__}",
+            expected="state",
+            found=f"a {type(source).__name__}",
+            mend="give a torch or NNX module, a state dict or Linen variables",
         )
     kinds = torch_kinds(source) if isinstance(source, torch.nn.Module) else {}
     return _torch_tensors(path, tensors, kinds, mapping)
@@ -258,17 +293,27 @@ def _torch_tensors(
 def _host_tensor(path: Path, key: Any, value: Any) -> np.ndarray:
     if not isinstance(key, str):
         raise CheckpointError(
-            path, f"the key {shown(repr(key))} is a {type(key).__name__}; a state dict has names"
+            path,
+            f"the key {shown(repr(key))} is a {type(key).__name__}; a state dict has names",
+            key=shown(repr(key)),
+            expected="a name",
+            found=type(key).__name__,
+            mend=f"write {shown(str(key))!r}",
         )
     if not isinstance(value, Tensor):
         raise CheckpointError(
-            path, f"{shown(key)} is a {type(value).__name__}; expected a tensor", key=key
+            path,
+            f"{shown(key)} is a {type(value).__name__}; expected a tensor",
+            key=key,
+            expected="a tensor",
+            found=f"a {type(value).__name__}",
+            mend="give a state dict of tensors only",
         )
     try:
         array = tensor_to_numpy(dense(value))
         spec_of(array)
     except ValueError as error:  # includes Untransferable
-        raise CheckpointError(path, f"{shown(key)}: {error}", key=key) from error
+        raise _unstorable(path, key, error) from error
     return array
 
 
@@ -294,11 +339,27 @@ def _host_leaf(path: Path, key: tuple[Any, ...], leaf: Any) -> np.ndarray:
     name = slashed(key)
     if not isinstance(leaf, jax.Array | np.ndarray):
         raise CheckpointError(
-            path, f"{shown(name)}: is a {type(leaf).__name__}, not an array of values", key=name
+            path,
+            f"{shown(name)}: is a {type(leaf).__name__}, not an array of values",
+            key=name,
+            expected="an array of values",
+            found=f"a {type(leaf).__name__}",
+            mend="give variables with values, as model.init returns them",
         )
     try:
         array = to_host(leaf)
         spec_of(array)
     except (Untransferable, ValueError) as error:
-        raise CheckpointError(path, f"{shown(name)}: {error}", key=name) from error
+        raise _unstorable(path, name, error) from error
     return array
+
+
+def _unstorable(path: Path, key: str, error: ValueError) -> CheckpointError:
+    return CheckpointError(
+        path,
+        f"{shown(key)}: {error}",
+        key=key,
+        expected="a dense tensor of a dtype that checkpoints support",
+        found=str(error),
+        mend="convert it, or leave it out of the state",
+    )

@@ -28,11 +28,9 @@ def relaid(path: Path, source: Tensors, mapping: StateMapping) -> Tensors:
     try:
         return _to_flax(source, mapping) if source.layout == "torch" else _to_torch(source, mapping)
     except ConversionError as error:
-        raise CheckpointError(
-            path,
-            f"does not fit the mapping; nothing was converted:\n{error.mismatch}",
-            error.mismatch,
-        ) from error
+        reason = "does not fit the mapping; nothing was converted"
+        mend = "make the mapping of this state: compare.match(module, template)"
+        raise CheckpointError.unfit(path, reason, error.mismatch, mend) from error
 
 
 def _to_flax(source: Tensors, mapping: StateMapping) -> Tensors:
@@ -226,7 +224,12 @@ def cast(tensors: Tensors, dtype: str, path: Path) -> Tensors:
     """
     if dtype not in FLOATS:
         raise CheckpointError(
-            path, f"cannot be cast to {dtype}", expected=f"one of {', '.join(FLOATS)}", found=dtype
+            path,
+            f"cannot be cast to {dtype}",
+            expected=f"one of {', '.join(FLOATS)}",
+            found=dtype,
+            mend=f"choose one of {', '.join(FLOATS)}",
+            is_usage=True,
         )
     changes = {
         key: spec.dtype in FLOATING and is_cast(key, tensors.kinds.get(key, "unknown"))

@@ -113,6 +113,8 @@ def verify_checkpoint(
         raise CheckpointError(
             target,
             f"and {shown(source)} have no tensors, so nothing was compared",
+            expected="tensors",
+            found="no tensors",
             mend="name the checkpoints that hold the state",
         )
     return comparison.differences
@@ -167,7 +169,10 @@ def _require_no_effect(
         raise CheckpointError(
             target,
             "mapping= and like= have no effect: both have the same layout",
+            expected="no mapping",
+            found="a mapping",
             mend="leave them out",
+            is_usage=True,
         )
 
 
@@ -188,7 +193,10 @@ def _torch_and_flax(
         raise CheckpointError(
             written.path,
             f"the mapping is for {tables[0].flax}; these are torch and {flax_layout}",
+            expected=f"a mapping for {flax_layout}",
+            found=tables[0].flax,
             mend="give the mapping that belongs to them",
+            is_usage=True,
         )
     left: tuple[Left, ...] = ()
     if given is not None:
@@ -196,7 +204,7 @@ def _torch_and_flax(
     elif like is not None:
         how, table = f"by the mapping of {shown(like)}", matched(stored, like, flax_layout)
     else:
-        how, table = "by their names", paired(stored, written, f"\n{_MEND}")
+        how, table = "by their names", paired(stored, written, _MEND)
         left = table.left
     table = stored.spell(written.spell(table))
     # Both are compared in Flax's layout: two biases of torch have one sum, and not the reverse.
@@ -225,6 +233,7 @@ def _linen_and_nnx(
             expected="no mapping, or one from torch to each",
             found="like=" if like is not None else "one",
             mend="give --map twice, or leave it out",
+            is_usage=True,
         )
     if tables:
         source, target = (
@@ -241,7 +250,10 @@ def _linen_and_nnx(
             written.path,
             f"and {shown(stored.path)} have different names; that their own mappings would pair "
             "them proves nothing",
+            expected="the same names, or two mappings",
+            found="different names",
             mend="give --map twice, one mapping from torch to each",
+            is_usage=True,
         )
     return _Pairing(source, target, "by their names")
 

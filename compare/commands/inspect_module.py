@@ -54,6 +54,9 @@ def module_entries(source: str) -> list[InspectedEntry]:
             f"is not a module that can be inspected ({type(error).__name__}: {shown(error)})",
             expected="package.module:name of a torch or NNX module, Linen variables, or a "
             "function without arguments that returns one",
+            found=type(error).__name__,
+            mend="name one of these",
+            is_usage=True,
         ) from error
     finally:
         sys.path.pop(0)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -114,7 +114,6 @@ def _print_and_write(
 
 def _sections(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
     """Yield the sections of each job in turn, and show the progress."""
-    from ..conversion.errors import MappingError
     from ..runners.compile_cache import compilation_cache
     from ..runners.run import sees_accelerator
     from .ahead import Ahead
@@ -168,8 +167,24 @@ def _sections(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
                     yield item
                     if second is None and not alone:  # the first section is on the screen
                         second = stack.enter_context(closing(Ahead(jobs)))
-            except (FileError, MappingError) as error:  # nothing was compared
-                raise typer.BadParameter(str(error)) from error
+            except FileError as error:  # nothing was compared
+                if error.is_usage:
+                    raise typer.BadParameter(str(error)) from error
+                raise UnsoundError(str(error)) from error
+
+
+# Typer carries its own copy of Click or uses the installed one, depending on its version.
+ClickError: Any = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
+
+
+class UnsoundError(ClickError):
+    """A file is damaged, or does not hold what it should. The command ends with 1."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print one line, without the usage."""
+        print(f"Error: {readable(str(self))}", file=sys.stderr if file is None else file)
 
 
 def require_packages(*packages: str) -> None:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
 
+from ..files.errors import FileError
 from ..files.printable import shown
 from .suggest import Nearest
 
@@ -22,6 +24,7 @@ class MismatchEntry:
         found: the shape in the source, in torch's layout. None if the source lacks the entry.
         expected: the shape in the target, in torch's layout. None if the target lacks the entry.
         reason: why it was refused.
+        mend: the next step, if the reason does not say so.
     """
 
     name: str
@@ -29,6 +32,12 @@ class MismatchEntry:
     found: Shape | None = None
     expected: Shape | None = None
     reason: str = ""
+    mend: str = ""
+
+    @property
+    def policy_name(self) -> str:
+        """The name that a policy for this entry has: the Flax path, if it has one."""
+        return self.name if self.place.startswith("the module") else self.place or self.name
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class Mismatch:
             (self.missing, _missing),
             (self.unexpected, lambda entry: _unexpected(entry, nearest)),
             (self.misshaped, _misshaped),
-            (self.refused, lambda entry: f"! {shown(entry.name)}: {entry.reason}"),
+            (self.refused, _refused),
         )
         lines: list[str] = []
         for entries, describe in groups:
@@ -72,7 +81,13 @@ class Mismatch:
 
 def _missing(entry: MismatchEntry) -> str:
     name, expected = shown(entry.name), _shape(entry.expected)
-    return f"- missing {name}: the source has nothing for {shown(entry.place)} {expected}"
+    line = f"- missing {name}: the source has nothing for {shown(entry.place)} {expected}"
+    return f"{line}; {entry.reason}" if entry.reason else line
+
+
+def _refused(entry: MismatchEntry) -> str:
+    mend = f": {entry.mend}" if entry.mend else ""
+    return f"! {shown(entry.name)}: {entry.reason}{mend}"
 
 
 def _unexpected(entry: MismatchEntry, nearest: Nearest) -> str:
@@ -97,6 +112,38 @@ def _mend(entry: MismatchEntry) -> str:
     return ""
 
 
+def next_step(mismatch: Mismatch) -> str:
+    """Return what to do about a checkpoint that does not fit the target, by its first entry."""
+    if mismatch.misshaped:
+        first = mismatch.misshaped[0]
+        name = shown(first.name)
+        sizes = _mend(first).removeprefix(": ") or f"build {name} with the shape {first.found}"
+        return f"{sizes}, or take the checkpoint of this model"
+    if mismatch.refused:
+        first = mismatch.refused[0]
+        *_, advice = first.reason.rpartition(": ")
+        return first.mend or (advice if advice != first.reason else "make it alike on both sides")
+    if mismatch.missing and mismatch.unexpected:
+        old, new = (
+            [entry.name for entry in group] for group in (mismatch.unexpected, mismatch.missing)
+        )
+        if prefix := _common_prefix(old, new):
+            module = f"torch.nn.ModuleDict({{{prefix!r}: module}})"
+            return f"the file has a prefix: load it into {module}"
+        if prefix := _common_prefix(new, old):
+            return f"the target has a prefix: load it into module.get_submodule({prefix!r})"
+    entry = (*mismatch.missing, *mismatch.unexpected)[0]
+    effect = "keeps the target's own value" if mismatch.missing else "leaves it out"
+    policy = f"policy={{{entry.policy_name!r}: 'ignore'}}"
+    return f"build the target as it was saved; {policy} {effect}"
+
+
+def _common_prefix(longer: list[str], shorter: list[str]) -> str:
+    """Return the first step that all longer names have before the shorter ones, or nothing."""
+    prefix = longer[0].partition(".")[0]
+    return prefix if {f"{prefix}.{name}" for name in shorter} == {*longer} else ""
+
+
 class ConversionError(ValueError):
     """The source and the target do not have the same entries; `mismatch` lists the differences."""
 
@@ -113,5 +160,16 @@ class ConversionError(ValueError):
         )
 
 
-class MappingError(ValueError):
+class MappingError(FileError, ValueError):
     """A mapping file could not be read, or does not contain a valid mapping."""
+
+    @classmethod
+    def of(cls, path: str | PathLike[str], reason: str, found: str) -> "MappingError":
+        """Return the error of a file that is no mapping."""
+        return cls(
+            path,
+            reason,
+            expected="a mapping: JSON written by StateMapping.save",
+            found=found,
+            mend="write it again with compare.match(source, template).save(path)",
+        )

@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple, get_args
 from ..dtypes import DTYPES
 from ..files.errors import FileError
 from ..files.memory import Budget
-from ..files.printable import shown
 from ..files.reading import parse_json, read_file
 from ..files.writing import atomic_file
 from .errors import MappingError
@@ -236,20 +235,30 @@ class StateMapping:
         Raises:
             MappingError: the file cannot be read, is not JSON, or is not a valid mapping.
         """
-        name, budget = shown(path), Budget(memory)
+        budget = Budget(memory)
         try:
             raw = read_file(Path(path), budget)
             content = parse_json(raw, Path(path), budget, "its content")
         except OSError as error:
-            raise MappingError(f"{name}: cannot be read: {error.strerror or error}") from error
+            reason = str(error.strerror or error)
+            raise MappingError.of(path, f"cannot be read: {reason}", reason) from error
         except FileError as error:
-            raise MappingError(str(error)) from error
+            raise MappingError(
+                error.path,
+                error.reason,
+                expected=error.expected,
+                found=error.found,
+                mend=error.mend,
+                is_usage=error.is_usage,
+            ) from error
         except ValueError as error:
-            raise MappingError(f"{name}: not a valid mapping: not JSON ({error})") from error
+            reason = f"not JSON ({error})"
+            raise MappingError.of(path, f"not a valid mapping: {reason}", reason) from error
         try:
             return cls.from_json(content)
         except ValueError as error:
-            raise MappingError(f"{name}: {error}") from error
+            reason = str(error)
+            raise MappingError.of(path, reason, reason) from error
 
 
 def _row(entry: Any) -> Row:

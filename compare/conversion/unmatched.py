@@ -27,10 +27,15 @@ def decided(name: str, policy: Mapping[str, Policy]) -> Policy | None:
     return next((rule for pattern, rule in policy.items() if fnmatchcase(name, pattern)), None)
 
 
-def may_lack(name: str, own: Any, policy: Mapping[str, Policy]) -> bool:
-    """Return whether the source may lack the entry; the target then keeps its own value."""
+def lacking(name: str, own: Any, policy: Mapping[str, Policy]) -> str | None:
+    """Return why the source may not lack the entry, which may be "", or None if it may.
+
+    If it may, the target keeps its own value.
+    """
     rule = decided(name, policy)
-    return rule == "ignore" or (rule == "verify" and not objection("verify", host_values(own)))
+    if rule == "verify" and (reason := objection("verify", host_values(own))):
+        return f"the target's own {reason}"
+    return None if rule in ("ignore", "verify") else ""
 
 
 def objection(policy: str, array: np.ndarray | None) -> str | None:

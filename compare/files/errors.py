@@ -1,6 +1,7 @@
 """The error of reading and writing files."""
 
 from os import PathLike, fspath
+from pathlib import Path
 
 from .printable import shown
 
@@ -8,13 +9,18 @@ from .printable import shown
 class FileError(Exception):
     """A file or folder cannot be read or written safely.
 
+    The message has the reason, and what was expected and found if the reason does not say so. A
+    reason of several lines says so, and so does that of wrong usage.
+
     Attributes:
         path: the file or folder.
         reason: what is wrong.
-        key: the name of the entry that is wrong, if it is one entry.
+        key: the name of the entry that is wrong, or else the name of the file or folder.
         expected: what was expected, in words.
         found: what was found, in words.
-        mend: what to do about it.
+        mend: the next step.
+        is_usage: whether the caller asked for something that makes no sense, whatever the file
+            holds. A command then ends with 2, and otherwise with 1.
     """
 
     def __init__(
@@ -22,14 +28,20 @@ class FileError(Exception):
         path: str | PathLike[str],
         reason: str,
         *,
+        expected: str,
+        found: str,
+        mend: str,
         key: str = "",
-        expected: str = "",
-        found: str = "",
-        mend: str = "",
+        is_usage: bool = False,
     ) -> None:
         self.path = fspath(path)
         self.reason = reason
-        self.key, self.expected, self.found, self.mend = key, expected, found, mend
-        parts = [f"expected {expected}" if expected else "", f"found {found}" if found else ""]
-        message = "; ".join([f"{shown(self.path)}: {reason}", *(part for part in parts if part)])
-        super().__init__(message + (f": {mend}" if mend else ""))
+        self.key = key or Path(self.path).name or self.path
+        self.expected, self.found, self.mend = expected, found, mend
+        self.is_usage = is_usage
+        details = [("expected", expected), ("found", found)]
+        is_said = is_usage or "\n" in reason
+        parts = [f"{name} {text}" for name, text in details if not is_said and text not in reason]
+        separator = "\n" if "\n" in reason else ": "
+        message = "; ".join([f"{shown(self.path)}: {reason}", *parts])
+        super().__init__(f"{message}{separator}{mend}")

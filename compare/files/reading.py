@@ -71,7 +71,13 @@ def read_file(path: Path, budget: Budget, limit: int | None = None) -> bytes:
     with opened(path) as descriptor:
         size = os.fstat(descriptor).st_size
         if limit is not None and size > limit:
-            raise FileError(path, "is too large", expected=f"{limit:,} bytes", found=f"{size:,}")
+            raise FileError(
+                path,
+                "is too large",
+                expected=f"at most {limit:,} bytes",
+                found=f"{size:,}",
+                mend="take another copy",
+            )
         budget.require(size, path, "its content")
         return read_at(descriptor, size, 0)
 
@@ -151,7 +157,14 @@ def _state_at(path: Path) -> State | None:
 
 
 def _not_regular(path: Path) -> FileError:
-    return FileError(path, "is not a regular file")
+    return FileError(
+        path,
+        "is not a regular file",
+        expected="a regular file",
+        found="a folder, a pipe or a device",
+        mend="copy its content to a file",
+        is_usage=True,
+    )
 
 
 class InputFile:
@@ -183,7 +196,13 @@ class InputFile:
             return
         with opened(self.path) as descriptor:
             if state_of(os.fstat(descriptor)) != self.state:
-                raise FileError(self.path, "was changed while it was read", mend="read it again")
+                raise FileError(
+                    self.path,
+                    "was changed while it was read",
+                    expected="the same file",
+                    found="another one, or other content",
+                    mend="read it again",
+                )
             yield descriptor
 
     def read(self, nbytes: int, offset: int) -> bytes:

@@ -91,7 +91,10 @@ def _touches(target: Path, how: str, source: Path) -> FileError:
     return FileError(
         target,
         f"{how} what is read, {shown(source)}",
+        expected="a place apart from it",
+        found="the same place",
         mend="write to another place, then rename",
+        is_usage=True,
     )
 
 
@@ -105,12 +108,22 @@ def require_distinct(targets: Iterable[Path]) -> None:
         key = identity(place.parent) or place.parent, name
         if key in seen:
             raise FileError(
-                target, f"is written already, as {shown(seen[key])}", mend="choose another name"
+                target,
+                f"is written already, as {shown(seen[key])}",
+                expected="a name of its own",
+                found="the same place",
+                mend="choose another name",
+                is_usage=True,
             )
         for other in seen.values():
             if other.resolve() in place.parents or place in other.resolve().parents:
                 raise FileError(
-                    target, f"and {shown(other)} lie in each other", mend="choose another name"
+                    target,
+                    f"and {shown(other)} lie in each other",
+                    expected="places apart",
+                    found="one inside the other",
+                    mend="choose another name",
+                    is_usage=True,
                 )
         seen[key] = target
 
@@ -323,13 +336,21 @@ def _install(new: Path, path: Path, before: State | None, rules: Rules) -> None:
             _exchange(new, path)
             raise
         return None
-    raise FileError(path, "keeps appearing and disappearing", mend="see which program removes it")
+    raise FileError(
+        path,
+        "keeps appearing and disappearing",
+        expected="a place that no other program uses",
+        found="another file each time",
+        mend="see which program removes it",
+    )
 
 
 def _came_meanwhile(path: Path) -> FileError:
     return FileError(
         path,
         "was created or changed by another program meanwhile; that version stays",
+        expected="what was there before",
+        found="another version",
         mend="look at it, then write again",
     )
 

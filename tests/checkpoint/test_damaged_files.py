@@ -47,7 +47,9 @@ def test_the_fault_is_named_and_nothing_is_touched(
         with warnings.catch_warnings(), pytest.raises(CheckpointError) as caught:
             warnings.simplefilter("ignore", UnverifiedCheckpoint)
             compare.load_checkpoint(path, target)
-        message = str(caught.value)
+        error, message = caught.value, str(caught.value)
+        parts = error.path, error.key, error.expected, error.found, error.mend
+        assert all(parts), parts
         assert re.search(FAULTS[name].says, message.replace("\n", " ")), message
         assert message.startswith(str(path))
         assert not any(word in message for word in FORBIDDEN)

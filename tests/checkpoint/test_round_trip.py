@@ -481,7 +481,7 @@ def test_casting_is_only_by_name(tmp_path: Path) -> None:
             tmp_path / "no.pth",
             dtype="float16",
         )
-    with pytest.raises(CheckpointError, match=r"cannot be cast to int8; expected one of float64"):
+    with pytest.raises(CheckpointError, match=r"cannot be cast to int8: choose one of float64"):
         convert_checkpoint(path, tmp_path / "no.pth", dtype="int8")
     assert not (tmp_path / "no.pth").exists()
 

@@ -215,7 +215,7 @@ def _folder(path: Path) -> None:
         (_empty, "is empty"),
         (_junk, "not a whole"),
         (_cut, "not a whole"),
-        (_folder, "is not a regular file; an Orbax folder is named without a suffix"),
+        (_folder, "is not a regular file: name an Orbax folder without a suffix"),
     ],
 )
 def test_unreadable_files(
@@ -413,13 +413,13 @@ def test_weights_without_a_mask_do_not_load_into_the_class_with_one(tmp_path: Pa
             "state.h5",
             torch_module,
             CheckpointError,
-            r"unknown suffix '.h5'; name it with one of .pth, .pt,",
+            r"unknown suffix '.h5': name it with one of .pth, .pt,",
         ),
         (
             "none/state.pth",
             torch_module,
             CheckpointError,
-            "the folder .*none does not exist; make it first",
+            "the folder .*none does not exist: make it first",
         ),
         ("folder.pth", torch_module, CheckpointError, "is not a regular file"),
         ("file.orbax", torch_module, CheckpointError, "is not a folder"),
@@ -430,7 +430,7 @@ def test_weights_without_a_mask_do_not_load_into_the_class_with_one(tmp_path: Pa
             CheckpointError,
             "is a folder that Orbax did not write; it was not changed",
         ),
-        (".pth", torch_module, CheckpointError, "is a suffix without a name; say 'state.pth'"),
+        (".pth", torch_module, CheckpointError, "is a suffix without a name: say 'state.pth'"),
         (
             "mixed",
             torch_module,

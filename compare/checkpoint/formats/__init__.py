@@ -1,7 +1,7 @@
 """The file formats, and the suffixes that select them."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -67,14 +67,32 @@ def format_of(path: str | PathLike[str]) -> Format:
         CheckpointError: the suffix is unknown, or the package of the format is not installed.
     """
     if (filename := Path(path).name.lower()) in KNOWN:
-        raise CheckpointError(path, f"is a suffix without a name; say {'state' + filename!r}")
+        raise CheckpointError(
+            path,
+            "is a suffix without a name",
+            expected="a name before the suffix",
+            found="no name",
+            mend=f"say {'state' + filename!r}",
+            is_usage=True,
+        )
     suffix = Path(path).suffix.lower()
     for name, chosen in FORMATS.items():
         if suffix in chosen.suffixes:
             _require_package(path, name, chosen.package)
             return chosen
-    raise CheckpointError(
-        path, f"unknown suffix {suffix!r}; name it with one of {', '.join(KNOWN)}"
+    raise _unknown_suffix(path, suffix, KNOWN)
+
+
+def _unknown_suffix(
+    path: str | PathLike[str], suffix: str, known: Sequence[str]
+) -> CheckpointError:
+    return CheckpointError(
+        path,
+        f"unknown suffix {suffix!r}",
+        expected=f"one of {', '.join(known)}",
+        found=repr(suffix),
+        mend=f"name it with one of {', '.join(known)}",
+        is_usage=True,
     )
 
 
@@ -86,8 +104,11 @@ def _require_package(path: str | PathLike[str], name: str, package: str) -> None
     if spec is None:
         raise CheckpointError(
             path,
-            f"the {name} format needs {package}, which is not installed: "
-            "pip install 'attention-parity[all]'",
+            f"the {name} format needs {package}, which is not installed",
+            expected=package,
+            found="no such package",
+            mend="pip install 'attention-parity[all]'",
+            is_usage=True,
         )
 
 
@@ -108,22 +129,41 @@ def open_checkpoint(path: str | PathLike[str], memory: int | None = None) -> Rea
     """
     path, budget = Path(path), Budget(memory)
     if not exists(path):
-        raise CheckpointError(path, "no such file or folder")
+        raise CheckpointError(
+            path,
+            "no such file or folder",
+            expected="a checkpoint",
+            found="nothing",
+            mend="check the name, or save the checkpoint first",
+            is_usage=True,
+        )
     if shards.index_in(path) is not None:
         return _opened(path, shards.open_, budget)
     if path.is_file() and not path.suffix and path.name.lower() not in KNOWN:
-        raise CheckpointError(
-            path, f"unknown suffix '' of a file; name it with one of {', '.join(FILE_SUFFIXES)}"
-        )
+        raise _unknown_suffix(path, "", FILE_SUFFIXES)
     chosen = format_of(path)
     if chosen.is_folder and not path.is_dir():
-        raise CheckpointError(path, "is a file; an Orbax checkpoint is a folder")
+        raise CheckpointError(
+            path,
+            "is a file; an Orbax checkpoint is a folder",
+            expected="a folder",
+            found="a file",
+            mend="name the folder",
+            is_usage=True,
+        )
     if not chosen.is_folder and not path.is_file():
         raise CheckpointError(
-            path, "is not a regular file; an Orbax folder is named without a suffix or with .orbax"
+            path,
+            "is not a regular file",
+            expected="a regular file",
+            found="a folder, a pipe or a device",
+            mend="name an Orbax folder without a suffix or with .orbax",
+            is_usage=True,
         )
     if not chosen.is_folder and not path.stat().st_size:
-        raise CheckpointError(path, "is empty", mend="take another copy")
+        raise CheckpointError(
+            path, "is empty", expected="tensors", found="0 bytes", mend="take another copy"
+        )
     return _opened(path, chosen.open, budget)
 
 
@@ -139,7 +179,12 @@ def exists(path: Path) -> bool:
         return False
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            path, f"is not a valid path ({error})", mend="choose another name"
+            path,
+            f"is not a valid path ({error})",
+            expected="a valid path",
+            found=str(error),
+            mend="choose another name",
+            is_usage=True,
         ) from error
     return True
 

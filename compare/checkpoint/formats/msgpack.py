@@ -80,12 +80,12 @@ def _arrays(
     except msgpack_tree.ListError as error:
         if error.path:
             raise _no_array(path, error.path, "list") from error
-        raise CheckpointError(path, "holds a list; expected Linen variables") from error
+        raise _no_variables(path, "list") from error
     except (ValueError, EOFError) as error:
         raise _broken(path, shown(error)) from error
     if not isinstance(tree, dict):
         what = tree.what if isinstance(tree, msgpack_tree.Other) else type(tree).__name__
-        raise CheckpointError(path, f"holds a {what}; expected Linen variables")
+        raise _no_variables(path, what)
     try:
         texts = [*reader.texts, *([tree.pop(KEY)] if KEY in tree else [])]
         if len(texts) > 1:
@@ -101,12 +101,24 @@ def _arrays(
     return arrays, manifest
 
 
+def _no_variables(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        path,
+        f"holds a {what}; expected Linen variables",
+        expected="Linen variables",
+        found=f"a {what}",
+        mend="save only the variables",
+    )
+
+
 def _no_array(path: Path, key: KeyPath, what: str) -> CheckpointError:
     name = shown(slashed(key))
     return CheckpointError(
         path,
         f"{name}: is a {what}, not an array of values",
         key=name,
+        expected="an array of values",
+        found=f"a {what}",
         mend="save only the variables; for a TrainState, {'params': state.params}",
     )
 
@@ -267,19 +279,24 @@ def tree_of(path: Path, leaves: Mapping[KeyPath, Any]) -> dict[str, Any]:
         key[0] == KEY or msgpack_tree.CHUNKED in key for key in by_words
     ):
         raise CheckpointError(
-            path, "two names are the same when written as strings", mend="rename one"
+            path,
+            "two names are the same when written as strings",
+            expected="names that differ as strings, none of them the format's own",
+            found="two that are the same, or one of the format's",
+            mend="rename one",
         )
     nested = [key for key in by_words if any(key[:end] in by_words for end in range(1, len(key)))]
     if nested:
         raise CheckpointError(
             path,
             f"the name {shown('/'.join(nested[0]))} lies within another array",
+            key=shown("/".join(nested[0])),
+            expected="an array or names at each place",
+            found="both",
             mend="rename one",
         )
     return unflatten_dict(by_words)
 
 
 def _broken(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        path, f"not a whole Flax msgpack file ({reason})", mend="take another copy"
-    )
+    return CheckpointError.broken(path, "a whole Flax msgpack file", reason)

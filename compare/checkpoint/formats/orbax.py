@@ -71,6 +71,8 @@ def open_(path: Path, budget: Budget) -> Reader:
         raise CheckpointError(
             path,
             "is not a finished Orbax checkpoint (it has no _METADATA)",
+            expected="a finished Orbax checkpoint",
+            found="no _METADATA",
             mend=_checkpoint_inside(path) or "take another copy",
         )
     snapshot = Snapshot.of([path, *_plain_files(path)])
@@ -79,11 +81,7 @@ def open_(path: Path, budget: Budget) -> Reader:
     with _reported(path), _reader() as checkpointer:
         metadata = _in_a_thread(checkpointer.metadata, path.absolute()).item_metadata
         if metadata is None:  # Orbax only logs the reason
-            raise CheckpointError(
-                path,
-                "not a whole Orbax checkpoint (an array in it cannot be opened)",
-                mend="take another copy",
-            )
+            raise _broken(path, "an array in it cannot be opened")
         leaves = flatten_dict(metadata.tree)
         specs = {
             key: checked(tuple(leaf.shape), np.dtype(leaf.dtype).name)
@@ -132,12 +130,19 @@ def write(path: Path, tensors: Tensors, rules: Rules = NO_RULES) -> None:
 
     if empty := [shown(slashed(key)) for key, spec in tensors.specs.items() if not spec.nbytes]:
         raise CheckpointError(
-            path, f"Orbax cannot store arrays without elements: {', '.join(empty)}"
+            path,
+            f"Orbax cannot store arrays without elements: {', '.join(empty)}",
+            key=empty[0],
+            expected="arrays with elements",
+            found="arrays without elements",
+            mend="leave them out, or save as .msgpack",
         )
     if len({dotted(key) for key in tensors.specs}) != len(tensors.specs):
         raise CheckpointError(
             path,
             "Orbax joins names with dots, and two names would be the same",
+            expected="names that differ when joined",
+            found="two names that are then the same",
             mend="rename one, or save as .msgpack",
         )
     leaves = {key: Pending(key, tensors) for key in tensors.specs}
@@ -170,7 +175,10 @@ def _require_own(path: Path, folder: Path) -> None:
         raise CheckpointError(
             path,
             "is a folder that Orbax did not write; it was not changed",
+            expected="an Orbax checkpoint, or nothing",
+            found="another folder",
             mend="choose another name",
+            is_usage=True,
         )
     for entry in folder.rglob("*"):
         name = entry.relative_to(folder).as_posix()
@@ -179,7 +187,10 @@ def _require_own(path: Path, folder: Path) -> None:
             raise CheckpointError(
                 path,
                 f"holds {shown(name)} beside an Orbax checkpoint; it was not changed",
+                expected="an Orbax checkpoint alone",
+                found=shown(name),
                 mend="choose another name",
+                is_usage=True,
             )
 
 
@@ -216,16 +227,29 @@ def _plain_files(path: Path) -> list[Path]:
                 path,
                 f"holds a link, {shown(entry.relative_to(path))}",
                 key=shown(entry.name),
+                expected="files and folders",
+                found="a link",
                 mend="copy the folder with what its links point to (cp -rL)",
             )
         if entry.is_file():
             files.append(entry)
         elif not entry.is_dir():
             raise CheckpointError(
-                path, f"holds {shown(entry.name)}, which is neither a file nor a folder"
+                path,
+                f"holds {shown(entry.name)}, which is neither a file nor a folder",
+                key=shown(entry.name),
+                expected="files and folders",
+                found="a pipe or a device",
+                mend="do not use this checkpoint: take another copy",
             )
         if len(files) > _MAX_FILES:
-            raise CheckpointError(path, f"holds more than {_MAX_FILES:,} files")
+            raise CheckpointError(
+                path,
+                f"holds more than {_MAX_FILES:,} files",
+                expected=f"at most {_MAX_FILES:,}",
+                found="more",
+                mend="name the folder of one checkpoint",
+            )
     return files
 
 
@@ -246,17 +270,15 @@ def _require_names_inside(path: Path, budget: Budget) -> None:
             for entry in content["tree_metadata"].values()
         ]
     except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            path,
-            f"not a whole Orbax checkpoint (_METADATA: {shown(error)})",
-            mend="take another copy",
-        ) from error
+        raise _broken(path, f"_METADATA: {shown(error)}") from error
     for name in names:
         if name.startswith("/") or "\0" in name or {"..", "."} & {*name.split("/")}:
             raise CheckpointError(
                 path,
                 f"names an array outside its folder, {shown(name)}",
                 key=name,
+                expected="names within the folder",
+                found=shown(name),
                 mend="do not use this checkpoint: take another copy",
             )
 
@@ -285,9 +307,7 @@ def _manifest(path: Path, budget: Budget) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(
-            path, f"not a whole Orbax checkpoint ({_METADATA}: {shown(error)})"
-        ) from error
+        raise _broken(path, f"{_METADATA}: {shown(error)}") from error
 
 
 def _restore(path: Path, keys: Sequence[KeyPath]) -> list[np.ndarray]:
@@ -310,9 +330,11 @@ def _reported(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # they share no error class
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(
-            path, f"not a whole Orbax checkpoint ({shown(reason)})", mend="take another copy"
-        ) from error
+        raise _broken(path, shown(reason)) from error
+
+
+def _broken(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError.broken(path, "a whole Orbax checkpoint", reason)
 
 
 def _in_a_thread(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -266,7 +266,11 @@ def _manifest(path: Path, metadata: Mapping[str, str], budget: Budget) -> Manife
         return Manifest.loads(metadata[KEY], path, budget) if KEY in metadata else None
     except ValueError as error:
         raise CheckpointError(
-            path, shown(error), mend="the file was changed: take another copy"
+            path,
+            shown(error),
+            expected="a valid manifest",
+            found=shown(error),
+            mend="the file was changed: take another copy",
         ) from error
 
 
@@ -283,12 +287,19 @@ def _name_of(path: Path, key: KeyPath, layout: FileLayout) -> str:
             path,
             f"the name {unwritable[0]!r} in {key} is empty or looks like a path",
             key=slashed(key),
+            expected="a name without a slash",
+            found=shown(repr(unwritable[0])),
             mend="save it as .msgpack or .orbax, or rename it",
         )
     name = key[0] if layout == "torch" else slashed(key)
     if name == "__metadata__":
         raise CheckpointError(
-            path, "the name __metadata__ is reserved by the format", key=name, mend="rename it"
+            path,
+            "the name __metadata__ is reserved by the format",
+            key=name,
+            expected="another name",
+            found="__metadata__",
+            mend="rename it",
         )
     return str(name)
 

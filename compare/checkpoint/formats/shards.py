@@ -48,7 +48,13 @@ def open_(path: Path, budget: Budget) -> Reader:
     """
     index = index_in(path)
     if index is None:
-        raise CheckpointError(path, f"does not contain an index of shards (one file *{INDEX})")
+        raise CheckpointError(
+            path,
+            f"does not contain an index of shards (one file *{INDEX})",
+            expected=f"one file *{INDEX}",
+            found="none, or several",
+            mend="take the index and all shards from one place",
+        )
     index_state = Snapshot.of([index]).states
     weight_map, manifest = _index(path, index, budget)
     names = list(dict.fromkeys(weight_map.values()))
@@ -67,6 +73,8 @@ def open_(path: Path, budget: Budget) -> Reader:
                 f"{shown(absent[0])} is not in {shown(weight_map[absent[0]])}, "
                 "although the index says so",
                 key=absent[0],
+                expected=f"it in {shown(weight_map[absent[0]])}",
+                found="other tensors",
                 mend="take the index and all shards from one place",
             )
         if manifest is not None:
@@ -165,7 +173,10 @@ def _require_own(path: Path, folder: Path) -> None:
             raise CheckpointError(
                 path,
                 f"holds {shown(entry.name)}; it was not changed",
+                expected="an index and shards of this program",
+                found=shown(entry.name),
                 mend="choose another name",
+                is_usage=True,
             )
 
 
@@ -226,12 +237,15 @@ def _shard(path: Path, folder: Path, name: str) -> Path:
         )
     if not shard.is_file():
         raise CheckpointError(
-            path, f"the shard {shown(name)} is missing", mend="take the index and all shards"
+            path,
+            f"the shard {shown(name)} is missing",
+            key=shown(name),
+            expected="every file that the index names",
+            found="no such file",
+            mend="take the index and all shards",
         )
     return shard
 
 
 def _broken(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        path, f"not a whole index of shards ({reason})", mend="take another copy"
-    )
+    return CheckpointError.broken(path, "a whole index of shards", reason)

@@ -40,9 +40,15 @@ _TENSORS_ONLY = (
     "{key: value for key, value in state.items() if isinstance(value, torch.Tensor)}"
 )
 _MESSAGES = {
-    "meta": "a meta tensor has no values; materialize the module first (`to_empty`, then load)",
-    "sparse": "a sparse or quantized tensor; convert it with `to_dense()` or `dequantize()` first",
-    "nested": "a nested tensor; store its parts one by one",
+    "meta": (
+        "a meta tensor has no values",
+        "materialize the module first (`to_empty`, then load), and save it again",
+    ),
+    "sparse": (
+        "a sparse or quantized tensor",
+        "convert it with `to_dense()` or `dequantize()`, and save it again",
+    ),
+    "nested": ("a nested tensor", "save its parts one by one"),
 }
 
 
@@ -263,23 +269,39 @@ def _views(path: Path, content: Content) -> dict[str, View]:
         raise CheckpointError(
             path,
             f"holds a {type(state).__name__}; expected a state dict: names and tensors",
+            expected="a state dict: names and tensors",
+            found=f"a {type(state).__name__}",
             mend=_STATE_DICT_ONLY,
         )
     for key, value in state.items():
         if isinstance(value, Other):
-            raise CheckpointError(path, f"{shown(key)}: {_MESSAGES[value.what]}", key=key)
+            raise _no_plain_tensor(path, key, value.what)
         if not isinstance(value, View):
             raise CheckpointError(
                 path,
                 f"{shown(key)} is a {type(value).__name__}; expected a tensor",
                 key=key,
+                expected="a tensor",
+                found=f"a {type(value).__name__}",
                 mend=_TENSORS_ONLY if key.endswith("_extra_state") else _STATE_DICT_ONLY,
             )
         if value.dtype.startswith("q"):
-            raise CheckpointError(path, f"{shown(key)}: {_MESSAGES['sparse']}", key=key)
+            raise _no_plain_tensor(path, key, "sparse")
         if value.dtype in DTYPES:
             _require_stored(path, key, value, content)
     return dict(state)
+
+
+def _no_plain_tensor(path: Path, key: str, what: str) -> CheckpointError:
+    found, mend = _MESSAGES[what]
+    return CheckpointError(
+        path,
+        f"{shown(key)}: {found}",
+        key=key,
+        expected="a dense tensor",
+        found=found,
+        mend=mend,
+    )
 
 
 def _require_stored(path: Path, key: str, view: View, content: Content) -> None:
@@ -336,7 +358,14 @@ def _specs(
         try:
             spec = checked(view.shape, view.dtype)
         except ValueError as error:
-            raise CheckpointError(path, f"{shown(key)}: {error}", key=key) from error
+            raise CheckpointError(
+                path,
+                f"{shown(key)}: {error}",
+                key=key,
+                expected="a dtype and shape that checkpoints support",
+                found=str(error),
+                mend="save it in another dtype",
+            ) from error
         first = seen.setdefault(view, (key,)) if spec.nbytes else (key,)
         if first != (key,):
             aliases[(key,)] = first
@@ -349,6 +378,8 @@ def _specs(
                 f"{shown(key)} is an expanded view: with those before it, {stored_bytes:,} stored "
                 f"bytes appear as {total:,} bytes",
                 key=key,
+                expected=f"at most {_MAX_EXPANSION} times the stored bytes",
+                found=f"{total:,} bytes",
                 mend="save `tensor.contiguous()`, or take another copy",
             )
     return specs, aliases
@@ -372,6 +403,8 @@ def _as_declared(
                 path,
                 f"{shown(key[0])} is not tied to {shown(first[0])}, as its manifest declares",
                 key=str(key[0]),
+                expected="one tensor under both names",
+                found="two",
                 mend="the file was changed: take another copy",
             )
     stored = {key: spec for key, spec in specs.items() if key not in manifest.aliases}
@@ -379,4 +412,4 @@ def _as_declared(
 
 
 def _broken(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(path, f"not a whole torch file ({reason})", mend="take another copy")
+    return CheckpointError.broken(path, "a whole torch file", reason)
