@@ -128,4 +128,25 @@ def test_the_errors_of_fused_attention_are_the_records() -> None:
         assert f"{ours:.2g} at most in {dtype} (the formula: {formula:.2g})" in text
 
 
+def test_the_missed_targets_are_counted() -> None:
+    """Of the ratios in the record, as the text below the table has it."""
+    sections = record("attention")["sections"]
+    (ratios,) = (section for section in sections if section["title"].startswith("Ratios"))
+    missed = [check for check in ratios["checks"] if not check["held"]]
+    text = " ".join((ROOT / "compare/bench/README.md").read_text(encoding="utf-8").split())
+    assert f"{('No', 'One', 'Two', 'Three', 'Four')[len(missed)]} targets were missed." in text
+    times = []
+    for direction in ("forward:", "forward + backward"):
+        title = f"causal, float32, {direction}"
+        (section,) = (one for one in sections if one["title"].startswith(title))
+        rows = {name: cells for name, *cells in section["blocks"][0]["rows"]}
+        at = section["blocks"][0]["columns"].index("1024") - 1
+        times.append(float(rows["jax.nn"][at]) / float(rows["torch SDPA is_causal"][at]))
+    forward, backward = times
+    says = (
+        f"{forward:.1f} times as long as SDPA at 1024 tokens ({backward:.1f} times with gradients)"
+    )
+    assert says in text
+
+
 NAMES = (("Flax", "ours"), ("JAX", "formula"))

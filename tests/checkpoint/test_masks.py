@@ -224,6 +224,16 @@ def test_a_cast_never_opens_a_mask(tmp_path: Path) -> None:
         assert same_bits(np.asarray(each["buffers"]["causal"]), _with(1e-30))
 
 
+def test_a_state_dict_without_kinds_has_one_mask(tmp_path: Path) -> None:
+    state = {"mask": torch.full((2, 2), 1e-30), "causal": torch.full((2, 2), 1e-30)}
+    path = compare.save_checkpoint(tmp_path / "a.pth", {**state, "other.mask": state["mask"] * 1})
+    convert_checkpoint(path, tmp_path / "b.pth", dtype="float16")
+    half = compare.read_checkpoint(tmp_path / "b.pth")
+    dtypes = {key: tensor.dtype for key, tensor in half.items()}
+    kept, cast = torch.float32, torch.float16
+    assert dtypes == {"mask": kept, "causal": cast, "other.mask": kept}
+
+
 def test_an_exact_cast_of_a_buffer_is_made_only_on_demand(tmp_path: Path) -> None:
     path = compare.save_checkpoint(tmp_path / "a.pth", torch_module(PRIME))
     half = torch_module(PRIME).half()

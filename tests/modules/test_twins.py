@@ -39,6 +39,15 @@ def test_the_classes_take_the_same_arguments(name: str) -> None:
     assert defaults(getattr(flax_impl.nnx, name)) == expected
 
 
+def test_the_dropout_of_linen_has_its_own_name() -> None:
+    arguments = 3, 5, 6, 0.25
+    linen = flax_impl.CausalAttentionWithBuffer(*arguments)
+    assert linen.dropout == 0.25
+    module = inspect.getmodule(type(linen))
+    assert module is not None and "attention_dropout" in inspect.getsource(module)
+    assert torch_impl.CausalAttentionWithBuffer(*arguments).dropout.p == 0.25
+
+
 def test_the_functions_take_the_same_arguments() -> None:
     for name in ("masked_attention", "reference_attention", "causal_mask"):
         assert list(defaults(getattr(flax_impl, name))) == list(
