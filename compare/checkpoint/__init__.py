@@ -9,7 +9,8 @@
 | `.orbax`, none | Orbax folder | Flax variables | `StandardCheckpointer().restore(path)` |
 
 The index of a folder of shards is a file `*.safetensors.index.json`. Each format stores a manifest
-in its own kind of metadata: the layout, the mapping, and dtype, shape and checksum of every tensor.
+where its library does not return it: the layout, the mapping, and dtype, shape and checksum of
+every tensor.
 """
 
 from .formats import open_checkpoint

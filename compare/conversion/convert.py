@@ -1,9 +1,10 @@
 """Convert parameters and buffers between PyTorch and Flax, bit for bit.
 
-The mask is state and is converted with the weights. No value changes and no entry is invented. The
-result has the dtypes of the source, with one exception: int64 becomes int32 if JAX has x64 off and
-every value fits. By default, one error lists everything that does not fit before anything is
-changed.
+The mask is state and is converted with the weights. No value changes, and the result has the dtypes
+of the source, with one exception: int64 becomes int32 if JAX has x64 off and every value fits. What
+Flax has no place for comes back by its rule: zeros for a second bias, and the causal mask of a
+mapping that left it out. No other entry is made. By default, one error lists everything that does
+not fit before anything is changed.
 """
 
 from collections.abc import Mapping

@@ -137,7 +137,8 @@ class _Matcher:
             del self.tensors[key]
         self.names, unused_names = _renamed(self.tensors, rename)
         self.layouts, unused_layouts = _chosen_layouts(self.tensors, layouts)
-        self.rules, self.used_layouts = layouts, set[str]()
+        self.rules = layouts
+        self.used_layouts: set[str] = set()
         self.refused += [*unused_names, *unused_layouts]
         self.rows: list[Row] = []
         self.left: list[Left] = []
