@@ -1,7 +1,7 @@
 """Load a state dict into a torch module. Everything is checked before anything is changed."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,13 +113,14 @@ def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.
 
     def assign() -> torch.nn.Module:
         may_raise = any(map(_runs_own_code, module.modules()))
-        before = {key: tensor.clone() for key, tensor in wanted.items()} if may_raise else {}
+        before = _Before.of(module, wanted) if may_raise else None
         try:
-            module.load_state_dict(fitting, strict=False)  # every key was checked above
+            result = module.load_state_dict(fitting, strict=False)  # every key was checked above
+            if lost := [key for key in result.missing_keys if key in fitting]:
+                raise ValueError(f"a hook of the module took {lost[0]} out of the state dict")
         except BaseException as error:  # raised by code of the module's own
-            with torch.no_grad():
-                for key, tensor in before.items():
-                    wanted[key].copy_(tensor)
+            if before is not None:
+                before.restore(wanted)
             if not isinstance(error, Exception):
                 raise
             reason = f"load_state_dict failed: {type(error).__name__}: {error}"
@@ -129,6 +130,30 @@ def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.
         return module
 
     return assign
+
+
+class _Before(NamedTuple):
+    """What a module held before its own code ran: its values, and which tensors they were in."""
+
+    values: dict[str, Tensor]
+    tensors: list[tuple[dict[str, Any], dict[str, Any]]]
+
+    @classmethod
+    def of(cls, module: torch.nn.Module, wanted: Mapping[str, Tensor]) -> "_Before":
+        holders = [
+            held for child in module.modules() for held in (child._parameters, child._buffers)
+        ]
+        values = {key: tensor.clone() for key, tensor in wanted.items()}
+        return cls(values, [(held, dict(held)) for held in holders])
+
+    def restore(self, wanted: Mapping[str, Tensor]) -> None:
+        """Put the tensors back, and their values into them."""
+        for held, tensors in self.tensors:
+            held.clear()
+            held.update(tensors)
+        with torch.no_grad():
+            for key, tensor in self.values.items():
+                wanted[key].copy_(tensor)
 
 
 def _runs_own_code(module: torch.nn.Module) -> bool:

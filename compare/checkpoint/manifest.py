@@ -135,6 +135,8 @@ class Manifest:
             if len(records) != len(content["tensors"]):
                 raise ValueError("its manifest has a tensor twice")
             aliases = {_path(path): _path(first) for path, first in content["aliases"]}
+            if len(aliases) != len(content["aliases"]):
+                raise ValueError("its manifest has an alias twice")
             for key in (*records, *aliases):
                 if content["layout"] == "torch" and (len(key) > 1 or type(key[0]) is int):
                     raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from ..conversion.mapping import KeyPath, StateMapping, slashed, words
+from ..conversion.state_kinds import linen_kind
 from ..files.memory import Budget
 from ..files.printable import shown
 from ..files.reading import InputFile, Snapshot
@@ -35,7 +36,7 @@ class Reader:
         specs: shape and dtype by path, in the order of the manifest, or else of the file.
         manifest: the manifest. None if the file has none; then values cannot be checked.
         aliases: further names of tensors, each with the first name.
-        kinds: the kind of state of each tensor, if there is a manifest.
+        kinds: the kind of state of each tensor, if there is a manifest or a Linen collection.
         budget: the limit of what is read and held.
         snapshot: the files that it consists of, and their states when they were opened.
         mapped: set it to True if the values are copied anyway; large tensors are then mapped.
@@ -61,6 +62,8 @@ class Reader:
         self.aliases = aliases or {}
         records = manifest.records if manifest is not None else {}
         self.kinds: dict[KeyPath, str] = {path: record.kind for path, record in records.items()}
+        if manifest is None and layout == "linen":  # the collections say it
+            self.kinds = {path: linen_kind(path) for path in specs}
         self.budget = budget
         self.snapshot = snapshot
         self.mapped = False

@@ -7,7 +7,7 @@ from threading import Lock
 
 import numpy as np
 
-from ..conversion.apply_mapping import combined, torch_shape, unfit
+from ..conversion.apply_mapping import combined, differing_dtypes, torch_shape, unfit
 from ..conversion.errors import ConversionError, Mismatch, MismatchEntry
 from ..conversion.layouts import flax_shape, layout, to_flax, to_torch
 from ..conversion.mapping import KeyPath, Left, Row, StateMapping, slashed
@@ -51,6 +51,7 @@ def _to_flax(source: Tensors, mapping: StateMapping) -> Tensors:
             )
             continue
         unfitting = [entry for key in keys if (entry := unfit(row, key, stored[key], shape))]
+        unfitting += differing_dtypes(row.torch_key, row.place, [stored[key].dtype for key in keys])
         misshaped += [entry for entry in unfitting if not entry.reason]
         refused += [entry for entry in unfitting if entry.reason]
         specs[path] = Spec(shape, stored[keys[0]].dtype)
@@ -96,6 +97,8 @@ def _to_torch(source: Tensors, mapping: StateMapping) -> Tensors:
                     f"its parts imply different shapes: {' and '.join(map(str, sorted(shapes)))}"
                 )
             specs[(key,)] = Spec(shapes.pop(), spec.dtype)
+            dtypes = [source.specs[row.path].dtype for row in parts]
+            refused += differing_dtypes(key, parts[0].place, dtypes)
         except ValueError as error:
             refused.append(
                 MismatchEntry(key, parts[0].place, spec.shape, reason=f"{parts[0].place}: {error}")

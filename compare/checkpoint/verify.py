@@ -5,7 +5,7 @@ them. A mapping that a file carries is a claim, and is compared with that pairin
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
@@ -208,14 +208,17 @@ def _torch_and_flax(
         left = table.left
     table = stored.spell(written.spell(table))
     # Both are compared in Flax's layout: two biases of torch have one sum, and not the reverse.
-    source, target = (
-        relaid(reader.path, reader.tensors(), table)
-        if reader.layout == "torch"
-        else reader.tensors()
-        for reader in (stored, written)
-    )
+    source, target = (_in_flax(reader, table) for reader in (stored, written))
     source = source if dtype is None else cast(source, dtype, stored.path)
     return _Pairing(source, target, how, table, left)
+
+
+def _in_flax(reader: Reader, table: StateMapping) -> Tensors:
+    """Return the tensors in Flax's layout, with the kinds of state that the mapping knows."""
+    if reader.layout == "torch":
+        return relaid(reader.path, reader.tensors(), table)
+    tensors = reader.tensors()
+    return replace(tensors, kinds={path: row.kind for path, row in table.by_path.items()})
 
 
 def _linen_and_nnx(

@@ -125,9 +125,13 @@ def torch_from_flax(
                     state.setdefault(key, values)  # keeps the mapping's order; joined below
                 elif key is not None:
                     state[key] = values
-    state |= {
-        key: torch.cat([tensors[i] for i in sorted(tensors)]) for key, tensors in parts.items()
-    }
+    for key, tensors in parts.items():
+        joined = [tensors[i] for i in sorted(tensors)]
+        place = mapping.by_key[key][0].place
+        differing = differing_dtypes(key, place, [str(tensor.dtype) for tensor in joined])
+        refused += differing
+        if not differing:
+            state[key] = torch.cat(joined)
     for row in mapping.rows:
         if row.kind == "alias" and mapping.by_path[row.path].torch_key in state:
             state[row.torch_key] = state[mapping.by_path[row.path].torch_key]
@@ -158,6 +162,15 @@ def unfit(row: Row, key: str, tensor: Any, flax_shape: Sequence[int]) -> Mismatc
         return MismatchEntry(key, row.place, reason=str(error))
     shape = tuple(tensor.shape)
     return None if shape == expected else MismatchEntry(key, row.place, shape, expected)
+
+
+def differing_dtypes(key: str, place: str, dtypes: Sequence[str]) -> list[MismatchEntry]:
+    """Return an entry if the parts of one tensor have different dtypes."""
+    names = list(dict.fromkeys(dtypes))
+    if len(names) < 2:
+        return []
+    reason = f"its parts have different dtypes: {' and '.join(names)}"
+    return [MismatchEntry(key, place, reason=reason, mend="cast them to one of these first")]
 
 
 def torch_shape(row: Row, flax_shape: Sequence[int]) -> Shape:

@@ -5,7 +5,7 @@ from functools import cached_property
 from os import PathLike
 
 from ..files.errors import FileError
-from ..files.printable import shown
+from ..files.printable import readable, shown
 from .suggest import Nearest
 
 Shape = tuple[int, ...]
@@ -76,7 +76,7 @@ class Mismatch:
             lines += [describe(entry) for entry in entries[:MAX_LINES]]
             if len(entries) > MAX_LINES:
                 lines.append(f"  … and {len(entries) - MAX_LINES:,} more")
-        return "\n".join(lines)
+        return readable("\n".join(lines))
 
 
 def _missing(entry: MismatchEntry) -> str:

@@ -282,7 +282,7 @@ class _Matcher:
         unexpected = []
         for key in [key for key in self.tensors if key not in self.done]:
             decided = _decide(key, self.policy, used_rules)
-            if decided is None and key.endswith("num_batches_tracked"):
+            if decided is None and self._is_counter(key):
                 decided = "ignore"
             elif decided is None and LEGACY.search(key):
                 decided = "verify"
@@ -291,6 +291,13 @@ class _Matcher:
             else:
                 unexpected.append(key)
         return unexpected
+
+    def _is_counter(self, key: str) -> bool:
+        """Return whether the entry counts the batches of a norm beside it."""
+        prefix, _, leaf = key.rpartition(".")
+        beside = f"{prefix}.running_mean" if prefix else "running_mean"
+        is_counter = leaf == "num_batches_tracked" and beside in self.tensors
+        return is_counter and shape_of(self.tensors[key]) == ()
 
     def _refill(self, key: str, decided: str) -> Refill | None:
         """Return how to make the entry again on the way back, if its values are known."""

@@ -79,6 +79,9 @@ def _mask_objection(array: np.ndarray) -> str | None:
     blocked = np.triu(np.ones(square.shape, dtype=bool), 1)
     nonzero = square.astype(bool)
     different = min(int((nonzero != blocked).sum()), int((nonzero == blocked).sum()))
+    values = np.unique(square[nonzero].astype(np.complex128))
+    if not different and (len(values) > 1 or np.isnan(values).any() or square.size < 2):
+        return "has the pattern of a causal mask, but not one constant where it is not 0"
     if not different:
         return None
     return (

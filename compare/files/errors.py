@@ -3,7 +3,7 @@
 from os import PathLike, fspath
 from pathlib import Path
 
-from .printable import shown
+from .printable import readable, shown
 
 
 class FileError(Exception):
@@ -15,7 +15,8 @@ class FileError(Exception):
     Attributes:
         path: the file or folder.
         reason: what is wrong.
-        key: the name of the entry that is wrong, or else the name of the file or folder.
+        key: the name of the entry that is wrong, as it is in the file, or else the name of the file
+            or folder.
         expected: what was expected, in words.
         found: what was found, in words.
         mend: the next step.
@@ -44,4 +45,4 @@ class FileError(Exception):
         parts = [f"{name} {text}" for name, text in details if not is_said and text not in reason]
         separator = "\n" if "\n" in reason else ": "
         message = "; ".join([f"{shown(self.path)}: {reason}", *parts])
-        super().__init__(f"{message}{separator}{mend}")
+        super().__init__(readable(f"{message}{separator}{mend}"))
