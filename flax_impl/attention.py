@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Shaped
 
@@ -16,8 +17,11 @@ def causal_mask(context_length: int) -> Float[Array, "context_length context_len
 def is_nonzero(mask: Shaped[Array, "..."]) -> Bool[Array, "..."]:
     """Return which entries are not 0. NaN is not 0.
 
-    The bits are compared, because XLA on the CPU treats subnormal numbers as 0.
+    The bits are compared, because XLA on the CPU treats subnormal numbers as 0. A NumPy array is
+    looked at before JAX narrows it to 32 bits.
     """
+    if isinstance(mask, np.ndarray):
+        return jnp.asarray(mask != 0)
     if jnp.issubdtype(mask.dtype, jnp.complexfloating):
         return is_nonzero(mask.real) | is_nonzero(mask.imag)
     if not jnp.issubdtype(mask.dtype, jnp.floating):

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Shaped
 
-from .attention import reference_attention
+from .attention import is_nonzero, reference_attention
 from .fused import fused_attention
 from .validation import check_covered
 
@@ -41,6 +42,8 @@ def masked_attention(
     """
     check_implementation(implementation)
     check_covered(mask.shape, queries.shape[-2])
+    if isinstance(mask, np.ndarray):  # before JAX narrows it to 32 bits
+        mask = is_nonzero(mask)
     if dropout is not None:
         return reference_attention(queries, keys, values, mask, dropout)
     if implementation == "fused" or (

@@ -64,7 +64,8 @@ def fused_attention(
 
     The mask is read on the device, so one compiled program serves every mask. bfloat16 and float16
     are computed in float32, or by cuDNN on a GPU if the mask is causal. In the formula, a NaN or
-    inf in a blocked value reaches every row through 0 * NaN; here it may not. Second derivatives,
+    inf in a blocked value reaches every row through 0 * NaN, and scores that overflow give NaN;
+    here they may not. Second derivatives,
     forward over reverse or reverse over reverse, are those of the formula; cuDNN has none.
 
     Raises:
@@ -300,7 +301,9 @@ def _backward_strip(
     first_query, is_new = _strip_queries(head, shape, strip)
     queries = _take(head.queries, first_query, shape.queries)
     logsumexp, grad, inner = (_take(array, first_query, shape.queries) for array in rows)
-    # Queries that are in the strip before add nothing a second time.
+    # Queries that are in the strip before add nothing a second time. Their weights are 0: some of
+    # their pairs in this strip may be blocked, and exp(score - logsumexp) of those may overflow.
+    logsumexp = jnp.where(is_new, logsumexp, jnp.inf)
     grad, inner = jnp.where(is_new[:, None], grad, 0.0), jnp.where(is_new, inner, 0.0)
 
     def add_tile(

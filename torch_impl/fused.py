@@ -43,6 +43,8 @@ def kernel_layout(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -
         return None
     if not (_are_plain(queries, keys, values, mask) and _are_finite(queries, keys, values)):
         return None
+    if mask.is_inference() and torch.is_grad_enabled():  # it cannot be kept for a backward pass
+        return None
     return mask_layout(mask, queries.shape[-2])
 
 
@@ -102,7 +104,7 @@ def _are_finite(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     sum_of_values = values.detach().sum(dtype=wide)
     low, high, low_key, high_key, total = torch.stack([*extremes, sum_of_values]).tolist()
     max_score = queries.shape[-1] * max(-low, high) * max(-low_key, high_key)
-    return math.isfinite(total) and max_score <= torch.finfo(wide).max
+    return math.isfinite(total) and max_score <= torch.finfo(queries.dtype).max
 
 
 def _four_dims(tensor: Tensor) -> Tensor:

@@ -135,7 +135,8 @@ def pack(mask: Shaped[Tensor, "tokens tokens"]) -> Int64[Tensor, " words"]:
     """
     packed = []
     for rows in mask.split(ROWS_AT_ONCE):
-        blocked = rows.to(torch.bool, copy=True)  # any nonzero entry becomes True
+        # Any nonzero entry becomes True.
+        blocked = rows.to(torch.bool, copy=True, memory_format=torch.contiguous_format)
         columns, height = -blocked.shape[1] % 8, -blocked.shape[0] % 8
         if columns or height:
             blocked = F.pad(blocked, (0, columns, 0, height))

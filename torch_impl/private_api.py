@@ -19,9 +19,16 @@ HAS_KERNELS = None not in (flash, flash_backward, softmax_backward)
 
 
 def is_transformed() -> bool:
-    """Return whether a `torch.func` transform or forward-mode differentiation is active.
+    """Return whether `torch.func`, forward-mode differentiation or `make_fx` is at work.
 
-    If torch lacks the query, the result is True: the formula is correct in every transform.
+    If torch lacks a query, the result is True: the formula is correct in every transform.
     """
     is_functional = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-    return bool(is_functional()) or getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
+    is_forward = getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
+    return bool(is_functional()) or is_forward or _is_proxied()
+
+
+def _is_proxied() -> bool:
+    key = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)
+    get_mode = getattr(torch._C, "_get_dispatch_mode", None)
+    return get_mode is None or key is None or get_mode(key) is not None

@@ -13,11 +13,11 @@ from flax import nnx
 
 from ..conversion.apply_mapping import flax_from_torch
 from ..conversion.convert import StateDict, Variables
-from ..conversion.errors import ConversionError
+from ..conversion.errors import ConversionError, next_step
 from ..conversion.mapping import LINEN, NNX, KeyPath, Policy, StateMapping
 from ..conversion.match import allowing, match
 from ..conversion.state_kinds import FlaxSide, flax_side, specs_side, torch_kinds
-from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
+from ..conversion.tensors import is_uninitialized, numpy_to_tensor, tensor_to_numpy
 from ..dtypes import numpy_dtype
 from ..files.memory import collector_paused
 from ..files.printable import shown
@@ -26,7 +26,7 @@ from .errors import CheckpointError, UnverifiedCheckpoint
 from .formats import open_checkpoint
 from .formats.shards import index_in
 from .load_flax import flax_leaves, install
-from .load_torch import fill_torch, require_fit
+from .load_torch import assignment, fill_torch, require_fit
 from .manifest import is_cast
 from .reader import Reader
 from .tensors import Tensors, whole
@@ -130,7 +130,9 @@ def load_checkpoint(
             return _flax_into_flax(stored, target, policy or {}, cast)
         except ConversionError as error:
             reason = "does not fit the target; nothing was loaded"
-            raise CheckpointError.unfit(path, reason, error.mismatch) from error
+            is_torch = isinstance(target, torch.nn.Module)
+            mend = next_step(error.mismatch, is_torch=is_torch)
+            raise CheckpointError.unfit(path, reason, error.mismatch, mend) from error
 
     with collector_paused():
         assign = steady(path, prepare, memory)
@@ -277,8 +279,14 @@ def _into_torch(
     else:
         table = mapping or _stored_mapping(stored, stored.layout)
         if table:
-            table = allowing(stored.spell(table), (), stored.specs, policy)
-        table = table or match(module, side_of(stored), policy=policy)
+            keys = [
+                key for key, value in module.state_dict().items() if not is_uninitialized(value)
+            ]
+            table = allowing(stored.spell(table), keys, stored.specs, policy)
+        try:
+            table = table or match(module, side_of(stored), policy=policy)
+        except ConversionError as error:  # it takes the file for the target
+            raise ConversionError(error.mismatch.turned) from error
         tensors = relaid(stored.path, stored.tensors(), table)
     left = tensors.mapping.left_keys() if tensors.mapping else set()
     first_names = {key: key for key in tensors.specs} | dict(tensors.aliases)
@@ -297,7 +305,7 @@ def _into_torch(
             kept = state[key]
             state[key] = _cast(stored.path, key, kept, module_state[key].dtype)
             if "buffer" in (kinds.get(key), module_kinds.get(key)):
-                _require_unchanged(stored.path, key, kept, state[key])
+                _require_unchanged(stored.path, key, kept, state[key], module_state[key])
     return fill_torch(module, state)
 
 
@@ -380,7 +388,9 @@ def _owned(array: np.ndarray) -> np.ndarray:
     )
 
 
-def _require_unchanged(path: Path, key: str, before: torch.Tensor, after: torch.Tensor) -> None:
+def _require_unchanged(
+    path: Path, key: str, before: torch.Tensor, after: torch.Tensor, own: torch.Tensor
+) -> None:
     """Raise CheckpointError if a cast changed a value of a buffer.
 
     A mask blocks where it is not 0, and a small number may become 0 in a narrower dtype.
@@ -396,5 +406,5 @@ def _require_unchanged(path: Path, key: str, before: torch.Tensor, after: torch.
             key=key,
             expected=f"values that {after.dtype} has",
             found=f"{was[differs][0]:.3g}",
-            mend=f"keep its dtype: module.{key} = module.{key}.to({before.dtype}) first",
+            mend=f"keep its dtype: `{assignment(key, own, f'to({before.dtype})')}` first",
         )

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from ..conversion.apply_mapping import place_like
-from ..conversion.errors import ConversionError, Mismatch, MismatchEntry
+from ..conversion.errors import ConversionError, Mismatch, MismatchEntry, dropping
 from ..conversion.mapping import KeyPath, Policy, dotted, slashed
 from ..conversion.state_kinds import FlaxSide, linen_entries, one_trained, specs_side
 from ..conversion.tensors import Untransferable, numpy_to_tensor, to_jax
@@ -82,7 +82,9 @@ def flax_leaves(
     arrays = dict(stored.read(dict.fromkeys([*pairs.values(), *sorted(verified, key=str)])))
     for path in verified:
         if (refusal := objection("verify", arrays[path])) is not None:
-            refused.append(MismatchEntry(slashed(path), "", arrays[path].shape, reason=refusal))
+            name, shape = slashed(path), arrays[path].shape
+            entry = MismatchEntry(name, "", shape, reason=refusal, mend=dropping(name))
+            refused.append(entry)
     leaves = {}
     for path, source in pairs.items():
         try:

@@ -9,9 +9,10 @@ from torch.nn.parameter import is_lazy
 
 from ..conversion.apply_mapping import same_bits
 from ..conversion.convert import StateDict
-from ..conversion.errors import ConversionError, Mismatch, MismatchEntry
+from ..conversion.errors import ConversionError, Mismatch, MismatchEntry, dropping
 from ..conversion.mapping import Policy
 from ..conversion.state_kinds import one_trained, same_memory, torch_kinds
+from ..conversion.tensors import UNINITIALIZED, is_uninitialized
 from ..conversion.unmatched import decided, host_values, lacking, objection
 from .tensors import Spec
 
@@ -29,12 +30,13 @@ def require_fit(
     Raises:
         ConversionError: entries do not fit; the error lists all of them.
     """
-    module_state = module.state_dict()
+    module_state = module.state_dict(keep_vars=True)
     wanted = {
         key: entry
         for key, entry in module_state.items()
         if isinstance(entry, Tensor) and not is_lazy(entry)
     }
+    lazy = {key for key, entry in module_state.items() if is_uninitialized(entry)}
     tied, module_kinds = _tied(wanted), torch_kinds(module)
     missing = [
         MismatchEntry(key, "the module's", expected=tuple(tensor.shape), reason=reason)
@@ -44,7 +46,7 @@ def require_fit(
         and key not in left
         and (reason := lacking(key, tensor, policy)) is not None
     ]
-    extra = [key for key in specs if key not in wanted]
+    extra = [key for key in specs if key not in wanted and key not in lazy]
     dropped = {key for key in extra if decided(key, policy) in ("ignore", "verify")}
     unexpected = tuple(
         MismatchEntry(key, "", specs[key].shape) for key in extra if key not in dropped
@@ -58,8 +60,9 @@ def require_fit(
             mend="keep it as a buffer, or leave get_extra_state out",
         )
         for key, entry in module_state.items()
-        if key not in wanted
+        if key not in wanted and key not in lazy
     ]
+    refused += [MismatchEntry(key, "the module", reason=UNINITIALIZED) for key in lazy]
     refused += [
         MismatchEntry(
             key,
@@ -106,7 +109,8 @@ def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.
     refused += _overwritten(wanted, state) if not refused else []
     for key in [key for key in state if key not in wanted]:
         if reason := objection("verify", host_values(state[key])):
-            refused.append(MismatchEntry(key, "", tuple(state[key].shape), reason=reason))
+            shape, mend = tuple(state[key].shape), dropping(key)
+            refused.append(MismatchEntry(key, "", shape, reason=reason, mend=mend))
     if refused:
         raise ConversionError(Mismatch(refused=tuple(refused)))
     fitting = {key: tensor for key, tensor in state.items() if key in wanted}
@@ -213,12 +217,15 @@ def _refusal(key: str, dtype: str, expected: Tensor, cast: bool) -> str | None:
     if expected.is_meta:
         return "the module is on the meta device: `to_empty(device=...)` first"
     if expected.is_inference() and not torch.is_inference_mode_enabled():
-        return f"the module's is an inference tensor: `module.{key} = module.{key}.clone()` first"
+        return (
+            f"the module's is an inference tensor: `{assignment(key, expected, 'clone()')}` first"
+        )
     if any(
         stride == 0 and size > 1
         for stride, size in zip(expected.stride(), expected.shape, strict=True)
     ):
-        return f"the module's is an expanded view: `module.{key} = module.{key}.clone()` first"
+        statement = assignment(key, expected, "clone()")
+        return f"the module's is an expanded view: `{statement}` first"
     floating = file_dtype.is_floating_point and expected.dtype.is_floating_point
     if file_dtype == expected.dtype:
         return None
@@ -226,8 +233,21 @@ def _refusal(key: str, dtype: str, expected: Tensor, cast: bool) -> str | None:
     may_cast = floating or (file_dtype, expected.dtype) == (torch.int32, torch.int64)
     if may_cast and cast:
         return None
-    whole = (
-        f"module.to({file_dtype})" if floating else f"module.{key} = module.{key}.to({file_dtype})"
-    )
+    one = assignment(key, expected, f"to({file_dtype})")
+    whole = f"module.to({file_dtype})" if floating else one
     mend = f"`{whole}` first" + (", or pass cast=True" if may_cast else "")
     return f"is {file_dtype}; the module has {expected.dtype}: {mend}"
+
+
+def assignment(key: str, tensor: Tensor, call: str) -> str:
+    """Return the statement that replaces a tensor of the module by what a call on it returns."""
+    prefix, _, name = key.rpartition(".")
+    owner = f"module.get_submodule({prefix!r})" if prefix else "module"
+    old = f"{owner}.{name}" if name.isidentifier() else f"getattr({owner}, {name!r})"
+    new = f"{old}.{call}"
+    if isinstance(tensor, torch.nn.Parameter):
+        is_trained = "" if tensor.is_floating_point() else ", requires_grad=False"
+        new = f"torch.nn.Parameter({old}.detach().{call}{is_trained})"
+    if name.isidentifier():
+        return f"{old} = {new}"
+    return f"setattr({owner}, {name!r}, {new})"

@@ -8,7 +8,7 @@ from threading import Lock
 import numpy as np
 
 from ..conversion.apply_mapping import combined, differing_dtypes, torch_shape, unfit
-from ..conversion.errors import ConversionError, Mismatch, MismatchEntry
+from ..conversion.errors import ConversionError, Mismatch, MismatchEntry, dropping
 from ..conversion.layouts import flax_shape, layout, to_flax, to_torch
 from ..conversion.mapping import KeyPath, Left, Row, StateMapping, slashed
 from ..conversion.unmatched import objection, refill_of, refilled
@@ -158,9 +158,8 @@ def _objections(
         if path is not None and path in source.specs and item.policy != "ignore":
             reason = objection(item.policy, _whole(source, path))
             if reason:
-                refused.append(
-                    MismatchEntry(item.torch_key, "", source.specs[path].shape, reason=reason)
-                )
+                shape, mend = source.specs[path].shape, dropping(item.torch_key)
+                refused.append(MismatchEntry(item.torch_key, "", shape, reason=reason, mend=mend))
     return refused
 
 
@@ -213,9 +212,21 @@ def cast_array(path: Path, name: str, array: np.ndarray, dtype: np.dtype) -> np.
             key=name,
             expected=f"numbers in the range of {dtype}",
             found=f"up to {float(np.nanmax(np.abs(array.astype(np.float64)))):.3g}",
-            mend="choose bfloat16 or float32",
+            mend=_wider(array, dtype),
         )
     return result
+
+
+def _wider(array: np.ndarray, dtype: np.dtype) -> str:
+    """Return which dtypes hold the numbers, as a next step."""
+    names = [name for name in FLOATS if name != dtype.name]
+    with np.errstate(over="ignore"):
+        fitting = [
+            name
+            for name in names
+            if np.isfinite(array.astype(numpy_dtype(name))[np.isfinite(array)]).all()
+        ]
+    return f"choose {' or '.join(fitting)}"
 
 
 def cast(tensors: Tensors, dtype: str, path: Path) -> Tensors:

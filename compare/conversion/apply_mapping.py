@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import Mismatch, MismatchEntry, Shape
+from .errors import Mismatch, MismatchEntry, Shape, dropping
 from .layouts import Layout, layout, to_flax
 from .layouts import to_torch as torch_layout
 from .mapping import KeyPath, Left, Row, StateMapping, slashed
@@ -24,6 +24,8 @@ from .tensors import (
     to_torch,
 )
 from .unmatched import host_values, objection, refilled
+
+_COPIED = ("conv_transpose", "flatten")  # layouts that no view can show
 
 
 def flax_from_torch(
@@ -108,6 +110,7 @@ def torch_from_flax(
             try:
                 if row.shape is not None and row.shape != leaf.shape:
                     raise ValueError(f"the mapping is for {row.shape}; this is {leaf.shape}")
+                _shareable(row, copy)
                 tensor = _to_tensor(layout(row.layout, leaf.shape), leaf, copy)
             except ValueError as error:
                 refused.append(
@@ -126,11 +129,16 @@ def torch_from_flax(
                 elif key is not None:
                     state[key] = values
     for key, tensors in parts.items():
+        first = next(row for row in mapping.by_key[key] if row.part)
         joined = [tensors[i] for i in sorted(tensors)]
-        place = mapping.by_key[key][0].place
-        differing = differing_dtypes(key, place, [str(tensor.dtype) for tensor in joined])
-        refused += differing
-        if not differing:
+        is_whole = first.part is not None and len(joined) == first.part[1]
+        unjoined = differing_dtypes(key, first.place, [str(tensor.dtype) for tensor in joined])
+        if not copy:
+            reason = "several arrays make one tensor, so memory cannot be shared; use copy=True"
+            unjoined.append(MismatchEntry(key, first.place, reason=reason))
+        refused += unjoined
+        state.pop(key)
+        if is_whole and not unjoined:
             state[key] = torch.cat(joined)
     for row in mapping.rows:
         if row.kind == "alias" and mapping.by_path[row.path].torch_key in state:
@@ -199,7 +207,10 @@ def combined(row: Row, tensors: Sequence[Any], copy: bool) -> Any:
         raise Untransferable(
             f"is {tensors[0].dtype}, but {row.plus}, which is added to it, is {tensors[1].dtype}"
         )
-    return tensors[0] + tensors[1]
+    try:
+        return tensors[0] + tensors[1]
+    except NotImplementedError as error:  # float8
+        raise Untransferable(f"{tensors[0].dtype} has no sum with {row.plus}") from error
 
 
 def untied(
@@ -236,9 +247,22 @@ def _refused_left_entries(
     refused = []
     for item in mapping.left:
         value = _left_value(item, tensors, leaves)
-        if value is not None and (reason := objection(item.policy, host_values(value))):
-            refused.append(MismatchEntry(item.torch_key, "", tuple(value.shape), reason=reason))
+        if value is not None and (reason := _objection_to(value, item.policy)):
+            mend = dropping(item.torch_key)
+            refused.append(
+                MismatchEntry(item.torch_key, "", shape_of(value), reason=reason, mend=mend)
+            )
     return refused
+
+
+def _objection_to(value: Any, policy: str) -> str | None:
+    """Return why the value may not be left out under this policy, or None."""
+    if policy != "ignore" and not hasattr(value, "shape"):
+        return f"is a {type(value).__name__}, not a tensor"
+    try:
+        return objection(policy, host_values(value))
+    except Untransferable as error:
+        return str(error)
 
 
 def _left_value(item: Left, tensors: Mapping[str, Any], leaves: Mapping[KeyPath, Any]) -> Any:
@@ -263,9 +287,9 @@ def _in_order(
 
 
 def _shareable(row: Row, copy: bool) -> bool:
-    if not copy and row.layout == "conv_transpose":
+    if not copy and row.layout.partition(":")[0] in _COPIED:
         raise Untransferable(
-            "the mirrored window is a new tensor, so memory cannot be shared; use copy=True"
+            "this layout makes a new tensor, so memory cannot be shared; use copy=True"
         )
     return copy
 

@@ -1,6 +1,7 @@
 """The errors of the converter, and the lists in them."""
 
-from dataclasses import dataclass
+import glob
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 
@@ -55,6 +56,16 @@ class Mismatch:
     unexpected: tuple[MismatchEntry, ...] = ()
     misshaped: tuple[MismatchEntry, ...] = ()
     refused: tuple[MismatchEntry, ...] = ()
+
+    @property
+    def turned(self) -> "Mismatch":
+        """The same, with source and target exchanged."""
+        missing = tuple(replace(one, expected=one.found, found=None) for one in self.unexpected)
+        extra = tuple(replace(one, found=one.expected, expected=None) for one in self.missing)
+        shapes = tuple(
+            replace(one, found=one.expected, expected=one.found) for one in self.misshaped
+        )
+        return Mismatch(missing, extra, shapes, self.refused)
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.misshaped or self.refused)
@@ -112,7 +123,12 @@ def _mend(entry: MismatchEntry) -> str:
     return ""
 
 
-def next_step(mismatch: Mismatch) -> str:
+def dropping(name: str) -> str:
+    """Return the argument that leaves the entry out, whatever it holds."""
+    return f"policy={{{glob.escape(name)!r}: 'ignore'}} drops it"
+
+
+def next_step(mismatch: Mismatch, *, is_torch: bool = True) -> str:
     """Return what to do about a checkpoint that does not fit the target, by its first entry."""
     if mismatch.misshaped:
         first = mismatch.misshaped[0]
@@ -127,14 +143,19 @@ def next_step(mismatch: Mismatch) -> str:
         old, new = (
             [entry.name for entry in group] for group in (mismatch.unexpected, mismatch.missing)
         )
-        if prefix := _common_prefix(old, new):
-            module = f"torch.nn.ModuleDict({{{prefix!r}: module}})"
-            return f"the file has a prefix: load it into {module}"
-        if prefix := _common_prefix(new, old):
+        prefix = _common_prefix(old, new)
+        if prefix and not is_torch:
+            rename = f"rename={{'{prefix}.*': '*'}}"
+            match = f"compare.match(compare.read_checkpoint(path), target, {rename})"
+            return f"the file has a prefix: pass mapping={match}"
+        if prefix and prefix.isidentifier():
+            wrapper = f"torch.nn.Module(); wrapper.add_module({prefix!r}, module)"
+            return f"the file has a prefix: load it into wrapper = {wrapper}"
+        if is_torch and (prefix := _common_prefix(new, old)):
             return f"the target has a prefix: load it into module.get_submodule({prefix!r})"
     entry = (*mismatch.missing, *mismatch.unexpected)[0]
     effect = "keeps the target's own value" if mismatch.missing else "leaves it out"
-    policy = f"policy={{{entry.policy_name!r}: 'ignore'}}"
+    policy = f"policy={{{glob.escape(entry.policy_name)!r}: 'ignore'}}"
     return f"build the target as it was saved; {policy} {effect}"
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import nnx
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from .mapping import KeyPath, Left, Row
@@ -74,6 +75,8 @@ def refusal(layer: nn.Module) -> str | None:
             f"{name} computes a weight from other tensors: call "
             "torch.nn.utils.parametrize.remove_parametrizations(layer, name) first"
         )
+    if any(map(is_lazy, chain(layer.parameters(), layer.buffers()))):
+        return None  # its tensors are refused one by one
     has_state = any(True for _ in chain(layer.parameters(), layer.buffers()))
     is_torchs = type(layer).__module__.startswith(_TORCH_LAYERS)
     if not has_state or not is_torchs or type(layer) in _CONTAINERS:
@@ -84,8 +87,8 @@ def refusal(layer: nn.Module) -> str | None:
             "replace it",
         )
         return (
-            f"{name} has no counterpart in Flax: {mend}; if your Flax model computes the same, "
-            "match its state dict instead: compare.match(source.state_dict(), template)"
+            f"{name} has no counterpart that match knows: {mend}; if your Flax model computes the "
+            "same, match its state dict instead: compare.match(source.state_dict(), template)"
         )
     if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats:
         return (

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from ..dtypes import DTYPES
+from ..dtypes import DTYPES, INTEGERS
 from ..files.errors import FileError
 from ..files.memory import Budget
 from ..files.reading import parse_json, read_file
@@ -319,7 +319,7 @@ def _refill(shape: Any, dtype: Any, pattern: Any, value: Any) -> Refill:
         or (pattern != "full" and len(shape) < 2)
     ):
         raise ValueError(f"a mask is {dtype} {shape}, {pattern} of {value}; expected tril or triu")
-    float(value)
+    int(value) if dtype in (*INTEGERS, "bool") else float(value)
     return Refill(tuple(shape), dtype, pattern, value)
 
 

@@ -1,7 +1,10 @@
 """Match torch entries with Flax arrays by name. Shapes are only checked, never used to match."""
 
+import glob
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -170,6 +173,12 @@ class _Matcher:
     def pair_compound_layers(self) -> None:
         """Pair attention, LSTM and GRU, which one framework stores in one piece."""
         self.rows, self.left = compound_rows(self.tensors, self.names, self.flax)
+        for row in self.rows:
+            kinds = self.kinds.get(row.torch_key, "parameter"), self.flax.kinds[row.path]
+            if one_trained(*kinds):
+                self.refused.append(
+                    MismatchEntry(row.torch_key, row.place, reason=_trained(*kinds))
+                )
         keys = {key for row in self.rows for key in (row.torch_key, row.plus) if key}
         self.done |= keys | {item.torch_key for item in self.left}
 
@@ -181,8 +190,8 @@ class _Matcher:
                 continue
             self.done.add(key)
             if len(paths) > 1:
-                choices = " and ".join(map(slashed, paths))
-                reason = f"ambiguous: it could be {choices}; use rename to choose"
+                choices = " and ".join(shown(slashed(path)) for path in paths)
+                reason = f"ambiguous: it could be {choices}; give one another name in Flax"
                 self.refused.append(MismatchEntry(key, "", reason=reason))
                 continue
             try:
@@ -199,10 +208,7 @@ class _Matcher:
         flax_kind = self.flax.kinds[path]
         torch_kind = self.kinds.get(key, flax_kind)
         if one_trained(torch_kind, flax_kind):
-            raise ValueError(
-                f"is a {torch_kind} in torch and a {flax_kind} in Flax: "
-                "one is trained, the other is not"
-            )
+            raise ValueError(_trained(torch_kind, flax_kind))
         shape = tuple(self.flax.leaves[path].shape)
         layer = self.layers.get(key.rpartition(".")[0])
         if chosen := self.layouts.get(key):
@@ -241,12 +247,13 @@ class _Matcher:
         rows_by_memory: dict[Any, Row] = {}
         for row in self.rows:
             memory = _memory(self.tensors[row.torch_key])
-            if memory is not None and row.part is None:
+            if memory is not None:
                 rows_by_memory.setdefault(memory, row)
         for key in [key for key in self.tensors if key not in self.done]:
             first = rows_by_memory.get(_memory(self.tensors[key]))
             if first is not None:
-                self.rows.append(Row(key, first.path, first.layout, "alias", shape=first.shape))
+                alias = replace(first, torch_key=key, kind="alias", plus=None)
+                self.rows.append(alias)
                 self.done.add(key)
 
     def settle(self) -> tuple[StateMapping, Mismatch]:
@@ -349,6 +356,11 @@ class _Matcher:
             return f"did you mean {shown(best)}?" if best else ""
 
         return suggest
+
+
+def _trained(torch_kind: str, flax_kind: str) -> str:
+    kinds = f"is a {torch_kind} in torch and a {flax_kind} in Flax"
+    return f"{kinds}: one is trained, the other is not"
 
 
 def _unnamed(key: Any) -> MismatchEntry:
@@ -455,6 +467,12 @@ def _layout(
     leaf, rank, torch_rank = path[-1], len(shape), len(getattr(tensor, "shape", ()))
     if leaf == "negative_slope":
         return "scalar"
+    pattern = json.dumps(glob.escape(key), ensure_ascii=False)
+    if leaf == "kernel" and key.rpartition(".")[2] != "weight" and rank > 1:
+        raise ValueError(
+            f"nothing says how this kernel is laid out, which torch calls {shown(key)}: pass "
+            f'layouts={{{pattern}: "same"}}, "transposed", or another layout'
+        )
     if (
         leaf != "kernel"
         or key.rpartition(".")[2] != "weight"
@@ -469,7 +487,7 @@ def _layout(
     if transposed and hint is None:
         raise ValueError(
             f"the layer is a {type(layer).__name__}, and Flax variables do not say whether it was "
-            f'built with transpose_kernel: pass layouts={{"{key}": "conv"}} if True, '
+            f'built with transpose_kernel: pass layouts={{{pattern}: "conv"}} if True, '
             '"conv_transpose" if False (the default)'
         )
     if rank == 3 and torch_rank == 2 and isinstance(layer, torch.nn.Linear | None):
@@ -477,7 +495,7 @@ def _layout(
             return "heads_out" if path[-2] == "out" else "heads_in"
         raise ValueError(
             "one side has two axes, the other three: if these are attention heads, pass "
-            f'layouts={{"{key}": "heads_in"}}, or "heads_out" for the output projection'
+            f'layouts={{{pattern}: "heads_in"}}, or "heads_out" for the output'
         )
     if rank == 2 and isinstance(layer, torch.nn.Linear | None) and hint in (None, "general"):
         return "transposed"
@@ -491,7 +509,7 @@ def _layout(
     kind = "torch" if layer is None else f"the {type(layer).__name__} in torch"
     raise ValueError(
         f"{kind} does not say how this kernel is laid out: pass "
-        f'layouts={{"{key}": "transposed"}}, or another layout'
+        f'layouts={{{pattern}: "transposed"}}, or another layout'
     )
 
 
@@ -501,18 +519,41 @@ def allowing(
     leaves: Mapping[KeyPath, Any],
     policy: Mapping[str, Policy],
 ) -> StateMapping:
-    """Return the mapping with the unmatched entries that the policy allows added to `left`."""
-    known = mapping.by_key.keys() | {item.torch_key for item in mapping.left}
-    used: set[str] = set()
-    left = []
-    for key in [key for key in tensors if key not in known]:
-        if (decided := _decide(key, policy, used)) in ("ignore", "verify"):
-            left.append(Left(key, str(decided)))
+    """Return the mapping without the pairs that one side lacks and the policy allows to leave out.
+
+    Args:
+        mapping: how the names pair.
+        tensors: the torch names that are there.
+        leaves: the Flax paths that are there.
+        policy: what happens to an entry that exists on one side only.
+    """
+    if not policy:
+        return mapping
+    keys, used = {*tensors}, set[str]()
+
+    def allowed(name: str) -> Policy | None:
+        decided = _decide(name, policy, used)
+        return decided if decided in ("ignore", "verify") else None
+
+    left = [item for item in mapping.left if _decide(item.torch_key, policy, used) != "refuse"]
+    rows = []
+    for row in mapping.rows:
+        here, there = row.torch_key in keys, row.path in leaves
+        if here and not there and (decided := allowed(row.torch_key)):
+            left.append(Left(row.torch_key, decided))
+        elif there and not here and (decided := allowed(row.place) or allowed(row.torch_key)):
+            left.append(Left(row.place, decided, row.path))
+        else:
+            rows.append(row)
+    known = {*mapping.by_key, *(item.torch_key for item in left)}
+    for key in [key for key in keys if key not in known]:
+        if decided := allowed(key):
+            left.append(Left(key, decided))
     for path in [path for path in leaves if path not in mapping.by_path]:
         name = slashed(path)
-        if name not in known and (decided := _decide(name, policy, used)) in ("ignore", "verify"):
-            left.append(Left(name, str(decided), path))
-    return StateMapping(mapping.rows, (*mapping.left, *left), mapping.flax)
+        if name not in known and (decided := allowed(name)):
+            left.append(Left(name, decided, path))
+    return StateMapping(tuple(rows), tuple(left), mapping.flax)
 
 
 def _memory(tensor: Any) -> Any:

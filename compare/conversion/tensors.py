@@ -145,6 +145,10 @@ def dense(tensor: Tensor) -> Tensor:
     Raises:
         Untransferable: a lazy, nested, meta, sparse or quantized tensor, which has no plain values.
     """
+    if not isinstance(tensor, Tensor):
+        raise Untransferable(
+            f"is a {type(tensor).__name__}, not a tensor; give torch.from_numpy(...)"
+        )
     if is_lazy(tensor):
         raise Untransferable(UNINITIALIZED)
     if tensor.is_nested:

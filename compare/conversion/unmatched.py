@@ -54,7 +54,7 @@ def objection(policy: str, array: np.ndarray | None) -> str | None:
         size = array.shape[0] // count
         return (
             None
-            if not array[index * size : (index + 1) * size].astype(np.float64).any()
+            if not array[index * size : (index + 1) * size].astype(bool).any()
             else f"part {index} of {count} is not zero, and Flax adds nothing there"
         )
     return _mask_objection(array)
@@ -66,7 +66,7 @@ def _mask_objection(array: np.ndarray) -> str | None:
         value = float(array.astype(np.float64))
         return (
             None
-            if any(value == fill for fill in _FILL_VALUES)
+            if any(value == float(np.array(fill).astype(array.dtype)) for fill in _FILL_VALUES)
             else f"is {value:g}, which is not a fill value of causal masks"
         )
     square = (
@@ -80,8 +80,10 @@ def _mask_objection(array: np.ndarray) -> str | None:
     nonzero = square.astype(bool)
     different = min(int((nonzero != blocked).sum()), int((nonzero == blocked).sum()))
     values = np.unique(square[nonzero].astype(np.complex128))
-    if not different and (len(values) > 1 or np.isnan(values).any() or square.size < 2):
-        return "has the pattern of a causal mask, but not one constant where it is not 0"
+    is_constant = len(values) < 2 and not np.isnan(values).any() and square.size > 1
+    has_zeros = array.dtype.kind not in "fcV" or not np.signbit(square.real[~nonzero]).any()
+    if not different and not (is_constant and has_zeros and array.dtype.kind != "c"):
+        return "has the pattern of a causal mask, but not one constant beside 0"
     if not different:
         return None
     return (
@@ -95,7 +97,8 @@ def refill_of(array: np.ndarray | None) -> Refill | None:
     if array is None or array.dtype.kind == "c" or not array.size or _mask_objection(array):
         return None
     nonzero = array[array.astype(bool)]
-    value = repr(float(nonzero.flat[0])) if nonzero.size else "0.0"
+    convert = int if array.dtype.kind in "iub" else float
+    value = repr(convert(nonzero.flat[0])) if nonzero.size else "0"
     for pattern in ("full",) if array.ndim < 2 else ("tril", "triu"):
         refill = Refill(array.shape, array.dtype.name, pattern, value)  # type: ignore[arg-type]
         if refilled(refill).tobytes() == np.ascontiguousarray(array).tobytes():
@@ -106,12 +109,13 @@ def refill_of(array: np.ndarray | None) -> Refill | None:
 def refilled(refill: Refill) -> np.ndarray:
     """Return the array that the refill describes."""
     dtype = numpy_dtype(refill.dtype)
+    number = int(refill.value) if dtype.kind in "iub" else float(refill.value)
     if refill.pattern == "full":
-        return np.full(refill.shape, float(refill.value)).astype(dtype)
+        return np.full(refill.shape, np.array(number).astype(dtype))
     rows, columns = (np.arange(size) for size in refill.shape[-2:])
     is_lower = rows[:, None] >= columns
     is_filled = is_lower if refill.pattern == "tril" else np.logical_not(is_lower)
-    fill, empty = np.array([float(refill.value), 0.0]).astype(dtype)
+    fill, empty = np.array(number).astype(dtype), np.zeros((), dtype)
     return np.broadcast_to(np.where(is_filled, fill, empty), refill.shape).copy()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 import compare
 from compare.checkpoint.errors import CheckpointError
@@ -107,16 +108,82 @@ def test_a_wrappers_prefix(tmp_path: Path) -> None:
     module = torch.nn.Linear(2, 2)
     wrapped = saved(tmp_path, torch.nn.DataParallel(module).state_dict())
     error = refused(lambda: compare.load_checkpoint(wrapped, torch.nn.Linear(2, 2)))
-    assert "load it into torch.nn.ModuleDict({'module': module})" in error.mend
+    advice = "wrapper = torch.nn.Module(); wrapper.add_module('module', module)"
+    assert f"the file has a prefix: load it into {advice}" == error.mend
     target = torch.nn.Linear(2, 2)
-    compare.load_checkpoint(wrapped, torch.nn.ModuleDict({"module": target}))
+    wrapper = torch.nn.Module()
+    wrapper.add_module("module", target)
+    compare.load_checkpoint(wrapped, wrapper)
     assert torch.equal(target.weight, module.weight)
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    error = refused(lambda: compare.load_checkpoint(wrapped, model))
+    match = "compare.match(compare.read_checkpoint(path), target, rename={'module.*': '*'})"
+    assert error.mend == f"the file has a prefix: pass mapping={match}"
+    mapping = compare.match(compare.read_checkpoint(wrapped), model, rename={"module.*": "*"})
+    compare.load_checkpoint(wrapped, model, mapping=mapping)
+    assert np.array_equal(model.kernel[...], module.weight.detach().numpy().T)
     plain = saved(tmp_path, module)
     compiled: Any = torch.compile(torch.nn.Linear(2, 2))
     error = refused(lambda: compare.load_checkpoint(plain, compiled))
     assert "load it into module.get_submodule('_orig_mod')" in error.mend
     compare.load_checkpoint(plain, compiled.get_submodule("_orig_mod"))
     assert torch.equal(compiled.state_dict()["_orig_mod.weight"], module.weight)
+
+
+def test_entries_that_cannot_be_filled(tmp_path: Path) -> None:
+    """Inside a container, as a parameter, or with a name that is a pattern: the statement works."""
+    module: Any = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    path = saved(tmp_path, module)
+    module[0].weight = torch.nn.Parameter(torch.zeros(1, 1).expand(2, 2))
+    error = refused(lambda: compare.load_checkpoint(path, module))
+    statement = error.mend.split("`")[1]
+    exec(statement, {"module": module, "torch": torch})
+    compare.load_checkpoint(path, module)
+    listed: Any = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(2).long(), False)])
+    path = saved(tmp_path, {"0": torch.ones(2, dtype=torch.int16)})
+    error = refused(lambda: compare.load_checkpoint(path, listed))
+    exec(error.mend.split("`")[1], {"module": listed, "torch": torch})
+    assert compare.load_checkpoint(path, listed)[0].tolist() == [1, 1]
+    odd = torch.nn.Module()
+    odd.register_buffer("x[0]", torch.zeros(1))
+    path = saved(tmp_path, {"y": torch.ones(1)})
+    error = refused(lambda: compare.load_checkpoint(path, odd, policy={"y": "ignore"}))
+    policy = eval(error.mend.partition("policy=")[2].partition("}")[0] + "}")
+    compare.load_checkpoint(path, odd, policy={"y": "ignore", **policy})
+
+
+def test_a_lazy_target_is_named(tmp_path: Path) -> None:
+    path = saved(tmp_path, torch.nn.Sequential(torch.nn.Linear(3, 2)))
+    error = refused(
+        lambda: compare.load_checkpoint(path, torch.nn.Sequential(torch.nn.LazyLinear(2)))
+    )
+    assert "call the module once first" in error.mend and "unexpected" not in str(error)
+
+
+def test_a_policy_beside_a_mapping(tmp_path: Path) -> None:
+    """Whether the mapping is in the file or given, and whichever side lacks the entry."""
+
+    class Model(nnx.Module):
+        def __init__(self, *names: str) -> None:
+            for name in names:
+                setattr(self, name, nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+    both: Any = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
+    one = torch.nn.ModuleDict({"a": both["a"]})
+    mapping = compare.match(both, Model("a", "b"))
+    more = compare.save_checkpoint(tmp_path / "more.pth", both, mapping=mapping)
+    assert "b.weight" in str(refused(lambda: compare.load_checkpoint(more, Model("a"))))
+    loaded: Any = compare.load_checkpoint(more, Model("a"), policy={"b.*": "ignore"})
+    assert np.array_equal(loaded.a.kernel[...], both["a"].weight.detach().numpy().T)
+    less = compare.save_checkpoint(tmp_path / "less.pth", one)
+    target: Any = Model("a", "b")
+    kept = np.asarray(target.b.kernel[...])
+    compare.load_checkpoint(less, target, mapping=mapping, policy={"b/*": "ignore"})
+    assert np.array_equal(target.b.kernel[...], kept)
+    flax = compare.save_checkpoint(tmp_path / "less.msgpack", Model("a"))
+    error = refused(lambda: compare.load_checkpoint(flax, both))
+    assert "missing b.weight" in str(error), "the file lacks it"
+    compare.load_checkpoint(flax, both, mapping=mapping, policy={"b.*": "ignore"})
 
 
 def test_another_dtype(tmp_path: Path) -> None:
@@ -197,8 +264,10 @@ def test_a_number_that_does_not_fit_is_no_wrong_usage(run: Run) -> None:
     compare.save_checkpoint("a.pth", {"w": torch.tensor([1e30])})
     code, printed = run("convert a.pth b.pth --dtype float16")
     assert code == 1 and "Usage" not in printed
-    assert "choose bfloat16 or float32" in printed
+    assert "choose float64 or float32 or bfloat16" in printed
     assert run("convert a.pth b.pth --dtype bfloat16")[0] == 0
+    compare.save_checkpoint("w.pth", {"w": torch.tensor([1e300], dtype=torch.float64)})
+    assert "choose float64\n" in run("convert w.pth b.pth --dtype float16")[1]
 
 
 def test_wrong_usage_ends_with_2(run: Run) -> None:

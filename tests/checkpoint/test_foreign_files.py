@@ -81,6 +81,7 @@ def test_two_entries_do_not_become_one() -> None:
         compare.match(
             {"x.weight": torch.ones(3, 3), "x.kernel": torch.ones(3, 3), "x.bias": torch.ones(3)},
             One(),
+            layouts={"x.kernel": "same"},
         )
     with pytest.raises(ValueError, match="this mapping has params/x twice"):
         StateMapping((Row("a", ("params", "x")), Row("b", ("params", "x"))))
@@ -295,7 +296,7 @@ def test_lazy_layers_and_dicts_that_are_no_variables(tmp_path: Path) -> None:
     path = compare.save_checkpoint(tmp_path / "s.pth", torch.nn.Linear(3, 3))
     with pytest.raises(CheckpointError, match="a lazy layer has no values yet"):
         compare.save_checkpoint(tmp_path / "lazy.pth", torch.nn.LazyLinear(3))
-    with pytest.raises(CheckpointError, match="weight: is a UninitializedParameter in the module"):
+    with pytest.raises(CheckpointError, match="weight: a lazy layer has no values yet"):
         compare.load_checkpoint(path, torch.nn.LazyLinear(3))
     with pytest.raises(TypeError, match="or a torch module instead of its state dict"):
         compare.load_checkpoint(path, torch.nn.Linear(3, 3).state_dict())

@@ -220,9 +220,9 @@ def test_momentum_is_the_other_share_and_the_variance_is_another() -> None:
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (torch.nn.LSTM(2, 3), "0: LSTM has no counterpart in Flax: use nn.LSTMCell"),
-        (torch.nn.EmbeddingBag(2, 3), "0: EmbeddingBag has no counterpart in Flax"),
-        (torch.nn.RNNCell(2, 3), "0: RNNCell has no counterpart in Flax: replace it"),
+        (torch.nn.LSTM(2, 3), "0: LSTM has no counterpart that match knows: use nn.LSTMCell"),
+        (torch.nn.EmbeddingBag(2, 3), "0: EmbeddingBag has no counterpart that match knows"),
+        (torch.nn.RNNCell(2, 3), "0: RNNCell has no counterpart that match knows: replace it"),
         (
             torch.nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
             "track_running_stats=True",
@@ -236,7 +236,7 @@ def test_momentum_is_the_other_share_and_the_variance_is_another() -> None:
         ),
         (
             torch.nn.TransformerEncoderLayer(8, 2),
-            "0: TransformerEncoderLayer has no counterpart in Flax: write it with",
+            "0: TransformerEncoderLayer has no counterpart that match knows: write it with",
         ),
         (torch.nn.TransformerDecoderLayer(8, 2), "0: TransformerDecoderLayer has no counterpart"),
         (torch.nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5]), "0: AdaptiveLogSoftmaxWithLoss has no"),
