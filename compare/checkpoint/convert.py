@@ -161,6 +161,7 @@ def convert_checkpoint(
                 nbytes = sum(spec.nbytes for spec in tensors.specs.values())
                 with naming(path):
                     stored.budget.require(nbytes, path, f"a {path.suffix} file as a whole")
+            stored.require_copies(tensors)
             counted = watched(tensors, progress)
             if chosen is not None:
                 write(path, resolved, chosen, counted, stored.require_current)

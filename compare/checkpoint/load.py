@@ -168,8 +168,7 @@ def read_checkpoint(
         table = mapping or stored.mapping or (LINEN if stored.layout == "linen" else NNX)
         try:
             table = stored.spell(table)
-            stored.require_room(stored.specs, copied=True)
-            return _whole_state(relaid(stored.path, stored.tensors(), table))
+            return _whole_state(stored, relaid(stored.path, stored.tensors(), table))
         except CheckpointError as error:
             if not error.mismatch or mapping or stored.mapping:
                 raise
@@ -296,8 +295,7 @@ def _into_torch(
     if stored.layout == "torch":
         state = _state(stored.read(), stored.aliases)
     else:
-        stored.require_room(stored.specs, copied=True)
-        state = _whole_state(tensors)
+        state = _whole_state(stored, tensors)
     state = {key: tensor for key, tensor in state.items() if key not in dropped}
     if cast:
         module_state, module_kinds = module.state_dict(), torch_kinds(module)
@@ -378,7 +376,12 @@ def _state(
     return state | {str(key[0]): state[str(first[0])] for key, first in aliases.items()}
 
 
-def _whole_state(tensors: Tensors) -> StateDict:
+def _whole_state(stored: Reader, tensors: Tensors) -> StateDict:
+    """Read all tensors. All of them are held, and the copies of one."""
+    stored.require_room(stored.specs, copied=True)
+    total = sum(spec.nbytes for spec in tensors.specs.values())
+    largest = max((spec.nbytes for spec in tensors.specs.values()), default=0)
+    stored.require_copies(tensors, held=total - largest)
     return _state(((key, whole(tensors, key)) for key in tensors.specs), tensors.aliases)
 
 

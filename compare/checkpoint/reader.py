@@ -242,6 +242,13 @@ class Reader:
             nbytes = sum(sizes.values()) + WORKERS * self._extra_bytes(largest)
             self.budget.require(nbytes, self.path, what, key=slashed(largest))
 
+    def require_copies(self, tensors: Tensors, *, held: int = 0) -> None:
+        """Raise CheckpointError if one tensor and its copies do not fit beside `held` bytes."""
+        if tensors.copies > 1 or held:
+            with naming(self.path):
+                what = "a tensor and its copies in another layout or dtype"
+                self.budget.require(held + tensors.largest_bytes, self.path, what)
+
     def _held_bytes(self, path: KeyPath) -> int:
         """Return how much memory the values take that `read` yields."""
         return self.specs[path].nbytes

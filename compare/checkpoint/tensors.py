@@ -76,6 +76,8 @@ class Tensors:
         aliases: further names of tensors, each with the first name.
         mapping: how torch and Flax names pair, if that is known.
         in_memory: whether the values are in memory already.
+        copies: how many times a tensor is in memory while it is read: once, and once more for
+            another layout and for another dtype.
     """
 
     layout: FileLayout
@@ -85,6 +87,12 @@ class Tensors:
     aliases: Mapping[KeyPath, KeyPath] = field(default_factory=dict)
     mapping: StateMapping | None = None
     in_memory: bool = False
+    copies: int = 1
+
+    @property
+    def largest_bytes(self) -> int:
+        """The memory that reading the largest tensor takes."""
+        return self.copies * max((spec.nbytes for spec in self.specs.values()), default=0)
 
 
 def tensors_of(

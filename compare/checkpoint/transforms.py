@@ -76,7 +76,7 @@ def _to_flax(source: Tensors, mapping: StateMapping) -> Tensors:
         parts = [_whole(source, (key,)) for key in filter(None, (row.torch_key, row.plus))]
         return [to_flax(layout(row.layout, specs[path].shape), combined(row, parts, copy=True))]
 
-    return Tensors(mapping.flax, specs, pieces, kinds, mapping=mapping)
+    return Tensors(mapping.flax, specs, pieces, kinds, mapping=mapping, copies=source.copies + 1)
 
 
 def _to_torch(source: Tensors, mapping: StateMapping) -> Tensors:
@@ -131,7 +131,8 @@ def _to_torch(source: Tensors, mapping: StateMapping) -> Tensors:
             part = to_torch(layout(row.layout, array.shape), array)
             yield part if path[0] == row.torch_key else np.zeros_like(part)
 
-    return Tensors("torch", specs, pieces, kinds, aliases, mapping)
+    copies = source.copies + 1
+    return Tensors("torch", specs, pieces, kinds, aliases, mapping, copies=copies)
 
 
 def _with_refills(source: Tensors, mapping: StateMapping) -> StateMapping:
@@ -260,7 +261,7 @@ def cast(tensors: Tensors, dtype: str, path: Path) -> Tensors:
         target = numpy_dtype(dtype)
         return (cast_array(path, slashed(key), piece, target) for piece in tensors.pieces(key))
 
-    return replace(tensors, specs=specs, pieces=pieces)
+    return replace(tensors, specs=specs, pieces=pieces, copies=tensors.copies + 1)
 
 
 Progress = Callable[[int, int], None]

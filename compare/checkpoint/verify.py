@@ -138,6 +138,7 @@ def compare_checkpoints(
         def with_source(stored: Reader) -> Comparison:
             with collector_paused():
                 pairing = _paired(stored, written, tables, like, dtype)
+            written.require_copies(pairing.target, held=pairing.source.largest_bytes)
             return _compared(stored, written, pairing, ignore, progress)
 
         return steady(source, with_source, memory)
