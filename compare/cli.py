@@ -396,7 +396,9 @@ def convert(
     shard_megabytes: Annotated[
         int | None,
         typer.Option(
-            "--shard-size", min=1, help="Write a folder of shards of at most this many MB each."
+            "--shard-size",
+            min=1,
+            help="Write shards of so many MB of tensors each; a larger tensor has its own.",
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the table.")] = False,
@@ -410,6 +412,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint to another format, layout or dtype."""
     require_exists(source, mapping, like)
+    if dry_run and not verify:
+        raise typer.BadParameter("--no-verify has no effect beside --dry-run: leave it out")
     options = {
         "source": source,
         "target": target,

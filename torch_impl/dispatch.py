@@ -38,7 +38,7 @@ def masked_attention(
             `fused_attention`, which computes the same function with other kernels. Where they do
             not apply (see `kernel_layout`), the formula is used. "auto" is "fused" where that is
             faster. Except with "reference", no row that is NaN because of the mask is an operand of
-            a product (see `closed_rows`).
+            a product in bfloat16 or float16 on the CPU (see `closed_rows`).
 
     Raises:
         ValueError: an unknown implementation, or a mask smaller than (tokens, tokens).

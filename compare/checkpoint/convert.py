@@ -7,10 +7,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from ..conversion.errors import ConversionError
+from ..conversion.errors import Mismatch
 from ..conversion.mapping import LINEN, NNX, KeyPath, Left, StateMapping, slashed
-from ..conversion.match import match
+from ..conversion.match import pair
 from ..files import writing
+from ..files.memory import collector_paused
 from ..files.printable import shown
 from .errors import CheckpointError, naming
 from .formats import KNOWN, exists, format_of, shards
@@ -94,7 +95,8 @@ def convert_checkpoint(
         layout: the layout of a safetensors target. Default: the layout of the source.
         dtype: the dtype that floating tensors, except buffers, are cast to. Refused if a finite
             number would become infinite.
-        shard_bytes: write a folder of safetensors files of at most this size, with an index.
+        shard_bytes: write a folder of safetensors files with an index. Each holds tensors of at
+            most this size together, or one larger tensor; its header comes on top.
         dry_run: only return what would be done.
         memory: the most bytes that what is read and held at once may take. Default: the memory that
             is free.
@@ -287,12 +289,19 @@ def paired(stored: Reader, other: Reader, mend: str = _MEND) -> StateMapping:
     Raises:
         CheckpointError: they do not pair.
     """
+    table, mismatch = pairs(stored, other)
+    if mismatch:
+        raise CheckpointError.unfit(
+            stored.path, f"does not pair with {shown(other.path)}", mismatch, mend
+        )
+    return table
+
+
+def pairs(stored: Reader, other: Reader) -> tuple[StateMapping, Mismatch]:
+    """Return how the names of two checkpoints pair, and what does not."""
     torch, flax = (stored, other) if stored.layout == "torch" else (other, stored)
-    try:
-        return match(named(torch), side_of(flax))
-    except ConversionError as error:
-        reason = f"does not pair with {shown(other.path)}"
-        raise CheckpointError.unfit(stored.path, reason, error.mismatch, mend) from error
+    with collector_paused():
+        return pair(named(torch), side_of(flax))
 
 
 def _has_names_of(mapping: StateMapping, stored: Reader) -> bool:

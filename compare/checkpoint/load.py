@@ -80,8 +80,8 @@ def load_checkpoint(
         policy: patterns of names to what happens if one side lacks the entry. `ignore`: the target
             keeps its own value, and a value of the file is dropped. `verify`: the same, but only if
             the value is the standard causal mask.
-        cast: whether floating values may be cast to the target's dtype, and int32 to int64. A
-            buffer, which may be a mask, keeps its values: in Flax it keeps the dtype of the file,
+        cast: whether floating values may be cast to the target's dtype, and int32 to torch's int64.
+            A buffer, which may be a mask, keeps its values: in Flax it keeps the dtype of the file,
             and in torch it is refused if a value would change.
         memory: the most bytes that what is read and held at once may take. Default: the memory that
             is free.

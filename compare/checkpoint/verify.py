@@ -16,7 +16,7 @@ from ..conversion.mapping import KeyPath, Left, Row, StateMapping, slashed, word
 from ..files.memory import collector_paused
 from ..files.printable import shown
 from .blocks import blocks
-from .convert import matched, paired
+from .convert import matched, paired, pairs
 from .errors import CheckpointError
 from .load import steady
 from .reader import Reader
@@ -190,6 +190,15 @@ def _torch_and_flax(
 ) -> _Pairing:
     flax_layout = written.layout if stored.layout == "torch" else stored.layout
     given = next((table for table in tables if table.flax == flax_layout), None)
+    if len(tables) + (like is not None) > 1:
+        raise CheckpointError(
+            written.path,
+            "only one mapping can have an effect: the names are those of torch and of one Flax API",
+            expected="one mapping, or like=",
+            found="several",
+            mend="leave all but one out",
+            is_usage=True,
+        )
     if tables and given is None:
         raise CheckpointError(
             written.path,
@@ -205,13 +214,29 @@ def _torch_and_flax(
     elif like is not None:
         how, table = f"by the mapping of {shown(like)}", matched(stored, like, flax_layout)
     else:
-        how, table = "by their names", paired(stored, written, _MEND)
+        how, table = "by their names", _paired_by_name(stored, written)
         left = table.left
     table = stored.spell(written.spell(table))
     # Both are compared in Flax's layout: two biases of torch have one sum, and not the reverse.
     source, target = (_in_flax(reader, table) for reader in (stored, written))
     source = source if dtype is None else cast(source, dtype, stored.path)
     return _Pairing(source, target, how, table, left)
+
+
+def _paired_by_name(stored: Reader, written: Reader) -> StateMapping:
+    """Return how the names pair. Entries on one side only are left out, to be findings.
+
+    Raises:
+        CheckpointError: nothing pairs, or a pair does not fit.
+    """
+    table, mismatch = pairs(stored, written)
+    if mismatch.misshaped or mismatch.refused or not table.rows:
+        return paired(stored, written, _MEND)
+    flax = stored if written.layout == "torch" else written
+    paths = {slashed(path): path for path in flax.specs}
+    left = [Left(entry.name, "ignore") for entry in mismatch.unexpected]
+    left += [Left(entry.place, "ignore", paths[entry.place]) for entry in mismatch.missing]
+    return StateMapping(table.rows, (*table.left, *left), table.flax)
 
 
 def _in_flax(reader: Reader, table: StateMapping) -> Tensors:
@@ -288,6 +313,17 @@ def _compared(
         *(one for one in alone if one.name not in accepted and not is_ignored(one.name)),
         *differences,
     ]
+    names = [*(one.name for one in alone), *(item.torch_key for item in pairing.left)]
+    for pattern in ignore:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise CheckpointError(
+                written.path,
+                f"ignore={pattern!r} has no effect: no name on one side only fits it",
+                expected="a name on one side only",
+                found=pattern,
+                mend="leave it out (--ignore)",
+                is_usage=True,
+            )
     differences += [
         Difference(
             item.torch_key,

@@ -250,7 +250,7 @@ def _write(console: Console, path: Path, text: str) -> None:
     try:
         write_text(path, text)
     except (OSError, FileError) as error:
-        raise typer.BadParameter(f"{shown(path)} could not be written: {shown(error)}") from error
+        raise UnsoundError(f"{shown(path)} could not be written: {shown(error)}") from error
     console.print(f"Written to {shown(path)}", markup=False)
 
 

@@ -49,7 +49,7 @@ def match(
     Args:
         source: a module, whose layers say their layout, or a state dict. In a state dict, a weight
             with two axes that becomes a kernel is taken for a Linear's, and one with three to five
-            axes for a convolution's that is not transposed.
+            axes for a convolution's that is not transposed, unless an NNX layer says otherwise.
         template: Linen variables or their `jax.eval_shape`, or an NNX model.
         rename: torch names to Flax names, dotted. Each is the whole name of an entry or of a module
             above it; `*` stands for one step: `{"h.*.attn": "blocks.*.attention"}`. The longest

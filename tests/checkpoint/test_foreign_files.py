@@ -268,6 +268,49 @@ def _with_post_hook() -> torch.nn.Module:
     return module
 
 
+def test_a_hook_that_takes_entries_or_replaces_them(tmp_path: Path) -> None:
+    """What it takes is missed, and what it replaced before a failure is put back."""
+    path = compare.save_checkpoint(tmp_path / "a.pth", torch.nn.Linear(2, 2))
+    module = torch.nn.Linear(2, 2)
+    before = module.weight
+    values = before.detach().clone()
+    handle = module.register_load_state_dict_pre_hook(
+        lambda module, state, prefix, *_: state.pop(prefix + "weight")
+    )
+    with pytest.raises(CheckpointError, match="a hook of the module took weight out"):
+        compare.load_checkpoint(path, module)
+    assert module.weight is before and torch.equal(before, values)
+    handle.remove()
+
+    def replace(module: Any, _keys: Any) -> None:
+        module.weight = torch.nn.Parameter(module.weight.detach().clone())
+        raise RuntimeError("late")
+
+    module.register_load_state_dict_post_hook(replace)
+    with pytest.raises(CheckpointError, match="late"):
+        compare.load_checkpoint(path, module)
+    assert module.weight is before and torch.equal(before, values)
+
+
+def test_the_collections_of_a_foreign_file_say_what_is_a_buffer(tmp_path: Path) -> None:
+    from flax import serialization
+
+    variables = {"params": {"w": np.ones(2, "f4")}, "buffers": {"rope": np.full(2, 1 / 3, "f4")}}
+    (tmp_path / "a.msgpack").write_bytes(serialization.msgpack_serialize(variables))
+    convert_checkpoint(tmp_path / "a.msgpack", tmp_path / "b.msgpack", dtype="float16")
+    restored = serialization.msgpack_restore((tmp_path / "b.msgpack").read_bytes())
+    assert restored["params"]["w"].dtype == np.float16
+    assert restored["buffers"]["rope"].dtype == np.float32
+    mapping = compare.match({"w": torch.ones(2), "rope": torch.ones(2)}, variables)
+    convert_checkpoint(tmp_path / "a.msgpack", tmp_path / "c.pth", mapping=mapping, dtype="float16")
+    assert (
+        compare.verify_checkpoint(
+            tmp_path / "a.msgpack", tmp_path / "c.pth", mapping=mapping, dtype="float16"
+        )
+        == []
+    )
+
+
 @pytest.mark.parametrize("make", [_with_post_hook, lambda: Late(3, 3)])
 def test_code_that_raises_after_the_load_undoes_it(
     make: Callable[[], torch.nn.Module], tmp_path: Path

@@ -97,14 +97,15 @@ def test_the_order_of_the_two_does_not_matter(name: str, tmp_path: Path) -> None
     one = compare.save_checkpoint(tmp_path / "a.pth", source, mapping=table)
     other = tmp_path / "b.msgpack"
     compare.convert_checkpoint(one, other)
-    ignore = ["*.num_batches_tracked"]
+    counter = ["*.num_batches_tracked"] if name == "BatchNorm" else []
     # The names of a transposed convolution do not say that it is one.
     for mapping in (table,) if name == "ConvTranspose" else (None, table):
+        ignore = [] if mapping else counter
         assert compare.verify_checkpoint(one, other, mapping=mapping, ignore=ignore) == []
         assert compare.verify_checkpoint(other, one, mapping=mapping, ignore=ignore) == []
     bias = next(key for key in source.state_dict() if "bias" in key)
     source.state_dict()[bias][1] += 1e-3
     edited = compare.save_checkpoint(tmp_path / "c.pth", source, mapping=table)
-    differences = compare.verify_checkpoint(edited, other, mapping=table, ignore=ignore)
+    differences = compare.verify_checkpoint(edited, other, mapping=table)
     assert len(differences) == 1
-    assert compare.verify_checkpoint(other, edited, mapping=table, ignore=ignore) == differences
+    assert compare.verify_checkpoint(other, edited, mapping=table) == differences

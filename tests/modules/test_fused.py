@@ -402,6 +402,68 @@ def test_scores_that_overflow_are_the_formulas() -> None:
     assert np.isnan(in_flax(heads, mask)).all()
 
 
+def test_scores_beyond_float16_are_the_formulas() -> None:
+    """The formula keeps its scores in float16, where 70 * 70 * 16 is inf; a kernel does not."""
+    heads, mask = torch.full((1, 130, 16), 70.0, dtype=torch.half), torch_impl.causal_mask(130)
+    for implementation in ("auto", "fused", "reference"):
+        outputs = torch_impl.masked_attention(heads, heads, heads, mask, None, implementation)
+        assert outputs.isnan().any()
+
+
+@pytest.mark.parametrize("tokens", [530, 800])
+def test_flax_gradients_where_the_last_strip_overlaps(tokens: int) -> None:
+    """The last strip of queries is moved back over rows whose pairs in it may be blocked."""
+    mask = np.triu(np.ones((tokens, tokens), np.float32), 1)
+    closed = mask.copy()
+    closed[tokens - 520] = 1.0
+    heads = np.random.default_rng(4).standard_normal((4, 1, tokens, 8)).astype(np.float32)
+    heads[:2] *= 12.0  # scores whose exponentials overflow beside another row's
+    fused = jax.jit(partial(flax_gradient, FLAX))
+    formula = jax.jit(partial(flax_gradient, flax_impl.reference_attention))
+    for each in (mask, closed):
+        pairs = zip(fused(heads, each), formula(heads, each), strict=True)
+        for found, expected in pairs:
+            assert np.array_equal(np.isnan(found), np.isnan(expected))
+            scale = np.nanmax(np.abs(expected), initial=1.0)
+            # Both sides sum `tokens` products of rounded weights; the scores reach 12 * 12 * 30.
+            limit = tokens * 2.0**-24 * scale * 100
+            assert np.nanmax(np.abs(found - expected), initial=0.0) <= limit
+
+
+def test_an_edit_before_the_backward_pass() -> None:
+    """The fused path keeps the mask, so torch refuses the backward pass, as for other tensors."""
+    heads = [torch.tensor(array[:, :130], requires_grad=True) for array in HEADS[:3]]
+    queries, keys, values = heads
+    mask = torch.from_numpy(masks()["window"][:130, :130].copy())
+    outputs = torch_impl.masked_attention(queries, keys, values, mask, implementation="fused")
+    mask[3, 2] = 1.0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs.sum().backward()
+
+
+def test_a_mask_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        mask = torch.from_numpy(masks()["window"][:130, :130].copy())
+    heads = [torch.tensor(array[:, :130], requires_grad=True) for array in HEADS[:3]]
+    queries, keys, values = heads
+    outputs = torch_impl.masked_attention(queries, keys, values, mask, implementation="fused")
+    outputs.sum().backward()
+    assert queries.grad is not None and queries.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("implementation", ["fused", "reference"])
+def test_a_numpy_mask_is_not_narrowed(implementation: Any) -> None:
+    """Without x64, JAX would make 0 of 1e-50 and of 2**32."""
+    causal = np.triu(np.ones((40, 40)), 1) > 0
+    queries, keys, values = jnp.asarray(HEADS[:3, :, :40], jnp.float32)
+    attend = partial(flax_impl.masked_attention, queries, keys, values)
+    expected = attend(flax_impl.causal_mask(40), implementation=implementation)
+    for value in (1e-50, 2**32):
+        mask: Any = np.where(causal, value, 0)
+        found = attend(mask, implementation=implementation)
+        assert np.array_equal(found, expected)
+
+
 def edits() -> dict[str, Callable[[torch_impl.CausalAttentionWithBuffer], Any]]:
     window = torch.from_numpy(masks()["window"])
 
@@ -526,6 +588,7 @@ def test_every_entry_is_packed(size: int) -> None:
         edited = mask.clone()
         edited[row, column] = ~edited[row, column]
         assert not torch.equal(mask_layout.pack(edited), packed)
+        assert torch.equal(mask_layout.pack(edited.T.contiguous().T), mask_layout.pack(edited))
         two, power = edited.to(torch.complex64) * 1e-45j, torch.float8_e5m2
         assert torch.equal(mask_layout.pack(two), mask_layout.pack(edited.to(power)))
 
