@@ -62,12 +62,14 @@ def find_closed(mask: Shaped[Tensor, "queries keys"]) -> Bool[Tensor, "queries 1
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Return whether a compiler, tracer, transform, autocast or CUDA graph capture is active.
+    """Return whether no decision may depend on the values of a tensor.
 
-    No decision may then depend on the values of a tensor.
+    That is so on the meta device, and while a compiler, tracer, transform, autocast or CUDA graph
+    capture is active.
     """
     return bool(
-        torch.compiler.is_compiling()
+        tensor.is_meta  # autocast does not know the device
+        or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or is_transformed()
         or torch.is_autocast_enabled(tensor.device.type)

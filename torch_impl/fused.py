@@ -65,7 +65,7 @@ def fused_attention(
     if layout.kind in ("strips", "wide"):
         attend = _WideStrips if layout.kind == "wide" and queries.device.type == "cpu" else _Strips
         queries, keys, values = (
-            tensor.reshape(-1, *shape[-2:]) for tensor in (queries, keys, values)
+            _rows_contiguous(tensor.reshape(-1, *shape[-2:])) for tensor in (queries, keys, values)
         )
         return attend.apply(queries, keys, values, mask, layout).reshape(shape)
     queries, keys, values = (_four_dims(tensor) for tensor in (queries, keys, values))
@@ -110,6 +110,11 @@ def _are_finite(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
 def _four_dims(tensor: Tensor) -> Tensor:
     """Return the tensor as (batch, heads, tokens, head_dim), with a last dimension of stride 1."""
     tensor = tensor.flatten(0, -4) if tensor.ndim > 4 else tensor[(None,) * (4 - tensor.ndim)]
+    return _rows_contiguous(tensor)
+
+
+def _rows_contiguous(tensor: Tensor) -> Tensor:
+    """Return the tensor with a last dimension of stride 1: the CPU's kernels misread others."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -235,6 +240,7 @@ class _WideStrips(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = _reference_gradients((queries, keys, values), mask, grad, ctx.needs_input_grad)
             return *grads, None, None
+        grad = _rows_contiguous(grad)
         grad_queries, grad_keys = torch.zeros_like(queries), torch.zeros_like(keys)
         grad_values = torch.zeros_like(values)
         for strip in ctx.layout.strips:
