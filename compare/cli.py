@@ -36,13 +36,24 @@ CHECKS = (
     "outputs",
     "causality",
     "determinism",
+    "modes",
     "gradients",
+    "dtypes",
     "fused",
+    "sizes",
     "dropout",
     "training",
 )
 # The jobs that a second process takes over, the longest first.
-AHEAD = {"fused": 1, "checkpoints": 2, "devices": 3, "training": 4, "gradients": 5}
+AHEAD = {
+    "fused": 1,
+    "sizes": 2,
+    "checkpoints": 3,
+    "devices": 4,
+    "training": 5,
+    "dtypes": 6,
+    "gradients": 7,
+}
 
 JsonOption = Annotated[
     Path | None,

@@ -301,10 +301,9 @@ def _backward_strip(
     first_query, is_new = _strip_queries(head, shape, strip)
     queries = _take(head.queries, first_query, shape.queries)
     logsumexp, grad, inner = (_take(array, first_query, shape.queries) for array in rows)
-    # Queries that are in the strip before add nothing a second time. Their weights are 0: some of
-    # their pairs in this strip may be blocked, and exp(score - logsumexp) of those may overflow.
+    # Queries that are in the strip before add nothing a second time: their weights are 0. Some of
+    # their pairs here may be blocked, and without this, exp(score - logsumexp) would overflow.
     logsumexp = jnp.where(is_new, logsumexp, jnp.inf)
-    grad, inner = jnp.where(is_new[:, None], grad, 0.0), jnp.where(is_new, inner, 0.0)
 
     def add_tile(
         first_key: Int[Array, ""], blocked: Array | None, carry: tuple[Array, ...]

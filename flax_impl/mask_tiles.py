@@ -18,6 +18,10 @@ class Shape(NamedTuple):
     keys: int
 
 
+TILE_SHAPES = (Shape(512, 256), Shape(256, 512))
+MIN_TILED_TOKENS = 512  # with fewer, all pairs are one tile
+
+
 class Tiling(NamedTuple):
     """The tiles of one shape that have an unblocked pair, for each strip of queries.
 
@@ -37,11 +41,7 @@ def tile_shapes(num_tokens: int) -> tuple[Shape, ...]:
 
     They are large, because XLA does not spread a smaller matrix product over the CPU's cores.
     """
-    return (
-        (Shape(512, 256), Shape(256, 512))
-        if num_tokens >= 512
-        else (Shape(num_tokens, num_tokens),)
-    )
+    return TILE_SHAPES if num_tokens >= MIN_TILED_TOKENS else (Shape(num_tokens, num_tokens),)
 
 
 def tilings(

@@ -7,9 +7,12 @@ from ..proof.cases import Framework, Trial
 from .causality import check_causality
 from .determinism import check_determinism
 from .dropout import check_dropout
+from .dtypes import check_dtypes
 from .fused import check_fused
 from .gradients import check_gradients
+from .modes import check_modes
 from .outputs import check_outputs
+from .sizes import check_sizes
 from .stages import check_stages
 from .state import check_state
 from .training import check_training
@@ -23,14 +26,17 @@ CHECKS: dict[str, CheckFunction] = {
     "outputs": check_outputs,
     "causality": check_causality,
     "determinism": check_determinism,
+    "modes": check_modes,
     "gradients": check_gradients,
+    "dtypes": check_dtypes,
     "fused": check_fused,
+    "sizes": check_sizes,
     "dropout": check_dropout,
     "training": check_training,
 }
 
 # These checks bring their own inputs. They use at most the dropout rate or the number of heads of
 # the trial.
-ON_THEIR_OWN = ("fused", "dropout", "training")
+ON_THEIR_OWN = ("dtypes", "fused", "sizes", "dropout", "training")
 
 __all__ = ["CHECKS", "ON_THEIR_OWN", "CheckFunction"]

@@ -58,6 +58,7 @@ def masks() -> dict[str, np.ndarray]:
     closed[[3, 300, 301, 599]] = -2.0
     edited = causal.copy()
     edited[5, 590], edited[400, 3], edited[402, 301] = 0.0, 0.5, np.float32(1e-42)
+    edited[401, 302] = np.nan
     return {
         "causal": causal,
         "open": np.zeros_like(causal),

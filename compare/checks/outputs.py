@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..proof import tolerances
-from ..proof.agreement import Finding
+from ..proof.agreement import Finding, same_names
 from ..proof.cases import Framework, Trial
 from ..proof.parity import against_reference
 from ..proof.rounding_bound import PRECISIONS, overflow
@@ -33,3 +33,5 @@ def check_outputs(framework: Framework, trial: Trial, device: str = "cpu") -> It
             else tolerances.OUTPUT
         )
         yield Finding(f"outputs in {dtype}", framework, trial.name, agreed, why)
+        of_dtype = same_names([outputs.dtype.name], [dtype])
+        yield Finding("dtype of the outputs", framework, trial.name, of_dtype, tolerances.NAMES)

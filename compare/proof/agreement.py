@@ -46,7 +46,8 @@ class Agreement:
 class Finding:
     """One comparison that a check made, of one implementation in one case.
 
-    `why` describes how the limit is derived.
+    `why` describes how the limit is derived. `error` is the exception that ended the check before
+    it could compare anything, if there was one.
     """
 
     check: str
@@ -54,6 +55,7 @@ class Finding:
     case: str
     agreement: Agreement
     why: str
+    error: str = ""
 
     @property
     def held(self) -> bool:
@@ -61,10 +63,10 @@ class Finding:
         return self.agreement.held
 
     def __str__(self) -> str:
-        return (
-            f"{self.check} ({self.implementation}), {self.case}: {self.agreement}. "
-            f"The limit: {self.why}"
-        )
+        place = f"{self.check} ({self.implementation}), {self.case}"
+        if self.error:
+            return f"{place}: raised {self.error}"
+        return f"{place}: {self.agreement}. The limit: {self.why}"
 
 
 def agreement(
@@ -128,6 +130,13 @@ def identical(found: np.ndarray, expected: np.ndarray) -> Agreement:
         expected=float(expected[index]),
         limit=0.0,
     )
+
+
+def crashed(check: str, implementation: str, case: str, error: Exception) -> Finding:
+    """Return the finding of a check that an exception of the code under test ended."""
+    nothing = Agreement(np.inf, np.inf, np.inf, (), np.nan, np.nan, 0.0)
+    message = f"{type(error).__name__}: {error}"
+    return Finding(check, implementation, case, nothing, "", message)
 
 
 def same_names(found: Iterable[str], expected: Iterable[str]) -> Agreement:

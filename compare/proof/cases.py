@@ -163,6 +163,7 @@ def fixed_trials() -> list[Trial]:
     rows = np.arange(7)
     rectangle = ((rows[:, None] < 3) == (rows >= 4)).astype(np.float32)
     edited = prime.mask * np.where(rows % 2, 2.0, -0.5).astype(np.float32)
+    edited[1, 3] = np.nan  # NaN is not 0, so it blocks
     closed = np.array(prime.mask)
     closed[2] = 1.0
     return [

@@ -24,6 +24,11 @@ FUSED_GRADIENT = (
     "twice the running error bound of the written-out gradient for each side, because the weights "
     "are computed from the logarithm of their sum (compare/proof/running_error.py)"
 )
+LOW_GRADIENT = (
+    "the running error bound of the written-out gradient in float64, times the roundoff of the "
+    "dtype over that of float64: the bound is linear in the roundoff (compare/proof/"
+    "running_error.py)"
+)
 HESSIAN = (
     "twice the running error bound for each side, because the terms may be grouped differently "
     "(compare/proof/running_error.py)"
@@ -48,6 +53,11 @@ TRAINING_SAMPLES, UNDERESTIMATED = 16, 1e-9
 def both_sides(bounded: Bounded) -> np.ndarray:
     """Return the largest difference between two float64 computations of the same terms."""
     return 2.0 * bounded.error
+
+
+def in_dtype(bounded: Bounded, dtype: str) -> np.ndarray:
+    """Return the largest error of a computation of these terms in another dtype, to first order."""
+    return bounded.error * (PRECISIONS[dtype].roundoff / PRECISIONS["float64"].roundoff)
 
 
 def regrouped(bounded: Bounded) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..conversion.convert import linen_to_torch, torch_to_linen
-from ..conversion.tensors import numpy_state, torch_state
+from ..conversion.tensors import numpy_state, numpy_to_tensor, torch_state
 from ..proof.cases import Config, Framework, State
 from .run import flax_forward, flax_state, jax_on, linen_template, ready_torch
 
@@ -58,17 +58,31 @@ def derivatives(
 def gradient(
     framework: Framework, problem: DerivativeProblem, device: str = "cpu"
 ) -> dict[str, np.ndarray]:
-    """Return the first derivatives alone; torch computes them with plain autograd."""
+    """Return the first derivatives alone, in the dtype of the inputs; torch uses plain autograd."""
     if framework == "torch":
         module = ready_torch(problem.config, problem.state, device, problem.keep)
-        inputs = torch.from_numpy(problem.inputs).to(device).requires_grad_()
+        inputs = numpy_to_tensor(problem.inputs).to(device).requires_grad_()
         arguments = {**dict(module.named_parameters()), "inputs": inputs}
-        cotangent = torch.from_numpy(problem.cotangent).to(device)
+        cotangent = numpy_to_tensor(problem.cotangent).to(device)
         gradients = torch.autograd.grad(module(inputs), list(arguments.values()), cotangent)
         return numpy_state(dict(zip(arguments, gradients, strict=True)))
-    with jax_on(device, np.float64):
-        flax_gradient, point, constants = _flax_gradient(framework, problem)
-        return _by_torch_name(*jax.jit(flax_gradient)(*point, *constants))
+    return compiled_gradient(framework, problem.config, device)(problem)
+
+
+def compiled_gradient(
+    framework: Framework, config: Config, device: str = "cpu"
+) -> Callable[[DerivativeProblem], dict[str, np.ndarray]]:
+    """Return `gradient` of problems of this configuration, compiled once for each dtype in Flax."""
+    if framework == "torch":
+        return lambda problem: gradient("torch", problem, device)
+    compiled = jax.jit(_flax_gradient(framework, config))
+
+    def call(problem: DerivativeProblem) -> dict[str, np.ndarray]:
+        with jax_on(device, problem.inputs.dtype):
+            point, constants = _flax_arguments(framework, problem)
+            return _by_torch_name(*compiled(*point, *constants))
+
+    return call
 
 
 def _torch(problem: DerivativeProblem, device: str) -> Derivatives:
@@ -106,7 +120,8 @@ def _flax(framework: Framework, problem: DerivativeProblem) -> Derivatives:
         linen_template(problem.config, buffer=True),
     )
     tangents = flax_direction["params"], jnp.asarray(problem.direction["inputs"])
-    gradient, point, constants = _flax_gradient(framework, problem)
+    gradient = _flax_gradient(framework, problem.config)
+    point, constants = _flax_arguments(framework, problem)
 
     def derivatives(point: Any, tangents: Any, constants: Any) -> Any:
         return jax.jvp(lambda params, inputs: gradient(params, inputs, *constants), point, tangents)
@@ -115,22 +130,23 @@ def _flax(framework: Framework, problem: DerivativeProblem) -> Derivatives:
     return Derivatives(_by_torch_name(*first), _by_torch_name(*second))
 
 
-def _flax_gradient(
-    framework: Framework, problem: DerivativeProblem
-) -> tuple[Callable[..., Any], tuple[Any, Any], tuple[Any, Any, Any]]:
-    """Return the gradient function, the params and inputs of the problem, and its constants.
-
-    The function takes Linen's params, the inputs and then the constants.
-    """
-    forward = flax_forward(framework, problem.config)
-    params, buffers = flax_state(framework, problem.config, problem.state)
+def _flax_gradient(framework: Framework, config: Config) -> Callable[..., Any]:
+    """Return the gradient function. It takes the params, the inputs and then the constants."""
+    forward = flax_forward(framework, config)
 
     def scalar(params: Any, inputs: Any, buffers: Any, keep: Any, cotangent: Any) -> jax.Array:
         return (forward(params, buffers, keep, inputs) * cotangent).sum()
 
+    return jax.grad(scalar, argnums=(0, 1))
+
+
+def _flax_arguments(
+    framework: Framework, problem: DerivativeProblem
+) -> tuple[tuple[Any, Any], tuple[Any, Any, Any]]:
+    """Return the params and inputs of the problem, and its constants."""
+    params, buffers = flax_state(framework, problem.config, problem.state)
     point = params, jnp.asarray(problem.inputs)
-    constants = buffers, problem.keep, jnp.asarray(problem.cotangent)
-    return jax.grad(scalar, argnums=(0, 1)), point, constants
+    return point, (buffers, problem.keep, jnp.asarray(problem.cotangent))
 
 
 def _by_torch_name(parameters: Any, inputs: jax.Array) -> dict[str, np.ndarray]:

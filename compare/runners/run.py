@@ -209,6 +209,7 @@ def _nnx_forward(
     def forward(params: Any, buffers: Any, keep: Any, inputs: Any) -> jax.Array:
         model = nnx.merge(graph, nnx.State(params), buffers, rest)
         if keep is not None:
+            model.train()
             model.dropout = NnxFunction(partial(_drop, config, keep))
         prepare(model)
         return model(inputs)
@@ -253,13 +254,14 @@ def _run_nnx(
 def ready_torch(
     config: Config, state: State, device: Any, keep: np.ndarray | None
 ) -> TorchAttention:
-    """Return the module in `eval` mode on the device, with this state.
+    """Return the module on the device, with this state.
 
-    With `keep`, its dropout keeps exactly those weights.
+    With `keep`, it is in training mode and its dropout keeps exactly those weights; without, it is
+    in `eval` mode.
     """
     module = build_torch(config, buffer="mask" in state)
     module.load_state_dict(torch_state(state), assign=True)
-    module.to(device).eval()
+    module.to(device).train(keep is not None)
     module.mask = module.mask.to(device)  # without the buffer, `.to` does not move it
     if keep is not None:
         kept = torch.from_numpy(keep).to(device)
@@ -302,13 +304,15 @@ def ready_linen(
 
 
 def ready_nnx(config: Config, state: State, keep: np.ndarray | None) -> NnxAttention:
-    """Return the model in `eval` mode, with this state.
+    """Return the model with this state.
 
-    With `keep`, its dropout keeps exactly those weights.
+    With `keep`, it is in training mode and its dropout keeps exactly those weights; without, it is
+    in `eval` mode.
     """
     model = torch_to_nnx(torch_state(state), build_nnx(config, buffer="mask" in state))
     model.eval()
     if keep is not None:
+        model.train()
         model.dropout = NnxFunction(partial(_drop, config, keep))  # type: ignore[assignment]
     return model
 
