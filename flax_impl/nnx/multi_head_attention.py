@@ -81,7 +81,8 @@ class CausalMultiHeadAttention(nnx.Module):
         context = masked_attention(
             queries, keys, values, self.mask[...], dropping(self.dropout), self.implementation
         )
-        return self.out_proj(context.swapaxes(1, 2).reshape(*inputs.shape[:2], -1))
+        width = self.output_embedding_dim
+        return self.out_proj(context.swapaxes(1, 2).reshape(*inputs.shape[:2], width))
 
     def _split(
         self, projected: Float[Array, "batch tokens embed"]

@@ -5,7 +5,16 @@ import pytest
 import torch
 
 from compare.proof.agreement import agreement
-from compare.proof.cases import CASES, FRAMEWORKS, PRIME, PRIME_BIAS, Case, Framework
+from compare.proof.cases import (
+    CASES,
+    FRAMEWORKS,
+    PRIME,
+    PRIME_BIAS,
+    Case,
+    Config,
+    Framework,
+    draw,
+)
 from compare.proof.rounding_bound import FLOAT64_RELATIVE
 from compare.runners.run import run
 
@@ -124,3 +133,11 @@ def test_torch_keeps_the_seeded_stream() -> None:
         (module.W_query, module.W_key, module.W_value), expected, strict=True
     ):
         assert torch.equal(linear.weight, weight)
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+def test_heads_without_a_batch_or_tokens(name: Framework, shape: tuple[int, int]) -> None:
+    trial = draw(Config(4, 6, 5, 0.0, num_heads=2), 4, np.random.default_rng(0)).rounded("float32")
+    outputs = run(name, trial.config, trial.state, np.zeros((*shape, 4), np.float32))
+    assert outputs.shape == (*shape, 6)
