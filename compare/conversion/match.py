@@ -174,11 +174,11 @@ class _Matcher:
         """Pair attention, LSTM and GRU, which one framework stores in one piece."""
         self.rows, self.left = compound_rows(self.tensors, self.names, self.flax)
         for row in self.rows:
-            kinds = self.kinds.get(row.torch_key, "parameter"), self.flax.kinds[row.path]
-            if one_trained(*kinds):
-                self.refused.append(
-                    MismatchEntry(row.torch_key, row.place, reason=_trained(*kinds))
-                )
+            flax_kind = self.flax.kinds[row.path]
+            torch_kind = self.kinds.get(row.torch_key, flax_kind)
+            if one_trained(torch_kind, flax_kind):
+                reason = _trained(torch_kind, flax_kind)
+                self.refused.append(MismatchEntry(row.torch_key, row.place, reason=reason))
         keys = {key for row in self.rows for key in (row.torch_key, row.plus) if key}
         self.done |= keys | {item.torch_key for item in self.left}
 
@@ -529,7 +529,8 @@ def allowing(
     """
     if not policy:
         return mapping
-    keys, used = {*tensors}, set[str]()
+    keys = dict.fromkeys(tensors)
+    used: set[str] = set()
 
     def allowed(name: str) -> Policy | None:
         decided = _decide(name, policy, used)
