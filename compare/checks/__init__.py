@@ -35,8 +35,7 @@ CHECKS: dict[str, CheckFunction] = {
     "training": check_training,
 }
 
-# These checks bring their own inputs. They use at most the dropout rate or the number of heads of
-# the trial.
-ON_THEIR_OWN = ("dtypes", "fused", "sizes", "dropout", "training")
+# These checks bring their own inputs or draw their own modes: one trial is enough for them.
+ON_THEIR_OWN = ("modes", "dtypes", "fused", "sizes", "dropout", "training")
 
 __all__ = ["CHECKS", "ON_THEIR_OWN", "CheckFunction"]

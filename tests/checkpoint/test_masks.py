@@ -147,6 +147,7 @@ def _blocking_values(dtype: str) -> list[Any]:
 
 @pytest.mark.filterwarnings("ignore:Casting complex")
 @pytest.mark.parametrize("dtype", IN_BOTH)
+@pytest.mark.slow
 def test_one_verdict_on_a_mask_of_every_dtype(dtype: str, tmp_path: Path) -> None:
     """What is not 0 blocks when called, and comes back from a file, in all three."""
     expected = _called(holders(CAUSAL))

@@ -117,7 +117,8 @@ def test_a_report_that_came_meanwhile_stays(here: Path, monkeypatch: pytest.Monk
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
 from compare.checkpoint import convert
 from compare.cli import main
 true = convert.watched

@@ -112,7 +112,7 @@ def in_flax(
         return np.asarray(attend(*map(jnp.asarray, heads), jnp.asarray(mask)))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(drawn_masks(TORCH_TOKENS))
 @pytest.mark.slow
 def test_torch_under_any_mask(mask: np.ndarray) -> None:
@@ -124,7 +124,7 @@ def test_torch_under_any_mask(mask: np.ndarray) -> None:
 ANY_MASK: Any = jax.jit(partial(flax_impl.masked_attention, implementation="fused"))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(drawn_masks(FLAX_TOKENS))
 @pytest.mark.slow
 def test_flax_under_any_mask(mask: np.ndarray) -> None:
@@ -179,7 +179,7 @@ FLAX_GRADIENT = jax.jit(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(drawn_masks(TORCH_TOKENS))
 @pytest.mark.slow
 def test_torch_gradients_under_any_mask(mask: np.ndarray) -> None:
@@ -187,7 +187,7 @@ def test_torch_gradients_under_any_mask(mask: np.ndarray) -> None:
     judge_gradients(torch_gradients(heads, mask), heads, mask)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(drawn_masks(FLAX_TOKENS))
 @pytest.mark.slow
 def test_flax_gradients_under_any_mask(mask: np.ndarray) -> None:

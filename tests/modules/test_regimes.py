@@ -14,7 +14,7 @@ from torch_impl import mask_layout
 from ..support import sum_of_squares
 from .test_fused import HEADS, TORCH_TOKENS, in_torch, judge, judge_gradients, torch_gradients
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 KINDS = ("causal", "open", "strips", "strips, closed", "wide", "wide, closed")
 
 
@@ -73,7 +73,7 @@ VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("name", VIEWS)
-@pytest.mark.parametrize("kind", ["causal", "open", "strips, closed", "wide, closed"])
+@pytest.mark.parametrize("kind", ["causal", "strips, closed", "wide, closed"])
 def test_heads_of_any_strides(kind: str, name: str) -> None:
     mask = torch.from_numpy(mask_of(kind, 0))
     heads = [VIEWS[name](torch.from_numpy(array)) for array in HEADS[:3, :, :TORCH_TOKENS]]
