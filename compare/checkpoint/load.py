@@ -380,8 +380,7 @@ def _whole_state(stored: Reader, tensors: Tensors) -> StateDict:
     """Read all tensors. All of them are held, and the copies of one."""
     stored.require_room(stored.specs, copied=True)
     total = sum(spec.nbytes for spec in tensors.specs.values())
-    largest = max((spec.nbytes for spec in tensors.specs.values()), default=0)
-    stored.require_copies(tensors, held=total - largest)
+    stored.require_copies(tensors, held=total)
     return _state(((key, whole(tensors, key)) for key in tensors.specs), tensors.aliases)
 
 

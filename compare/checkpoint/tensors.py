@@ -76,8 +76,8 @@ class Tensors:
         aliases: further names of tensors, each with the first name.
         mapping: how torch and Flax names pair, if that is known.
         in_memory: whether the values are in memory already.
-        copies: how many times a tensor is in memory while it is read: once, and once more for
-            another layout and for another dtype.
+        copies: how many times a tensor is in memory while its pieces are read: once, and once more
+            for another dtype and for a layout that no view shows.
     """
 
     layout: FileLayout

@@ -18,6 +18,8 @@ from .errors import CheckpointError
 from .manifest import is_cast
 from .tensors import Spec, Tensors, whole
 
+_COPIED = ("heads_in", "heads_out", "flatten")  # layouts that a view may not show
+
 
 def relaid(path: Path, source: Tensors, mapping: StateMapping) -> Tensors:
     """Return the tensors of a torch source in Flax's layout, or those of a Flax source in torch's.
@@ -76,7 +78,8 @@ def _to_flax(source: Tensors, mapping: StateMapping) -> Tensors:
         parts = [_whole(source, (key,)) for key in filter(None, (row.torch_key, row.plus))]
         return [to_flax(layout(row.layout, specs[path].shape), combined(row, parts, copy=True))]
 
-    return Tensors(mapping.flax, specs, pieces, kinds, mapping=mapping, copies=source.copies + 1)
+    copies = source.copies + _new_copies(mapping)
+    return Tensors(mapping.flax, specs, pieces, kinds, mapping=mapping, copies=copies)
 
 
 def _to_torch(source: Tensors, mapping: StateMapping) -> Tensors:
@@ -131,8 +134,15 @@ def _to_torch(source: Tensors, mapping: StateMapping) -> Tensors:
             part = to_torch(layout(row.layout, array.shape), array)
             yield part if path[0] == row.torch_key else np.zeros_like(part)
 
-    copies = source.copies + 1
+    copies = source.copies + _new_copies(mapping)
     return Tensors("torch", specs, pieces, kinds, aliases, mapping, copies=copies)
+
+
+def _new_copies(mapping: StateMapping) -> int:
+    """Return how many copies another layout makes: none where a view shows it, two for a sum."""
+    if any(row.plus for row in mapping.rows):
+        return 2
+    return int(any(row.layout.partition(":")[0] in _COPIED for row in mapping.rows))
 
 
 def _with_refills(source: Tensors, mapping: StateMapping) -> StateMapping:

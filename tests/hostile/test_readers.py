@@ -487,3 +487,28 @@ def test_a_file_of_any_name_is_read(name: str, here: Path) -> None:
 def test_a_small_expanded_mask_is_read(here: Path) -> None:
     torch.save({"mask": torch.ones(1, 1).expand(256, 256)}, "m.pth")
     assert compare.read_checkpoint("m.pth")["mask"].shape == (256, 256)
+
+
+def test_copies_of_a_tensor_count(here: Path) -> None:
+    """Comparing holds both sides, reading another layout holds both layouts, a cast both dtypes."""
+    source = torch.nn.ModuleDict({"a": torch.nn.Linear(500, 600, bias=False)})
+    template = {"params": {"a": {"kernel": np.zeros((500, 600), np.float32)}}}
+    mapping = compare.match(source, template)
+    torch_file = compare.save_checkpoint("big.safetensors", source, mapping=mapping)
+    compare.convert_checkpoint(torch_file, "big.msgpack")
+    size, one_and_a_half = 1_200_000, 1_800_000
+
+    def convert(dtype: str | None, memory: int) -> object:
+        return compare.convert_checkpoint(
+            torch_file, "new.msgpack", mapping=mapping, dtype=dtype, memory=memory
+        )
+
+    convert(None, one_and_a_half)
+    for work, enough in (
+        (lambda memory: compare.verify_checkpoint(torch_file, torch_file, memory=memory), 3),
+        (lambda memory: compare.read_checkpoint("big.msgpack", memory=memory), 3),
+        (lambda memory: convert("float64", memory), 5),
+    ):
+        with pytest.raises(compare.CheckpointError, match="more memory is needed"):
+            work(one_and_a_half)
+        work(enough * size)
