@@ -71,7 +71,9 @@ def fused_attention(
     Raises:
         TypeError: in `jax.jvp` of this function itself, which `jax.custom_vjp` does not allow.
     """
-    if not queries.size or not values.size:
+    is_plain = queries.dtype == keys.dtype == values.dtype
+    is_plain = is_plain and queries.shape[:-2] == keys.shape[:-2] == values.shape[:-2]
+    if not is_plain or not queries.size or not values.size:
         return reference_attention(queries, keys, values, mask)
     shape = (*queries.shape[:-1], values.shape[-1])
     attend = _cudnn_if_causal if _cudnn_supports(queries, values) else _attend

@@ -14,6 +14,7 @@ from ..conversion.mapping import Policy
 from ..conversion.state_kinds import one_trained, same_memory, torch_kinds
 from ..conversion.tensors import UNINITIALIZED, is_uninitialized
 from ..conversion.unmatched import decided, host_values, lacking, objection
+from ..dtypes import FLOATING
 from .tensors import Spec
 
 
@@ -73,12 +74,14 @@ def require_fit(
         for key in wanted
         if one_trained(kinds.get(key, "unknown"), module_kinds.get(key, "unknown"))
     ]
+    cast_by_to = (*FLOATING, "complex64", "complex128")  # by `module.to(dtype)`
+    is_uniform = len({spec.dtype for spec in specs.values() if spec.dtype in cast_by_to}) == 1
     for key in [key for key in wanted if key in specs]:
         if specs[key].shape != tuple(wanted[key].shape):
             misshaped.append(
                 MismatchEntry(key, "the module", specs[key].shape, tuple(wanted[key].shape))
             )
-        elif reason := _refusal(key, specs[key].dtype, wanted[key], cast):
+        elif reason := _refusal(key, specs[key].dtype, wanted[key], cast, is_uniform):
             refused.append(MismatchEntry(key, "the module", reason=reason))
     mismatch = Mismatch(tuple(missing), unexpected, tuple(misshaped), tuple(refused))
     if mismatch:
@@ -117,14 +120,15 @@ def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.
 
     def assign() -> torch.nn.Module:
         may_raise = any(map(_runs_own_code, module.modules()))
-        before = _Before.of(module, wanted) if may_raise else None
+        before = _Before.of(module) if may_raise else None
         try:
             result = module.load_state_dict(fitting, strict=False)  # every key was checked above
-            if lost := [key for key in result.missing_keys if key in fitting]:
-                raise ValueError(f"a hook of the module took {lost[0]} out of the state dict")
+            missed = [] if result is None else [*result.missing_keys, *result.unexpected_keys]
+            if lost := [key for key in missed if key in fitting]:
+                raise ValueError(f"{lost[0]} was not loaded; hooks give it another name")
         except BaseException as error:  # raised by code of the module's own
             if before is not None:
-                before.restore(wanted)
+                before.restore()
             if not isinstance(error, Exception):
                 raise
             reason = f"load_state_dict failed: {type(error).__name__}: {error}"
@@ -136,37 +140,61 @@ def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.
     return assign
 
 
-class _Before(NamedTuple):
-    """What a module held before its own code ran: its values, and which tensors they were in."""
+class _Held(NamedTuple):
+    """One tensor of a module, and what it was: its memory, its values and whether it is trained."""
 
-    values: dict[str, Tensor]
-    tensors: list[tuple[dict[str, Any], dict[str, Any]]]
+    tensor: Tensor
+    memory: Tensor
+    values: Tensor
+    requires_grad: bool
+
+
+class _Before(NamedTuple):
+    """What a module held before its own code ran."""
+
+    held: list[_Held]
+    names: list[tuple[dict[str, Any], dict[str, Any]]]
 
     @classmethod
-    def of(cls, module: torch.nn.Module, wanted: Mapping[str, Tensor]) -> "_Before":
-        holders = [
-            held for child in module.modules() for held in (child._parameters, child._buffers)
-        ]
-        values = {key: tensor.clone() for key, tensor in wanted.items()}
-        return cls(values, [(held, dict(held)) for held in holders])
+    def of(cls, module: torch.nn.Module) -> "_Before":
+        children = list(module.modules())
+        names = [named for child in children for named in (child._parameters, child._buffers)]
+        tensors = [tensor for named in names for tensor in named.values() if tensor is not None]
+        held = []
+        for tensor in [tensor for tensor in tensors if not is_uninitialized(tensor)]:
+            memory = tensor.data.as_subclass(Tensor)
+            held.append(_Held(tensor, memory, memory.clone(), tensor.requires_grad))
+        return cls(held, [(named, dict(named)) for named in names])
 
-    def restore(self, wanted: Mapping[str, Tensor]) -> None:
-        """Put the tensors back, and their values into them."""
-        for held, tensors in self.tensors:
-            held.clear()
-            held.update(tensors)
-        with torch.no_grad():
-            for key, tensor in self.values.items():
-                wanted[key].copy_(tensor)
+    def restore(self) -> None:
+        """Put the tensors back under their names, and their memory and values into them."""
+        for named, tensors in self.names:
+            named.clear()
+            named.update(tensors)
+        for tensor, memory, values, requires_grad in self.held:
+            memory.copy_(values)
+            tensor.data = memory
+            tensor.requires_grad_(requires_grad)
+
+
+_OWN = ("_load_from_state_dict", "load_state_dict", "state_dict")
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def _runs_own_code(module: torch.nn.Module) -> bool:
     """Return whether loading a state dict into this module runs code other than torch's."""
-    methods = (type(module)._load_from_state_dict, type(module).load_state_dict)
+    hooks = (
+        module._load_state_dict_pre_hooks,
+        module._load_state_dict_post_hooks,
+        module._state_dict_hooks,
+        module._state_dict_pre_hooks,
+    )
+    tensors = [*module._parameters.values(), *module._buffers.values()]
     return bool(
-        module._load_state_dict_pre_hooks
-        or module._load_state_dict_post_hooks
-        or any(not method.__module__.startswith("torch.nn.") for method in methods)
+        any(hooks)
+        or any(name in vars(module) for name in _OWN)
+        or any(not getattr(type(module), name).__module__.startswith("torch.nn.") for name in _OWN)
+        or any(type(tensor) not in _PLAIN for tensor in tensors if tensor is not None)
     )
 
 
@@ -211,8 +239,11 @@ def _tied(wanted: Mapping[str, Tensor]) -> dict[str, set[str]]:
     return {key: names for names in names_by_memory.values() if len(names) > 1 for key in names}
 
 
-def _refusal(key: str, dtype: str, expected: Tensor, cast: bool) -> str | None:
-    """Return why a tensor of this dtype cannot be copied into the module's tensor, or None."""
+def _refusal(key: str, dtype: str, expected: Tensor, cast: bool, is_uniform: bool) -> str | None:
+    """Return why a tensor of this dtype cannot be copied into the module's tensor, or None.
+
+    `is_uniform` says whether all floating tensors of the file have one dtype.
+    """
     file_dtype: torch.dtype = getattr(torch, dtype)
     if expected.is_meta:
         return "the module is on the meta device: `to_empty(device=...)` first"
@@ -234,7 +265,7 @@ def _refusal(key: str, dtype: str, expected: Tensor, cast: bool) -> str | None:
     if may_cast and cast:
         return None
     one = assignment(key, expected, f"to({file_dtype})")
-    whole = f"module.to({file_dtype})" if floating else one
+    whole = f"module.to({file_dtype})" if floating and is_uniform else one
     mend = f"`{whole}` first" + (", or pass cast=True" if may_cast else "")
     return f"is {file_dtype}; the module has {expected.dtype}: {mend}"
 
@@ -246,7 +277,7 @@ def assignment(key: str, tensor: Tensor, call: str) -> str:
     old = f"{owner}.{name}" if name.isidentifier() else f"getattr({owner}, {name!r})"
     new = f"{old}.{call}"
     if isinstance(tensor, torch.nn.Parameter):
-        is_trained = "" if tensor.is_floating_point() else ", requires_grad=False"
+        is_trained = "" if tensor.requires_grad else ", requires_grad=False"
         new = f"torch.nn.Parameter({old}.detach().{call}{is_trained})"
     if name.isidentifier():
         return f"{old} = {new}"

@@ -32,6 +32,8 @@ def relaid(path: Path, source: Tensors, mapping: StateMapping) -> Tensors:
     except ConversionError as error:
         reason = "does not fit the mapping; nothing was converted"
         mend = "make the mapping of this state: compare.match(module, template)"
+        if error.mismatch.refused:
+            mend = error.mismatch.refused[0].mend or mend
         raise CheckpointError.unfit(path, reason, error.mismatch, mend) from error
 
 
@@ -169,7 +171,7 @@ def _objections(
         if path is not None and path in source.specs and item.policy != "ignore":
             reason = objection(item.policy, _whole(source, path))
             if reason:
-                shape, mend = source.specs[path].shape, dropping(item.torch_key)
+                shape, mend = source.specs[path].shape, dropping(item.torch_key, item.policy)
                 refused.append(MismatchEntry(item.torch_key, "", shape, reason=reason, mend=mend))
     return refused
 

@@ -93,7 +93,8 @@ def verify_checkpoint(
         progress: called with the bytes done and the total bytes.
 
     Returns:
-        The differences; empty if every name, shape, dtype and bit is the same.
+        The differences; empty if every name, shape, dtype and bit is the same, and the same names
+        are tied.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, their names do not pair, or there was nothing

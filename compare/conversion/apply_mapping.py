@@ -248,7 +248,7 @@ def _refused_left_entries(
     for item in mapping.left:
         value = _left_value(item, tensors, leaves)
         if value is not None and (reason := _objection_to(value, item.policy)):
-            mend = dropping(item.torch_key)
+            mend = dropping(item.torch_key, item.policy)
             refused.append(
                 MismatchEntry(item.torch_key, "", shape_of(value), reason=reason, mend=mend)
             )

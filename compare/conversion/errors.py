@@ -123,8 +123,10 @@ def _mend(entry: MismatchEntry) -> str:
     return ""
 
 
-def dropping(name: str) -> str:
-    """Return the argument that leaves the entry out, whatever it holds."""
+def dropping(name: str, policy: str = "verify") -> str:
+    """Return what to do about an entry that its policy does not allow to leave out."""
+    if policy.startswith("zero"):
+        return "use Linen's cell, which has that bias, or set that part of it to 0"
     return f"policy={{{glob.escape(name)!r}: 'ignore'}} drops it"
 
 

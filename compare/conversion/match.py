@@ -53,7 +53,7 @@ def match(
         template: Linen variables or their `jax.eval_shape`, or an NNX model.
         rename: torch names to Flax names, dotted. Each is the whole name of an entry or of a module
             above it; `*` stands for one step: `{"h.*.attn": "blocks.*.attention"}`. The longest
-            rule that fits wins.
+            rule that fits wins: that of more steps, then of fewer `*`, then of more letters.
         layouts: torch keys (patterns) to layouts of `compare.conversion.layouts`, for tensors whose
             layout neither side shows: `{"head.weight": "flatten:8,4,4"}` for a Linear that follows
             a flattened image.
@@ -134,6 +134,8 @@ class _Matcher:
         self.policy = policy
         for name in layouts.values():
             known_layout(name)
+        for rule, decided in policy.items():
+            _require_policy(rule, decided)
         unnamed = [key for key in self.tensors if not isinstance(key, str)]
         self.refused = [_unnamed(key) for key in unnamed]
         for key in unnamed:
@@ -379,7 +381,9 @@ def _renamed(
     ]
     if too_many:
         return {key: key for key in tensors}, too_many
-    rules = sorted(rename.items(), key=lambda rule: -rule[0].count("."))
+    rules = sorted(
+        rename.items(), key=lambda rule: (-rule[0].count("."), rule[0].count("*"), -len(rule[0]))
+    )
     patterns = [
         (re.compile(re.escape(old).replace(r"\*", r"([^.]+)") + r"(?=\.|$)"), old, new)
         for old, new in rules
@@ -566,13 +570,17 @@ def _decide(name: str, policy: Mapping[str, Policy], used: set[str]) -> Policy |
     for pattern, decided in policy.items():
         if fnmatchcase(name, pattern):
             used.add(pattern)
-            if decided not in ("ignore", "verify", "refuse"):
-                raise ValueError(
-                    f"policy {pattern}: there is no {decided!r}; "
-                    "there are ignore, verify and refuse"
-                )
+            _require_policy(pattern, decided)
             return decided
     return None
+
+
+def _require_policy(pattern: str, decided: str) -> None:
+    """Raise ValueError for a policy that does not exist."""
+    if decided not in ("ignore", "verify", "refuse"):
+        raise ValueError(
+            f"policy {pattern}: there is no {decided!r}; there are ignore, verify and refuse"
+        )
 
 
 def torch_name(path: KeyPath, flax: FlaxSide) -> str:

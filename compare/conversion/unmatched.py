@@ -80,7 +80,8 @@ def _mask_objection(array: np.ndarray) -> str | None:
     nonzero = square.astype(bool)
     different = min(int((nonzero != blocked).sum()), int((nonzero == blocked).sum()))
     values = np.unique(square[nonzero].astype(np.complex128))
-    is_constant = len(values) < 2 and not np.isnan(values).any() and square.size > 1
+    is_constant = len(values) < 2 and not np.isnan(values).any()
+    is_constant = is_constant and (square.size > 1 or set(values.tolist()) <= {1})
     has_zeros = array.dtype.kind not in "fcV" or not np.signbit(square.real[~nonzero]).any()
     if not different and not (is_constant and has_zeros and array.dtype.kind != "c"):
         return "has the pattern of a causal mask, but not one constant beside 0"

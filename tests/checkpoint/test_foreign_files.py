@@ -277,7 +277,7 @@ def test_a_hook_that_takes_entries_or_replaces_them(tmp_path: Path) -> None:
     handle = module.register_load_state_dict_pre_hook(
         lambda module, state, prefix, *_: state.pop(prefix + "weight")
     )
-    with pytest.raises(CheckpointError, match="a hook of the module took weight out"):
+    with pytest.raises(CheckpointError, match="weight was not loaded; hooks give it another name"):
         compare.load_checkpoint(path, module)
     assert module.weight is before and torch.equal(before, values)
     handle.remove()
@@ -290,6 +290,103 @@ def test_a_hook_that_takes_entries_or_replaces_them(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="late"):
         compare.load_checkpoint(path, module)
     assert module.weight is before and torch.equal(before, values)
+
+
+class Odd(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.zeros(2))
+        self.w = torch.nn.Parameter(torch.zeros(2))
+        self.register_buffer("cache", torch.zeros(2), persistent=False)
+
+
+class Copies(Odd):
+    def state_dict(self, *args: Any, **more: Any) -> Any:
+        return {key: value.clone() for key, value in super().state_dict(*args, **more).items()}
+
+
+class Raising(torch.nn.Parameter):
+    def copy_(self, *_: Any) -> Any:
+        raise RuntimeError("late")
+
+
+def _fill_and_raise(module: Any, _keys: Any) -> None:
+    module.cache.fill_(7)
+    module.w.data = torch.ones(5)
+    module.a.requires_grad_(False)
+    raise RuntimeError("late")
+
+
+def _after_the_copy(module: Any) -> None:
+    true = module._load_from_state_dict
+
+    def own(*args: Any) -> None:
+        true(*args)
+        raise RuntimeError("late")
+
+    module._load_from_state_dict = own
+
+
+ODD: dict[str, tuple[Any, Any]] = {
+    "copies": (Copies, lambda m: m.register_load_state_dict_post_hook(_fill_and_raise)),
+    "hook": (Odd, lambda m: m.register_load_state_dict_post_hook(_fill_and_raise)),
+    "own method of one object": (Odd, _after_the_copy),
+    "a parameter of its own class": (Odd, lambda m: setattr(m, "w", Raising(torch.zeros(2)))),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_failed_load_is_undone_whatever_raises(name: str, tmp_path: Path) -> None:
+    make, prepare = ODD[name]
+    module: Any = make()
+    prepare(module)
+    path = compare.save_checkpoint(tmp_path / "a.pth", {"a": torch.ones(2), "w": torch.ones(2)})
+    with pytest.raises(CheckpointError, match="late"):
+        compare.load_checkpoint(path, module)
+    for tensor in (module.a, module.w, module.cache):
+        assert torch.equal(tensor.detach().as_subclass(torch.Tensor), torch.zeros(2))
+    assert module.a.requires_grad and module.w.requires_grad
+
+
+def test_a_module_that_saves_under_other_names_is_not_half_loaded(tmp_path: Path) -> None:
+    """Its hook renames what it saves, and nothing renames it back."""
+
+    class Short(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(2, 1)
+            self.register_state_dict_post_hook(self.shorten)
+
+        @staticmethod
+        def shorten(_module: Any, state: Any, *_: Any) -> None:
+            for key in list(state):
+                state[key.removeprefix("inner.")] = state.pop(key)
+
+    path = compare.save_checkpoint(tmp_path / "a.pth", Short())
+    with pytest.raises(CheckpointError, match="was not loaded; hooks give it another name"):
+        compare.load_checkpoint(path, Short())
+
+
+def test_mixed_dtypes_are_mended_one_by_one(tmp_path: Path) -> None:
+    def two(one: torch.dtype, other: torch.dtype, *, trained: bool = True) -> Any:
+        module: Any = torch.nn.Module()
+        module.a = torch.nn.Parameter(torch.ones(1, dtype=one), trained)
+        module.b = torch.nn.Parameter(torch.ones(1, dtype=other))
+        return module
+
+    path = compare.save_checkpoint(tmp_path / "a.pth", two(torch.complex64, torch.float16))
+    module = two(torch.complex128, torch.float32)
+    for _ in range(2):
+        with pytest.raises(CheckpointError) as caught:
+            compare.load_checkpoint(path, module)
+        exec(caught.value.mend.split("`")[1], {"module": module, "torch": torch})
+    compare.load_checkpoint(path, module)
+    assert module.a.requires_grad and module.b.requires_grad
+    module = two(torch.complex128, torch.float16, trained=False)
+    with pytest.raises(CheckpointError) as caught:
+        compare.load_checkpoint(path, module)
+    exec(caught.value.mend.split("`")[1], {"module": module, "torch": torch})
+    assert not module.a.requires_grad
 
 
 def test_the_collections_of_a_foreign_file_say_what_is_a_buffer(tmp_path: Path) -> None:

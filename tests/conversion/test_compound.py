@@ -162,6 +162,29 @@ def test_what_would_not_come_back_is_not_left_out(mask: Any, dtype: torch.dtype)
         compare.torch_to_linen(state, template, mapping=mapping)
 
 
+@pytest.mark.parametrize("mask", [[[0.0]], [[1.0]], [[0, 1], [0, 0]]])
+def test_a_small_causal_mask_is_one(mask: Any) -> None:
+    state = {"w": torch.zeros(2), "tri": torch.tensor(mask)}
+    template = {"params": {"w": jnp.zeros(2)}}
+    mapping = compare.match(state, template, policy={"tri": "verify"})
+    variables = compare.torch_to_linen(state, template, mapping=mapping)
+    assert torch.equal(compare.linen_to_torch(variables, mapping=mapping)["tri"], state["tri"])
+
+
+def test_the_order_of_the_rules_does_not_matter() -> None:
+    rules = {"layer": "other", "l*": "m*", "*": "x.*"}
+    tensors = {"layer": torch.zeros(1), "lab": torch.zeros(2), "a": torch.zeros(3)}
+    names = {"other": jnp.zeros(1), "mab": jnp.zeros(2), "x": {"a": jnp.zeros(3)}}
+    for rename in (rules, dict(reversed(rules.items()))):
+        compare.match(tensors, {"params": names}, rename=rename)
+
+
+def test_a_policy_that_does_not_exist() -> None:
+    policy: Any = {"w": "foo"}
+    with pytest.raises(ValueError, match="policy w: there is no 'foo'"):
+        compare.match({"w": torch.zeros(2)}, {"params": {"w": jnp.zeros(2)}}, policy=policy)
+
+
 def test_a_large_integer_mask_comes_back() -> None:
     state = {"w": torch.zeros(2), "tri": torch.ones(3, 3).triu(1).long() * (2**60 + 1)}
     template = {"params": {"w": jnp.zeros(2)}}

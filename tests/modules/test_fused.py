@@ -451,6 +451,16 @@ def test_a_mask_made_in_inference_mode() -> None:
     assert queries.grad is not None and queries.grad.isfinite().all()
 
 
+def test_flax_heads_that_are_not_alike_are_the_formulas() -> None:
+    queries, keys, values = jnp.asarray(HEADS[:3], jnp.float32)
+    mask = jnp.asarray(masks()["causal"])
+    for others in ((keys, values.astype(jnp.bfloat16)), (keys[:1], values[:1])):
+        with jax.numpy_dtype_promotion("standard"):
+            found = flax_impl.masked_attention(queries, *others, mask, implementation="fused")
+            expected = flax_impl.reference_attention(queries, *others, mask)
+        assert found.dtype == expected.dtype and jnp.array_equal(found, expected)
+
+
 @pytest.mark.parametrize("implementation", ["fused", "reference"])
 def test_a_numpy_mask_is_not_narrowed(implementation: Any) -> None:
     """Without x64, JAX would make 0 of 1e-50 and of 2**32."""

@@ -142,6 +142,15 @@ def open_checkpoint(path: str | PathLike[str], memory: int | None = None) -> Rea
     if path.is_file() and not path.suffix and path.name.lower() not in KNOWN:
         raise _unknown_suffix(path, "", FILE_SUFFIXES)
     chosen = format_of(path)
+    if not path.is_file() and not path.is_dir():
+        raise CheckpointError(
+            path,
+            "is not a regular file",
+            expected="a regular file or a folder",
+            found="a pipe or a device",
+            mend="copy its content to a file",
+            is_usage=True,
+        )
     if chosen.is_folder and not path.is_dir():
         raise CheckpointError(
             path,
@@ -156,7 +165,7 @@ def open_checkpoint(path: str | PathLike[str], memory: int | None = None) -> Rea
             path,
             "is not a regular file",
             expected="a regular file",
-            found="a folder, a pipe or a device",
+            found="a folder",
             mend="name an Orbax folder without a suffix or with .orbax",
             is_usage=True,
         )
