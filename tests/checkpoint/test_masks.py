@@ -61,7 +61,7 @@ EDITS = {
     },
     **{
         dtype: _with(2.0, dtype)
-        for dtype in ("float16", "bfloat16", "int8", "uint8", "int32", "float8_e4m3fn")
+        for dtype in ("bfloat16", "int8", "float8_e4m3fn")
     },
     "bool": CAUSAL.astype(bool),
     "int64": _with(2**31 - 1, "int64"),
@@ -159,7 +159,8 @@ def test_one_verdict_on_a_mask_of_every_dtype(dtype: str, tmp_path: Path) -> Non
         for framework, outputs in _called(sources).items():
             wanted = np.full_like(outputs, np.nan) if zero else expected[framework]
             assert np.array_equal(outputs, wanted, equal_nan=True), (framework, value)
-        for writer, source in sources.items():
+        writers = sources if index == 0 else {"torch": sources["torch"]}
+        for writer, source in writers.items():
             path = compare.save_checkpoint(tmp_path / f"{writer}{index}.msgpack", source)
             for target in holders(mask).values():
                 loaded = compare.load_checkpoint(path, target, cast=dtype == "int64")

@@ -367,7 +367,7 @@ def test_is_causal_looks_at_every_entry() -> None:
 NOT_FINITE = [
     (which, at, value)
     for which in range(3)
-    for at in (0, 140, 299)
+    for at in (0, 299)
     for value in (np.nan, np.inf, -np.inf)
 ]
 
