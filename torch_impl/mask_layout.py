@@ -56,7 +56,9 @@ def mask_layout(
     it is used again until the tensor's version changes, so writes through `.data` or DLPack go
     unnoticed there.
     """
-    used_mask = mask.detach()[:num_tokens, :num_tokens]
+    used_mask = mask.detach()
+    if mask.shape != (num_tokens, num_tokens):
+        used_mask = used_mask[:num_tokens, :num_tokens]
     is_on_cpu = mask.device.type == "cpu"
     if mask.is_inference() and not is_on_cpu:  # an inference tensor has no version
         return examine(used_mask)
@@ -142,4 +144,4 @@ def pack(mask: Shaped[Tensor, "tokens tokens"]) -> Int64[Tensor, " words"]:
             blocked = F.pad(blocked, (0, columns, 0, height))
         words = blocked.view(torch.int64).view(8, -1)
         packed.append(words.bitwise_left_shift_(_SHIFTS).sum(dim=0))
-    return torch.cat(packed)
+    return packed[0] if len(packed) == 1 else torch.cat(packed)

@@ -59,10 +59,7 @@ EDITS = {
         "all blocked": np.ones_like(CAUSAL),
         "not square symmetric": CAUSAL + 3 * np.eye(7, k=-3, dtype=np.float32),
     },
-    **{
-        dtype: _with(2.0, dtype)
-        for dtype in ("bfloat16", "int8", "float8_e4m3fn")
-    },
+    **{dtype: _with(2.0, dtype) for dtype in ("bfloat16", "int8", "float8_e4m3fn")},
     "bool": CAUSAL.astype(bool),
     "int64": _with(2**31 - 1, "int64"),
 }
