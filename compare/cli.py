@@ -241,6 +241,10 @@ def mutants(
     html_file: HtmlOption = None,
 ) -> None:
     """Plant bugs one at a time, and show which checks catch each, and by what margin."""
+    if recorded and (first or configurations != 1000):
+        raise typer.BadParameter(
+            "--first and --configurations have no effect beside --recorded: leave them out"
+        )
     options = {"configurations": configurations, "first": first, "recorded": recorded}
     _run([Job("mutants", options)], Files(json_file, html_file), only_shows=recorded)
 

@@ -156,6 +156,8 @@ def test_each_part_is_a_command(part: str, tmp_path: Path) -> None:
         (["--device", "cpu", "outputs"], "write it after the command"),
         (["checks", "speed"], "there is no check 'speed'; there are state, stages"),
         (["outputs", "--device", "tpu"], "is not one of"),
+        (["mutants", "--recorded", "--first"], "have no effect beside --recorded"),
+        (["convert", "a", "b", "--dry-run", "--no-verify"], "no such file"),
     ],
 )
 def test_bad_usage_ends_with_2(arguments: list[str], message: str) -> None:
