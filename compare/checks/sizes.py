@@ -15,7 +15,7 @@ from ..proof.rounding_bound import most_tiles
 from ..runners.run import compiled
 
 _MOST_TOKENS = 2048  # a larger constant is not a number of tokens
-_FEW_HEADS, _MANY_HEADS = 1, 17
+_MANY_HEADS = 17
 
 
 class Size(NamedTuple):
