@@ -149,16 +149,17 @@ def main_job(
     Exit code: 0 if everything held, 1 if something did not, 2 for wrong usage.
     """
     if context.invoked_subcommand is None:
-        on_device = [Job("outputs", {"device": device})]
-        on_device += [
-            Job("checks", {"names": [name], "device": device}, AHEAD.get(name)) for name in CHECKS
-        ]
-        others = [
+        jobs = [
+            Job("notebook"),
+            Job("outputs", {"device": device}),
+            *(
+                Job("checks", {"names": [name], "device": device}, AHEAD.get(name))
+                for name in CHECKS
+            ),
             Job("devices", ahead=AHEAD["devices"]),
             Job("checkpoints", ahead=AHEAD["checkpoints"]),
             Job("mutants", {"recorded": True}),
         ]
-        jobs = on_device if device else [Job("notebook"), *on_device, *others]
         _run(jobs, Files(json_file, html_file), device=device)
     for option, value in (("--json", json_file), ("--html", html_file), ("--device", device)):
         if value is not None:
@@ -286,7 +287,7 @@ def fuzz(
 @bench.command("attention")
 def bench_attention(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Quick run: 1 minute instead of 20.")
+        bool, typer.Option("--quick", help="Quick run: 2 minutes instead of 20.")
     ] = False,
     rounds: RoundsOption = 5,
     device: DeviceOption = None,

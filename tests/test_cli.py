@@ -20,6 +20,7 @@ import torch_impl.causal_attention
 from compare.checks import CHECKS
 from compare.cli import CHECKS as NAMED
 from compare.cli import app
+from compare.commands.jobs import Job
 from compare.report.html import html
 from compare.report.model import Check, Panels, Report, Section
 from compare.runners.run import missing_cuda
@@ -179,15 +180,26 @@ def test_a_report_goes_into_a_pipe_and_not_in_its_place(tmp_path: Path) -> None:
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_a_report_that_cannot_be_written_ends_with_2(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("length", [320, 250])
+def test_a_report_that_cannot_be_written_ends_with_1(
+    length: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
         "compare.commands.run._sections", lambda *_: pytest.fail("the work had already begun")
     )
-    done = CliRunner().invoke(app, ["devices", "--json", str(tmp_path / ("long" * 80))])
-    assert done.exit_code == 2
-    assert "could not be written" in " ".join(done.output.replace("│", " ").split())
+    done = CliRunner().invoke(app, ["devices", "--json", str(tmp_path / ("x" * length))])
+    assert done.exit_code == 1
+    assert "could not be written" in done.output
+
+
+def test_the_main_job_on_one_device_leaves_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[list[Job]] = []
+    monkeypatch.setattr("compare.cli.run_jobs", lambda jobs, *_, **__: runs.append(jobs))
+    for arguments in ([], ["--device", "cpu"]):
+        assert CliRunner().invoke(app, arguments).exit_code == (2 if arguments else 0)
+    assert [job.part for job in runs[0]] == [job.part for job in runs[1]]
+    devices = {job.options.get("device") for job in runs[1] if job.part in ("outputs", "checks")}
+    assert devices == {"cpu"}
 
 
 @pytest.mark.skipif(not missing_cuda(), reason="both frameworks see CUDA")

@@ -18,7 +18,7 @@ from ..conversion.mapping import LINEN, NNX, KeyPath, Policy, StateMapping
 from ..conversion.match import allowing, match
 from ..conversion.state_kinds import FlaxSide, flax_side, specs_side, torch_kinds
 from ..conversion.tensors import is_uninitialized, numpy_to_tensor, tensor_to_numpy
-from ..dtypes import numpy_dtype
+from ..dtypes import FLOATING, numpy_dtype
 from ..files.memory import collector_paused
 from ..files.printable import shown
 from ..files.reading import Snapshot
@@ -287,7 +287,7 @@ def _into_torch(
         except ConversionError as error:  # it takes the file for the target
             raise ConversionError(error.mismatch.turned) from error
         tensors = relaid(stored.path, stored.tensors(), table)
-    left = tensors.mapping.left_keys() if tensors.mapping else set()
+    left = tensors.mapping.left_policies() if tensors.mapping else {}
     first_names = {key: key for key in tensors.specs} | dict(tensors.aliases)
     specs = {str(key[0]): tensors.specs[first] for key, first in first_names.items()}
     kinds = {str(key[0]): tensors.kinds.get(first, "unknown") for key, first in first_names.items()}
@@ -325,11 +325,9 @@ def _torch_into_flax(
     if cast:
         for key in [key for key in table.by_key if key in state]:
             path = table.by_key[key][0].path
-            if not is_cast(path, side.kinds[path]):
-                continue
-            leaf = side.leaves[path]
-            dtype = getattr(torch, np.dtype(leaf.dtype).name)
-            state[key] = _cast(stored.path, key, state[key], dtype)
+            dtype = np.dtype(side.leaves[path].dtype).name
+            if is_cast(path, side.kinds[path]) and dtype in FLOATING:
+                state[key] = _cast(stored.path, key, state[key], getattr(torch, dtype))
     arrays, mismatch = flax_from_torch(state, side.leaves, table, copy=True)
     if mismatch:
         raise ConversionError(mismatch)

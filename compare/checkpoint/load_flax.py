@@ -18,6 +18,7 @@ from ..conversion.state_kinds import FlaxSide, linen_entries, one_trained, specs
 from ..conversion.tensors import Untransferable, numpy_to_tensor, to_jax
 from ..conversion.unmatched import decided, lacking, objection
 from ..dtypes import FLOATING
+from ..files.interrupts import uninterrupted
 from .manifest import is_cast
 from .reader import Reader
 from .transforms import cast_array
@@ -38,12 +39,19 @@ def flax_leaves(
     by_name = dict(file_side.by_name)
     for path, first in stored.aliases.items():
         by_name.setdefault(dotted(path[1:] if stored.layout == "linen" else path), [first])
+    same_paths = {path: path for path in file_side.leaves} | dict(stored.aliases)
+    if file_side.kind != side.kind:
+        same_paths.clear()  # Linen's begin with the collection
     missing, misshaped, refused = [], [], []
     pairs: dict[KeyPath, KeyPath] = {}
+    used: set[KeyPath] = set()
     for path, leaf in side.leaves.items():
         target_name, sources = slashed(path), by_name.get(names[path], [])
+        if path in same_paths:  # two collections may have one name
+            sources = [same_paths[path]]
+        used.update(sources)
         if not sources:
-            if (reason := lacking(target_name, leaf, policy)) is not None:
+            if (reason := lacking(leaf, decided(target_name, policy))) is not None:
                 expected = tuple(leaf.shape)
                 missing.append(
                     MismatchEntry(names[path], target_name, expected=expected, reason=reason)
@@ -66,8 +74,7 @@ def flax_leaves(
             refused.append(MismatchEntry(names[path], target_name, reason=reason))
         else:
             pairs[path] = sources[0]
-    wanted = set(names.values())
-    extra = [path for path in file_side.leaves if ".".join(file_side.names[path]) not in wanted]
+    extra = [path for path in file_side.leaves if path not in used]
     allowed = {path for path in extra if decided(slashed(path), policy) in ("ignore", "verify")}
     unexpected = tuple(
         MismatchEntry(slashed(path), "", stored.specs[path].shape)
@@ -103,7 +110,8 @@ def flax_leaves(
 def install(target: Any, leaves: Mapping[KeyPath, jax.Array]) -> Any:
     """Put the leaves into the NNX model and return it, or return new Linen variables."""
     if isinstance(target, nnx.Module):
-        nnx.update(target, unflatten_dict(dict(leaves)))
+        with uninterrupted():
+            nnx.update(target, unflatten_dict(dict(leaves)))
         return target
     kept = {
         entry.path: entry.value

@@ -15,6 +15,7 @@ from ..conversion.state_kinds import one_trained, same_memory, torch_kinds
 from ..conversion.tensors import UNINITIALIZED, is_uninitialized
 from ..conversion.unmatched import decided, host_values, lacking, objection
 from ..dtypes import FLOATING
+from ..files.interrupts import uninterrupted
 from .tensors import Spec
 
 
@@ -23,10 +24,12 @@ def require_fit(
     specs: Mapping[str, Spec],
     kinds: Mapping[str, str],
     policy: Mapping[str, Policy],
-    left: set[str],
+    left: Mapping[str, str],
     cast: bool,
 ) -> set[str]:
     """Compare names, shapes and dtypes with the module's, and return the names to drop.
+
+    `left` has the mapping's rule for each torch name that Flax has no place for.
 
     Raises:
         ConversionError: entries do not fit; the error lists all of them.
@@ -44,8 +47,7 @@ def require_fit(
         for key, tensor in wanted.items()
         if key not in specs
         and not tied.get(key, set()) & specs.keys()
-        and key not in left
-        and (reason := lacking(key, tensor, policy)) is not None
+        and (reason := lacking(tensor, decided(key, policy) or left.get(key))) is not None
     ]
     extra = [key for key in specs if key not in wanted and key not in lazy]
     dropped = {key for key in extra if decided(key, policy) in ("ignore", "verify")}
@@ -119,25 +121,32 @@ def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.
     fitting = {key: tensor for key, tensor in state.items() if key in wanted}
 
     def assign() -> torch.nn.Module:
-        may_raise = any(map(_runs_own_code, module.modules()))
-        before = _Before.of(module) if may_raise else None
-        try:
-            result = module.load_state_dict(fitting, strict=False)  # every key was checked above
-            missed = [] if result is None else [*result.missing_keys, *result.unexpected_keys]
-            if lost := [key for key in missed if key in fitting]:
-                raise ValueError(f"{lost[0]} was not loaded; hooks give it another name")
-        except BaseException as error:  # raised by code of the module's own
-            if before is not None:
-                before.restore()
-            if not isinstance(error, Exception):
-                raise
-            reason = f"load_state_dict failed: {type(error).__name__}: {error}"
-            mend = "see what its hooks and its own loading expect"
-            entry = MismatchEntry("state", "the module", reason=reason, mend=mend)
-            raise ConversionError(Mismatch(refused=(entry,))) from error
-        return module
+        if any(map(_runs_own_code, module.modules())):
+            return _load(module, fitting, _Before.of(module))
+        with uninterrupted():
+            return _load(module, fitting, None)
 
     return assign
+
+
+def _load(module: torch.nn.Module, state: StateDict, before: "_Before | None") -> torch.nn.Module:
+    """Load a state that was checked; if code of the module's own raises, restore the module."""
+    try:
+        result = module.load_state_dict(state, strict=False)
+        missed = [] if result is None else [*result.missing_keys, *result.unexpected_keys]
+        if lost := [key for key in missed if key in state]:
+            raise ValueError(f"{lost[0]} was not loaded; hooks give it another name")
+    except BaseException as error:
+        if before is not None:
+            with uninterrupted():
+                before.restore()
+        if not isinstance(error, Exception):
+            raise
+        reason = f"load_state_dict failed: {type(error).__name__}: {error}"
+        mend = "see what its hooks and its own loading expect"
+        entry = MismatchEntry("state", "the module", reason=reason, mend=mend)
+        raise ConversionError(Mismatch(refused=(entry,))) from error
+    return module
 
 
 class _Held(NamedTuple):
@@ -150,7 +159,7 @@ class _Held(NamedTuple):
 
 
 class _Before(NamedTuple):
-    """What a module held before its own code ran."""
+    """What a module held before its own code ran: tensors, layers and attributes, by name."""
 
     held: list[_Held]
     names: list[tuple[dict[str, Any], dict[str, Any]]]
@@ -158,8 +167,17 @@ class _Before(NamedTuple):
     @classmethod
     def of(cls, module: torch.nn.Module) -> "_Before":
         children = list(module.modules())
-        names = [named for child in children for named in (child._parameters, child._buffers)]
-        tensors = [tensor for named in names for tensor in named.values() if tensor is not None]
+        names = [
+            named
+            for child in children
+            for named in (vars(child), child._parameters, child._buffers, child._modules)
+        ]
+        tensors = [
+            tensor
+            for child in children
+            for tensor in (*child._parameters.values(), *child._buffers.values())
+            if tensor is not None
+        ]
         held = []
         for tensor in [tensor for tensor in tensors if not is_uninitialized(tensor)]:
             memory = tensor.data.as_subclass(Tensor)
@@ -251,12 +269,8 @@ def _refusal(key: str, dtype: str, expected: Tensor, cast: bool, is_uniform: boo
         return (
             f"the module's is an inference tensor: `{assignment(key, expected, 'clone()')}` first"
         )
-    if any(
-        stride == 0 and size > 1
-        for stride, size in zip(expected.stride(), expected.shape, strict=True)
-    ):
-        statement = assignment(key, expected, "clone()")
-        return f"the module's is an expanded view: `{statement}` first"
+    if reason := _no_memory_of_its_own(key, expected):
+        return reason
     floating = file_dtype.is_floating_point and expected.dtype.is_floating_point
     if file_dtype == expected.dtype:
         return None
@@ -268,6 +282,40 @@ def _refusal(key: str, dtype: str, expected: Tensor, cast: bool, is_uniform: boo
     whole = f"module.to({file_dtype})" if floating and is_uniform else one
     mend = f"`{whole}` first" + (", or pass cast=True" if may_cast else "")
     return f"is {file_dtype}; the module has {expected.dtype}: {mend}"
+
+
+def _no_memory_of_its_own(key: str, expected: Tensor) -> str | None:
+    """Return why values cannot be copied into each entry of a module's tensor, or None."""
+    if expected.is_nested:
+        return "the module's is a nested tensor; keep its parts one by one"
+    if expected.is_quantized or expected.layout != torch.strided:
+        call = "dequantize()" if expected.is_quantized else "to_dense()"
+        kind = "quantized" if expected.is_quantized else "sparse"
+        return f"the module's is a {kind} tensor: `{assignment(key, expected, call)}` first"
+    if _overlaps_itself(expected):
+        statement = assignment(key, expected, "contiguous()")
+        return f"the module's is a view whose entries share memory: `{statement}` first"
+    return None
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Return whether two entries of a tensor lie at one place, as in an expanded view."""
+    steps = sorted(
+        (stride, size)
+        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        if size > 1
+    )
+    span, may_overlap = 0, False
+    for stride, size in steps:
+        may_overlap |= stride <= span
+        span += stride * (size - 1)
+    if not may_overlap or not tensor.numel():
+        return False
+    if steps[0][0] == 0:
+        return True
+    places = torch.zeros(span + 1, dtype=torch.bool)
+    places.as_strided(tensor.shape, tensor.stride()).fill_(True)
+    return int(places.sum()) < tensor.numel()
 
 
 def assignment(key: str, tensor: Tensor, call: str) -> str:

@@ -180,7 +180,7 @@ ClickError: Any = next(
 
 
 class UnsoundError(ClickError):
-    """A file is damaged, or does not hold what it should. The command ends with 1."""
+    """A file is damaged, does not hold what it should, or could not be written: exit code 1."""
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print one line, without the usage."""
@@ -229,10 +229,12 @@ def require_writable(*files: Path | None) -> None:
             with suppress(FileNotFoundError):
                 if not stat.S_ISREG(file.stat().st_mode):
                     continue  # a pipe or a device
-            with tempfile.TemporaryFile(dir=folder):
+            # As long as the name of the temporary folder that it will be written in.
+            prefix, suffix = f".{file.name}.", "0000.tmp"
+            with tempfile.TemporaryDirectory(dir=folder, prefix=prefix, suffix=suffix):
                 pass
         except OSError as error:  # also a name that is too long
-            raise typer.BadParameter(f"{shown(file)} could not be written: {error}") from error
+            raise UnsoundError(f"{shown(file)} could not be written: {shown(error)}") from error
 
 
 def versions() -> dict[str, str]:

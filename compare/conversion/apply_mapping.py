@@ -13,9 +13,11 @@ from .layouts import Layout, layout, to_flax
 from .layouts import to_torch as torch_layout
 from .mapping import KeyPath, Left, Row, StateMapping, slashed
 from .tensors import (
+    NESTED,
     UNINITIALIZED,
     Untransferable,
     dense,
+    is_nested,
     is_uninitialized,
     shape_of,
     tensor_to_numpy,
@@ -57,7 +59,7 @@ def flax_from_torch(
         try:
             values = to_flax(
                 layout(row.layout, leaf.shape),
-                combined(row, [dense(tensors[key]) for key in keys], copy),
+                combined(row, [dense(tensors[key], copy=copy) for key in keys], copy),
             )
             arrays[path] = place_like(to_jax(values, copy=_shareable(row, copy)), leaf, copy)
         except Untransferable as error:
@@ -156,6 +158,8 @@ def unfit(row: Row, key: str, tensor: Any, flax_shape: Sequence[int]) -> Mismatc
     """Return why the torch tensor cannot become the row's Flax array of that shape, or None."""
     if is_uninitialized(tensor):
         return MismatchEntry(key, row.place, reason=UNINITIALIZED)
+    if is_nested(tensor):
+        return MismatchEntry(key, row.place, reason=NESTED)
     if not hasattr(tensor, "shape"):
         return MismatchEntry(key, row.place, reason=f"is a {type(tensor).__name__}, not a tensor")
     if row.shape is not None and row.shape != tuple(flax_shape):

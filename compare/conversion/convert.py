@@ -17,6 +17,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 from torch import Tensor
 
+from ..files.interrupts import uninterrupted
 from .apply_mapping import flax_from_torch, torch_from_flax
 from .errors import ConversionError, Mismatch
 from .mapping import LINEN, NNX, KeyPath, StateMapping
@@ -140,7 +141,8 @@ def torch_to_nnx(
     arrays, mismatch = _to_flax(source, flax_side(model), mapping, copy)
     if mismatch and strict:
         raise ConversionError(mismatch, has_strict=True)
-    nnx.update(model, unflatten_dict(arrays))
+    with uninterrupted():
+        nnx.update(model, unflatten_dict(arrays))
     return model if strict else (model, mismatch)
 
 

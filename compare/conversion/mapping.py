@@ -165,7 +165,15 @@ class StateMapping:
 
     def left_keys(self) -> set[str]:
         """Return the torch keys without a counterpart in Flax."""
-        return {item.torch_key for item in self.left if item.path is None} - self.by_key.keys()
+        return set(self.left_policies())
+
+    def left_policies(self) -> dict[str, str]:
+        """Return the policies of the torch keys without a counterpart in Flax, by key."""
+        return {
+            item.torch_key: item.policy
+            for item in self.left
+            if item.path is None and item.torch_key not in self.by_key
+        }
 
     def as_json(self) -> dict[str, Any]:
         """Return the mapping as JSON data."""

@@ -468,7 +468,7 @@ def _layout(
     Raises:
         ValueError: the layout does not follow from them.
     """
-    leaf, rank, torch_rank = path[-1], len(shape), len(getattr(tensor, "shape", ()))
+    leaf, rank, torch_rank = path[-1], len(shape), len(shape_of(tensor))
     if leaf == "negative_slope":
         return "scalar"
     pattern = json.dumps(glob.escape(key), ensure_ascii=False)

@@ -17,6 +17,7 @@ _CARRIERS = {1: (torch.uint8, np.uint8), 2: (torch.uint16, np.uint16)}
 
 
 UNINITIALIZED = "a lazy layer has no values yet: call the module once first"
+NESTED = "a nested tensor; store its parts one by one"
 
 
 class Untransferable(ValueError):
@@ -82,9 +83,7 @@ def to_jax(tensor: Tensor, *, copy: bool, owned: bool = False) -> jax.Array:
         Untransferable: as `tensor_to_numpy`; a 64-bit value that JAX would narrow with loss; with
             `copy=False`, a tensor whose memory cannot be shared.
     """
-    if not copy and (tensor.is_conj() or tensor.is_neg()):
-        raise Untransferable("a conjugated or negated view cannot share memory; use copy=True")
-    tensor = _fit_x64(dense(tensor), copy=copy)
+    tensor = _fit_x64(dense(tensor, copy=copy), copy=copy)
     if copy:
         # `device_put` keeps the memory if JAX can; `jnp.asarray` would copy it twice.
         return jax.device_put(
@@ -139,11 +138,12 @@ def _require_values(array: jax.Array | np.ndarray) -> None:
         raise Untransferable(f"dtype {array.dtype} has no torch counterpart")
 
 
-def dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor, *, copy: bool = True) -> Tensor:
     """Return the tensor detached, with its conjugate and negative bits applied.
 
     Raises:
-        Untransferable: a lazy, nested, meta, sparse or quantized tensor, which has no plain values.
+        Untransferable: a lazy, nested, meta, sparse or quantized tensor, which has no plain values;
+            with `copy=False`, a conjugated or negated view, whose values are not in memory.
     """
     if not isinstance(tensor, Tensor):
         raise Untransferable(
@@ -152,7 +152,7 @@ def dense(tensor: Tensor) -> Tensor:
     if is_lazy(tensor):
         raise Untransferable(UNINITIALIZED)
     if tensor.is_nested:
-        raise Untransferable("a nested tensor; store its parts one by one")
+        raise Untransferable(NESTED)
     if tensor.device.type == "meta":
         raise Untransferable(
             "a meta tensor has no values; materialize the module first (`to_empty`, then load)"
@@ -161,6 +161,8 @@ def dense(tensor: Tensor) -> Tensor:
         raise Untransferable(
             "a sparse or quantized tensor; convert it with `to_dense()` or `dequantize()` first"
         )
+    if not copy and (tensor.is_conj() or tensor.is_neg()):
+        raise Untransferable("a conjugated or negated view cannot share memory; use copy=True")
     return tensor.detach().resolve_conj().resolve_neg()
 
 
@@ -169,9 +171,16 @@ def is_uninitialized(value: Any) -> bool:
     return isinstance(value, Tensor) and is_lazy(value)
 
 
+def is_nested(value: Any) -> bool:
+    """Return whether the value is a nested tensor, which has no one shape."""
+    return isinstance(value, Tensor) and value.is_nested
+
+
 def shape_of(value: Any) -> tuple[int, ...]:
     """Return the shape of a tensor, an array or a spec, or () if it has none yet."""
-    return () if is_uninitialized(value) else tuple(getattr(value, "shape", ()))
+    if is_uninitialized(value) or is_nested(value):
+        return ()
+    return tuple(getattr(value, "shape", ()))
 
 
 def _fit_x64(tensor: Tensor, *, copy: bool) -> Tensor:

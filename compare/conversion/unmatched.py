@@ -27,14 +27,13 @@ def decided(name: str, policy: Mapping[str, Policy]) -> Policy | None:
     return next((rule for pattern, rule in policy.items() if fnmatchcase(name, pattern)), None)
 
 
-def lacking(name: str, own: Any, policy: Mapping[str, Policy]) -> str | None:
+def lacking(own: Any, rule: str | None) -> str | None:
     """Return why the source may not lack the entry, which may be "", or None if it may.
 
     If it may, the target keeps its own value.
     """
-    rule = decided(name, policy)
     if rule == "verify" and (reason := objection("verify", host_values(own))):
-        return f"the target's own {reason}"
+        return f"the target's own {reason.removesuffix(' and would be lost')}"
     return None if rule in ("ignore", "verify") else ""
 
 

@@ -1,6 +1,7 @@
 """Every error has five parts, and its next step works when it is taken."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from flax import nnx
 import compare
 from compare.checkpoint.errors import CheckpointError
 from compare.cli import main
-from compare.conversion.mapping import StateMapping
+from compare.conversion.mapping import Policy, StateMapping
 
 from ..support import linen_variables, torch_module
 
@@ -150,6 +151,52 @@ def test_entries_that_cannot_be_filled(tmp_path: Path) -> None:
     error = refused(lambda: compare.load_checkpoint(path, odd, policy={"y": "ignore"}))
     policy = eval(error.mend.partition("policy=")[2].partition("}")[0] + "}")
     compare.load_checkpoint(path, odd, policy={"y": "ignore", **policy})
+
+
+SHARING_MEMORY: dict[str, Callable[[], torch.Tensor]] = {
+    "expanded": lambda: torch.zeros(3, 1).expand(3, 3),
+    "unfolded": lambda: torch.zeros(5).unfold(0, 3, 1),
+    "strided": lambda: torch.zeros(9).as_strided((3, 3), (1, 1)),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "sparse rows": lambda: torch.eye(3).to_sparse_csr(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("name", SHARING_MEMORY)
+def test_a_buffer_without_memory_of_its_own(name: str, tmp_path: Path) -> None:
+    module: Any = torch.nn.Module()
+    module.b = torch.nn.Buffer(torch.arange(9.0).reshape(3, 3))
+    path = saved(tmp_path, module)
+    module.b = torch.nn.Buffer(SHARING_MEMORY[name]())
+    error = refused(lambda: compare.load_checkpoint(path, module))
+    exec(error.mend.split("`")[1], {"module": module, "torch": torch})
+    assert compare.load_checkpoint(path, module).b.flatten().tolist() == list(range(9))
+    module.b = torch.zeros(3, 6)[:, ::2].mT  # gaps, but no place twice
+    assert compare.load_checkpoint(path, module).b.flatten().tolist() == list(range(9))
+
+
+def test_an_own_mask_that_flax_has_no_place_for(tmp_path: Path) -> None:
+    """It stays as it is, so it has to be the causal mask."""
+    module: Any = torch.nn.Module()
+    module.layer = torch.nn.Linear(4, 4)
+    module.attn = torch.nn.Module()
+    module.attn.register_buffer("bias", torch.tril(torch.ones(5, 5)))
+
+    class Port(nnx.Module):
+        def __init__(self) -> None:
+            self.layer = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+    path = compare.save_checkpoint(tmp_path / "p.msgpack", Port())
+    compare.load_checkpoint(path, module)
+    module.attn.bias[4, 0] = 0.0
+    policies: list[dict[str, Policy]] = [{}, {"attn.bias": "verify"}]
+    for policy in policies:
+        error = refused(partial(compare.load_checkpoint, path, module, policy=policy))
+        assert "the target's own was edited" in str(error)
+    chosen = eval(error.mend.partition("policy=")[2].partition("}")[0] + "}")
+    compare.load_checkpoint(path, module, policy=chosen)
+    assert module.attn.bias[4, 0] == 0.0
 
 
 def test_a_lazy_target_is_named(tmp_path: Path) -> None:

@@ -26,8 +26,10 @@ from compare.checkpoint.verify import verify_checkpoint
 from compare.conversion.mapping import Policy, Row, StateMapping
 from compare.dtypes import DTYPES, numpy_dtype
 from compare.files.writing import NO_RULES
+from compare.proof.cases import PRIME_BIAS
+from compare.runners.run import linen_template
 
-from ..support import same_bits
+from ..support import same_bits, torch_module
 from .faults import change_manifest
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -487,6 +489,16 @@ def test_casting_is_only_by_name(tmp_path: Path) -> None:
     assert not (tmp_path / "no.pth").exists()
 
 
+def test_a_cast_to_a_dtype_that_torch_lacks_keeps_the_files(tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "a.pth", torch_module())
+    narrow = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float8_e3m4),
+        linen_template(PRIME_BIAS, buffer=True),
+    )
+    loaded = compare.load_checkpoint(path, narrow, cast=True)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded)} == {"float32"}
+
+
 def test_a_policy_says_what_may_be_missing_or_left_over(tmp_path: Path) -> None:
     module = torch.nn.Linear(2, 2)
     module.register_buffer("mask", torch.triu(torch.ones(2, 2), 1))
@@ -510,6 +522,20 @@ def test_a_policy_says_what_may_be_missing_or_left_over(tmp_path: Path) -> None:
     module.get_buffer("mask")[1, 0] = 1.0
     with pytest.raises(CheckpointError, match="missing mask"):
         compare.load_checkpoint(path, module, policy=allowed)
+
+
+@pytest.mark.parametrize("suffix", [".msgpack", ".orbax", ".safetensors"])
+def test_collections_with_one_name(suffix: str, tmp_path: Path) -> None:
+    """Each comes back to its own; one that the target lacks is named."""
+    one, two = jnp.full(3, 1.0), jnp.full(3, 2.0)
+    variables = {"params": {"scale": one}, "ema": {"scale": two}}
+    path = compare.save_checkpoint(tmp_path / f"a{suffix}", variables)
+    empty = jax.tree.map(jnp.zeros_like, variables)
+    loaded = compare.load_checkpoint(path, empty)
+    assert loaded["params"]["scale"].tolist() == [1, 1, 1]
+    assert loaded["ema"]["scale"].tolist() == [2, 2, 2]
+    with pytest.raises(compare.CheckpointError, match="unexpected ema/scale"):
+        compare.load_checkpoint(path, {"params": empty["params"]})
 
 
 def test_linen_and_nnx_read_each_others_files(tmp_path: Path) -> None:

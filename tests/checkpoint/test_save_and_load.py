@@ -342,7 +342,7 @@ def test_an_expanded_mask_is_not_half_loaded_into(tmp_path: Path) -> None:
     path = compare.save_checkpoint(tmp_path / "state.pth", torch_module(seed=1))
     module = torch_module(seed=9)
     module.mask = torch.zeros(1, 7).expand(7, 7)
-    with pytest.raises(CheckpointError, match=r"`module.mask = module.mask.clone\(\)` first"):
+    with pytest.raises(CheckpointError, match=r"`module.mask = module.mask.contiguous\(\)` first"):
         compare.load_checkpoint(path, module)
     assert torch.equal(module.W_key.weight, torch_module(seed=9).W_key.weight)
 

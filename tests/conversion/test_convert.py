@@ -144,11 +144,20 @@ def test_what_cannot_be_shared_is_refused() -> None:
     assert np.array_equal(variables["buffers"]["mask"], np.zeros((7, 7)))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_what_would_have_to_be_copied_is_not_shared_without_a_word() -> None:
     conjugated = torch.tensor([[1 + 2j, 3 - 4j]]).conj()
     assert np.array_equal(to_jax(conjugated, copy=True), [[1 - 2j, 3 + 4j]])
     with pytest.raises(Untransferable, match="conjugated or negated view"):
         to_jax(conjugated, copy=False)
+    for view in (torch.ones(7, 7) * 1j).conj(), (torch.ones(7, 7) * 1j).conj().imag:
+        state = {**state_of(PRIME, "float32"), "mask": view}
+        with pytest.raises(ConversionError, match=r"mask: a conjugated or negated view"):
+            compare.torch_to_linen(state, linen_template(PRIME, buffer=True), copy=False)
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    state = {**state_of(PRIME, "float32"), "mask": nested}
+    with pytest.raises(ConversionError, match=r"mask: a nested tensor; store its parts"):
+        compare.torch_to_linen(state, linen_template(PRIME, buffer=True))
     foreign = np.array([1.0, 2.0], dtype=">f4")
     assert to_torch(foreign, copy=True).tolist() == [1.0, 2.0]
     with pytest.raises(Untransferable, match="foreign byte order"):

@@ -9,9 +9,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from flax import nnx
 from safetensors.torch import save_file
 
 import compare
@@ -101,6 +103,96 @@ def test_what_came_meanwhile_stays(
     else:
         assert target.read_bytes() == b"mine"
     assert not list(here.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors", "msgpack"])
+def test_what_came_while_the_source_was_read_stays(suffix: str, here: Path) -> None:
+    source = compare.save_checkpoint(
+        here / "s.safetensors", {f"w{i}": torch.ones(9) for i in range(3)}
+    )
+    target = here / f"new.{suffix}"
+
+    def meanwhile(done: int, total: int) -> None:
+        if done == total:
+            target.write_bytes(b"mine")
+
+    wrapped = {"params": {f"w{i}": torch.ones(9).numpy() for i in range(3)}}
+    if suffix == "msgpack":
+        source = compare.save_checkpoint(here / "s.safetensors", wrapped)
+    with pytest.raises(compare.CheckpointError, match="that version stays"):
+        convert_checkpoint(source, target, progress=meanwhile)
+    assert target.read_bytes() == b"mine"
+
+
+class _Parts(torch.nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.parts = torch.nn.ParameterList(
+            torch.nn.Parameter(torch.full((9,), value)) for _ in range(50)
+        )
+
+
+@pytest.mark.parametrize("raises", [KeyboardInterrupt, TimeoutError])
+def test_a_signal_leaves_no_half_loaded_module(
+    raises: type[BaseException], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes at the 20th of 50 tensors: the handler runs when the last is there."""
+    path = compare.save_checkpoint(here / "p.safetensors", _Parts(1.0))
+    module = _Parts(0.0)
+
+    def handler(_number: int, _frame: object) -> None:
+        raise raises
+
+    before = signal.signal(signal.SIGALRM, handler)
+    calls = iter(range(1000))
+    true = torch.Tensor.copy_
+
+    def copy_(*arguments: object) -> torch.Tensor:
+        if next(calls) == 20:
+            signal.raise_signal(signal.SIGALRM)
+        return true(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.Parameter, "copy_", copy_, raising=False)
+    try:
+        with pytest.raises(raises):
+            compare.load_checkpoint(path, module)
+        assert signal.getsignal(signal.SIGALRM) is handler
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert next(calls) > 20
+    assert all(bool((part == 1.0).all()) for part in module.parts)
+
+
+def test_a_signal_leaves_no_half_loaded_model(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = compare.save_checkpoint(here / "n.msgpack", nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(1))
+    true = nnx.update
+
+    def update(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        true(*arguments)
+
+    monkeypatch.setattr(nnx, "update", update)
+    with pytest.raises(KeyboardInterrupt):
+        compare.load_checkpoint(path, model)
+    expected = nnx.Linear(2, 2, rngs=nnx.Rngs(0)).kernel[...]
+    assert model.kernel[...].tolist() == expected.tolist()
+
+
+def test_a_hook_that_replaces_a_layer_and_raises(here: Path) -> None:
+    module: Any = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    path = compare.save_checkpoint(here / "h.pth", module)
+    layer = module[0]
+
+    def hook(module: Any, _keys: object) -> None:
+        module[0] = torch.nn.Linear(2, 2)
+        module.note = "half done"
+        raise RuntimeError("as planned")
+
+    module.register_load_state_dict_post_hook(hook)
+    with pytest.raises(compare.CheckpointError, match="as planned"):
+        compare.load_checkpoint(path, module)
+    assert module[0] is layer and not hasattr(module, "note")
 
 
 def test_a_report_that_came_meanwhile_stays(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

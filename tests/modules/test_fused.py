@@ -441,6 +441,21 @@ def test_an_edit_before_the_backward_pass() -> None:
         outputs.sum().backward()
 
 
+@pytest.mark.parametrize("name", ["causal", "open"])
+def test_an_edit_before_the_backward_pass_of_a_kernel_without_a_mask(name: str) -> None:
+    """These kernels do not read the mask again."""
+    gradients: list[torch.Tensor] = []
+    for is_edited in (False, True):
+        queries, keys, values = (torch.tensor(array[:, :130]) for array in HEADS[:3])
+        queries.requires_grad_()
+        mask = torch.from_numpy(masks()[name][:130, :130].copy())
+        outputs = torch_impl.masked_attention(queries, keys, values, mask, implementation="fused")
+        if is_edited:
+            mask[129, 0] = 1.0
+        gradients += torch.autograd.grad(outputs.sum(), queries)
+    assert torch.equal(*gradients)
+
+
 def test_a_mask_made_in_inference_mode() -> None:
     with torch.inference_mode():
         mask = torch.from_numpy(masks()["window"][:130, :130].copy())

@@ -135,13 +135,13 @@ class TorchReader(FileReader):
 
 def write(path: Path, tensors: Tensors, rules: Rules = NO_RULES) -> None:
     """Write the state dict, then add the manifest as one more record of the zip."""
-    arrays = {key: whole(tensors, key) for key in tensors.specs}
-    state = {
-        str(key[0]): numpy_to_tensor(np.require(array, requirements="W"))
-        for key, array in arrays.items()
-    }
-    state |= {str(key[0]): state[str(first[0])] for key, first in tensors.aliases.items()}
     with atomic_file(path, rules) as stream, ThreadPoolExecutor(WORKERS) as pool:
+        arrays = {key: whole(tensors, key) for key in tensors.specs}
+        state = {
+            str(key[0]): numpy_to_tensor(np.require(array, requirements="W"))
+            for key, array in arrays.items()
+        }
+        state |= {str(key[0]): state[str(first[0])] for key, first in tensors.aliases.items()}
         sums = {
             key: pool.submit(checksum, [array], tensors.specs[key]) for key, array in arrays.items()
         }
