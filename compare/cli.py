@@ -31,6 +31,7 @@ from .commands.run import run as run_jobs
 from .files.printable import readable, shown
 
 CHECKS = (
+    "fresh",
     "state",
     "stages",
     "outputs",
@@ -39,6 +40,7 @@ CHECKS = (
     "modes",
     "gradients",
     "dtypes",
+    "function",
     "fused",
     "sizes",
     "dropout",
@@ -48,11 +50,12 @@ CHECKS = (
 AHEAD = {
     "fused": 1,
     "sizes": 2,
-    "checkpoints": 3,
-    "devices": 4,
-    "training": 5,
-    "dtypes": 6,
-    "gradients": 7,
+    "function": 3,
+    "checkpoints": 4,
+    "devices": 5,
+    "training": 6,
+    "dtypes": 7,
+    "gradients": 8,
 }
 
 JsonOption = Annotated[
@@ -195,8 +198,11 @@ def checks(
     for name in names or ():
         if name not in CHECKS:
             raise typer.BadParameter(f"there is no check {name!r}; there are {', '.join(CHECKS)}")
-    options = {"names": names or (), "device": device, "slow": True}
-    _run([Job("checks", options)], Files(json_file, html_file), device=device)
+    jobs = [
+        Job("checks", {"names": [name], "device": device, "slow": True}, AHEAD.get(name))
+        for name in names or CHECKS
+    ]
+    _run(jobs, Files(json_file, html_file), device=device)
 
 
 @app.command()

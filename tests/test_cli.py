@@ -155,7 +155,7 @@ def test_each_part_is_a_command(part: str, tmp_path: Path) -> None:
         (["--json", "report.json", "outputs"], "write it after the command"),
         (["--html", "report.html", "outputs"], "write it after the command"),
         (["--device", "cpu", "outputs"], "write it after the command"),
-        (["checks", "speed"], "there is no check 'speed'; there are state, stages"),
+        (["checks", "speed"], "there is no check 'speed'; there are fresh, state"),
         (["outputs", "--device", "tpu"], "is not one of"),
         (["mutants", "--recorded", "--first"], "have no effect beside --recorded"),
         (["convert", "a", "b", "--dry-run", "--no-verify"], "no such file"),

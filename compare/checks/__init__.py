@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator
 
 from ..proof.agreement import Finding
-from ..proof.cases import Framework, Trial
+from ..proof.cases import Framework, Trial, fixed_trials
 from .causality import check_causality
 from .determinism import check_determinism
 from .dropout import check_dropout
 from .dtypes import check_dtypes
+from .fresh import check_fresh
+from .function import check_function
 from .fused import check_fused
 from .gradients import check_gradients
 from .modes import check_modes
@@ -21,6 +23,7 @@ CheckFunction = Callable[[Framework, Trial, str], Iterator[Finding]]
 
 # Ordered for debugging: a fault in one check explains failures in the later ones.
 CHECKS: dict[str, CheckFunction] = {
+    "fresh": check_fresh,
     "state": check_state,
     "stages": check_stages,
     "outputs": check_outputs,
@@ -29,13 +32,26 @@ CHECKS: dict[str, CheckFunction] = {
     "modes": check_modes,
     "gradients": check_gradients,
     "dtypes": check_dtypes,
+    "function": check_function,
     "fused": check_fused,
     "sizes": check_sizes,
     "dropout": check_dropout,
     "training": check_training,
 }
 
-# These checks bring their own inputs or draw their own modes: one trial is enough for them.
-ON_THEIR_OWN = ("modes", "dtypes", "fused", "sizes", "dropout", "training")
+# The indices of the fixed trials on which a check runs, if not on all: one head, and several.
+_EITHER = (0, 4)
+_TRIALS = {
+    **dict.fromkeys(("fresh", "state", "modes", "dropout"), _EITHER),
+    # These bring their own inputs.
+    **dict.fromkeys(("function", "dtypes", "fused", "sizes", "training"), (0,)),
+}
 
-__all__ = ["CHECKS", "ON_THEIR_OWN", "CheckFunction"]
+
+def trials_of(check: str) -> list[Trial]:
+    """Return the fixed trials on which a check runs."""
+    trials = fixed_trials()
+    return [trials[index] for index in _TRIALS.get(check, range(len(trials)))]
+
+
+__all__ = ["CHECKS", "CheckFunction", "trials_of"]

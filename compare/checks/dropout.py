@@ -13,8 +13,10 @@ from ..proof.agreement import Agreement, Finding, agreement, identical
 from ..proof.cases import Framework, Trial
 from ..runners.run import build_linen, build_nnx, build_torch, linen_template
 
-SHAPE = (64, 64, 128)
-AXES = ("batch", "queries", "keys")
+SHAPES = {
+    ("batch", "queries", "keys"): (64, 64, 128),
+    ("batch", "heads", "queries", "keys"): (8, 8, 64, 128),
+}
 
 
 def check_dropout(framework: Framework, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
@@ -23,6 +25,7 @@ def check_dropout(framework: Framework, trial: Trial, device: str = "cpu") -> It
     The rate is the trial's; the seed is fixed.
     """
     rate = trial.config.dropout
+    axes = _axes(trial)
     dropped = _drop(framework, trial, device, training=True)
     kept = dropped != 0
 
@@ -38,7 +41,7 @@ def check_dropout(framework: Framework, trial: Trial, device: str = "cpu") -> It
             tolerances.SCALE,
         )
     equal_probability = rate**2 + (1.0 - rate) ** 2
-    for axis, name in enumerate(AXES):
+    for axis, name in enumerate(axes):
         # The pairs are disjoint, so they are independent of each other.
         even, odd = (
             np.take(kept, range(start, kept.shape[axis], 2), axis=axis) for start in (0, 1)
@@ -50,8 +53,15 @@ def check_dropout(framework: Framework, trial: Trial, device: str = "cpu") -> It
         )
     evaluated = _drop(framework, trial, device, training=False)
     yield finding(
-        "none in eval", identical(evaluated, np.ones(SHAPE, dtype=np.float32)), tolerances.BITS
+        "none in eval",
+        identical(evaluated, np.ones(SHAPES[axes], dtype=np.float32)),
+        tolerances.BITS,
     )
+
+
+def _axes(trial: Trial) -> tuple[str, ...]:
+    """Return the axes of the attention weights."""
+    return next(axes for axes in SHAPES if ("heads" in axes) == bool(trial.config.num_heads))
 
 
 def _count_agreement(events: np.ndarray, probability: float) -> Agreement:
@@ -64,12 +74,13 @@ def _count_agreement(events: np.ndarray, probability: float) -> Agreement:
 
 def _drop(framework: Framework, trial: Trial, device: str, *, training: bool) -> np.ndarray:
     """Return an array of ones after the module's dropout."""
+    shape = SHAPES[_axes(trial)]
     if framework == "torch":
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)
             module = build_torch(trial.config, buffer=True).train(training)
-            return tensor_to_numpy(module.dropout(torch.ones(SHAPE, device=device)))
-    ones = jax.device_put(jnp.ones(SHAPE), jax.devices(device)[0])
+            return tensor_to_numpy(module.dropout(torch.ones(shape, device=device)))
+    ones = jax.device_put(jnp.ones(shape), jax.devices(device)[0])
     if framework == "nnx":
         model = build_nnx(trial.config, buffer=True)
         model.set_attributes(deterministic=not training)

@@ -11,15 +11,16 @@ from ..proof.dual_numbers import Dual
 from ..proof.reference_gradient import attention_forward, attention_gradient
 from ..proof.remembered import remembered
 from ..proof.running_error import Bounded
-from ..runners.differentiate import DerivativeProblem, derivatives
+from ..runners.differentiate import DerivativeProblem, derivatives, gradient
 
 
 def check_gradients(framework: Framework, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
     """Compare which entries have a gradient, then the first and second derivative of each entry.
 
-    Buffers must have no gradient. A trial with a fully blocked row is skipped: its outputs are NaN.
+    Buffers must have no gradient.
     """
     if trial.closed:
+        yield from _closed(framework, trial, device)
         return
     problem = derivative_problem(trial)
     expected = exact_derivatives(problem)
@@ -38,6 +39,50 @@ def check_gradients(framework: Framework, trial: Trial, device: str = "cpu") -> 
             agreed,
             tolerances.HESSIAN,
         )
+    if framework == "torch":
+        yield from _frozen(trial, problem, actual.gradient, device)
+
+
+def _closed(framework: Framework, trial: Trial, device: str) -> Iterator[Finding]:
+    """Compare the gradients where the mask closes rows, whose weights are NaN.
+
+    All pairs of such a row are blocked, so the gradient of its scores is 0: queries and keys have
+    the gradient of an open row that is not looked at. The values get 0 * NaN, and so do the inputs.
+    """
+    tokens = trial.inputs.shape[1]
+    closed = (trial.mask[:tokens, :tokens] != 0).all(axis=1)
+    opened = trial.mask.copy()
+    opened[:tokens][closed] = 0.0
+    problem = derivative_problem(trial)
+    unseen = problem.cotangent * ~closed[:, None]
+    expected = exact_derivatives(
+        problem._replace(state={**trial.state, "mask": opened}, cotangent=unseen)
+    )
+    gradients = gradient(framework, problem, device)
+    for name, exact in expected.items():
+        value, limit = exact.value.value, tolerances.both_sides(exact.value)
+        if not name.startswith(("W_query", "W_key")):
+            value = np.full_like(value, np.nan)
+        agreed = agreement(gradients[name], value, limit)
+        case = f"{trial.name}, {name}"
+        yield Finding("gradients", framework, case, agreed, tolerances.GRADIENT)
+
+
+def _frozen(
+    trial: Trial, problem: DerivativeProblem, gradients: dict[str, np.ndarray], device: str
+) -> Iterator[Finding]:
+    """Freeze the parameters of one layer at a time: the other gradients are as before."""
+    for layer in ("W_query", "W_key", "W_value"):
+        some = gradient("torch", problem, device, frozen=layer)
+        kept = {name for name in gradients if not name.startswith(layer)}
+        names = same_names(some, kept)
+        case = f"{trial.name}, {layer}"
+        yield Finding("gradients: with a frozen layer", "torch", case, names, tolerances.NAMES)
+        for name in sorted(kept & some.keys()):
+            limit = tolerances.both_sides(exact_derivatives(problem)[name].value)
+            agreed = agreement(some[name], gradients[name], limit)
+            case = f"{trial.name}, without {layer}: {name}"
+            yield Finding("gradients", "torch", case, agreed, tolerances.GRADIENT)
 
 
 def derivative_problem(trial: Trial) -> DerivativeProblem:

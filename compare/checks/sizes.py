@@ -61,6 +61,10 @@ def sizes(framework: Framework) -> list[Size]:
     chosen += [Size(tokens, 1, 1, 4, "auto") for tokens in (threshold - 1, threshold)]
     if framework == "torch":  # two wide strips; in Flax it is as one tile and a half
         chosen.append(Size(2 * limits[-1] + 1, 1, 1, 3, "fused"))
+    else:  # two tiles, the second of which is short by a block, or by a part of one
+        tile = constants(package)[f"{package}.mask_tiles.MIN_TILED_TOKENS"]
+        block = constants(package)[f"{package}.mask_tiles.BLOCK_COLUMNS"]
+        chosen += [Size(2 * tile - short, 1, 1, 3, "fused") for short in (block, block // 5)]
     many = [limit for name, limit in constants(package).items() if "HEADS" in name]
     chosen += [Size(130, 1, heads + 1, 3, "fused") for heads in many or [_MANY_HEADS]]
     chosen.append(Size(7, _MANY_HEADS, _MANY_HEADS, 2, "reference"))
@@ -89,6 +93,8 @@ def check_sizes(framework: Framework, trial: Trial, device: str = "cpu") -> Iter
         first_two = np.ones_like(causal.mask)
         first_two[:, :2] = 0.0
         masks = {"causal": causal.mask, "edited": edited, "only the first two": first_two}
+        if size.implementation == "fused":
+            masks["open"] = np.zeros_like(causal.mask)
         for name, mask in masks.items():
             masked = causal.masked(f"{size}, {name}", mask)
             tiles = most_tiles(size.tokens)

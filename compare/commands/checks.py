@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..checks import CHECKS
+from ..checks import CHECKS, trials_of
 from ..checks.determinism import compiled_by_torch
 from ..checks.stages import first_differing_stage
 from ..checks.training import training_findings
@@ -34,26 +34,24 @@ MARKED_STEPS = (1, 2, 5, 10, 20, 50, 100, 200)
 
 @dataclass(frozen=True)
 class CheckPart:
-    """How one check is presented, and which trials it runs on.
-
-    Attributes:
-        title: the title of its section.
-        text: the explanation below the title.
-        trials: the indices of its trials in `fixed_trials()`; None for all of them.
-    """
+    """How one check is presented: the title of its section, and the explanation below it."""
 
     title: str
     text: str
-    trials: tuple[int, ...] | None = None
 
 
 CHECK_PARTS: dict[str, CheckPart] = {
+    "fresh": CheckPart(
+        "Fresh modules: weights, mask, kinds, mode and streams",
+        "Built from one seed, the weights are those of the library's own layers, bit for bit. The "
+        "mask is float32 and causal whatever is the default; no module shares it with another; "
+        "what is trained and what is state are told apart by kind.",
+    ),
     "state": CheckPart(
         "State: the mask is saved, moved, obeyed, and never trained",
         "The mask is edited to -2.5, then converted and written to files; the same values must "
         "come back. An int64 mask with an entry that does not fit 32 bits must be refused where "
         "JAX has x64 off. The same module, compiled or not, must obey an edit of its mask.",
-        trials=(0, -1),
     ),
     "stages": CheckPart(
         "Stages in float64: where does a framework first differ?",
@@ -78,15 +76,14 @@ CHECK_PARTS: dict[str, CheckPart] = {
     "modes": CheckPart(
         "Modes: dropout only in training, the mask obeyed in both",
         "The module itself is called: in `eval` at four rates of dropout, in training with two "
-        "random states, and in training without dropout before and after an edit of its mask.",
-        trials=(0, 4),
+        "random states, and in training without dropout before and after an edit of its mask. Each "
+        "child is called, and no call changes the state.",
     ),
     "dtypes": CheckPart(
         "Gradients in every dtype, and what the dtypes are",
         "Outputs and gradients must have the dtype of the inputs. The gradients of two small "
         "problems are compared with the derivative in float32, bfloat16 and float16, on the "
         "formula's path and the fused one.",
-        trials=(0,),
     ),
     "gradients": CheckPart(
         "Gradients and Hessian-vector products in float64",
@@ -94,18 +91,22 @@ CHECK_PARTS: dict[str, CheckPart] = {
         "written-out derivative. Buffers have none. The limit is a running error bound, computed "
         "along with the written-out derivative.",
     ),
+    "function": CheckPart(
+        "The function itself: masks of every dtype, one token, closed rows",
+        "`masked_attention` on 200 tokens, by the formula and fused, without a module around it. "
+        "Every entry but 0 blocks, in each dtype; the mask stays as it is; and the gradients "
+        "beside a closed row, or of only some inputs, are those of the formula.",
+    ),
     "fused": CheckPart(
         "Fused attention in float64 and float32",
         "600 tokens, enough for several kernels, strips and tiles, under masks of every kind. "
         "Outputs and gradients are compared with the same reference. The mask is also edited after "
         "its first use, in every possible way.",
-        trials=(0,),
     ),
     "sizes": CheckPart(
         "Sizes on both sides of every constant",
         "Outputs in float64, with more tokens than each constant in the sources, more heads, a "
         "larger batch and a wider head, under a causal, an edited and a narrow mask.",
-        trials=(0,),
     ),
     "dropout": CheckPart(
         "Dropout: each framework's own",
@@ -113,14 +114,12 @@ CHECK_PARTS: dict[str, CheckPart] = {
         "scale, and whether neighbors agree more often than by chance. The random streams differ "
         "between the frameworks. Given the same pattern, outputs, gradients and training agree, as "
         "the other checks show.",
-        trials=(0, -1),
     ),
     "training": CheckPart(
         f"Training: {STEPS} steps in float64",
         "The same batches, dropout patterns, weight decay and clipping: `torch.optim` against "
         "Optax under Linen and under `nnx.Optimizer`. The limit is the running error bound of each "
         "step, propagated through the later steps.",
-        trials=(),  # the training course has its own trial
     ),
 }
 
@@ -159,10 +158,7 @@ def _run_check(name: str, device: str, *, slow: bool) -> Iterator[Section | str]
 
 def _run_trials(section: Section, name: str, device: str) -> Iterator[str]:
     """Run one check on its trials in every framework, and collect its findings."""
-    trials = cases.fixed_trials()
-    indices = CHECK_PARTS[name].trials
-    if indices is not None:
-        trials = [trials[index] for index in indices]
+    trials = trials_of(name)
     for framework in FRAMEWORKS:
         yield f"{name}: {TITLES[framework]} on {device}"
         for trial in trials:

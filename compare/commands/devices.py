@@ -29,7 +29,7 @@ def sections() -> Iterator[Section]:
 
 def mismatch_check() -> Check:
     """Run the notebook's cell 6: the module is on CUDA, its plain mask still on the CPU."""
-    name, implementation = "cell 6: mask left on the CPU", TITLES["torch"]
+    name, implementation = "cell 6: mask left on CPU", TITLES["torch"]
     expected = "a RuntimeError that names both devices"
     if not torch.cuda.is_available():
         return Check(name, implementation, None, "torch sees no CUDA device", expected)

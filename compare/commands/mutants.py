@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checks import CHECKS, ON_THEIR_OWN
+from ..checks import CHECKS, trials_of
 from ..mutants import MUTANTS, Mutant, planted
 from ..proof import cases
 from ..proof.agreement import Finding
@@ -94,9 +94,8 @@ def judge(mutant: Mutant, names: Iterable[str] = tuple(CHECKS), *, first: bool =
 
 
 def fixed_findings(check: str, framework: Framework) -> Iterator[Finding]:
-    """Yield all findings of a check on the fixed trials."""
-    trials = cases.fixed_trials()
-    for trial in trials[:1] if check in ON_THEIR_OWN else trials:
+    """Yield all findings of a check on its trials."""
+    for trial in trials_of(check):
         yield from CHECKS[check](framework, trial, "cpu")
 
 

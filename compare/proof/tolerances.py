@@ -33,7 +33,16 @@ HESSIAN = (
     "twice the running error bound for each side, because the terms may be grouped differently "
     "(compare/proof/running_error.py)"
 )
+FUSED_HESSIAN = (
+    "four times the running error bound for each side: twice because the terms are regrouped, and "
+    "twice because the weights are computed from the logarithm of their sum "
+    "(compare/proof/running_error.py)"
+)
+ROUNDED_ONCE = "the rounding bound of float32, and one rounding of the result to this dtype"
 TWICE = "twice the rounding bound, because both sides may differ from the exact value by that much"
+TWO_RUNS = (
+    "the number of roundings of both sides, times the largest term (compare/checks/function.py)"
+)
 BINOMIAL = (
     "the exact two-sided binomial limit, which a correct dropout exceeds once in 10^10 counts"
 )

@@ -56,13 +56,25 @@ def derivatives(
 
 
 def gradient(
-    framework: Framework, problem: DerivativeProblem, device: str = "cpu"
+    framework: Framework,
+    problem: DerivativeProblem,
+    device: str = "cpu",
+    *,
+    frozen: str | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return the first derivatives alone, in the dtype of the inputs; torch uses plain autograd."""
+    """Return the first derivatives alone, in the dtype of the inputs; torch uses plain autograd.
+
+    The parameters of the layer `frozen` are constants; only torch can freeze.
+    """
     if framework == "torch":
         module = ready_torch(problem.config, problem.state, device, problem.keep)
+        if frozen is not None:
+            module.get_submodule(frozen).requires_grad_(False)
         inputs = numpy_to_tensor(problem.inputs).to(device).requires_grad_()
-        arguments = {**dict(module.named_parameters()), "inputs": inputs}
+        arguments = {
+            **{name: value for name, value in module.named_parameters() if value.requires_grad},
+            "inputs": inputs,
+        }
         cotangent = numpy_to_tensor(problem.cotangent).to(device)
         gradients = torch.autograd.grad(module(inputs), list(arguments.values()), cotangent)
         return numpy_state(dict(zip(arguments, gradients, strict=True)))
@@ -83,6 +95,31 @@ def compiled_gradient(
             return _by_torch_name(*compiled(*point, *constants))
 
     return call
+
+
+def hessian_vector(
+    framework: Framework, problem: DerivativeProblem, device: str = "cpu"
+) -> dict[str, np.ndarray]:
+    """Return the Hessian-vector product alone; torch uses plain autograd, as fused attention needs.
+
+    Under `torch.func`, which `derivatives` uses, torch's attention is the formula.
+    """
+    if framework != "torch":
+        return derivatives(framework, problem, device).hessian_vector
+    module = ready_torch(problem.config, problem.state, device, problem.keep)
+    inputs = numpy_to_tensor(problem.inputs).to(device).requires_grad_()
+    arguments = {**dict(module.named_parameters()), "inputs": inputs}
+    cotangent = numpy_to_tensor(problem.cotangent).to(device).requires_grad_()
+    gradients = torch.autograd.grad(
+        module(inputs), list(arguments.values()), cotangent, create_graph=True
+    )
+    products = [
+        (gradient * numpy_to_tensor(problem.direction[name]).to(device)).sum()
+        for name, gradient in zip(arguments, gradients, strict=True)
+    ]
+    total = torch.stack(products).sum()
+    second = torch.autograd.grad(total, list(arguments.values()), materialize_grads=True)
+    return numpy_state(dict(zip(arguments, second, strict=True)))
 
 
 def _torch(problem: DerivativeProblem, device: str) -> Derivatives:

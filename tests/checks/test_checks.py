@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from compare.checks import CHECKS, ON_THEIR_OWN
+from compare.checks import CHECKS, trials_of
 from compare.checks.causality import check_causality
 from compare.checks.determinism import compiled_by_torch
 from compare.checks.stages import check_stages, first_differing_stage
@@ -15,26 +15,18 @@ from compare.proof.cases import FRAMEWORKS, Framework
 from compare.report.model import Section
 from compare.report.verdicts import settle
 
-ON_EACH = [name for name in CHECKS if name not in ON_THEIR_OWN]
 TRIALS = cases.fixed_trials()
 
 
-@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
-@pytest.mark.parametrize("check", ON_EACH)
+@pytest.mark.parametrize(
+    ("check", "trial"),
+    [(check, trial) for check in CHECKS for trial in trials_of(check)],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
 @pytest.mark.parametrize("name", FRAMEWORKS)
 @pytest.mark.slow
-def test_on_each_trial(name: Framework, check: str, trial: cases.Trial, device: str) -> None:
+def test_it_holds(name: Framework, check: str, trial: cases.Trial, device: str) -> None:
     findings = list(CHECKS[check](name, trial, device))
-    assert findings or (check == "gradients" and trial.closed)
-    for finding in findings:
-        assert finding.held, finding
-
-
-@pytest.mark.parametrize("check", ON_THEIR_OWN)
-@pytest.mark.parametrize("name", FRAMEWORKS)
-@pytest.mark.slow
-def test_on_its_own_trial(name: Framework, check: str, device: str) -> None:
-    findings = list(CHECKS[check](name, TRIALS[0], device))
     assert findings
     for finding in findings:
         assert finding.held, finding

@@ -86,9 +86,7 @@ def test_the_story_holds_and_says_how_rows_are_matched() -> None:
     checks = [check for section in sections for check in section.checks]
     assert [check for check in checks if check.held is False] == []
     assert [check.count for check in checks if check.name == "all output rows"] == ["36/36"] * 3
-    assert {check.name for check in checks if check.held is None} <= {
-        "cell 6: mask left on the CPU"
-    }
+    assert {check.name for check in checks if check.held is None} <= {"cell 6: mask left on CPU"}
     text = " ".join(block for block in sections[0].blocks if isinstance(block, str))
     assert "Dropout was active" in text
     assert "every pattern of dropped attention weights" in text
