@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal
 
+import jax
 import numpy as np
 
 from ..dtypes import numpy_dtype
 from ..proof import tolerances
-from ..proof.agreement import Finding, agreement, same_names
+from ..proof.agreement import Finding, agreement, identical, same_names
 from ..proof.cases import Config, Framework, Trial, draw
 from ..runners.differentiate import DerivativeProblem, compiled_gradient
 from ..runners.run import run
@@ -46,6 +47,23 @@ def check_dtypes(framework: Framework, trial: Trial, device: str = "cpu") -> Ite
                 for dtype in DTYPES:
                     trial = masked.rounded(dtype)
                     yield from _in(dtype, framework, trial, differentiate, device)
+            if framework != "torch":  # whose layers refuse them
+                yield from _narrower_inputs(framework, causal, device)
+
+
+def _narrower_inputs(framework: Framework, trial: Trial, device: str) -> Iterator[Finding]:
+    """Compare inputs in half precision, which float32 parameters widen, with the wide ones."""
+    state = trial.rounded("float32").state
+    for dtype in ("bfloat16", "float16"):
+        narrow = trial.rounded(dtype).inputs
+        with jax.numpy_dtype_promotion("standard"):
+            outputs = run(framework, trial.config, state, narrow, device=device)
+        wide = run(framework, trial.config, state, narrow.astype(np.float32), device=device)
+        same = same_names([outputs.dtype.name], ["float32"])
+        agreed = identical(outputs, wide) if same.held else same
+        yield Finding(
+            "inputs are widened", framework, f"{trial.name}, {dtype}", agreed, tolerances.BITS
+        )
 
 
 def _in(

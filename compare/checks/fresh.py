@@ -1,9 +1,7 @@
 """A fresh module: its weights, its mask, the kinds of its state, its mode and its streams."""
 
-import pickle
 from collections.abc import Iterator
-from copy import deepcopy
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,12 +11,13 @@ import torch
 from flax import linen, nnx
 from flax.traverse_util import flatten_dict
 
-from ..conversion.tensors import numpy_state, tensor_to_numpy
+from ..conversion.tensors import numpy_state
 from ..proof import tolerances
 from ..proof.agreement import Agreement, Finding, identical, same_names
 from ..proof.cases import Config, Framework, State, Trial
 from ..proof.reference import causal_mask
 from ..runners.run import build_linen, build_nnx, build_torch
+from .fresh_facts import FRESH_FACTS
 
 LAYERS = ("W_query", "W_key", "W_value", "out_proj")
 
@@ -47,11 +46,10 @@ def check_fresh(framework: Framework, trial: Trial, device: str = "cpu") -> Iter
         kinds = _kinds(framework, config, buffer=buffer)
         name = "state with the buffer" if buffer else "state without it"
         yield finding(name, same_names(kinds, _expected_kinds(framework, config, buffer=buffer)))
+    children = _children(framework, replace(config, dropout=0.0))
+    yield finding("the layers without dropout", same_names(children, _children(framework, config)))
     yield finding("the mode", same_names([_mode(framework, config)], ["training"]))
-    facts = _linen_facts(config) if framework == "linen" else {}
-    facts |= _nnx_facts(config) if framework == "nnx" else {}
-    facts |= _torch_facts(config) if framework == "torch" else {}
-    for name, is_so in facts.items():
+    for name, is_so in FRESH_FACTS[framework](config).items():
         yield finding(name, same_names([str(is_so)], ["True"]))
 
 
@@ -161,11 +159,15 @@ def _kinds(framework: Framework, config: Config, *, buffer: bool) -> set[str]:
     if framework == "linen":
         variables = build_linen(config, buffer=buffer).init(jax.random.key(0), _inputs(config))
         return {f"{path[-2]}.{path[-1]} {path[0]}" for path in flatten_dict(variables)}
+    model: Any = build_nnx(config, buffer=buffer)
+    return _nnx_kinds(model) | _bases(model.mask)
+
+
+def _nnx_kinds(model: Any, prefix: str = "") -> set[str]:
     return {
-        f"{'.'.join(map(str, path))} {type(variable).__name__}"
-        for path, variable in nnx.to_flat_state(nnx.state(build_nnx(config, buffer=buffer)))
-        if not issubclass(type(variable), nnx.RngState)
-    } | _bases(build_nnx(config, buffer=buffer).mask)
+        f"{prefix}{'.'.join(map(str, path))} {type(variable).__name__}"
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
 
 
 def _bases(mask: Any) -> set[str]:
@@ -187,9 +189,29 @@ def _expected_kinds(framework: Framework, config: Config, *, buffer: bool) -> se
         bases = type(own).__mro__ if buffer else type(own).__mro__[1:]
         kinds |= {f"mask is {kind.__name__}" for kind in bases if kind is not object}
         kinds.add("mask Buffer" if buffer else f"mask {type(own).__name__}")
+        kinds |= _nnx_kinds(nnx.Dropout(config.dropout, rngs=nnx.Rngs(0)), "dropout.")
     elif buffer:
         kinds.add({"torch": "mask Tensor", "linen": "buffers.mask buffers"}[framework])
     return kinds
+
+
+def _children(framework: Framework, config: Config) -> set[str]:
+    """Return each layer of a module with its class; its rate may be raised after it was built."""
+    layers: dict[str, Any]
+    if framework == "torch":
+        layers = dict(build_torch(config, buffer=True).named_children())
+    elif framework == "nnx":
+        layers = {
+            name: child
+            for name, child in vars(build_nnx(config, buffer=True)).items()
+            if isinstance(child, nnx.Module)
+        }
+    else:
+        module = build_linen(config, buffer=True)
+        variables = module.init(jax.random.key(0), _inputs(config))
+        bound = module.bind(variables)
+        layers = {name: getattr(bound, name) for name in (*LAYERS[:3], "attention_dropout")}
+    return {f"{name} {type(layer).__name__}" for name, layer in layers.items()}
 
 
 def _mode(framework: Framework, config: Config) -> str:
@@ -200,81 +222,3 @@ def _mode(framework: Framework, config: Config) -> str:
         model: Any = build_nnx(config, buffer=True)
         is_training = framework == "linen" or not model.dropout.deterministic
     return "training" if is_training else "evaluation"
-
-
-def _torch_facts(config: Config) -> dict[str, bool]:
-    """Return what must be true of torch modules: their device, what copies and parents keep."""
-    with torch.device("meta"):
-        abstract = build_torch(config, buffer=True).state_dict()
-    devices = {tensor.device.type for tensor in abstract.values()}
-    edited: Any = build_torch(config, buffer=True)
-    edited.mask[0, -1] = -2.5
-    parent = torch.nn.Sequential(build_torch(config, buffer=True))
-    parent.load_state_dict({f"0.{name}": value for name, value in edited.state_dict().items()})
-    kept = {
-        "a copy keeps the mask": deepcopy(edited),
-        "a pickled copy keeps the mask": pickle.loads(pickle.dumps(edited)),
-        "a parent loads the mask": parent[0],
-    }
-    same = {
-        name: identical(tensor_to_numpy(module.mask), tensor_to_numpy(edited.mask)).held
-        for name, module in kept.items()
-    }
-    return {"all on the default device": devices == {"meta"}, **same}
-
-
-def _linen_facts(config: Config) -> dict[str, bool]:
-    """Return what must be true of Linen modules: they are values, and draw by their own path."""
-    module = build_linen(config, buffer=True)
-    others = {
-        field.name: replace(config, **{field.name: _another(config, field.name)})
-        for field in fields(config)
-        if field.name != "num_heads" or config.num_heads is not None
-    }
-    facts = {
-        f"unequal if another {name}": build_linen(other, buffer=True) != module
-        for name, other in others.items()
-    }
-    half = replace(config, dropout=0.5)
-
-    class Stack(linen.Module):
-        def setup(self) -> None:
-            self.one, self.two = build_linen(half, buffer=True), build_linen(half, buffer=True)
-
-        def __call__(self, inputs: jax.Array) -> list[jax.Array]:
-            return [layer(inputs, deterministic=False) for layer in (self.one, self.two)]
-
-    inputs = jnp.ones((2, config.context_length, config.input_embedding_dim))
-    variables = build_linen(half, buffer=True).init(jax.random.key(0), inputs)
-    shared = {name: {"one": tree, "two": tree} for name, tree in variables.items()}
-    one, two = Stack().apply(shared, inputs, rngs={"dropout": jax.random.key(1)})
-    return {**facts, "each layer drops its own": bool((one != two).any())}
-
-
-def _another(config: Config, name: str) -> Any:
-    """Return another valid value of a constructor argument."""
-    value = getattr(config, name)
-    if name == "implementation":
-        return "reference" if value != "reference" else "fused"
-    if name == "dropout":
-        return 1.0 - value if value != 0.5 else 0.25
-    if name == "num_heads":
-        return 1 if value != 1 else config.output_embedding_dim
-    return not value if isinstance(value, bool) else 2 * value
-
-
-def _nnx_facts(config: Config) -> dict[str, bool]:
-    """Return what must be true of NNX models: dropout draws from its own stream."""
-    ones = jnp.ones((8, 8, 8, 8) if config.num_heads else (8, 8, 8))
-    half = replace(config, dropout=0.5)
-
-    def dropped(params: int, dropout: int) -> list[float]:
-        rngs = nnx.Rngs(params=params, dropout=dropout)
-        classes = type(build_nnx(half, buffer=True))
-        model: Any = classes(**half.arguments, rngs=rngs)
-        return np.asarray(model.dropout(ones)).ravel().tolist()
-
-    return {
-        "dropout draws from its stream": dropped(0, 1) != dropped(0, 2),
-        "dropout leaves the other streams": dropped(0, 1) == dropped(5, 1),
-    }

@@ -76,6 +76,7 @@ def masks() -> dict[str, np.ndarray]:
         ),
         "edited": edited,
         "late": late,
+        "subnormal": causal * np.float32(1e-42),
     }
 
 
@@ -179,14 +180,29 @@ def _edits(trial: Trial, device: str) -> Iterator[Finding]:
     def moved() -> None:
         module.mask[:, :8], module.mask[:, 200:208] = 1.0, 0.0
 
-    narrow = torch.ones_like(window)
+    def swapped() -> None:
+        module.mask[:128] = module.mask[:128].roll(64, 0)
+
+    def to_a_fraction() -> None:
+        module.mask[100, 3] = 0.5
+
+    causal = numpy_to_tensor(trial.mask).to(device).clone()
+    narrow, blocks = torch.ones_like(window), torch.ones_like(window)
     narrow[:, :8] = 0.0
-    before = {"edited in its last row": numpy_to_tensor(trial.mask).to(device).clone()}
-    before["open keys moved"] = narrow
+    for start in range(0, len(blocks), 64):
+        blocks[start : start + 64, start : start + 64] = 0.0
+    before = {
+        "edited in its last row": causal,
+        "open keys moved": narrow,
+        "blocks swapped": blocks,
+        "blocked by a fraction": causal,
+    }
     edits: dict[str, Callable[[], None]] = {
         "edited in place": in_place,
         "edited in its last row": at_the_end,
         "open keys moved": moved,
+        "blocks swapped": swapped,
+        "blocked by a fraction": to_a_fraction,
         "copied over": by_copy,
         "loaded": by_load,
     }

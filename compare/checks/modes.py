@@ -8,9 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from flax import nnx
-
-import flax_impl
 
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from ..proof import tolerances
@@ -18,6 +15,7 @@ from ..proof.agreement import Agreement, Finding, agreement, identical, same_nam
 from ..proof.cases import Framework, Trial, draw
 from ..proof.parity import against_reference, exact_and_limit
 from ..runners.run import build_linen, jax_on, ready_linen, ready_nnx, ready_torch, run
+from .calls import CALL_FACTS
 
 RATES = (0.1, 0.6, 0.9, 1.0)  # on both sides of 1/2, and the largest
 
@@ -54,13 +52,11 @@ def check_modes(framework: Framework, trial: Trial, device: str = "cpu") -> Iter
         agreed = agreement(call(0), exact, limit)
         yield finding("an edit is obeyed in training", trial.name, agreed, tolerances.OUTPUT)
     yield from _everything_dropped(framework, trial, device, finding)
-    children: dict[Framework, Callable[[Trial], dict[str, bool]]] = {
-        "torch": _torch_facts,
-        "linen": _linen_facts,
-        "nnx": _nnx_facts,
-    }
-    for name, is_so in children[framework](half.masked("", -2.5 * trial.mask)).items():
-        yield finding(name, trial.name, same_names([str(is_so)], ["True"]), tolerances.NAMES)
+    edited, closed = -2.5 * trial.mask, trial.mask.copy()
+    closed[1] = 1.0
+    for case, mask in ((trial.name, edited), (f"{trial.name}, a row closed", closed)):
+        for name, is_so in CALL_FACTS[framework](half.masked("", mask)).items():
+            yield finding(name, case, same_names([str(is_so)], ["True"]), tolerances.NAMES)
 
 
 def _everything_dropped(
@@ -77,96 +73,6 @@ def _everything_dropped(
         bias = drawn.state.get("out_proj.bias", np.zeros((), np.float32))
         agreed = agreement(outputs, np.broadcast_to(bias, outputs.shape), 0.0)
         yield finding("rate 1 drops all", f"{tokens} tokens", agreed, tolerances.BITS)
-
-
-def _torch_facts(trial: Trial) -> dict[str, bool]:
-    """Return what must be true of calls: each child is called, and the state stays as it is."""
-    module: Any = ready_torch(trial.config, trial.state, "cpu", None)
-    inputs = numpy_to_tensor(trial.inputs)
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    called: set[str] = set()
-    hooks = []
-    for name, child in module.named_children():
-        hooks += [
-            child.register_forward_pre_hook(lambda *_, name=name: called.add(f"before {name}")),
-            child.register_forward_hook(lambda *_, name=name: called.add(f"after {name}")),
-        ]
-        if child is module.dropout:
-            hooks[-1].remove()  # a pre-hook alone must be enough
-    with torch.no_grad():
-        expected = module(inputs)
-        [hook.remove() for hook in hooks]
-        module.train()(inputs)
-        module.eval().dropout.train()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            differs = bool((module(inputs) != expected).any())
-        module.dropout = _TorchHalf().eval()
-        halved = bool((module(inputs) != expected).any())
-    names = {name for name, _ in module.named_children()}
-    wanted = {f"{when} {name}" for name in names for when in ("before", "after")}
-    state = module.state_dict()
-    return {
-        "every child is called": called == wanted - {"after dropout"},
-        "dropout alone may be in training": differs,
-        "another dropout is called in eval": halved,
-        "a call leaves the state": all(
-            tensor_to_numpy(state[name]).tobytes() == tensor_to_numpy(value).tobytes()
-            for name, value in before.items()
-        ),
-    }
-
-
-class _TorchHalf(torch.nn.Dropout):
-    """A dropout that halves the weights in evaluation."""
-
-    def forward(self, weights: torch.Tensor) -> torch.Tensor:
-        return weights / 2
-
-
-class _NnxHalf(nnx.Dropout):
-    """A dropout that halves the weights in evaluation."""
-
-    def __call__(self, inputs: Any, **_: Any) -> Any:
-        return inputs / 2
-
-
-def _linen_facts(trial: Trial) -> dict[str, bool]:
-    _, variables = ready_linen(trial.config, trial.state, None)
-    module: Any = build_linen(trial.config, buffer=True)
-    rngs = {"dropout": jax.random.key(0)}
-    expected = module.apply(variables, trial.inputs)
-    with_key = module.apply(variables, trial.inputs, deterministic=True, rngs=rngs)
-    kept = []
-    for deterministic in (True, False):
-        _, after = module.apply(
-            variables, trial.inputs, deterministic=deterministic, rngs=rngs, mutable=["buffers"]
-        )
-        mask = after["buffers"]["mask"]
-        kept.append(np.asarray(mask).tobytes() == trial.mask.tobytes())
-    return {
-        "a key alone drops nothing": np.asarray(with_key).tobytes()
-        == np.asarray(expected).tobytes(),
-        "a call leaves the state": all(kept),
-    }
-
-
-def _nnx_facts(trial: Trial) -> dict[str, bool]:
-    model: Any = ready_nnx(trial.config, trial.state, None)
-    kinds = (nnx.Param, flax_impl.nnx.Buffer)
-    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, kinds)))
-    expected = np.asarray(model(trial.inputs))
-    model.train()
-    model(trial.inputs)
-    after = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, kinds)))
-    model.eval()
-    model.dropout = _NnxHalf(0.5, deterministic=True, rngs=nnx.Rngs(0))
-    halved = bool((np.asarray(model(trial.inputs)) != expected).any())
-    same = jax.tree.map(lambda one, two: one.tobytes() == two.tobytes(), before, after)
-    return {
-        "another dropout is called in eval": halved,
-        "a call leaves the state": jax.tree.all(same),
-    }
 
 
 def _edited(trial: Trial) -> np.ndarray:
