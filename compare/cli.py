@@ -25,6 +25,7 @@ from .commands.run import (
     require_device,
     require_exists,
     require_packages,
+    require_sources,
     require_writable,
 )
 from .commands.run import run as run_jobs
@@ -232,6 +233,27 @@ def bound(
 
 @app.command()
 def mutants(
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FILE]...",
+            help="With --mechanical: files and folders to change. Default: torch_impl, flax_impl.",
+        ),
+    ] = None,
+    mechanical: Annotated[
+        bool,
+        typer.Option(
+            "--mechanical",
+            help="Change the sources mechanically, and run the tests on each change (an hour).",
+        ),
+    ] = False,
+    draw: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --mechanical: how many changes to draw. Default: all."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="With --draw: the random seed. Default: 0.")
+    ] = None,
     configurations: Annotated[
         int, typer.Option(min=1, help="Number of random configurations without a bug.")
     ] = 1000,
@@ -241,13 +263,28 @@ def mutants(
     recorded: Annotated[
         bool,
         typer.Option(
-            "--recorded", help="Show the recorded run instead of repeating it (15 minutes)."
+            "--recorded", help="Show the recorded run instead of repeating it (half an hour)."
         ),
     ] = False,
     json_file: JsonOption = None,
     html_file: HtmlOption = None,
 ) -> None:
     """Plant bugs one at a time, and show which checks catch each, and by what margin."""
+    if mechanical:
+        if recorded or first or configurations != 1000:
+            raise typer.BadParameter(
+                "--recorded, --first and --configurations have no effect beside --mechanical: "
+                "leave them out"
+            )
+        if seed is not None and draw is None:
+            raise typer.BadParameter("--seed has no effect without --draw: leave it out")
+        require_sources(sources or ())
+        require_packages("coverage", "pytest", extra="test")
+        options = {"files": sources or (), "draw": draw, "seed": seed or 0}
+        _run([Job("mechanical", options)], Files(json_file, html_file))
+        return
+    if sources or draw is not None or seed is not None:
+        raise typer.BadParameter("FILE, --draw and --seed need --mechanical")
     if recorded and (first or configurations != 1000):
         raise typer.BadParameter(
             "--first and --configurations have no effect beside --recorded: leave them out"

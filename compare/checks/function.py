@@ -2,12 +2,17 @@
 
 from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+import flax_impl
 
 from ..proof import tolerances
 from ..proof.agreement import Agreement, Finding, agreement, same_names
 from ..proof.cases import Framework, Trial
 from ..runners.attend import Attention
+from ..runners.run import jax_on
 from . import torch_function
 from .heads import (
     TOKENS,
@@ -62,9 +67,10 @@ def check_function(framework: Framework, trial: Trial, device: str = "cpu") -> I
         yield finding("smaller than the inputs' dtype", implementation, agreed)
         mixed = [*heads[:2], heads[2].astype(np.float16)]
         if framework != "torch":  # whose products refuse them
-            found, formula = (
-                run(mixed, tiny, chosen).dtype.name for chosen in (implementation, "reference")
-            )
+            with jax.numpy_dtype_promotion("standard"):
+                found, formula = (
+                    run(mixed, tiny, chosen).dtype.name for chosen in (implementation, "reference")
+                )
             agreed = same_names([found], [formula])
             yield finding("values of another dtype", implementation, agreed)
         yield from _edge_cases(run, implementation, finding)
@@ -77,9 +83,31 @@ def check_function(framework: Framework, trial: Trial, device: str = "cpu") -> I
             yield finding("traced", implementation, agreed, tolerances.TWO_RUNS)
             agreed = torch_function.forward_mode(implementation, device)
             yield finding("forward mode", implementation, agreed, tolerances.TWO_RUNS)
+    if framework != "torch":
+        yield finding("forward mode of the formula", "reference", _forward_mode(device))
     if framework == "torch":
         yield from torch_function.overflow(run, finding)
+        yield from torch_function.values_out_of_range(run, finding)
         yield finding("autocast", "bfloat16", torch_function.autocast(heads, device))
+
+
+def _forward_mode(device: str) -> Agreement:
+    """Differentiate Flax's formula forward, which its fused path refuses, on many tokens."""
+    tokens = flax_impl.dispatch.MIN_FUSED_TOKENS + 1
+    heads = tuple(jnp.asarray(array) for array in draw_heads(tokens))
+    mask = flax_impl.causal_mask(tokens)
+
+    def chosen(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+        return flax_impl.masked_attention(queries, keys, values, mask, None, "reference")
+
+    def formula(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+        return flax_impl.reference_attention(queries, keys, values, mask)
+
+    with jax_on(device):
+        found, expected = (
+            np.asarray(jax.jvp(attend, heads, heads)[1]) for attend in (chosen, formula)
+        )
+    return agreement(found, expected, 0.0)
 
 
 def _edge_cases(run: Attention, implementation: str, finding: MakeFinding) -> Iterator[Finding]:

@@ -144,6 +144,21 @@ def overflow(run: Attention, finding: MakeFinding) -> Iterator[Finding]:
             yield finding("overflow", f"{name}, {pattern}", agreed, tolerances.TWO_RUNS)
 
 
+def values_out_of_range(run: Attention, finding: MakeFinding) -> Iterator[Finding]:
+    """Give a value of NaN or inf that most rows do not see: it reaches them through 0 * NaN."""
+    for entry in (np.nan, np.inf):
+        queries, keys, values = heads = draw_heads(TOKENS)
+        changed = values.copy()
+        changed[:, -1, 0] = entry
+        for pattern, blocked in patterns(closed=False).items():
+            mask = blocked.astype(np.float32)
+            fused, formula = (
+                run([queries, keys, changed], mask, chosen) for chosen in ("fused", "reference")
+            )
+            agreed = agreement(fused, formula, output_limit(heads))
+            yield finding(f"a value of {entry}", pattern, agreed, tolerances.TWO_RUNS)
+
+
 def edits_between_passes(
     implementation: str, device: str, finding: MakeFinding
 ) -> Iterator[Finding]:
@@ -180,7 +195,8 @@ def forward_mode(implementation: str, device: str) -> Agreement:
     tensors = [numpy_to_tensor(array).to(device) for array in heads]
     mask = torch.from_numpy(patterns(closed=False)["causal"].astype(np.float32)).to(device)
     tangents = []
-    with forward_ad.dual_level():
+    with forward_ad.dual_level(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's forward mode uses a deprecated part of torch
         for chosen in (implementation, "reference"):
             queries, keys, values = (
                 forward_ad.make_dual(tensor, tensor.flip(-1)) for tensor in tensors

@@ -187,13 +187,13 @@ class UnsoundError(ClickError):
         print(f"Error: {readable(str(self))}", file=sys.stderr if file is None else file)
 
 
-def require_packages(*packages: str) -> None:
-    """Refuse the command if a package that it needs is not installed."""
+def require_packages(*packages: str, extra: str = "all") -> None:
+    """Refuse the command if a package that it needs, which the extra installs, is missing."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise typer.BadParameter(
             f"{' and '.join(missing)} cannot be imported, and this needs it: "
-            "pip install 'attention-parity[all]'"
+            f"pip install 'attention-parity[{extra}]'"
         )
 
 
@@ -215,6 +215,20 @@ def require_exists(*paths: Path | None) -> None:
             is_there = False
         if not is_there:
             raise typer.BadParameter(f"{shown(path)}: no such file or folder")
+
+
+def require_sources(paths: Sequence[Path]) -> None:
+    """Refuse paths that are not sources of this project, and an installation without its tests."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "tests" / "conftest.py").is_file():
+        raise typer.BadParameter("--mechanical runs the tests: use it in a clone of the repository")
+    require_exists(*paths)
+    packages = [root / name for name in ("compare", "flax_impl", "torch_impl")]
+    for path in paths:
+        if not any(path.resolve().is_relative_to(package) for package in packages):
+            raise typer.BadParameter(f"{shown(path)} is not in {', '.join(map(str, packages))}")
+        if not path.is_dir() and path.suffix != ".py":
+            raise typer.BadParameter(f"{shown(path)} is not a Python file; name a .py file")
 
 
 def require_writable(*files: Path | None) -> None:

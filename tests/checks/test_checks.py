@@ -24,6 +24,11 @@ TRIALS = cases.fixed_trials()
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 @pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize(
+    "device",
+    [pytest.param("cpu", marks=pytest.mark.again), pytest.param("cuda", marks=pytest.mark.gpu)],
+    indirect=True,
+)
 @pytest.mark.slow
 def test_it_holds(name: Framework, check: str, trial: cases.Trial, device: str) -> None:
     findings = list(CHECKS[check](name, trial, device))
@@ -91,3 +96,16 @@ def test_sections_are_made_of_every_comparison() -> None:
     assert isinstance(section, Section)
     assert len(section.findings) == 3 * 6 * 4
     assert [check.count for check in section.checks] == ["24/24"] * 3
+
+
+def test_a_crash_is_the_finding_of_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other row is still reported."""
+    raised = (r"scores = queries @ keys\.mT", "raise RuntimeError('as planted')")
+    with planted("torch_impl.attention", [raised]):
+        *_, section = sections(["outputs"], "cpu")
+    assert isinstance(section, Section)
+    held = {check.implementation: check.held for check in section.checks}
+    assert held == {"PyTorch": False, "Flax Linen": True, "Flax NNX": True}
+    (torch_row,) = [check for check in section.checks if not check.held]
+    assert "raised RuntimeError: as planted" in torch_row.measured
+    assert torch_row.count == "0/6", "one finding for each trial"

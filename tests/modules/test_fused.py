@@ -701,6 +701,16 @@ def test_what_a_module_refuses(make: Any) -> None:
         make(8, 8, 16, 2, 4)
 
 
+@pytest.mark.parametrize("package", [torch_impl, flax_impl])
+def test_what_the_function_refuses(package: Any) -> None:
+    ones = torch.ones if package is torch_impl else jnp.ones
+    heads, mask = [ones((1, 4, 2))] * 3, ones((3, 3))
+    with pytest.raises(ValueError, match="implementation is 'flash'; expected one of"):
+        package.masked_attention(*heads, ones((4, 4)), implementation="flash")
+    with pytest.raises(ValueError, match="mask"):
+        package.masked_attention(*heads, mask)
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".msgpack", ".orbax"])
 def test_heads_through_every_format(suffix: str, tmp_path: Path) -> None:
     config = Config(8, 8, 12, 0.0, qkv_bias=True, num_heads=2)
