@@ -10,7 +10,7 @@ import pytest
 import torch
 from flax import nnx
 
-from compare.mutants import MUTANTS
+from compare.mutants import MUTANTS, READERS
 
 from .record_tables import BLOCK, READMES, TABLES, filled, record
 from .support import linen_variables, nnx_model, torch_module
@@ -105,7 +105,9 @@ def test_the_records_are_of_the_code() -> None:
         "the record has different planted bugs; run `compare mutants --json`"
     )
     assert [check["held"] for check in honest["checks"]] == [True]
-    assert f" {len(MUTANTS)} planted bugs " in README.replace("\n", " ")
+    page = README.replace("\n", " ")
+    assert f" {len(MUTANTS)} planted bugs " in page
+    assert f"thought up {len(READERS)} more" in page
 
 
 def test_the_errors_of_fused_attention_are_the_records() -> None:

@@ -20,7 +20,8 @@ def check_gradients(framework: Framework, trial: Trial, device: str = "cpu") -> 
     Buffers must have no gradient.
     """
     if trial.closed:
-        yield from _closed(framework, trial, device)
+        if trial.keep is None:  # a weight of NaN that is dropped is 0
+            yield from _closed(framework, trial, device)
         return
     problem = derivative_problem(trial)
     expected = exact_derivatives(problem)

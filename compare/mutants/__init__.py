@@ -1,6 +1,6 @@
 """Planted bugs: small changes to the sources, of the kinds that real ports have."""
 
-from .catalog import MUTANTS, Mutant
+from .catalog import MUTANTS, READERS, Mutant
 from .plant import planted
 
-__all__ = ["MUTANTS", "Mutant", "planted"]
+__all__ = ["MUTANTS", "READERS", "Mutant", "planted"]

@@ -1,6 +1,9 @@
 """The catalog of planted bugs. A change is a regular expression and its replacement."""
 
-from typing import NamedTuple
+import re
+import tomllib
+from importlib.resources import files
+from typing import Literal, NamedTuple
 
 from ..proof.cases import FRAMEWORKS, Framework
 
@@ -32,12 +35,36 @@ WRITTEN = r"return \[arrays\[path\]\]"
 
 
 class Mutant(NamedTuple):
-    """A bug planted in one implementation: the module whose source is changed, and the changes."""
+    """A bug planted in one implementation.
+
+    Attributes:
+        name: what is wrong.
+        implementation: the framework whose checks must see it.
+        module: the module whose source is changed.
+        changes: the changes.
+        by: who thought it up: the authors of the checks, or a reader who had not seen the catalog.
+    """
 
     name: str
     implementation: Framework
     module: str
     changes: tuple[Change, ...]
+    by: Literal["ours", "reader"] = "ours"
+
+
+def _readers() -> list[Mutant]:
+    """Return the bugs of `reader.toml`, whose changes are literal text."""
+    text = files("compare.mutants").joinpath("reader.toml").read_text(encoding="utf-8")
+    return [
+        Mutant(
+            bug["name"],
+            bug["framework"],
+            bug["module"],
+            ((re.escape(bug["old"]), bug["new"].replace("\\", r"\\")),),
+            "reader",
+        )
+        for bug in tomllib.loads(text)["bug"]
+    ]
 
 
 def _attention(name: str, *changes: Change, only: Framework | None = None) -> list[Mutant]:
@@ -386,7 +413,7 @@ _STATE = [
         "int64 narrowed",
         "compare.conversion.tensors",
         (
-            r"tensor = _fit_x64\(dense\(tensor\), copy=copy\)",
+            r"tensor = _fit_x64\(dense\(tensor, copy=copy\), copy=copy\)",
             "tensor = dense(tensor)\n"
             "    tensor = tensor.int() if tensor.dtype == torch.int64 else tensor",
         ),
@@ -668,3 +695,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *_HEADS,
     *_FUSED,
 )
+
+READERS: tuple[Mutant, ...] = tuple(_readers())

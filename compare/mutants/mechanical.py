@@ -1,7 +1,7 @@
 """Mechanical bugs: every small change of the syntax tree, one at a time.
 
-cosmic-ray and mutmut neither delete statements nor exchange arguments, and start Python anew for
-each change; both cost more here than these operators on `ast`.
+cosmic-ray starts Python anew for each change, and mutmut leaves decorated functions and class
+bodies alone; neither deletes statements or exchanges arguments.
 """
 
 import ast
@@ -44,7 +44,6 @@ NOT_DELETED = (
 )
 # Fields that hold types, which the program does not run.
 ANNOTATIONS = {"annotation", "returns", "type_params"}
-Field = tuple[ast.AST, str, int | None]
 
 
 class MechanicalMutant(NamedTuple):

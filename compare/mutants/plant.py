@@ -72,7 +72,7 @@ def _changed_definitions(module: ModuleType, changes: Sequence[tuple[str, str]])
         if not count:
             raise ValueError(
                 f"{module.__name__} does not match {pattern!r}, so this bug cannot be planted; "
-                "update the pattern in compare/mutants/catalog.py"
+                "update it in compare/mutants"
             )
     namespace = {
         name: vars(module)[name] for name in ("__name__", "__package__", "__file__", "__spec__")

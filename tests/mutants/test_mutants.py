@@ -11,32 +11,19 @@ import pytest
 import flax_impl.attention
 import torch_impl
 from compare.commands import mutants
-from compare.commands.mutants import judge
-from compare.mutants import MUTANTS, Mutant, planted
+from compare.commands.mutants import QUICKEST_FIRST, judge
+from compare.mutants import MUTANTS, READERS, Mutant, planted
+from compare.report.model import Table
 
 from ..support import sections_of
 
-# Linen runs the same lines of these modules. `python -m compare mutants` plants bugs in NNX too.
-SHARED = (
-    *("flax_impl.attention", "flax_impl.fused", "flax_impl.mask_tiles"),
-    *("compare.conversion.match", "compare.conversion.tensors", "compare.conversion.apply_mapping"),
-)
-PLANTED = [
-    mutant for mutant in MUTANTS if mutant.implementation != "nnx" or mutant.module not in SHARED
-]
 
-# The quickest first.
-ORDER = (
-    "stages",
-    "causality",
-    "dropout",
-    "outputs",
-    "state",
-    "training",
-    "gradients",
-    "determinism",
-    "fused",
-)
+def planted_here() -> list[Mutant]:
+    """One of each of our bugs, in each framework in turn; the record has all."""
+    by_name: dict[str, list[Mutant]] = {}
+    for mutant in MUTANTS:
+        by_name.setdefault(mutant.name, []).append(mutant)
+    return [of_name[index % len(of_name)] for index, of_name in enumerate(by_name.values())]
 
 
 def seen_by() -> dict[str, list[str]]:
@@ -53,7 +40,7 @@ def seen_by() -> dict[str, list[str]]:
     rows = {name: [float(cell or 0.0) for cell in row] for name, row in grid["rows"].items()}
     ratios = {name: dict(zip(grid["columns"], row, strict=True)) for name, row in rows.items()}
     return {
-        name: [check for check in ORDER if row.get(check, 0.0) > 1.0]
+        name: [check for check in QUICKEST_FIRST if row.get(check, 0.0) > 1.0]
         for name, row in ratios.items()
     }
 
@@ -63,7 +50,7 @@ SEEN_BY = seen_by()
 
 def test_every_pattern_matches_its_module() -> None:
     """A bug cannot be planted in a line that has changed; `planted` would refuse it too."""
-    for mutant in MUTANTS:
+    for mutant in (*MUTANTS, *READERS):
         source = Path(str(import_module(mutant.module).__file__)).read_text(encoding="utf-8")
         for pattern, replacement in mutant.changes:
             changed, count = re.subn(pattern, replacement, source)
@@ -72,12 +59,18 @@ def test_every_pattern_matches_its_module() -> None:
 
 
 @pytest.mark.parametrize(
-    "mutant", PLANTED, ids=lambda mutant: f"{mutant.name}-{mutant.implementation}"
+    "mutant", planted_here(), ids=lambda mutant: f"{mutant.name}-{mutant.implementation}"
 )
 @pytest.mark.slow
 def test_a_check_sees_it(mutant: Mutant) -> None:
     check = SEEN_BY[f"{mutant.name} ({mutant.implementation})"][0]
     assert judge(mutant, [check], first=True).caught_by == [check]
+
+
+@pytest.mark.parametrize("mutant", READERS[::20], ids=lambda mutant: mutant.name)
+@pytest.mark.slow
+def test_a_check_sees_a_readers_bug(mutant: Mutant) -> None:
+    assert judge(mutant, first=True).caught_by
 
 
 def test_planting_is_undone_and_needs_a_place() -> None:
@@ -105,9 +98,11 @@ def test_the_table_names_what_was_missed(monkeypatch: pytest.MonkeyPatch) -> Non
     """No check catches a change without effect, and the verdict says so."""
     harmless = Mutant("harmless", "torch", "torch_impl.attention", (("queries @", "queries  @"),))
     seen = next(mutant for mutant in MUTANTS if mutant.name == "no scale")
-    monkeypatch.setattr(mutants, "MUTANTS", (harmless, seen))
-    monkeypatch.setattr(mutants, "CHECKS", {"stages": mutants.CHECKS["stages"]})
-    honest, planted_bugs = sections_of(mutants.sections(configurations=2))
+    monkeypatch.setattr(mutants, "MUTANTS", (harmless,))
+    monkeypatch.setattr(mutants, "READERS", (seen._replace(by="reader"),))
+    honest, planted_bugs = sections_of(mutants.sections(configurations=2, checks=["stages"]))
     assert [check.held for check in honest.checks] == [True]
     (verdict,) = planted_bugs.checks
     assert (verdict.held, verdict.measured, verdict.count) == (False, "missed: harmless", "1/2")
+    rows = next(block.rows for block in planted_bugs.blocks if isinstance(block, Table))
+    assert [(row[0], row[-1]) for row in rows] == [("harmless", "ours"), (seen.name, "reader")]
