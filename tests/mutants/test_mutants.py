@@ -67,7 +67,7 @@ def test_a_check_sees_it(mutant: Mutant) -> None:
     assert judge(mutant, [check], first=True).caught_by == [check]
 
 
-@pytest.mark.parametrize("mutant", READERS[::20], ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", READERS[::40], ids=lambda mutant: mutant.name)
 @pytest.mark.slow
 def test_a_check_sees_a_readers_bug(mutant: Mutant) -> None:
     assert judge(mutant, first=True).caught_by
