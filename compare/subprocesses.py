@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# The repository, or the folder of the installed packages.
+ROOT = Path(__file__).resolve().parent.parent
+
 # The parent may hold most of the GPU memory, so a child that needs no GPU stays on the CPU.
 ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -21,8 +24,7 @@ class ChildError(RuntimeError):
 
 def child_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return this environment updated by `more`, with this package's root first in PYTHONPATH."""
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {**os.environ, **(more or {}), "PYTHONPATH": paths}
 
 

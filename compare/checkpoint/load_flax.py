@@ -39,9 +39,9 @@ def flax_leaves(
     by_name = dict(file_side.by_name)
     for path, first in stored.aliases.items():
         by_name.setdefault(dotted(path[1:] if stored.layout == "linen" else path), [first])
-    same_paths = {path: path for path in file_side.leaves} | dict(stored.aliases)
-    if file_side.kind != side.kind:
-        same_paths.clear()  # Linen's begin with the collection
+    same_paths: dict[KeyPath, KeyPath] = {}
+    if file_side.kind == side.kind:  # Linen's paths begin with the collection, NNX's do not
+        same_paths = {path: path for path in file_side.leaves} | dict(stored.aliases)
     missing, misshaped, refused = [], [], []
     pairs: dict[KeyPath, KeyPath] = {}
     used: set[KeyPath] = set()

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import flax_impl
+from torch_impl.dispatch import Implementation
 
 from ..proof import tolerances
 from ..proof.agreement import Agreement, Finding, agreement, same_names
 from ..proof.cases import Framework, Trial
+from ..proof.reference import causal_mask
 from ..runners.attend import Attention
 from ..runners.run import jax_on
 from . import torch_function
@@ -23,7 +25,7 @@ from .heads import (
     patterns,
 )
 
-IMPLEMENTATIONS = ("reference", "fused")
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "fused")
 # What may stand where a mask blocks, by dtype; every entry but 0 does.
 BLOCKING: dict[str, tuple[float, ...]] = {
     "bool": (True,),
@@ -110,7 +112,9 @@ def _forward_mode(device: str) -> Agreement:
     return agreement(found, expected, 0.0)
 
 
-def _edge_cases(run: Attention, implementation: str, finding: MakeFinding) -> Iterator[Finding]:
+def _edge_cases(
+    run: Attention, implementation: Implementation, finding: MakeFinding
+) -> Iterator[Finding]:
     """One token, dropout of everything, and a key of inf that is blocked."""
     none = draw_heads(0)
     outputs = run(none, np.zeros((3, 3), np.float32), implementation)
@@ -139,7 +143,7 @@ def _edge_cases(run: Attention, implementation: str, finding: MakeFinding) -> It
             "scores far below 0", f"{implementation}, {pattern}", agreed, tolerances.TWO_RUNS
         )
     queries, keys, values = heads = draw_heads(TOKENS)
-    causal = np.triu(np.ones((TOKENS, TOKENS), np.float32), 1)
+    causal = causal_mask(TOKENS).astype(np.float32)
     expected = run(heads, causal, implementation)[:, :-1]
     for name, entry in (("inf", np.inf), ("NaN", np.nan)):
         changed = keys.copy()
@@ -152,7 +156,7 @@ def _edge_cases(run: Attention, implementation: str, finding: MakeFinding) -> It
 
 
 def _closed_gradients(
-    run: Attention, implementation: str, finding: MakeFinding
+    run: Attention, implementation: Implementation, finding: MakeFinding
 ) -> Iterator[Finding]:
     """Where a row is closed, the values' gradient is NaN, and its query and keys have none of it.
 

@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 import torch
 from torch.autograd import forward_ad
 
 import torch_impl
+from torch_impl.dispatch import Implementation
 
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from ..proof import tolerances
@@ -24,10 +24,12 @@ from .heads import (
     patterns,
 )
 
-_AUTO_AND_FORMULA: tuple[Literal["auto"], Literal["reference"]] = ("auto", "reference")
+_AUTO_AND_FORMULA: tuple[Implementation, ...] = ("auto", "reference")
 
 
-def some_gradients(run: Attention, implementation: str, finding: MakeFinding) -> Iterator[Finding]:
+def some_gradients(
+    run: Attention, implementation: Implementation, finding: MakeFinding
+) -> Iterator[Finding]:
     """Where only some of the gradients are needed, they are those that come with the others."""
     heads = draw_heads(TOKENS, np.float64)
     cotangent = np.random.default_rng(2).standard_normal(heads[2].shape)
@@ -65,7 +67,9 @@ def autocast(heads: Heads, device: str) -> Agreement:
     return identical(*(tensor_to_numpy(outputs)[:, open_rows] for outputs in (automatic, formula)))
 
 
-def views(run: Attention, implementation: str, finding: MakeFinding) -> Iterator[Finding]:
+def views(
+    run: Attention, implementation: Implementation, finding: MakeFinding
+) -> Iterator[Finding]:
     """Give heads that lie in memory in other ways: the outputs and gradients are as before."""
     heads = draw_heads(TOKENS, np.float64)
     cotangent = np.random.default_rng(2).standard_normal(heads[2].shape)
@@ -85,7 +89,7 @@ def views(run: Attention, implementation: str, finding: MakeFinding) -> Iterator
                 values,
                 torch.from_numpy(mask),
                 None,
-                implementation,  # type: ignore[arg-type]
+                implementation,
             )
             found = torch.autograd.grad(result, tensors, laid(torch.from_numpy(cotangent)))
             case = f"{implementation}, {pattern}, {name}"
@@ -160,7 +164,7 @@ def values_out_of_range(run: Attention, finding: MakeFinding) -> Iterator[Findin
 
 
 def edits_between_passes(
-    implementation: str, device: str, finding: MakeFinding
+    implementation: Implementation, device: str, finding: MakeFinding
 ) -> Iterator[Finding]:
     """Edit the mask between the passes: an error, or the gradient of the mask as it was."""
     for pattern, blocked in patterns(closed=False).items():
@@ -176,7 +180,7 @@ def edits_between_passes(
                 values,
                 mask,
                 None,
-                implementation,  # type: ignore[arg-type]
+                implementation,
             )
             if is_edited:
                 mask[:, :32] = 1.0 - mask[:, :32]
@@ -189,7 +193,7 @@ def edits_between_passes(
         yield finding("an edit between the passes", f"{implementation}, {pattern}", agreed)
 
 
-def forward_mode(implementation: str, device: str) -> Agreement:
+def forward_mode(implementation: Implementation, device: str) -> Agreement:
     """Compare a forward-mode derivative with that of the formula."""
     heads = draw_heads(TOKENS, np.float64)
     tensors = [numpy_to_tensor(array).to(device) for array in heads]
@@ -197,22 +201,23 @@ def forward_mode(implementation: str, device: str) -> Agreement:
     tangents = []
     with forward_ad.dual_level(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's forward mode uses a deprecated part of torch
+        chosen: Implementation
         for chosen in (implementation, "reference"):
             queries, keys, values = (
                 forward_ad.make_dual(tensor, tensor.flip(-1)) for tensor in tensors
             )
-            outputs = torch_impl.masked_attention(queries, keys, values, mask, None, chosen)  # type: ignore[arg-type]
+            outputs = torch_impl.masked_attention(queries, keys, values, mask, None, chosen)
             tangents.append(tensor_to_numpy(forward_ad.unpack_dual(outputs).tangent))
     return agreement(tangents[0], tangents[1], gradient_limit(heads, heads[0]))
 
 
-def traced(heads: Heads, implementation: str) -> Agreement:
+def traced(heads: Heads, implementation: Implementation) -> Agreement:
     """Trace the function under one mask, and run the traced program under another."""
     queries, keys, values = map(numpy_to_tensor, heads)
     masks = [torch.from_numpy(patterns(closed=False)[name].astype(np.float32)) for name in _TRACED]
 
     def attend(mask: torch.Tensor) -> torch.Tensor:
-        return torch_impl.masked_attention(queries, keys, values, mask, None, implementation)  # type: ignore[arg-type]
+        return torch_impl.masked_attention(queries, keys, values, mask, None, implementation)
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing is deprecated, and warns of what it cannot see

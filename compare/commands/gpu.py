@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..report.model import VERDICTS, Block, Cell, Check, Section, Table
-from ..subprocesses import child_environment
+from ..subprocesses import ROOT, child_environment
 
-ROOT = Path(__file__).parents[2]
 # torch and JAX share the GPU: JAX would otherwise reserve most of its memory at once.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 LOG = "log.txt"

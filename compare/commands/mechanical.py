@@ -14,8 +14,8 @@ import numpy as np
 
 from ..mutants.mechanical import MechanicalMutant, mechanical_mutants
 from ..report.model import Cell, Check, Section, Table
-from ..subprocesses import ChildError
-from .mechanical_copies import ROOT, WORKERS, Workers
+from ..subprocesses import ROOT, ChildError
+from .mechanical_copies import WORKERS, Workers
 
 MARKS = ROOT / "compare" / "mutants" / "equivalent.toml"
 # The share of the mutants that must be killed or marked, by top-level folder.

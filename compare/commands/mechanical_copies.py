@@ -10,9 +10,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from ..subprocesses import ON_CPU, ChildError, child_environment
+from ..subprocesses import ON_CPU, ROOT, ChildError, child_environment
 
-ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 2
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "fuzz-cases")
 

@@ -32,6 +32,7 @@ from ..files.writing import require_apart, require_distinct, write_text
 from ..report.machine import machine
 from ..report.model import Report, Section
 from ..report.terminal import ReportConsole, print_header, print_section, print_summary
+from ..subprocesses import ROOT
 from .jobs import Job
 
 # Parts that prove nothing about outputs, and so need neither SciPy nor Optax.
@@ -219,11 +220,10 @@ def require_exists(*paths: Path | None) -> None:
 
 def require_sources(paths: Sequence[Path]) -> None:
     """Refuse paths that are not sources of this project, and an installation without its tests."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "tests" / "conftest.py").is_file():
+    if not (ROOT / "tests" / "conftest.py").is_file():
         raise typer.BadParameter("--mechanical runs the tests: use it in a clone of the repository")
     require_exists(*paths)
-    packages = [root / name for name in ("compare", "flax_impl", "torch_impl")]
+    packages = [ROOT / name for name in ("compare", "flax_impl", "torch_impl")]
     for path in paths:
         if not any(path.resolve().is_relative_to(package) for package in packages):
             raise typer.BadParameter(f"{shown(path)} is not in {', '.join(map(str, packages))}")

@@ -5,6 +5,8 @@ import platform
 import subprocess
 from pathlib import Path
 
+from ..subprocesses import ROOT
+
 # The instruction sets by which torch, oneDNN, MKL and XLA choose their kernels.
 FEATURES = (
     "avx2",
@@ -44,10 +46,9 @@ def machine() -> dict[str, str]:
 
 def commit() -> str:
     """Return the commit of this checkout, with "-dirty" if it was changed, or "unknown"."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
+    if not (ROOT / ".git").exists():
         return "unknown"
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

@@ -67,16 +67,9 @@ def gradient(
     The parameters of the layer `frozen` are constants; only torch can freeze.
     """
     if framework == "torch":
-        module = ready_torch(problem.config, problem.state, device, problem.keep)
-        if frozen is not None:
-            module.get_submodule(frozen).requires_grad_(False)
-        inputs = numpy_to_tensor(problem.inputs).to(device).requires_grad_()
-        arguments = {
-            **{name: value for name, value in module.named_parameters() if value.requires_grad},
-            "inputs": inputs,
-        }
+        outputs, arguments = _torch_outputs(problem, device, frozen)
         cotangent = numpy_to_tensor(problem.cotangent).to(device)
-        gradients = torch.autograd.grad(module(inputs), list(arguments.values()), cotangent)
+        gradients = torch.autograd.grad(outputs, list(arguments.values()), cotangent)
         return numpy_state(dict(zip(arguments, gradients, strict=True)))
     return compiled_gradient(framework, problem.config, device)(problem)
 
@@ -106,13 +99,9 @@ def hessian_vector(
     """
     if framework != "torch":
         return derivatives(framework, problem, device).hessian_vector
-    module = ready_torch(problem.config, problem.state, device, problem.keep)
-    inputs = numpy_to_tensor(problem.inputs).to(device).requires_grad_()
-    arguments = {**dict(module.named_parameters()), "inputs": inputs}
+    outputs, arguments = _torch_outputs(problem, device)
     cotangent = numpy_to_tensor(problem.cotangent).to(device).requires_grad_()
-    gradients = torch.autograd.grad(
-        module(inputs), list(arguments.values()), cotangent, create_graph=True
-    )
+    gradients = torch.autograd.grad(outputs, list(arguments.values()), cotangent, create_graph=True)
     products = [
         (gradient * numpy_to_tensor(problem.direction[name]).to(device)).sum()
         for name, gradient in zip(arguments, gradients, strict=True)
@@ -120,6 +109,18 @@ def hessian_vector(
     total = torch.stack(products).sum()
     second = torch.autograd.grad(total, list(arguments.values()), materialize_grads=True)
     return numpy_state(dict(zip(arguments, second, strict=True)))
+
+
+def _torch_outputs(
+    problem: DerivativeProblem, device: str, frozen: str | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the outputs, and what they are differentiated by: the parameters and the inputs."""
+    module = ready_torch(problem.config, problem.state, device, problem.keep)
+    if frozen is not None:
+        module.get_submodule(frozen).requires_grad_(False)
+    inputs = numpy_to_tensor(problem.inputs).to(device).requires_grad_()
+    trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    return module(inputs), {**trained, "inputs": inputs}
 
 
 def _torch(problem: DerivativeProblem, device: str) -> Derivatives:
