@@ -236,7 +236,7 @@ def mutants(
     sources: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[FILE]...",
+            metavar="FILE",
             help="With --mechanical: files and folders to change. Default: torch_impl, flax_impl.",
         ),
     ] = None,
@@ -244,7 +244,7 @@ def mutants(
         bool,
         typer.Option(
             "--mechanical",
-            help="Change the sources mechanically, and run the tests on each change (an hour).",
+            help="Change the sources mechanically, and run the tests on each change (hours).",
         ),
     ] = False,
     draw: Annotated[
