@@ -174,7 +174,9 @@ def test_folders(sources: Sequence[str]) -> list[str]:
 def marks() -> dict[str, str]:
     """Return the reasons why no test can kill certain mutants, by the mutants' names."""
     with MARKS.open("rb") as file:
-        return {mark["name"]: mark["reason"] for mark in tomllib.load(file)["mark"]}
+        return {
+            name: mark["reason"] for mark in tomllib.load(file)["mark"] for name in mark["mutants"]
+        }
 
 
 def _judge(

@@ -86,7 +86,8 @@ class _Site:
 def mechanical_mutants(file: str, source: str) -> Iterator[MechanicalMutant]:
     """Yield every mutant of a file, in the order of its lines.
 
-    Messages, docstrings, annotations and imports are left as they are.
+    Messages, docstrings, annotations, imports, `__all__` and the `return None` at the end of a
+    function are left as they are.
 
     Args:
         file: the path from the repository's root, for the names.
@@ -119,6 +120,8 @@ def _sites(node: ast.AST, function: str, lines: range) -> Iterator[_Site]:
                 continue
             if isinstance(child, ast.stmt):
                 lines = range(child.lineno, (child.end_lineno or child.lineno) + 1)
+            if _says_nothing(child, node):
+                continue
             yield _Site(child, node, field, index, function, lines)
             if isinstance(child, ast.Raise | ast.Import | ast.ImportFrom | ast.Assert):
                 continue
@@ -227,6 +230,14 @@ def _is_docstring(node: ast.AST) -> bool:
         and isinstance(node.value, ast.Constant)
         and isinstance(node.value.value, str)
     )
+
+
+def _says_nothing(node: ast.AST, parent: ast.AST) -> bool:
+    """Return whether a statement lists the public names, or returns None where a function ends."""
+    if isinstance(node, ast.Assign):
+        return ast.unparse(node.targets[0]) == "__all__"
+    ends = isinstance(parent, ast.FunctionDef) and parent.body[-1] is node
+    return ends and isinstance(node, ast.Return) and ast.unparse(node) in ("return", "return None")
 
 
 def _line(node: Any) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import torch_impl
-from torch_impl.closed_rows import _open_masks, closed_rows
+from torch_impl.closed_rows import _open_masks, closed_rows, guarded_projection
 from torch_impl.dispatch import Implementation
 
 from ..support import sum_of_squares
@@ -153,6 +153,21 @@ def test_a_projection_of_ones_own_is_called_as_it_is() -> None:
     assert module(torch.ones(1, 5, 7)).isnan().all(dim=-1).tolist() == [
         [False, False, True, False, False]
     ]
+
+
+def test_a_projection_that_is_not_square() -> None:
+    linear = torch.nn.Linear(3, 5, dtype=FLOAT64)
+    inputs = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 4, 3)))
+    inputs[:, 1] = torch.nan
+    closed = torch.tensor([[False], [True], [False], [False]])
+    assert same(guarded_projection(linear, inputs, closed), linear(inputs))
+
+
+def test_a_closed_row_whose_weights_are_dropped_adds_nothing() -> None:
+    queries, keys, *_ = drawn(5, FLOAT64)
+    values, mask = torch.zeros_like(keys), closed_masks(5)["causal"]
+    outputs = torch_impl.masked_attention(queries, keys, values, mask, torch.zeros_like)
+    assert torch.equal(outputs, values)
 
 
 def test_under_transforms() -> None:

@@ -41,6 +41,7 @@ from compare.subprocesses import child_environment
 from flax_impl.mask_tiles import is_causal
 from torch_impl import mask_layout
 from torch_impl.dispatch import Implementation
+from torch_impl.fused import kernel_layout
 
 from ..support import same_bits, sections_of, sum_of_squares
 
@@ -394,6 +395,21 @@ def test_what_is_not_finite(which: int, at: int, value: float) -> None:
         )
 
 
+def test_the_bound_of_the_scores_is_that_of_the_queries_and_keys() -> None:
+    """No score exceeds head_dim max|q| max|k|; the values only have to be finite."""
+    largest = torch.finfo(torch.float32).max
+    ones, large = torch.ones(3, 4), torch.full((3, 4), largest / 16)
+
+    def takes(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        return kernel_layout(queries, keys, values, torch_impl.causal_mask(3)) is not None
+
+    assert takes(large, ones, large)
+    assert takes(large, ones * 4, ones)
+    assert not takes(large, ones * 4.1, ones)
+    assert not takes(large, large, ones)
+    assert not takes(ones, ones, ones * torch.inf)
+
+
 def test_scores_that_overflow_are_the_formulas() -> None:
     heads = np.abs(HEADS[:3, :, :TORCH_TOKENS]).astype(np.float32) * np.float32(1e25)
     heads[1] *= -1.0
@@ -678,6 +694,20 @@ def test_dropout_takes_the_formula() -> None:
     )
     module.eval()(torch.randn(1, TORCH_TOKENS, 8))
     assert seen == [(1, TORCH_TOKENS, TORCH_TOKENS)], "the hook did not see the weights"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "implementation", "is_asked"),
+    [(4, "fused", True), (4, "auto", False), (128, "auto", True), (128, "reference", False)],
+)
+def test_which_implementation_asks_for_the_kernels(
+    tokens: int, implementation: Any, is_asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch_impl.dispatch, "kernel_layout", lambda *_: asked.append(tokens))
+    ones, mask = torch.ones(1, tokens, 2), torch_impl.causal_mask(tokens)
+    torch_impl.masked_attention(ones, ones, ones, mask, implementation=implementation)
+    assert asked == [tokens] * is_asked
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,39 @@ def test_refuses_inputs_that_do_not_fit(
         call(implementation, class_name, shape)
 
 
+@pytest.mark.parametrize("implementation", ["torch", "linen", "nnx"])
+@pytest.mark.parametrize(
+    "class_name", [*NAMES, "CausalMultiHeadAttention"], ids=["buffer", "plain", "heads"]
+)
+def test_an_unknown_implementation_is_refused_when_a_module_is_made(
+    class_name: str, implementation: str
+) -> None:
+    package = {"torch": torch_impl, "linen": flax_impl, "nnx": flax_impl.nnx}[implementation]
+    heads = {"num_heads": 1} if class_name == "CausalMultiHeadAttention" else {}
+    rngs = {"rngs": nnx.Rngs(0)} if implementation == "nnx" else {}
+    with pytest.raises(ValueError, match="implementation is 'flash'; expected one of"):
+        getattr(package, class_name)(D, 11, T, 0.1, implementation="flash", **heads, **rngs)
+
+
+def test_a_torch_class_has_to_say_how_it_keeps_the_mask() -> None:
+    with pytest.raises(NotImplementedError):
+        torch_impl.causal_attention._CausalAttention(D, 11, T, 0.1)
+
+
+@pytest.mark.parametrize("heads", [{}, {"num_heads": 1}], ids=["one", "heads"])
+def test_without_being_asked_the_projections_have_no_bias(heads: dict[str, int]) -> None:
+    name = "CausalMultiHeadAttention" if heads else "CausalAttentionWithBuffer"
+    arguments = D, 11, T, 0.1
+    module = getattr(torch_impl, name)(*arguments, **heads)
+    linen = getattr(flax_impl, name)(*arguments, **heads)
+    model = getattr(flax_impl.nnx, name)(*arguments, rngs=nnx.Rngs(0), **heads)
+    variables = linen.init(jax.random.key(0), jnp.zeros((1, T, D)))
+    for projection in ("W_query", "W_key", "W_value"):
+        assert getattr(module, projection).bias is None
+        assert getattr(model, projection).bias is None
+        assert set(variables["params"][projection]) == {"kernel"}
+
+
 @pytest.mark.parametrize("shape", [(T, T + 1), (5, 5), (1, 1), (T,)])
 def test_refuses_a_mask_that_does_not_fit(shape: tuple[int, ...]) -> None:
     module, variables, model = torch_module(), linen_variables(), nnx_model()
@@ -92,8 +125,11 @@ def test_refuses_a_mask_that_does_not_fit(shape: tuple[int, ...]) -> None:
     assert isinstance(model.mask, nnx.Variable)
     model.mask.set_value(jnp.zeros(shape))
     inputs = normal(2, 3, D)
+    heads = torch_impl.CausalMultiHeadAttention(D, 11, T, 0.0, num_heads=1)
+    heads.mask = torch.zeros(shape)
     attempts: list[Callable[[], Any]] = [
         lambda: module(torch.from_numpy(inputs)),
+        lambda: heads(torch.from_numpy(inputs)),
         lambda: LINEN.apply(variables, inputs),
         lambda: model(jnp.asarray(inputs)),
     ]

@@ -4,6 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+import torch_impl
+from torch_impl import fused, private_api
 
 SCRIPT = """
 import torch
@@ -33,3 +37,28 @@ def test_without_them_the_formula_is_taken() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["True"]
+
+
+def test_without_kernels_there_is_no_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    ones, mask = torch.ones(1, 4, 2), torch_impl.causal_mask(4)
+    assert fused.kernel_layout(ones, ones, ones, mask) is not None
+    monkeypatch.setattr(fused, "HAS_KERNELS", False)
+    assert fused.kernel_layout(ones, ones, ones, mask) is None
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (torch._C, "_are_functorch_transforms_active"),
+        (torch.autograd.forward_ad, "_current_level"),
+        (torch._C, "_get_dispatch_mode"),
+        (torch._C, "_TorchDispatchModeKey"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_without_a_query_a_transform_is_assumed(
+    owner: object, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not private_api.is_transformed()
+    monkeypatch.delattr(owner, name)
+    assert private_api.is_transformed()
