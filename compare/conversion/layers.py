@@ -114,10 +114,10 @@ def refusal(layer: nn.Module) -> str | None:
     return None
 
 
-def nnx_layouts(model: nnx.Module) -> Mapping[KeyPath, str]:
+def nnx_layouts(flax: FlaxSide) -> Mapping[KeyPath, str]:
     """Return the layouts of the kernels whose layout depends on the type of the NNX layer."""
     layouts = {}
-    for path, layer in nnx.iter_graph(model):
+    for path, layer in flax.layers.items():
         if isinstance(layer, nnx.ConvTranspose):
             layouts[(*path, "kernel")] = "conv" if layer.transpose_kernel else "conv_transpose"
         elif isinstance(layer, nnx.Einsum):

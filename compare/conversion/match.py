@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from flax import nnx
 from torch import Tensor
 
 from ..files.memory import collector_paused
@@ -130,7 +129,7 @@ class _Matcher:
         }
         if isinstance(source, torch.nn.Module):
             self.kinds |= torch_kinds(source)
-        self.flax_layouts = nnx_layouts(template) if isinstance(template, nnx.Module) else {}
+        self.flax_layouts = nnx_layouts(self.flax)
         self.policy = policy
         for name in layouts.values():
             known_layout(name)

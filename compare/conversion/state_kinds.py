@@ -223,6 +223,7 @@ class FlaxSide(NamedTuple):
         kinds: the kind of state of each path.
         names: the names of each path as strings, without the collection.
         by_name: the paths of each dotted name, without the collection.
+        layers: the layers of an NNX model by path. Variables and files have none.
     """
 
     kind: FlaxKind
@@ -230,6 +231,7 @@ class FlaxSide(NamedTuple):
     kinds: dict[KeyPath, str]
     names: dict[KeyPath, tuple[str, ...]]
     by_name: dict[str, list[KeyPath]]
+    layers: Mapping[KeyPath, nnx.Module] = {}
 
 
 def flax_side(template: Any) -> FlaxSide:
@@ -241,7 +243,11 @@ def flax_side(template: Any) -> FlaxSide:
     if isinstance(template, FlaxSide):
         return template
     if isinstance(template, nnx.Module):
-        return _side("nnx", [entry for entry in entries(template) if entry.kind in SAVED])
+        layers = {
+            path: node for path, node in nnx.iter_graph(template) if isinstance(node, nnx.Module)
+        }
+        side = _side("nnx", [entry for entry in entries(template) if entry.kind in SAVED])
+        return side._replace(layers=layers)
     if isinstance(template, nnx.State):
         flat = nnx.to_flat_state(template)
         return _side(

@@ -1,7 +1,9 @@
 """Every known layer agrees in outputs and gradients, in float64, at random sizes."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -43,7 +45,7 @@ def _x64() -> Any:
     ("name", "seed"), [*((name, 0) for name in LAYERS), ("linear", 1), ("conv2d", 1), ("gru", 1)]
 )
 @pytest.mark.slow
-def test_outputs_and_gradients_agree(name: str, flavor: str, seed: int) -> None:
+def test_outputs_and_gradients_agree(name: str, flavor: str, seed: int, tmp_path: Path) -> None:
     random = np.random.default_rng(seed)
     case = _drawn(name, random)
     if name == "gru" and flavor == "nnx":
@@ -61,6 +63,7 @@ def test_outputs_and_gradients_agree(name: str, flavor: str, seed: int) -> None:
         error = np.abs(np.asarray(gradients[path]) - wanted[path]).max(initial=0)
         assert error <= bounds[path], path
     _assert_the_way_back(case, mapping, flavor)
+    _assert_every_entry(case, mapping, flavor, tmp_path)
 
 
 def _drawn(name: str, random: np.random.Generator) -> Case:
@@ -194,6 +197,67 @@ def _assert_the_way_back(case: Case, mapping: StateMapping, flavor: str) -> None
             assert torch.equal(state[key], tensor), key
     case.torch.load_state_dict(state, strict=not mapping.left_keys())
     assert StateMapping.from_json(mapping.as_json()) == mapping
+
+
+def _assert_every_entry(case: Case, mapping: StateMapping, flavor: str, folder: Path) -> None:
+    """Every public function gives the same arrays; without the mapping, it may also refuse."""
+    state = {key: tensor.clone() for key, tensor in case.torch.state_dict().items()}
+    target = (
+        _init(case, [jnp.asarray(array) for array in case.inputs])
+        if flavor == "linen"
+        else case.nnx
+    )
+    given: dict[str, Any] = {"mapping": mapping}
+    to_flax: Any = compare.torch_to_linen if flavor == "linen" else compare.torch_to_nnx
+    to_torch: Any = compare.linen_to_torch if flavor == "linen" else compare.nnx_to_torch
+    expected = _arrays(to_flax(case.torch, target, **given))
+    ours = compare.save_checkpoint(folder / "ours.safetensors", case.torch)
+    torch.save(state, folder / "plain.pth")
+    relaid = compare.convert_checkpoint(ours, folder / "flax.safetensors", layout="flax", **given)
+    assert relaid.mapping == mapping
+    for entry in (
+        lambda options: to_flax(case.torch, target, **options),
+        lambda options: to_flax(state, target, **options),
+        lambda options: compare.load_checkpoint(ours, target, **options),
+        lambda options: compare.load_checkpoint(folder / "plain.pth", target, **options),
+        lambda _: compare.load_checkpoint(folder / "flax.safetensors", target),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", compare.UnverifiedCheckpoint)
+            assert _same(_arrays(entry(given)), expected)
+            if any(name.startswith("flatten") for name in case.layouts.values()):
+                continue  # no layer says that an image is flattened
+            try:
+                found = entry({})
+            except (compare.ConversionError, compare.CheckpointError):
+                continue
+        assert _same(_arrays(found), expected)
+    compare.save_checkpoint(folder / "back.safetensors", to_flax(case.torch, target, **given))
+    wanted = to_torch(to_flax(case.torch, target, **given), **given)
+    case.torch.load_state_dict(wanted, strict=not mapping.left_keys())
+    wanted = {key: tensor.clone() for key, tensor in case.torch.state_dict().items()}
+    for file in ("flax.safetensors", "back.safetensors"):
+        compare.load_checkpoint(folder / file, case.torch, **given)
+        for key, tensor in case.torch.state_dict().items():
+            assert torch.equal(tensor, wanted[key]), (file, key)
+
+
+def _arrays(target: Any) -> dict[Any, np.ndarray]:
+    flat = (
+        nnx.to_flat_state(nnx.state(target, nnx.Not(nnx.RngState)))
+        if isinstance(target, nnx.Module)
+        else flatten_dict(target).items()
+    )
+    return {
+        path: np.asarray(leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf)
+        for path, leaf in flat
+    }
+
+
+def _same(found: dict[Any, np.ndarray], expected: dict[Any, np.ndarray]) -> bool:
+    return found.keys() == expected.keys() and all(
+        np.array_equal(found[path], expected[path]) for path in expected
+    )
 
 
 def test_momentum_is_the_other_share_and_the_variance_is_another() -> None:
