@@ -37,6 +37,8 @@ OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
     ast.LShift: ast.RShift,
     ast.RShift: ast.LShift,
 }
+# Functions of two arguments that may be exchanged.
+COMMUTATIVE = {"equal", "max", "maximum", "min", "minimum"}
 # Statements that do not run, or whose absence Python itself reports when the module is imported.
 NOT_DELETED = (
     *(ast.Pass, ast.Import, ast.ImportFrom, ast.Assert, ast.Global, ast.Nonlocal),
@@ -188,7 +190,8 @@ def _other_constants(value: object) -> Iterator[ast.Constant]:
 def _other_calls(call: ast.Call) -> Iterator[ast.AST]:
     """Yield a call with two neighboring arguments exchanged, one left out, or no call at all."""
     arguments = call.args
-    if not any(isinstance(argument, ast.Starred) for argument in arguments):
+    commutes = ast.unparse(call.func).rpartition(".")[2] in COMMUTATIVE
+    if not commutes and not any(isinstance(argument, ast.Starred) for argument in arguments):
         for index in range(len(arguments) - 1):
             swapped = list(arguments)
             swapped[index : index + 2] = reversed(arguments[index : index + 2])

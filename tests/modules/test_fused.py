@@ -133,6 +133,13 @@ def test_flax_under_any_mask(mask: np.ndarray) -> None:
     assert ANY_MASK._cache_size() == 1, "a new mask was compiled again"
 
 
+@pytest.mark.parametrize("closed_rows", [512, FLAX_TOKENS])
+def test_flax_strips_without_a_tile(closed_rows: int) -> None:
+    mask = masks()["causal"].copy()
+    mask[:closed_rows] = 1.0
+    judge(in_flax(HEADS[:3], mask), HEADS[:3], mask)
+
+
 def judge_gradients(gradients: list[np.ndarray], heads: np.ndarray, mask: np.ndarray) -> None:
     """Compare gradients with the exact ones.
 
@@ -708,6 +715,86 @@ def test_which_implementation_asks_for_the_kernels(
     ones, mask = torch.ones(1, tokens, 2), torch_impl.causal_mask(tokens)
     torch_impl.masked_attention(ones, ones, ones, mask, implementation=implementation)
     assert asked == [tokens] * is_asked
+
+
+@pytest.mark.parametrize(
+    ("tokens", "implementation", "is_fused"),
+    [(4, "fused", True), (4, "auto", False), (768, "auto", True), (768, "reference", False)],
+)
+@pytest.mark.parametrize("leading", [(), (1,), (1, 1), (1, 1, 1)])
+def test_which_implementation_takes_tiles(
+    leading: tuple[int, ...],
+    tokens: int,
+    implementation: Any,
+    is_fused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[int] = []
+
+    def attend(_queries: Any, _keys: Any, values: jax.Array, _mask: Any) -> jax.Array:
+        taken.append(tokens)
+        return values
+
+    monkeypatch.setattr(flax_impl.fused, "_attend", attend)
+    heads = jnp.ones((*leading, tokens, 2))
+    mask = flax_impl.causal_mask(tokens)
+    out = flax_impl.masked_attention(heads, heads, heads, mask, implementation=implementation)
+    assert out.shape == heads.shape
+    assert taken == [tokens] * is_fused
+
+
+def test_single_precision_is_computed_in_single_precision() -> None:
+    """Also where JAX has 64 bits."""
+    with jax.enable_x64(True):
+        queries, keys, values = jnp.asarray(HEADS[:3, :, :8], jnp.float32)
+        mask = jnp.zeros((8, 8), jnp.float32)
+        out, logsumexp = flax_impl.fused._forward_heads(queries, keys, values, mask)
+    assert (out.dtype, logsumexp.dtype) == (jnp.float32, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "value_width", "device", "is_taken"),
+    [
+        ("bfloat16", 8, 8, "gpu", True),
+        ("float16", 128, 128, "gpu", True),
+        ("float32", 8, 8, "gpu", False),
+        ("bfloat16", 12, 12, "gpu", False),
+        ("bfloat16", 7, 7, "gpu", False),
+        ("bfloat16", 136, 136, "gpu", False),
+        ("bfloat16", 8, 16, "gpu", False),
+        ("bfloat16", 8, 8, "cpu", False),
+    ],
+)
+def test_what_cudnn_takes(
+    dtype: str,
+    width: int,
+    value_width: int,
+    device: str,
+    is_taken: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: device)
+    queries, values = (jnp.zeros((2, 16, size), dtype) for size in (width, value_width))
+    assert flax_impl.fused._cudnn_supports(queries, values) is is_taken
+
+
+@pytest.mark.parametrize("name", ["causal", "edited"])
+def test_what_is_given_to_cudnn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU; here the formula takes cuDNN's place."""
+
+    def attend(*heads: jax.Array, implementation: str, is_causal: bool = False) -> jax.Array:
+        assert implementation == "cudnn"
+        tokens = heads[0].shape[1]
+        mask = flax_impl.causal_mask(tokens) if is_causal else jnp.zeros((tokens, tokens))
+        queries, keys, values = (jnp.moveaxis(array, 1, 2) for array in heads)
+        return jnp.moveaxis(flax_impl.reference_attention(queries, keys, values, mask), 2, 1)
+
+    monkeypatch.setattr(
+        flax_impl.fused.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args)
+    )
+    monkeypatch.setattr(flax_impl.fused.jax.nn, "dot_product_attention", attend)
+    mask = masks()[name]
+    judge(in_flax(HEADS[:3], mask, flax_impl.fused._cudnn_if_causal), HEADS[:3], mask)
 
 
 @pytest.mark.parametrize(

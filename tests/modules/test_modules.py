@@ -98,9 +98,16 @@ def test_an_unknown_implementation_is_refused_when_a_module_is_made(
         getattr(package, class_name)(D, 11, T, 0.1, implementation="flash", **heads, **rngs)
 
 
-def test_a_torch_class_has_to_say_how_it_keeps_the_mask() -> None:
+def test_a_class_has_to_say_how_it_keeps_the_mask() -> None:
+    arguments = D, 11, T, 0.1
     with pytest.raises(NotImplementedError):
-        torch_impl.causal_attention._CausalAttention(D, 11, T, 0.1)
+        torch_impl.causal_attention._CausalAttention(*arguments)
+    with pytest.raises(NotImplementedError):
+        flax_impl.linen.causal_attention._CausalAttention(*arguments).init(
+            jax.random.key(0), jnp.zeros((1, T, D))
+        )
+    with pytest.raises(NotImplementedError):
+        flax_impl.nnx.causal_attention._CausalAttention(*arguments, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("heads", [{}, {"num_heads": 1}], ids=["one", "heads"])
@@ -125,11 +132,20 @@ def test_refuses_a_mask_that_does_not_fit(shape: tuple[int, ...]) -> None:
     assert isinstance(model.mask, nnx.Variable)
     model.mask.set_value(jnp.zeros(shape))
     inputs = normal(2, 3, D)
-    heads = torch_impl.CausalMultiHeadAttention(D, 11, T, 0.0, num_heads=1)
+    arguments: Any = dict(input_embedding_dim=D, output_embedding_dim=11, context_length=T)
+    arguments |= dict(dropout=0.0, num_heads=1)
+    heads = torch_impl.CausalMultiHeadAttention(**arguments)
     heads.mask = torch.zeros(shape)
+    heads_nnx = flax_impl.nnx.CausalMultiHeadAttention(**arguments, rngs=nnx.Rngs(0))
+    heads_nnx.mask.set_value(jnp.zeros(shape))
+    heads_linen = flax_impl.CausalMultiHeadAttention(**arguments)
+    heads_variables = heads_linen.init(jax.random.key(0), inputs)
+    heads_variables["buffers"]["mask"] = jnp.zeros(shape)
     attempts: list[Callable[[], Any]] = [
         lambda: module(torch.from_numpy(inputs)),
         lambda: heads(torch.from_numpy(inputs)),
+        lambda: heads_nnx(jnp.asarray(inputs)),
+        lambda: heads_linen.apply(heads_variables, inputs),
         lambda: LINEN.apply(variables, inputs),
         lambda: model(jnp.asarray(inputs)),
     ]
