@@ -63,18 +63,28 @@ class LinesOfTests:
             for line, tests in lines.items():
                 of_file.setdefault(int(line), set()).update(tests)
 
+    def _rarest(self, file: str) -> dict[str, int]:
+        """Return for each test how many tests run the line of the file that the fewest run."""
+        rarest: dict[str, int] = {}
+        for tests in self.lines.get(file, {}).values():
+            rarest |= {test: min(len(tests), rarest.get(test, len(tests))) for test in tests}
+        return rarest
+
     def tests_of(self, mutant: MechanicalMutant) -> list[str]:
         """Return the tests that run the changed statement, the most promising first.
 
-        What runs when the module is imported concerns all tests of the file. The tests stop at
+        These are quick, or killed before, or run a line of the file that few others run. What runs
+        when the module is imported concerns all tests of the file. The tests stop at
         `TEST_SECONDS`: a mutant that later tests would kill counts as one that survived.
         """
         lines = self.lines.get(mutant.file, {})
         tests = set().union(*(lines.get(line, set()) for line in mutant.lines))
         if not tests:
             tests = set().union(*lines.values())
+        rarest = self._rarest(mutant.file)
         ordered = sorted(
-            tests, key=lambda test: (self.seconds[test] / (1 + self.kills[test]), test)
+            tests,
+            key=lambda test: (self.seconds[test] * rarest[test] / (1 + self.kills[test]), test),
         )
         ends = accumulate(self.seconds[test] for test in ordered)
         return [
