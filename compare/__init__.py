@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .checkpoint.errors import CheckpointError, UnverifiedCheckpoint
     from .checkpoint.verify import verify_checkpoint
     from .conversion.convert import linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
-    from .conversion.errors import ConversionError, MappingError, Mismatch
+    from .conversion.errors import ConversionError, MappingError, Mismatch, TrainingDifference
     from .conversion.mapping import Mapping, StateMapping
     from .conversion.match import match
 
@@ -25,6 +25,7 @@ _HOMES = {
     "MappingError": ".conversion.errors",
     "Mismatch": ".conversion.errors",
     "StateMapping": ".conversion.mapping",
+    "TrainingDifference": ".conversion.errors",
     "UnverifiedCheckpoint": ".checkpoint.errors",
     "convert_checkpoint": ".checkpoint.convert",
     "linen_to_torch": ".conversion.convert",
@@ -46,6 +47,7 @@ __all__ = [
     "MappingError",
     "Mismatch",
     "StateMapping",
+    "TrainingDifference",
     "UnverifiedCheckpoint",
     "convert_checkpoint",
     "linen_to_torch",

@@ -1,7 +1,5 @@
 """Load a checkpoint into a torch or Flax model: validate everything, then assign."""
 
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -22,6 +20,7 @@ from ..dtypes import FLOATING, numpy_dtype
 from ..files.memory import collector_paused
 from ..files.printable import shown
 from ..files.reading import Snapshot
+from ..files.warn import warn
 from .errors import CheckpointError, UnverifiedCheckpoint
 from .formats import open_checkpoint
 from .formats.shards import index_in
@@ -213,11 +212,10 @@ def steady(
             continue
         if is_settled or before.is_current():
             if unverified:
-                warnings.warn(
+                warn(
                     f"{shown(path)} has no manifest, so it is not known whether its values are "
                     "those that were saved",
                     UnverifiedCheckpoint,
-                    stacklevel=_callers_level(),
                 )
             return result
     raise CheckpointError(
@@ -227,15 +225,6 @@ def steady(
         found=f"{_MAX_TRIES} others",
         mend="read it when nothing writes to it",
     )
-
-
-def _callers_level() -> int:
-    """Return the `stacklevel` of the first caller outside this package."""
-    level, frame = 1, sys._getframe(1)
-    package = __name__.partition(".")[0] + "."
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith(package):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _snapshot(path: Path) -> Snapshot:

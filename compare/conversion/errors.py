@@ -183,6 +183,10 @@ class ConversionError(ValueError):
         )
 
 
+class TrainingDifference(UserWarning):
+    """Two layers compute the same, but are trained in another way."""
+
+
 class MappingError(FileError, ValueError):
     """A mapping file could not be read, or does not contain a valid mapping."""
 

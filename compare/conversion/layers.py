@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-from flax import nnx
+from flax import linen, nnx
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
@@ -114,15 +114,15 @@ def refusal(layer: nn.Module) -> str | None:
     return None
 
 
-def nnx_layouts(flax: FlaxSide) -> Mapping[KeyPath, str]:
-    """Return the layouts of the kernels whose layout depends on the type of the NNX layer."""
+def flax_layouts(flax: FlaxSide) -> Mapping[tuple[str, ...], str]:
+    """Return the layouts of the kernels whose layout depends on the type of the Flax layer."""
     layouts = {}
     for path, layer in flax.layers.items():
-        if isinstance(layer, nnx.ConvTranspose):
+        if isinstance(layer, nnx.ConvTranspose | linen.ConvTranspose):
             layouts[(*path, "kernel")] = "conv" if layer.transpose_kernel else "conv_transpose"
-        elif isinstance(layer, nnx.Einsum):
+        elif isinstance(layer, nnx.Einsum | linen.Einsum):
             layouts[(*path, "kernel")] = "same"
-        elif isinstance(layer, nnx.LinearGeneral):
+        elif isinstance(layer, nnx.LinearGeneral | linen.DenseGeneral):
             layouts[(*path, "kernel")] = "general"
     return layouts
 

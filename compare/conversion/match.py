@@ -3,22 +3,25 @@
 import glob
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from flax import linen
 from torch import Tensor
 
 from ..files.memory import collector_paused
 from ..files.printable import shown
+from ..files.warn import warn
 from .apply_mapping import unfit
-from .errors import ConversionError, Mismatch, MismatchEntry
-from .layers import compound_rows, layer_types, nnx_layouts, refusal
+from .errors import ConversionError, Mismatch, MismatchEntry, TrainingDifference
+from .layers import compound_rows, flax_layouts, layer_types, refusal
 from .layouts import known_layout, layout
 from .mapping import KeyPath, Left, Policy, Refill, Row, StateMapping, slashed
 from .state_kinds import FlaxSide, flax_side, one_trained, same_memory, torch_kinds
+from .stated import Difference, differences, embedding_differences, linen_layers
 from .suggest import MAX_SUGGESTIONS, Nearest, collection_hint, rename_hint
 from .tensors import UNINITIALIZED, Untransferable, is_uninitialized, shape_of
 from .unmatched import host_values, refill_of
@@ -42,6 +45,8 @@ def match(
     rename: Mapping[str, str] | None = None,
     layouts: Mapping[str, str] | None = None,
     policy: Mapping[str, Policy] | None = None,
+    module: linen.Module | None = None,
+    inputs: Any = None,
 ) -> StateMapping:
     """Pair the entries of a torch module or state dict with those of a Flax model.
 
@@ -58,18 +63,34 @@ def match(
             a flattened image.
         policy: torch keys or Flax paths (patterns) to what happens to an entry that exists on one
             side only: `ignore`, `verify` (allow it only if it is the causal mask) or `refuse`, the
-            default. GPT-2's `attn.bias` and `attn.masked_bias` are verified by default.
+            default. GPT-2's `attn.bias` and `attn.masked_bias` are verified by default. Likewise
+            for what two layers say differently: `{"conv.padding": "ignore"}` allows it.
+        module: the Linen module of the variables, so that its layers can be compared with torch's.
+            An NNX model needs none.
+        inputs: with `module`, the arguments of its call: a tuple, or a dict of keywords.
 
     Returns:
         The mapping, good for both directions.
 
     Raises:
-        ConversionError: one list of everything wrong: layers without a counterpart; entries that
-            are missing, unexpected, ambiguous, or differ in shape or kind; unused rules.
-        ValueError: a layout or a policy that does not exist.
+        ConversionError: one list of everything wrong: layers without a counterpart, or that compute
+            something else; entries that are missing, unexpected, ambiguous, or differ in shape or
+            kind; unused rules.
+        ValueError: a layout or a policy that does not exist; a module without inputs.
+
+    Warns:
+        TrainingDifference: layers that compute the same but are trained in another way.
     """
+    side = flax_side(template)
+    if module is not None:
+        if inputs is None:
+            raise ValueError(
+                "module: its layers exist only when it is called: give inputs=(…,), as its call "
+                "takes them"
+            )
+        side = side._replace(layers=linen_layers(module, inputs))
     with collector_paused():
-        mapping, mismatch = pair(source, template, rename=rename, layouts=layouts, policy=policy)
+        mapping, mismatch = pair(source, side, rename=rename, layouts=layouts, policy=policy)
         if mismatch:
             raise ConversionError(mismatch, collection_hint(template) + _advice(mismatch))
     return mapping
@@ -101,7 +122,10 @@ def pair(
     matcher.drop_repeated_paths()
     matcher.compare_heads()
     matcher.pair_aliases()
-    return matcher.settle()
+    mapping, mismatch = matcher.settle()
+    if matcher.trained_differently and not mismatch:
+        warn("\n".join(matcher.trained_differently), TrainingDifference)
+    return mapping, mismatch
 
 
 class _Matcher:
@@ -129,7 +153,7 @@ class _Matcher:
         }
         if isinstance(source, torch.nn.Module):
             self.kinds |= torch_kinds(source)
-        self.flax_layouts = nnx_layouts(self.flax)
+        self.flax_layouts = flax_layouts(self.flax)
         self.policy = policy
         for name in layouts.values():
             known_layout(name)
@@ -140,6 +164,8 @@ class _Matcher:
         for key in unnamed:
             del self.tensors[key]
         self.names, unused_names = _renamed(self.tensors, rename)
+        self.layer_names, _ = _renamed(self.layers, rename)
+        self.trained_differently: list[str] = []
         self.layouts, unused_layouts = _chosen_layouts(self.tensors, layouts)
         self.rules = layouts
         self.used_layouts: set[str] = set()
@@ -208,14 +234,17 @@ class _Matcher:
         """
         flax_kind = self.flax.kinds[path]
         torch_kind = self.kinds.get(key, flax_kind)
-        if one_trained(torch_kind, flax_kind):
+        is_frozen = _is_frozen(self.tensors[key])
+        if one_trained(torch_kind, flax_kind) and not is_frozen:
             raise ValueError(_trained(torch_kind, flax_kind))
+        if is_frozen and flax_kind != "parameter":
+            torch_kind = "buffer"
         shape = tuple(self.flax.leaves[path].shape)
         layer = self.layers.get(key.rpartition(".")[0])
         if chosen := self.layouts.get(key):
             self.used_layouts.add(key)
         name = chosen or _layout(
-            key, path, self.tensors[key], shape, layer, self.flax_layouts.get(path)
+            key, path, self.tensors[key], shape, layer, self.flax_layouts.get(self.flax.names[path])
         )
         layout(name, shape)
         kind = {"buffer": "buffer", "statistics": "statistics"}.get(torch_kind, "parameter")
@@ -261,6 +290,8 @@ class _Matcher:
         """Apply the policy to entries without a counterpart, and list the remaining ones."""
         self.refuse_unused_layouts()
         used_rules: set[str] = set()
+        self._compare_layers(used_rules)
+        self._name_frozen(used_rules)
         unexpected = self._leave_torch_entries(used_rules)
         missing = self._leave_flax_entries(used_rules)
         self.refused += [
@@ -284,6 +315,71 @@ class _Matcher:
             for index, key in enumerate(unexpected)
         )
         return mapping, Mismatch(tuple(missing), entries, misshaped, tuple(self.refused))
+
+    def _compare_layers(self, used_rules: set[str]) -> None:
+        """Refuse layers that compute something else, and keep what is trained in another way."""
+        for prefix, place, found in self._layer_differences():
+            name = ".".join(filter(None, (prefix, found.fact)))
+            decided = _decide(name, self.policy, used_rules)
+            if decided in ("ignore", "verify"):
+                continue
+            where = f"{found.torch} in torch, {found.flax} in Flax"
+            mend = f"{found.mend}; {_allowing(name)}"
+            if found.trains_alone and decided is None:
+                self.trained_differently.append(f"{name}: trained differently: {where}: {mend}")
+            else:
+                reason = f"computes something else: {where}"
+                self.refused.append(MismatchEntry(name, place, reason=reason, mend=mend))
+
+    def _layer_differences(self) -> Iterator[tuple[str, str, Difference]]:
+        """Yield the name of the torch layer, the place of the Flax layer, and what differs."""
+        for prefix, path in self._paired_layers():
+            for found in differences(self.layers[prefix], self.flax.layers[path]):
+                yield prefix, slashed(path), found
+        for row in self.rows:
+            prefix = row.torch_key.rpartition(".")[0]
+            layer = self.layers.get(prefix)
+            if isinstance(layer, torch.nn.Embedding) and row.kind != "alias":
+                for found in embedding_differences(layer):
+                    yield prefix, row.place, found
+
+    def _paired_layers(self) -> Iterable[tuple[str, tuple[str, ...]]]:
+        """Return the names of the layers that have the same name, or a tensor in common."""
+        if not self.flax.layers or not self.layers:
+            return []
+        pairs = {
+            (prefix, tuple(name.split(".")) if name else ())
+            for prefix, name in self.layer_names.items()
+        }
+        pairs |= {
+            (row.torch_key.rpartition(".")[0], self.flax.names[row.path][:-1])
+            for row in self.rows
+            if row.kind != "alias"
+        }
+        return sorted(
+            (prefix, path)
+            for prefix, path in pairs
+            if prefix in self.layers and path in self.flax.layers
+        )
+
+    def _name_frozen(self, used_rules: set[str]) -> None:
+        """Keep which frozen torch parameters become parameters that Flax trains."""
+        frozen = [
+            row.torch_key
+            for row in self.rows
+            if row.kind == "parameter"
+            and self.flax.kinds[row.path] == "parameter"
+            and _is_frozen(self.tensors[row.torch_key])
+            and _decide(f"{row.torch_key}.requires_grad", self.policy, used_rules) is None
+        ]
+        if frozen:
+            others = f" and {len(frozen) - 1:,} others" if len(frozen) > 1 else ""
+            name = f"{frozen[0] if len(frozen) == 1 else '*'}.requires_grad"
+            self.trained_differently.append(
+                f"{frozen[0]}{others}: requires_grad=False in torch, trained as a parameter in "
+                f"Flax: keep it in another collection, or leave it to optax.set_to_zero; "
+                f"{_allowing(name)}"
+            )
 
     def _leave_torch_entries(self, used_rules: set[str]) -> list[str]:
         """Leave the torch entries that the policy allows; return the others."""
@@ -357,6 +453,17 @@ class _Matcher:
             return f"did you mean {shown(best)}?" if best else ""
 
         return suggest
+
+
+def _allowing(name: str) -> str:
+    """Return what allows a difference between two layers."""
+    pattern = name if name.startswith("*") else glob.escape(name)
+    return f"compare.match(…, policy={{{pattern!r}: 'ignore'}}) allows it"
+
+
+def _is_frozen(tensor: Any) -> bool:
+    """Return whether it is a torch parameter that is not trained."""
+    return isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
 
 
 def _trained(torch_kind: str, flax_kind: str) -> str:

@@ -223,7 +223,8 @@ class FlaxSide(NamedTuple):
         kinds: the kind of state of each path.
         names: the names of each path as strings, without the collection.
         by_name: the paths of each dotted name, without the collection.
-        layers: the layers of an NNX model by path. Variables and files have none.
+        layers: the layers and functions of an NNX model, or of a Linen module, by path without the
+            collection, as strings. Variables and files have none.
     """
 
     kind: FlaxKind
@@ -231,7 +232,7 @@ class FlaxSide(NamedTuple):
     kinds: dict[KeyPath, str]
     names: dict[KeyPath, tuple[str, ...]]
     by_name: dict[str, list[KeyPath]]
-    layers: Mapping[KeyPath, nnx.Module] = {}
+    layers: Mapping[tuple[str, ...], Any] = {}
 
 
 def flax_side(template: Any) -> FlaxSide:
@@ -243,9 +244,7 @@ def flax_side(template: Any) -> FlaxSide:
     if isinstance(template, FlaxSide):
         return template
     if isinstance(template, nnx.Module):
-        layers = {
-            path: node for path, node in nnx.iter_graph(template) if isinstance(node, nnx.Module)
-        }
+        layers = {words(path): node for path, node in nnx.iter_graph(template) if callable(node)}
         side = _side("nnx", [entry for entry in entries(template) if entry.kind in SAVED])
         return side._replace(layers=layers)
     if isinstance(template, nnx.State):

@@ -265,7 +265,14 @@ def batch_norm(rank: int, random: np.random.Generator) -> Case:
     return Case(
         module,
         nn.BatchNorm(use_running_average=True, epsilon=eps, **F64),
-        nnx.BatchNorm(size, use_running_average=True, epsilon=eps, rngs=nnx.Rngs(0), **F64),
+        nnx.BatchNorm(
+            size,
+            use_running_average=True,
+            momentum=0.9,
+            epsilon=eps,
+            rngs=nnx.Rngs(0),
+            **F64,
+        ),
         (random.standard_normal((3, *random.integers(2, 4, rank), size)),),
         channels_last,
     )

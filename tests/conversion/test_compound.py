@@ -113,7 +113,7 @@ def test_what_no_view_can_show_is_not_shared() -> None:
     with pytest.raises(ConversionError, match="several arrays make one tensor, so memory"):
         compare.nnx_to_torch(model, mapping=mapping, copy=False)
     up: Any = torch.nn.ModuleDict({"up": torch.nn.ConvTranspose1d(4, 4, 3)})
-    mapping = compare.match(up, Up())
+    mapping = compare.match(up, Up(), policy={"up.padding": "ignore"})
     with pytest.raises(ConversionError, match="this layout makes a new tensor"):
         compare.nnx_to_torch(Up(), mapping=mapping, copy=False)
 

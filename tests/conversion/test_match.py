@@ -141,7 +141,13 @@ def test_a_transposed_convolution_is_not_guessed() -> None:
     assert compare.match(module, kernel, layouts={"weight": "conv"}).rows[0].layout == "conv"
     for flipped, layout in ((True, "conv"), (False, "conv_transpose")):
         model = nnx.ConvTranspose(
-            4, 4, (2,), transpose_kernel=flipped, use_bias=False, rngs=nnx.Rngs(0)
+            4,
+            4,
+            (2,),
+            padding="VALID",
+            transpose_kernel=flipped,
+            use_bias=False,
+            rngs=nnx.Rngs(0),
         )
         assert compare.match(module, model).rows[0].layout == layout
     with pytest.raises(ValueError, match=r"needs numbers, as in flatten:C,H,W"):

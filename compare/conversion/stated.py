@@ -1,0 +1,373 @@
+"""What a torch layer and its Flax layer say besides their tensors, and where they differ."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import torch
+from flax import linen, nnx
+from torch import nn
+
+
+class Difference(NamedTuple):
+    """One thing that two layers say differently.
+
+    Attributes:
+        fact: the name of torch's argument, or of Flax's if torch has none.
+        torch: what torch says, as code.
+        flax: what Flax says, as code.
+        mend: how to make them equal.
+        trains_alone: whether the outputs of inference are the same.
+    """
+
+    fact: str
+    torch: str
+    flax: str
+    mend: str
+    trains_alone: bool = False
+
+
+Comparison = Callable[[Any, Any], Iterator[Difference]]
+Pads = tuple[tuple[int, int], ...]
+
+
+def differences(torch_layer: nn.Module, flax_layer: Any) -> Iterator[Difference]:
+    """Yield what the layers say differently. Layers that are not a known pair say nothing.
+
+    Args:
+        torch_layer: a torch layer.
+        flax_layer: a Linen or NNX layer, or an activation function.
+    """
+    for torch_types, flax_types, compare in _PAIRS:
+        if isinstance(torch_layer, torch_types) and isinstance(flax_layer, flax_types):
+            yield from compare(torch_layer, flax_layer)
+            return
+    if isinstance(torch_layer, _NORMS) and isinstance(flax_layer, _FLAX_NORMS):
+        ours, theirs = type(torch_layer).__name__, type(flax_layer).__name__
+        yield Difference("type", ours, theirs, "take the norm of the same name")
+    yield from _activation(torch_layer, flax_layer)
+
+
+def embedding_differences(layer: nn.Embedding) -> Iterator[Difference]:
+    """Yield what the layer says that no Embed of Flax can say."""
+    for fact, value, nothing in (
+        ("padding_idx", layer.padding_idx, None),
+        ("scale_grad_by_freq", layer.scale_grad_by_freq, False),
+    ):
+        if value != nothing:
+            yield Difference(
+                fact,
+                f"{fact}={value!r}",
+                "an Embed, which has no such thing",
+                "change the gradient of its embedding in Flax",
+                trains_alone=True,
+            )
+
+
+def linen_layers(module: linen.Module, inputs: Any) -> dict[tuple[str, ...], linen.Module]:
+    """Return the layers of a Linen module by path. They exist only when the module is called.
+
+    Args:
+        module: the module.
+        inputs: the arguments of its call, a tuple, or a dict of keywords. Shapes are enough.
+
+    Raises:
+        ValueError: the module cannot be called with these inputs.
+    """
+    layers: dict[tuple[str, ...], linen.Module] = {}
+
+    def keep(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        layers.setdefault(context.module.path, context.module)
+        return method(*args, **kwargs)
+
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+    try:
+        with linen.intercept_methods(keep):
+            jax.eval_shape(partial(module.init, keys, **kwargs), *args)
+    except Exception as error:  # whatever the module's own code raises
+        raise ValueError(
+            f"module {type(module).__name__} cannot be called with these inputs "
+            f"({type(error).__name__}: {error}); give inputs=(…,) or a dict, as its call takes them"
+        ) from error
+    return layers
+
+
+def _unequal(
+    fact: str, torch_says: Any, flax_name: str, flax_says: Any, trains_alone: bool = False
+) -> Iterator[Difference]:
+    """Yield a difference if the two values are not equal."""
+    if torch_says != flax_says:
+        yield Difference(
+            fact,
+            f"{fact}={torch_says!r}",
+            f"{flax_name}={flax_says!r}",
+            f"give {flax_name}={torch_says!r} in Flax",
+            trains_alone,
+        )
+
+
+def _conv(layer: Any, flax: Any) -> Iterator[Difference]:
+    rank = len(layer.kernel_size)
+    yield from _unequal("stride", layer.stride, "strides", _each(flax.strides, rank))
+    dilation = _each(flax.kernel_dilation, rank)
+    yield from _unequal("dilation", layer.dilation, "kernel_dilation", dilation)
+    yield from _unequal("groups", layer.groups, "feature_group_count", flax.feature_group_count)
+    yield from _not_in_torch("input_dilation", _each(flax.input_dilation, rank), (1,) * rank)
+    yield from _not_in_torch("mask", flax.mask, None)
+    pads, mode = _torch_pads(layer)
+    flax_pads, flax_mode = _flax_pads(flax, layer, rank)
+    is_same = pads == flax_pads and (mode == flax_mode or not any(map(sum, pads)))
+    if not is_same:
+        yield Difference(
+            "padding",
+            f"padding={layer.padding!r}" + (f", padding_mode={mode!r}" if mode != "zeros" else ""),
+            f"padding={flax.padding!r}",
+            _padding_mend(pads, mode, layer),
+        )
+
+
+def _torch_pads(layer: Any) -> tuple[Pads, str]:
+    """Return how much is added before and after each axis, and with what."""
+    twice = layer._reversed_padding_repeated_twice
+    pairs = [tuple(twice[first : first + 2]) for first in range(0, len(twice), 2)]
+    return tuple(reversed(pairs)), layer.padding_mode
+
+
+def _flax_pads(flax: Any, layer: Any, rank: int) -> tuple[Pads | None, str]:
+    """Return how much is added to each axis, or None if that depends on the input's size."""
+    padding = flax.padding
+    windows = [
+        dilation * (size - 1) + 1
+        for size, dilation in zip(layer.kernel_size, _each(flax.kernel_dilation, rank), strict=True)
+    ]
+    if not isinstance(padding, str):
+        return _pairs(padding, rank), "zeros"
+    kind = padding.upper()
+    if kind == "VALID":
+        return ((0, 0),) * rank, "zeros"
+    if kind in ("CIRCULAR", "REFLECT"):
+        return tuple(((size - 1) // 2, size // 2) for size in windows), kind.lower()
+    if kind == "CAUSAL":
+        return tuple((size - 1, 0) for size in windows), "zeros"
+    strides = _each(flax.strides, rank)
+    if any(stride > 1 and size > 1 for stride, size in zip(strides, windows, strict=True)):
+        return None, "zeros"
+    halves = [((size - 1) // 2, size // 2) for size in windows]
+    return tuple(half if kind == "SAME" else half[::-1] for half in halves), "zeros"
+
+
+def _padding_mend(pads: Pads, mode: str, layer: Any) -> str:
+    windows = [
+        dilation * (size - 1) + 1
+        for size, dilation in zip(layer.kernel_size, layer.dilation, strict=True)
+    ]
+    wrapped = tuple(((size - 1) // 2, size // 2) for size in windows)
+    if mode == "zeros":
+        return f"give padding={pads!r} in Flax"
+    if mode in ("circular", "reflect") and pads == wrapped:
+        return f"give padding={mode.upper()!r} in Flax"
+    names = {"circular": "wrap", "reflect": "reflect", "replicate": "edge"}
+    widths = ((0, 0), *pads, (0, 0))
+    return (
+        f"give padding='VALID' in Flax, and its inputs as jnp.pad(inputs, {widths!r}, "
+        f"mode={names[mode]!r})"
+    )
+
+
+def _conv_transpose(layer: Any, flax: Any) -> Iterator[Difference]:
+    rank = len(layer.kernel_size)
+    yield from _unequal("stride", layer.stride, "strides", _each(flax.strides, rank))
+    dilation = _each(flax.kernel_dilation, rank)
+    yield from _unequal("dilation", layer.dilation, "kernel_dilation", dilation)
+    yield from _not_in_torch("mask", flax.mask, None)
+    reach = [
+        step * (size - 1) for step, size in zip(layer.dilation, layer.kernel_size, strict=True)
+    ]
+    pads = tuple(
+        (far - pad, far - pad + more)
+        for far, pad, more in zip(reach, layer.padding, layer.output_padding, strict=True)
+    )
+    if _transposed_pads(flax.padding, reach, layer.stride, rank) != pads:
+        yield Difference(
+            "padding",
+            f"padding={layer.padding!r}, output_padding={layer.output_padding!r}",
+            f"padding={flax.padding!r}",
+            f"give padding={pads!r} in Flax",
+        )
+
+
+def _transposed_pads(
+    padding: Any, reach: Sequence[int], strides: Sequence[int], rank: int
+) -> Pads | None:
+    """Return how much `jax.lax.conv_transpose` adds to each axis of its input.
+
+    Source: its function `_conv_transpose_padding`.
+    """
+    if not isinstance(padding, str):
+        return _pairs(padding, rank)
+    pads = []
+    for far, stride in zip(reach, strides, strict=True):
+        if not far and stride == 1:
+            pads.append((0, 0))
+        elif padding.upper() == "VALID":
+            pads.append((far, stride - 1 + max(far + 1 - stride, 0)))
+        elif padding.upper() == "SAME":
+            total = far + stride - 1
+            before = far if stride > far else math.ceil(total / 2)
+            pads.append((before, total - before))
+        else:
+            return None
+    return tuple(pads)
+
+
+def _epsilon(layer: Any, flax: Any) -> Iterator[Difference]:
+    eps = layer.eps
+    if eps is None:  # RMSNorm takes that of the inputs' dtype
+        weight = layer.weight
+        eps = torch.finfo(torch.float32 if weight is None else weight.dtype).eps
+    if not math.isclose(eps, flax.epsilon, rel_tol=1e-6):
+        yield Difference(
+            "eps",
+            f"eps={layer.eps!r}",
+            f"epsilon={flax.epsilon!r}",
+            f"give epsilon={eps!r} in Flax",
+        )
+
+
+def _batch_norm(layer: Any, flax: Any) -> Iterator[Difference]:
+    yield from _epsilon(layer, flax)
+    if layer.momentum is None:
+        yield Difference(
+            "momentum",
+            "momentum=None, the average of all batches",
+            f"momentum={flax.momentum!r}",
+            "give momentum in torch",
+            trains_alone=True,
+        )
+    elif not math.isclose(1 - layer.momentum, flax.momentum, rel_tol=1e-9, abs_tol=1e-12):
+        yield Difference(
+            "momentum",
+            f"momentum={layer.momentum!r}",
+            f"momentum={flax.momentum!r}",
+            f"give momentum={round(1 - layer.momentum, 12)!r} in Flax, which keeps that share",
+            trains_alone=True,
+        )
+
+
+def _layer_norm(layer: Any, flax: Any) -> Iterator[Difference]:
+    yield from _epsilon(layer, flax)
+    axes = flax.reduction_axes
+    count = 1 if isinstance(axes, int) else len(axes)
+    if count != len(layer.normalized_shape):
+        wanted = tuple(range(-len(layer.normalized_shape), 0))
+        yield Difference(
+            "normalized_shape",
+            f"normalized_shape={layer.normalized_shape!r}",
+            f"reduction_axes={axes!r}",
+            f"give reduction_axes={wanted!r} and feature_axes={wanted!r} in Flax",
+        )
+
+
+def _group_norm(layer: Any, flax: Any) -> Iterator[Difference]:
+    yield from _epsilon(layer, flax)
+    groups = flax.num_groups
+    if groups is None:
+        groups = layer.num_channels // flax.group_size
+    yield from _unequal("num_groups", layer.num_groups, "num_groups", groups)
+
+
+def _dropout(layer: Any, flax: Any) -> Iterator[Difference]:
+    yield from _unequal("p", layer.p, "rate", flax.rate, trains_alone=True)
+
+
+def _attention(layer: Any, flax: Any) -> Iterator[Difference]:
+    yield from _unequal("num_heads", layer.num_heads, "num_heads", flax.num_heads)
+    rate = layer.dropout
+    yield from _unequal("dropout", rate, "dropout_rate", flax.dropout_rate, trains_alone=True)
+    if getattr(flax, "normalize_qk", False):
+        yield from _not_in_torch("normalize_qk", True, False)
+
+
+def _not_in_torch(fact: str, value: Any, nothing: Any) -> Iterator[Difference]:
+    is_absent = value is nothing or (not hasattr(value, "shape") and value == nothing)
+    if not is_absent:
+        shown = f"{fact}=…" if hasattr(value, "shape") else f"{fact}={value!r}"
+        yield Difference(fact, f"no {fact}", shown, f"leave {fact} out in Flax")
+
+
+# torch's activation: the name of Flax's function, torch's argument, Flax's argument, its default.
+_ACTIVATIONS: tuple[tuple[type[nn.Module], str, str, str, Any], ...] = (
+    (nn.GELU, "gelu", "approximate", "approximate", True),
+    (nn.LeakyReLU, "leaky_relu", "negative_slope", "negative_slope", 0.01),
+    (nn.ELU, "elu", "alpha", "alpha", 1.0),
+    (nn.CELU, "celu", "alpha", "alpha", 1.0),
+)
+
+
+def _activation(layer: nn.Module, function: Any) -> Iterator[Difference]:
+    """Compare an activation of torch with a function of Flax, or a `partial` of it."""
+    keywords: Mapping[str, Any] = {}
+    if isinstance(function, partial):
+        function, keywords = function.func, function.keywords
+    for layer_type, name, fact, flax_name, default in _ACTIVATIONS:
+        if isinstance(layer, layer_type) and getattr(function, "__name__", "") == name:
+            ours, theirs = getattr(layer, fact), keywords.get(flax_name, default)
+            wanted = ours == "tanh" if layer_type is nn.GELU else ours
+            if wanted != theirs:
+                yield Difference(
+                    fact,
+                    f"{fact}={ours!r}",
+                    f"{flax_name}={theirs!r}",
+                    f"give partial({name}, {flax_name}={wanted!r}) in Flax",
+                )
+
+
+def _each(value: Any, rank: int) -> tuple[int, ...]:
+    """Return one number for each axis. None means 1."""
+    if value is None:
+        return (1,) * rank
+    return (int(value),) * rank if isinstance(value, int) else tuple(map(int, value))
+
+
+def _pairs(padding: Any, rank: int) -> Pads:
+    """Return the numbers before and after each axis, from any of Flax's ways to say them."""
+    each = (padding,) * rank if isinstance(padding, int) else padding
+    return tuple((pad, pad) if isinstance(pad, int) else (int(pad[0]), int(pad[1])) for pad in each)
+
+
+_PAIRS: tuple[tuple[Any, Any, Comparison], ...] = (
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), (linen.Conv, nnx.Conv), _conv),
+    (
+        nn.modules.conv._ConvTransposeNd,
+        (linen.ConvTranspose, nnx.ConvTranspose),
+        _conv_transpose,
+    ),
+    (nn.modules.batchnorm._BatchNorm, (linen.BatchNorm, nnx.BatchNorm), _batch_norm),
+    (nn.modules.instancenorm._InstanceNorm, (linen.InstanceNorm, nnx.InstanceNorm), _epsilon),
+    (nn.LayerNorm, (linen.LayerNorm, nnx.LayerNorm), _layer_norm),
+    (nn.RMSNorm, (linen.RMSNorm, nnx.RMSNorm), _layer_norm),
+    (nn.GroupNorm, (linen.GroupNorm, nnx.GroupNorm), _group_norm),
+    (
+        (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+        (linen.Dropout, nnx.Dropout),
+        _dropout,
+    ),
+    (
+        nn.MultiheadAttention,
+        (linen.MultiHeadDotProductAttention, nnx.MultiHeadAttention),
+        _attention,
+    ),
+)
+_NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm),
+)
+_FLAX_NORMS = tuple(
+    getattr(package, name)
+    for package in (linen, nnx)
+    for name in ("BatchNorm", "InstanceNorm", "LayerNorm", "RMSNorm", "GroupNorm")
+)
