@@ -93,9 +93,9 @@ class Manifest:
         """Return the manifest as JSON. Its length does not depend on the checksums."""
         tensors = [
             {
-                "path": list(path),
+                "path": path,
                 "dtype": record.spec.dtype,
-                "shape": list(record.spec.shape),
+                "shape": record.spec.shape,
                 "crc32": record.checksum,
                 "kind": record.kind,
                 **({"polarity": POLARITY} if is_mask(path, record.kind) else {}),
@@ -106,7 +106,7 @@ class Manifest:
             "version": VERSION,
             "layout": self.layout,
             "tensors": tensors,
-            "aliases": [[list(path), list(first)] for path, first in self.aliases.items()],
+            "aliases": list(self.aliases.items()),
             "mapping": self.mapping.as_json() if self.mapping else None,
         }
         return json.dumps(content, separators=(",", ":"))
@@ -224,7 +224,7 @@ def manifest_of(tensors: Tensors) -> Manifest:
     """Return the manifest with pending checksums."""
     kinds = {path: tensors.kinds.get(path) or _kind(path, tensors.layout) for path in tensors.specs}
     records = {path: Record(spec, PENDING, kinds[path]) for path, spec in tensors.specs.items()}
-    return Manifest(tensors.layout, records, dict(tensors.aliases), tensors.mapping)
+    return Manifest(tensors.layout, records, tensors.aliases, tensors.mapping)
 
 
 def _kind(path: KeyPath, layout: FileLayout) -> str:

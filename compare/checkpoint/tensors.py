@@ -40,7 +40,7 @@ def spec_of(array: np.ndarray) -> Spec:
     Raises:
         ValueError: checkpoints do not support the dtype.
     """
-    return checked(tuple(map(int, array.shape)), array.dtype.newbyteorder("=").name)
+    return checked(tuple(map(int, array.shape)), array.dtype.name)
 
 
 def checked(shape: object, dtype: object) -> Spec:

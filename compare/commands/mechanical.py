@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
+from zlib import crc32
 
 from ..mutants.mechanical import MechanicalMutant, mechanical_mutants
 from ..report.model import Cell, Check, Section, Table
@@ -20,6 +19,8 @@ from .mechanical_copies import WORKERS, Workers
 MARKS = ROOT / "compare" / "mutants" / "equivalent.toml"
 # The share of the mutants that must be killed or marked, by top-level folder.
 SHARES = {"torch_impl": 1.0, "flax_impl": 1.0, "compare": 0.95}
+# Folders of tests beside the one that mirrors a folder of compare.
+MORE_TESTS = {"checkpoint": ("tests/hostile",)}
 # How long the tests of one mutant may take.
 TEST_SECONDS = 120.0
 # A mutant that takes this much longer than its tests do without a change does not end.
@@ -114,7 +115,7 @@ def sections(
         for mutant in mechanical_mutants(file, (ROOT / file).read_text(encoding="utf-8"))
     ]
     if draw is not None:
-        mutants = drawn(mutants, draw, np.random.default_rng(seed))
+        mutants = drawn(mutants, draw, seed)
     verdicts: list[Verdict] = []
     with ExitStack() as stack:
         # On Ctrl-C the waiting requests are cancelled first, then the workers end, then the pool.
@@ -134,7 +135,10 @@ def sections(
                 )
             test_map.add(answer)
         reasons = marks()
-        futures = [pool.submit(_judge, workers, test_map, reasons, mutant) for mutant in mutants]
+        futures = [
+            pool.submit(_judge, workers, test_map, reasons, mutant, mutant.source())
+            for mutant in mutants
+        ]
         for future in as_completed(futures):
             verdicts.append(future.result())
             survivors = sum(verdict.killed_by is None for verdict in verdicts)
@@ -143,18 +147,20 @@ def sections(
     yield _section(verdicts, folders)
 
 
-def drawn(
-    mutants: Sequence[MechanicalMutant], number: int, random: np.random.Generator
-) -> list[MechanicalMutant]:
-    """Draw one mutant of each statement, then another one of each, until there are enough."""
+def drawn(mutants: Sequence[MechanicalMutant], number: int, seed: int) -> list[MechanicalMutant]:
+    """Draw one mutant of each statement, then another one of each, until there are enough.
+
+    The draw depends on the mutants' names alone: a change elsewhere draws no others here.
+    """
+    places = {mutant.name: crc32(f"{seed} {mutant.name}".encode()) for mutant in mutants}
     turns: Counter[tuple[str, range]] = Counter()
     by_turn = []
-    for index in random.permutation(len(mutants)):
-        statement = mutants[index].file, mutants[index].lines
-        by_turn.append((turns[statement], int(index)))
+    for mutant in sorted(mutants, key=lambda mutant: (places[mutant.name], mutant.name)):
+        statement = mutant.file, mutant.lines
+        by_turn.append((turns[statement], places[mutant.name], mutant.name))
         turns[statement] += 1
-    by_turn.sort(key=lambda pair: pair[0])  # stable, so that each turn is in random order
-    return [mutants[index] for index in sorted(index for _, index in by_turn[:number])]
+    names = {name for *_, name in sorted(by_turn)[:number]}
+    return [mutant for mutant in mutants if mutant.name in names]
 
 
 def python_files(paths: Sequence[Path]) -> list[str]:
@@ -175,7 +181,7 @@ def test_folders(sources: Sequence[str]) -> list[str]:
         if package != "compare":
             folders |= {"tests/modules", "tests/checks", "tests/runners"}
         elif len(rest) > 1 and (ROOT / "tests" / rest[0]).is_dir():
-            folders.add(f"tests/{rest[0]}")
+            folders |= {f"tests/{rest[0]}", *MORE_TESTS.get(rest[0], ())}
         else:
             folders.add("tests/commands")
     return sorted(folders)
@@ -190,15 +196,19 @@ def marks() -> dict[str, str]:
 
 
 def _judge(
-    workers: Workers, test_map: LinesOfTests, reasons: dict[str, str], mutant: MechanicalMutant
+    workers: Workers,
+    test_map: LinesOfTests,
+    reasons: dict[str, str],
+    mutant: MechanicalMutant,
+    source: str,
 ) -> Verdict:
-    """Run the tests of a mutant until one fails."""
+    """Run the tests of a mutant, whose file has this source, until one fails."""
     tests = test_map.tests_of(mutant)
     killed_by = None
     if tests:
         seconds = MORE_SECONDS + TIMES * sum(test_map.seconds[test] for test in tests)
         answer = workers.ask(
-            {"file": mutant.file, "source": mutant.source, "tests": tests, "seconds": seconds}
+            {"file": mutant.file, "source": source, "tests": tests, "seconds": seconds}
         )
         killed_by = answer["killed_by"]
         if killed_by in test_map.seconds:

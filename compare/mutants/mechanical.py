@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -48,24 +48,6 @@ NOT_DELETED = (
 ANNOTATIONS = {"annotation", "returns", "type_params"}
 
 
-class MechanicalMutant(NamedTuple):
-    """One changed version of a file.
-
-    Attributes:
-        file: the path from the repository's root.
-        line: the number of the changed line in the original.
-        lines: the lines of the statement around the change.
-        name: the file, the function and the code before and after; it survives moved lines.
-        source: the source of the whole file with the change.
-    """
-
-    file: str
-    line: int
-    lines: range
-    name: str
-    source: str
-
-
 @dataclass(frozen=True)
 class _Site:
     """A node that may be changed, the field that holds it, and the statement around it."""
@@ -85,6 +67,33 @@ class _Site:
             getattr(self.parent, self.field)[self.index] = node
 
 
+@dataclass(frozen=True)
+class MechanicalMutant:
+    """One changed version of a file.
+
+    Attributes:
+        file: the path from the repository's root.
+        line: the number of the changed line in the original.
+        lines: the lines of the statement around the change.
+        name: the file, the function and the code before and after; it survives moved lines.
+    """
+
+    file: str
+    line: int
+    lines: range
+    name: str
+    _tree: ast.Module
+    _site: _Site
+    _changed: ast.AST | None
+
+    def source(self) -> str:
+        """Return the source of the whole file with the change."""
+        self._site.put(self._changed or ast.Pass())
+        changed = ast.unparse(ast.fix_missing_locations(self._tree))
+        self._site.put(self._site.node)
+        return changed
+
+
 def mechanical_mutants(file: str, source: str) -> Iterator[MechanicalMutant]:
     """Yield every mutant of a file, in the order of its lines.
 
@@ -100,16 +109,15 @@ def mechanical_mutants(file: str, source: str) -> Iterator[MechanicalMutant]:
     for site in _sites(tree, "", range(0)):
         before = ast.unparse(site.node)
         for changed in _replacements(site.node):
-            after = ast.unparse(changed) if changed else "(deleted)"
+            after = ast.unparse(ast.fix_missing_locations(changed)) if changed else "(deleted)"
             if before == after:
                 continue  # f(x, x) with its arguments exchanged
-            site.put(changed or ast.Pass())
-            mutated = ast.unparse(ast.fix_missing_locations(tree))
-            site.put(site.node)
             name = f"{file} {site.function}: {_short(before)} -> {_short(after)}"
             names[name] += 1
             ordinal = f" ({names[name]})" if names[name] > 1 else ""
-            yield MechanicalMutant(file, _line(site.node), site.lines, name + ordinal, mutated)
+            yield MechanicalMutant(
+                file, _line(site.node), site.lines, name + ordinal, tree, site, changed
+            )
 
 
 def _sites(node: ast.AST, function: str, lines: range) -> Iterator[_Site]:

@@ -1,5 +1,6 @@
 """The .msgpack files are Flax's, and the manifest in them does not disturb it."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ import compare
 import flax_impl
 from compare.checkpoint.errors import CheckpointError
 from compare.checkpoint.formats import open_checkpoint
+from compare.checkpoint.formats.msgpack_tree import ListError, Other, TreeReader
 from compare.checkpoint.manifest import KEY
+from compare.files.memory import Budget
+from compare.files.reading import InputFile
 
 from ..support import same_bits, torch_module
 
@@ -91,3 +95,52 @@ def test_a_msgpack_file_with_two_manifests_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\x83" + entry + data[1:])
     with pytest.raises(CheckpointError, match="it has two manifests"):
         compare.read_checkpoint(path)
+
+
+def tree(data: bytes, folder: Path) -> Any:
+    """What the reader makes of these bytes."""
+    (folder / "t.msgpack").write_bytes(data)
+    with closing(InputFile(folder / "t.msgpack")) as file:
+        return TreeReader(file, Budget(), KEY).read()
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (None, "NoneType"),
+        (True, "bool"),
+        (1.5, "float"),
+        (b"x" * 300, "bytes"),
+        ("text", "str"),
+        ("x" * 31, "str"),
+        ("x" * 70_000, "str"),
+    ],
+)
+def test_what_is_no_array_is_known_by_its_type(value: Any, kind: str, tmp_path: Path) -> None:
+    found = tree(msgpack.packb({"a": value, "b": {"c": value}}), tmp_path)
+    assert found == {"a": Other(kind), "b": {"c": Other(kind)}}
+
+
+@pytest.mark.parametrize("value", [0, 127, 128, 70_000, 2**40, -1, -32, -33, -70_000, -(2**40)])
+def test_numbers_are_read_in_every_size(value: int, tmp_path: Path) -> None:
+    assert tree(msgpack.packb({"a": value}), tmp_path) == {"a": value}
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 65_536])
+def test_a_list_of_any_length_is_told_apart(length: int, tmp_path: Path) -> None:
+    with pytest.raises(ListError) as caught:
+        tree(msgpack.packb({"a": {"b": [1] * length}}), tmp_path)
+    assert caught.value.path == ("a", "b")
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 65_536])
+def test_a_map_of_any_length_is_read(count: int, tmp_path: Path) -> None:
+    expected = {str(index): {"b": 1} for index in range(count)}
+    assert tree(msgpack.packb(expected), tmp_path) == expected
+
+
+def test_each_shorter_file_ends_too_early(tmp_path: Path) -> None:
+    data = msgpack.packb({"a": {"name": 1}, "bc": 70_000, "d": 1.5})
+    for size in range(len(data)):
+        with pytest.raises(EOFError):
+            tree(data[:size], tmp_path)

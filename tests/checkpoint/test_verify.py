@@ -9,6 +9,7 @@ import torch
 from flax import nnx
 
 import compare
+from compare.checkpoint.verify import compare_checkpoints
 
 from ..support import torch_module
 
@@ -77,14 +78,14 @@ class _Layer(nnx.Module):
 LAYERS: dict[str, Any] = {
     "Linear": (torch.nn.Linear(3, 4), lambda rngs: nnx.Linear(3, 4, rngs=rngs)),
     "LSTMCell": (torch.nn.LSTMCell(3, 4), lambda rngs: nnx.LSTMCell(3, 4, rngs=rngs)),
-    "BatchNorm": (torch.nn.BatchNorm1d(4), lambda rngs: nnx.BatchNorm(4, rngs=rngs)),
+    "BatchNorm": (torch.nn.BatchNorm1d(4), lambda rngs: nnx.BatchNorm(4, momentum=0.9, rngs=rngs)),
     "MultiheadAttention": (
         torch.nn.MultiheadAttention(4, 2),
         lambda rngs: nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs),
     ),
     "ConvTranspose": (
         torch.nn.ConvTranspose1d(3, 4, 2),
-        lambda rngs: nnx.ConvTranspose(3, 4, (2,), rngs=rngs),
+        lambda rngs: nnx.ConvTranspose(3, 4, (2,), padding="VALID", rngs=rngs),
     ),
 }
 
@@ -109,3 +110,62 @@ def test_the_order_of_the_two_does_not_matter(name: str, tmp_path: Path) -> None
     differences = compare.verify_checkpoint(edited, other, mapping=table)
     assert len(differences) == 1
     assert compare.verify_checkpoint(other, edited, mapping=table) == differences
+
+
+def tied(names: list[str], others: list[str]) -> dict[str, torch.Tensor]:
+    """Entries of which the first share one tensor."""
+    one = torch.ones(2)
+    return {name: one for name in names} | {name: torch.ones(2) for name in others}
+
+
+def test_names_that_are_tied_on_one_side_are_named(tmp_path: Path) -> None:
+    one = compare.save_checkpoint(tmp_path / "a.pth", tied(["a", "b"], ["c", "d"]))
+    two = compare.save_checkpoint(tmp_path / "b.pth", tied(["a", "b", "c"], ["d"]))
+    found = {each.name: each.what for each in compare.verify_checkpoint(one, two)}
+    assert found == {
+        "a": found["a"],
+        "b": found["b"],
+        "c": "is tied to nothing in the source, " + found["c"].partition(", ")[2],
+    }
+    assert found["a"].startswith("is tied to b in the source, ")
+    assert found["a"].endswith(" and 1 more in the target")
+    assert found["c"].endswith(" and 1 more in the target")
+    assert compare.verify_checkpoint(two, two) == []
+
+
+def test_a_file_that_claims_another_pairing_is_named(tmp_path: Path) -> None:
+    source = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3)})
+    template = {"params": {"a": {"kernel": jnp.zeros((3, 3)), "bias": jnp.zeros(3)}}}
+    true = compare.match(source, template)
+    false = compare.match(source, template, layouts={"a.weight": "same"})
+    one = compare.save_checkpoint(tmp_path / "a.pth", source)
+    variables = compare.torch_to_linen(source, template, mapping=false)
+    two = compare.save_checkpoint(tmp_path / "b.msgpack", variables, mapping=false)
+    comparison = compare_checkpoints(one, two, mapping=true)
+    assert comparison.claims == (str(two),)
+    claims = [each.what for each in comparison.differences if "claims" in each.what]
+    assert claims == [f"{two} claims a.weight (same); it is a.weight (transposed)"]
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_an_entry_on_one_side_only_is_named_in_both_orders(is_turned: bool, tmp_path: Path) -> None:
+    source = {"a.weight": torch.rand(4, 3), "a.bias": torch.zeros(4)}
+    kernel = jnp.asarray(source["a.weight"].T.numpy())
+    variables = {"params": {"a": {"kernel": kernel, "bias": jnp.zeros(4)}, "b": {"bias": kernel}}}
+    sides = [
+        compare.save_checkpoint(tmp_path / "a.pth", source),
+        compare.save_checkpoint(tmp_path / "b.msgpack", variables),
+    ]
+    one, two = sides[::-1] if is_turned else sides
+    (difference,) = compare.verify_checkpoint(one, two)
+    assert difference.name == "params/b/bias" and "has no counterpart" in difference.what
+
+
+def test_what_is_on_one_side_is_said_of_that_side(tmp_path: Path) -> None:
+    linen, model, mappings = linen_and_nnx(tmp_path)
+    comparison = compare_checkpoints(linen, model, mapping=mappings, dtype="bfloat16")
+    whats = {difference.what for difference in comparison.differences}
+    assert whats == {
+        "is bfloat16 (4, 3) in the source, float32 (4, 3) in the target",
+        "is bfloat16 (4,) in the source, float32 (4,) in the target",
+    }

@@ -331,6 +331,13 @@ def test_what_a_refusal_advises_works() -> None:
     assert len(compare.match(layer.state_dict(), template).rows) == 4
 
 
+def test_a_lazy_layer_is_asked_for_its_values_alone() -> None:
+    layer = torch.nn.LazyInstanceNorm2d(affine=True, track_running_stats=True)
+    with pytest.raises(ConversionError, match="a lazy layer has no values yet") as caught:
+        compare.match(layer, {"params": {}})
+    assert "has no counterpart in Flax" not in str(caught.value)
+
+
 @pytest.mark.parametrize("layer", [torch.nn.GELU(), torch.nn.LocalResponseNorm(2)])
 def test_a_layer_without_state_is_not_looked_at(layer: torch.nn.Module) -> None:
     assert compare.match(torch.nn.Sequential(layer), {"params": {}}).rows == ()
@@ -363,6 +370,60 @@ def test_the_hidden_bias_that_nnx_lacks_is_refused_unless_zero() -> None:
         ConversionError, match="bias_hh: part 2 of 3 is not zero, and Flax adds nothing there"
     ):
         compare.torch_to_nnx(cell, model, mapping=mapping)
+
+
+def test_each_layout_is_what_its_table_says() -> None:
+    there = np.arange(2 * 3 * 5 * 7)
+    conv, heads = there.reshape(2, 3, 5, 7), there.reshape(6, 35)
+    expected = {
+        ("same", conv.shape): (conv, conv),
+        ("transposed", (35, 6)): (heads, heads.T),
+        ("conv", (5, 7, 3, 2)): (conv, np.einsum("oihw->hwio", conv)),
+        ("conv_transpose", (5, 7, 2, 3)): (
+            conv,
+            np.einsum("iohw->hwio", conv)[::-1, ::-1],
+        ),
+        ("heads_in", (35, 2, 3)): (heads, np.einsum("hde->ehd", heads.reshape(2, 3, 35))),
+        ("heads_out", (5, 7, 6)): (heads, np.einsum("ehd->hde", heads.reshape(6, 5, 7))),
+        ("heads_bias", (6, 35)): (there, heads),
+        ("scalar", ()): (there[:1], there[0]),
+        ("flatten:5,7,3", (105, 2)): (
+            there.reshape(2, 105),
+            np.einsum("ochw->hwco", there.reshape(2, 5, 7, 3)).reshape(105, 2),
+        ),
+        ("permuted:2,0,1", (5, 2, 21)): (
+            there.reshape(2, 21, 5),
+            there.reshape(2, 21, 5).transpose(2, 0, 1),
+        ),
+    }
+    for (name, shape), (in_torch, in_flax) in expected.items():
+        chosen = layout(name, shape)
+        assert chosen.torch_shape == in_torch.shape, name
+        assert np.array_equal(to_flax(chosen, in_torch), in_flax), name
+        assert np.array_equal(to_torch(chosen, np.asarray(in_flax)), in_torch), name
+    assert {name.partition(":")[0] for name, _ in expected} == {
+        name.partition(":")[0] for name in ALL
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("scalar", (1,)),
+        ("heads_bias", (2, 3, 4)),
+        ("heads_in", (2, 3)),
+        ("heads_out", (2, 3)),
+        ("transposed", (2, 3, 4)),
+        ("conv", (2, 3)),
+        ("conv_transpose", (2, 3, 4, 5, 6, 7)),
+        ("permuted:0,1", (2, 3, 4)),
+        ("permuted:0,0", (2, 3)),
+        ("flatten:2,3", (5, 2)),
+    ],
+)
+def test_a_layout_of_another_rank_is_refused(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"the layout .* needs an array"):
+        layout(name, shape)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -4,7 +4,6 @@ import ast
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -32,7 +31,7 @@ def attend(queries: "float 3", keys, scale=True):
 
 def mutants() -> dict[str, str]:
     found = mechanical_mutants("a.py", SOURCE)
-    return {mutant.name.removeprefix("a.py "): mutant.source for mutant in found}
+    return {mutant.name.removeprefix("a.py "): mutant.source() for mutant in found}
 
 
 def test_every_kind_of_change_is_made() -> None:
@@ -76,10 +75,13 @@ def test_each_mutant_is_another_program() -> None:
 def test_each_statement_is_drawn_before_any_is_drawn_again() -> None:
     everything = list(mechanical_mutants("a.py", SOURCE))
     statements = {mutant.lines for mutant in everything}
-    few = drawn(everything, len(statements), np.random.default_rng(0))
+    few = drawn(everything, len(statements), 0)
     assert {mutant.lines for mutant in few} == statements
-    assert drawn(everything, len(everything), np.random.default_rng(0)) == everything
-    assert few != drawn(everything, len(statements), np.random.default_rng(1))
+    assert drawn(everything, len(everything), 0) == everything
+    assert few != drawn(everything, len(statements), 1)
+    longer = list(mechanical_mutants("a.py", f"{SOURCE}\nmore = 3\n"))
+    names = {mutant.name for mutant in drawn(longer, len(statements) + 1, 0)}
+    assert {mutant.name for mutant in few} < names, "a statement elsewhere changed the draw"
 
 
 def test_the_quick_tests_and_those_that_killed_come_first() -> None:

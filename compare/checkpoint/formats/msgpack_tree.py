@@ -173,7 +173,7 @@ class TreeReader:
 
     def _other(self, first: int) -> Any:
         if first in (0xC2, 0xC3):
-            return first == 0xC3
+            return Other("bool")
         if first == 0xC0:
             return Other("NoneType")
         if first in _NUMBERS:

@@ -154,13 +154,7 @@ def write(path: Path, tensors: Tensors, rules: Rules = NO_RULES) -> None:
             chunk_bytes = None if tensors.in_memory else _CHUNK_BYTES
             save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), tree)
             args = ocp.args.PyTreeSave(tree, save_args=save_args)
-            _in_a_thread(
-                checkpointer.save,
-                folder.absolute(),
-                args=args,
-                force=True,
-                custom_metadata={KEY: ""},
-            )
+            _in_a_thread(checkpointer.save, folder.absolute(), args=args, force=True)
         manifest = manifest_of(tensors).with_checksums(
             {key: leaf.checksum for key, leaf in leaves.items()}
         )

@@ -255,7 +255,7 @@ class _Machine:
         if type(pid) is not tuple or len(pid) not in (5, 6):
             raise UnsafePickleError("a storage of another kind")
         word, dtype, key, _, numel, *view = pid
-        if type(word) is not str or word != "storage" or type(dtype) is not Dtype:
+        if word != "storage" or type(dtype) is not Dtype:
             raise UnsafePickleError("a storage of another kind")
         if view and view[0] is not None:
             raise UnsafePickleError("a view of a storage")
