@@ -100,7 +100,7 @@ def test_the_records_are_of_the_code() -> None:
         for block in planted["blocks"]
         if isinstance(block, dict) and isinstance(block["rows"], dict)
     )
-    current = {f"{mutant.name} ({mutant.implementation})" for mutant in MUTANTS}
+    current = {f"{mutant.name} ({mutant.implementation})" for mutant in (*MUTANTS, *READERS)}
     assert set(grid["rows"]) == current, (
         "the record has different planted bugs; run `compare mutants --json`"
     )
