@@ -43,6 +43,7 @@ def load_checkpoint(
     *,
     mapping: StateMapping | None = None,
     policy: Mapping[str, Policy] | None = None,
+    prefix: str = "",
     cast: bool = False,
     memory: int | None = None,
 ) -> Module: ...
@@ -53,6 +54,7 @@ def load_checkpoint(
     *,
     mapping: StateMapping | None = None,
     policy: Mapping[str, Policy] | None = None,
+    prefix: str = "",
     cast: bool = False,
     memory: int | None = None,
 ) -> Variables: ...
@@ -62,6 +64,7 @@ def load_checkpoint(
     *,
     mapping: StateMapping | None = None,
     policy: Mapping[str, Policy] | None = None,
+    prefix: str = "",
     cast: bool = False,
     memory: int | None = None,
 ) -> Any:
@@ -79,6 +82,8 @@ def load_checkpoint(
         policy: patterns of names to what happens if one side lacks the entry. `ignore`: the target
             keeps its own value, and a value of the file is dropped. `verify`: the same, but only if
             the value is the standard causal mask.
+        prefix: what the names of a torch file begin with and the target's do not: "module." for a
+            file of DataParallel.
         cast: whether floating values may be cast to the target's dtype, and int32 to torch's int64.
             A buffer, which may be a mask, keeps its values: in Flax it keeps the dtype of the file,
             and in torch it is refused if a value would change.
@@ -121,11 +126,13 @@ def load_checkpoint(
             )
 
     def prepare(stored: Reader) -> Callable[[], Any]:
+        if prefix:
+            _require_prefix(stored, prefix, mapping)
         try:
             if isinstance(target, torch.nn.Module):
-                return _into_torch(stored, target, mapping, policy or {}, cast)
+                return _into_torch(stored, target, mapping, policy or {}, prefix, cast)
             if stored.layout == "torch":
-                return _torch_into_flax(stored, target, mapping, policy or {}, cast)
+                return _torch_into_flax(stored, target, mapping, policy or {}, prefix, cast)
             return _flax_into_flax(stored, target, policy or {}, cast)
         except ConversionError as error:
             reason = "does not fit the target; nothing was loaded"
@@ -236,6 +243,25 @@ def _snapshot(path: Path) -> Snapshot:
     return Snapshot.of(parts)
 
 
+def _require_prefix(stored: Reader, prefix: str, mapping: StateMapping | None) -> None:
+    """Raise CheckpointError if a prefix has no effect."""
+    names = [str(key[0]) for key in (*stored.specs, *stored.aliases)]
+    if mapping is not None or stored.layout != "torch":
+        reason = "prefix has no effect beside a mapping, and for a file in Flax's layout"
+    elif not any(name.startswith(prefix) for name in names):
+        reason = f"no name in it begins with {prefix!r}"
+    else:
+        return
+    raise CheckpointError(
+        stored.path,
+        reason,
+        expected="no prefix",
+        found=f"prefix={prefix!r}",
+        mend="leave it out",
+        is_usage=True,
+    )
+
+
 class _Named(NamedTuple):
     """A tensor of a file whose values are not read yet. Tied names have the same `memory`."""
 
@@ -259,6 +285,7 @@ def _into_torch(
     module: torch.nn.Module,
     mapping: StateMapping | None,
     policy: Mapping[str, Policy],
+    prefix: str,
     cast: bool,
 ) -> Callable[[], torch.nn.Module]:
     stored.mapped = True  # the values are copied into the module
@@ -278,11 +305,13 @@ def _into_torch(
         tensors = relaid(stored.path, stored.tensors(), table)
     left = tensors.mapping.left_policies() if tensors.mapping else {}
     first_names = {key: key for key in tensors.specs} | dict(tensors.aliases)
-    specs = {str(key[0]): tensors.specs[first] for key, first in first_names.items()}
-    kinds = {str(key[0]): tensors.kinds.get(first, "unknown") for key, first in first_names.items()}
+    names = {key: str(key[0]).removeprefix(prefix) for key in first_names}
+    specs = {names[key]: tensors.specs[first] for key, first in first_names.items()}
+    kinds = {names[key]: tensors.kinds.get(first, "unknown") for key, first in first_names.items()}
     dropped = require_fit(module, specs, kinds, policy, left, cast)
     if stored.layout == "torch":
-        state = _state(stored.read(), stored.aliases)
+        read = _state(stored.read(), stored.aliases)
+        state = {key.removeprefix(prefix): tensor for key, tensor in read.items()}
     else:
         state = _whole_state(stored, tensors)
     state = {key: tensor for key, tensor in state.items() if key not in dropped}
@@ -301,12 +330,15 @@ def _torch_into_flax(
     target: Any,
     mapping: StateMapping | None,
     policy: Mapping[str, Policy],
+    prefix: str,
     cast: bool,
 ) -> Callable[[], Any]:
     side, names = flax_side(target), named(stored)
-    table = mapping or _stored_mapping(stored, side.kind)
+    table = mapping or (None if prefix else _stored_mapping(stored, side.kind))
     table = (
-        allowing(table, names, side.leaves, policy) if table else match(names, side, policy=policy)
+        allowing(table, names, side.leaves, policy)
+        if table
+        else match(names, side, policy=policy, prefix=prefix)
     )
     # This checks names and shapes; no values are read from a file that does not fit.
     relaid(stored.path, stored.tensors(), table)

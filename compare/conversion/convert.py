@@ -23,6 +23,7 @@ from .errors import ConversionError, Mismatch
 from .mapping import LINEN, NNX, KeyPath, StateMapping
 from .match import pair
 from .state_kinds import SAVED, FlaxSide, flax_side, linen_entries, linen_kind
+from .wrappers import without_wrapper
 
 StateDict = dict[str, Tensor]
 Variables = dict[str, Any]
@@ -36,6 +37,7 @@ def torch_to_linen(
     template: Mapping[str, Any],
     *,
     mapping: StateMapping | None = None,
+    prefix: str = "",
     copy: bool = True,
     strict: Literal[True] = True,
 ) -> Variables: ...
@@ -45,6 +47,7 @@ def torch_to_linen(
     template: Mapping[str, Any],
     *,
     mapping: StateMapping | None = None,
+    prefix: str = "",
     copy: bool = True,
     strict: Literal[False],
 ) -> tuple[Variables, Mismatch]: ...
@@ -53,6 +56,7 @@ def torch_to_linen(
     template: Mapping[str, Any],
     *,
     mapping: StateMapping | None = None,
+    prefix: str = "",
     copy: bool = True,
     strict: bool = True,
 ) -> Variables | tuple[Variables, Mismatch]:
@@ -64,6 +68,7 @@ def torch_to_linen(
             entries to return. If its arrays are committed or have a sharding, the result is placed
             on the same devices.
         mapping: how torch and Flax names pair. Default: what `compare.match` finds.
+        prefix: without a mapping, what the torch names begin with and the Flax names do not.
         copy: False shares memory with the torch tensors (see `compare.conversion.tensors.to_jax`):
             editing a tensor in place then changes the "immutable" JAX array.
         strict: False converts what fits. Other entries keep the template's value, or are left out
@@ -79,7 +84,7 @@ def torch_to_linen(
     """
     leaves = _linen_leaves(template)
     side = flax_side(template)
-    arrays, mismatch = _to_flax(source, side, mapping, copy)
+    arrays, mismatch = _to_flax(source, side, mapping, prefix, copy)
     if mismatch and strict:
         raise ConversionError(mismatch, has_strict=True)
     kept = {
@@ -95,6 +100,7 @@ def torch_to_nnx(
     model: Model,
     *,
     mapping: StateMapping | None = None,
+    prefix: str = "",
     copy: bool = True,
     strict: Literal[True] = True,
 ) -> Model: ...
@@ -104,6 +110,7 @@ def torch_to_nnx(
     model: Model,
     *,
     mapping: StateMapping | None = None,
+    prefix: str = "",
     copy: bool = True,
     strict: Literal[False],
 ) -> tuple[Model, Mismatch]: ...
@@ -112,6 +119,7 @@ def torch_to_nnx(
     model: Model,
     *,
     mapping: StateMapping | None = None,
+    prefix: str = "",
     copy: bool = True,
     strict: bool = True,
 ) -> Model | tuple[Model, Mismatch]:
@@ -126,6 +134,7 @@ def torch_to_nnx(
             filled; random streams and plain arrays stay abstract, so build a real model to train
             it.
         mapping: how torch and Flax names pair. Default: what `compare.match` finds.
+        prefix: without a mapping, what the torch names begin with and the Flax names do not.
         copy: False shares memory with the torch tensors (see `compare.conversion.tensors.to_jax`).
         strict: False converts what fits and leaves the rest of the model as it was.
 
@@ -138,7 +147,7 @@ def torch_to_nnx(
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected an nnx.Module")
-    arrays, mismatch = _to_flax(source, flax_side(model), mapping, copy)
+    arrays, mismatch = _to_flax(source, flax_side(model), mapping, prefix, copy)
     if mismatch and strict:
         raise ConversionError(mismatch, has_strict=True)
     with uninterrupted():
@@ -249,11 +258,11 @@ def nnx_to_torch(
     return state if strict else (state, mismatch)
 
 
-def _state_dict(source: Source) -> Mapping[str, Any]:
+def _state_dict(source: Source, mapping: StateMapping | None) -> Mapping[str, Any]:
     if isinstance(source, type):
         raise TypeError(f"source is the class {source.__name__}; give an instance of it")
     if isinstance(source, torch.nn.Module):
-        return source.state_dict()
+        return without_wrapper(source, mapping.by_key if mapping else ()).state_dict()
     if isinstance(source, Mapping):
         return source
     raise TypeError(
@@ -271,13 +280,15 @@ def _linen_leaves(variables: Mapping[str, Any]) -> dict[KeyPath, Any]:
 
 
 def _to_flax(
-    source: Source, side: FlaxSide, mapping: StateMapping | None, copy: bool
+    source: Source, side: FlaxSide, mapping: StateMapping | None, prefix: str, copy: bool
 ) -> tuple[dict[KeyPath, jax.Array], Mismatch]:
-    tensors = _state_dict(source)
+    tensors = _state_dict(source, mapping)
     if mapping is not None:
+        if prefix:
+            raise ValueError("prefix has no effect beside mapping: give it to compare.match")
         _require_api(mapping, side.kind)
         return flax_from_torch(tensors, side.leaves, mapping, copy)
-    matched, unpaired = pair(source, side)
+    matched, unpaired = pair(source, side, prefix=prefix)
     arrays, mismatch = flax_from_torch(tensors, side.leaves, matched, copy)
     already_listed = {entry.name for entry in (*unpaired.refused, *unpaired.misshaped)}
     refused = tuple(entry for entry in mismatch.refused if entry.name not in already_listed)

@@ -8,6 +8,7 @@ from os import PathLike
 from ..files.errors import FileError
 from ..files.printable import readable, shown
 from .suggest import Nearest
+from .wrappers import common_prefix
 
 Shape = tuple[int, ...]
 
@@ -67,6 +68,13 @@ class Mismatch:
         )
         return Mismatch(missing, extra, shapes, self.refused)
 
+    @property
+    def prefix(self) -> str:
+        """What all unexpected names begin with, if they are the missing ones without it."""
+        return common_prefix(
+            [entry.name for entry in self.unexpected], [entry.name for entry in self.missing]
+        )
+
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.misshaped or self.refused)
 
@@ -76,13 +84,19 @@ class Mismatch:
     @cached_property
     def _text(self) -> str:
         nearest = Nearest(entry.name for entry in self.missing)
+        prefix = self.prefix
         groups = (
-            (self.missing, _missing),
-            (self.unexpected, lambda entry: _unexpected(entry, nearest)),
+            (() if prefix else self.missing, _missing),
+            (() if prefix else self.unexpected, lambda entry: _unexpected(entry, nearest)),
             (self.misshaped, _misshaped),
             (self.refused, _refused),
         )
         lines: list[str] = []
+        if prefix:
+            lines.append(
+                f"+ unexpected {shown(prefix)}*: {len(self.unexpected):,} names begin so, and the "
+                f"target's do not: pass prefix={prefix!r}"
+            )
         for entries, describe in groups:
             lines += [describe(entry) for entry in entries[:MAX_LINES]]
             if len(entries) > MAX_LINES:
@@ -145,26 +159,15 @@ def next_step(mismatch: Mismatch, *, is_torch: bool = True) -> str:
         old, new = (
             [entry.name for entry in group] for group in (mismatch.unexpected, mismatch.missing)
         )
-        prefix = _common_prefix(old, new)
-        if prefix and not is_torch:
-            rename = f"rename={{'{prefix}.*': '*'}}"
-            match = f"compare.match(compare.read_checkpoint(path), target, {rename})"
-            return f"the file has a prefix: pass mapping={match}"
-        if prefix and prefix.isidentifier():
-            wrapper = f"torch.nn.Module(); wrapper.add_module({prefix!r}, module)"
-            return f"the file has a prefix: load it into wrapper = {wrapper}"
-        if is_torch and (prefix := _common_prefix(new, old)):
-            return f"the target has a prefix: load it into module.get_submodule({prefix!r})"
+        if prefix := common_prefix(old, new):
+            return f"the file has a prefix: pass prefix={prefix!r}"
+        if is_torch and (prefix := common_prefix(new, old)):
+            path = prefix.removesuffix(".")
+            return f"the target has a prefix: load it into module.get_submodule({path!r})"
     entry = (*mismatch.missing, *mismatch.unexpected)[0]
     effect = "keeps the target's own value" if mismatch.missing else "leaves it out"
     policy = f"policy={{{glob.escape(entry.policy_name)!r}: 'ignore'}}"
     return f"build the target as it was saved; {policy} {effect}"
-
-
-def _common_prefix(longer: list[str], shorter: list[str]) -> str:
-    """Return the first step that all longer names have before the shorter ones, or nothing."""
-    prefix = longer[0].partition(".")[0]
-    return prefix if {f"{prefix}.{name}" for name in shorter} == {*longer} else ""
 
 
 class ConversionError(ValueError):

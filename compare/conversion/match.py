@@ -25,6 +25,7 @@ from .stated import Difference, differences, embedding_differences, linen_layers
 from .suggest import MAX_SUGGESTIONS, Nearest, collection_hint, rename_hint
 from .tensors import UNINITIALIZED, Untransferable, is_uninitialized, shape_of
 from .unmatched import host_values, refill_of
+from .wrappers import without_wrapper
 
 # The names that a torch leaf may have in Flax.
 LEAVES = {
@@ -45,6 +46,7 @@ def match(
     rename: Mapping[str, str] | None = None,
     layouts: Mapping[str, str] | None = None,
     policy: Mapping[str, Policy] | None = None,
+    prefix: str = "",
     module: linen.Module | None = None,
     inputs: Any = None,
 ) -> StateMapping:
@@ -65,6 +67,8 @@ def match(
             side only: `ignore`, `verify` (allow it only if it is the causal mask) or `refuse`, the
             default. GPT-2's `attn.bias` and `attn.masked_bias` are verified by default. Likewise
             for what two layers say differently: `{"conv.padding": "ignore"}` allows it.
+        prefix: what the torch names begin with and the Flax names do not: "module." for a state
+            dict of DataParallel. Rules of `rename` see the names without it.
         module: the Linen module of the variables, so that its layers can be compared with torch's.
             An NNX model needs none.
         inputs: with `module`, the arguments of its call: a tuple, or a dict of keywords.
@@ -90,7 +94,9 @@ def match(
             )
         side = side._replace(layers=linen_layers(module, inputs))
     with collector_paused():
-        mapping, mismatch = pair(source, side, rename=rename, layouts=layouts, policy=policy)
+        mapping, mismatch = pair(
+            source, side, rename=rename, layouts=layouts, policy=policy, prefix=prefix
+        )
         if mismatch:
             raise ConversionError(mismatch, collection_hint(template) + _advice(mismatch))
     return mapping
@@ -112,9 +118,10 @@ def pair(
     rename: Mapping[str, str] | None = None,
     layouts: Mapping[str, str] | None = None,
     policy: Mapping[str, Policy] | None = None,
+    prefix: str = "",
 ) -> tuple[StateMapping, Mismatch]:
     """Return the mapping and the list of what does not fit. The arguments are those of `match`."""
-    matcher = _Matcher(source, template, rename or {}, layouts or {}, policy or {})
+    matcher = _Matcher(source, template, rename or {}, layouts or {}, policy or {}, prefix)
     matcher.refuse_unreadable()
     matcher.refuse_layers()
     matcher.pair_compound_layers()
@@ -138,9 +145,12 @@ class _Matcher:
         rename: Mapping[str, str],
         layouts: Mapping[str, str],
         policy: Mapping[str, Policy],
+        prefix: str,
     ) -> None:
         if isinstance(source, type):
             raise TypeError(f"source is the class {source.__name__}; give an instance of it")
+        if isinstance(source, torch.nn.Module):
+            source = without_wrapper(source, (*rename, *layouts, *policy, prefix))
         self.flax = flax_side(template)
         self.tensors: dict[str, Any] = (
             source.state_dict(keep_vars=True)
@@ -163,8 +173,8 @@ class _Matcher:
         self.refused = [_unnamed(key) for key in unnamed]
         for key in unnamed:
             del self.tensors[key]
-        self.names, unused_names = _renamed(self.tensors, rename)
-        self.layer_names, _ = _renamed(self.layers, rename)
+        self.names, unused_names = _renamed(self.tensors, rename, prefix)
+        self.layer_names, _ = _renamed(self.layers, rename, prefix)
         self.trained_differently: list[str] = []
         self.layouts, unused_layouts = _chosen_layouts(self.tensors, layouts)
         self.rules = layouts
@@ -477,7 +487,7 @@ def _unnamed(key: Any) -> MismatchEntry:
 
 
 def _renamed(
-    tensors: Iterable[str], rename: Mapping[str, str]
+    tensors: Iterable[str], rename: Mapping[str, str], prefix: str
 ) -> tuple[dict[str, str], list[MismatchEntry]]:
     """Return the dotted Flax name of every torch key, and an entry for each unused rule."""
     too_many = [
@@ -486,7 +496,7 @@ def _renamed(
         if any(step.count("*") > _MAX_STARS for step in old.split("."))
     ]
     if too_many:
-        return {key: key for key in tensors}, too_many
+        return {key: key.removeprefix(prefix) for key in tensors}, too_many
     rules = sorted(
         rename.items(), key=lambda rule: (-rule[0].count("."), rule[0].count("*"), -len(rule[0]))
     )
@@ -496,17 +506,22 @@ def _renamed(
     ]
     names, used = {}, set()
     for key in tensors:
-        names[key] = key
+        bare = key.removeprefix(prefix)
+        names[key] = bare
         for pattern, old, new in patterns:
-            if prefix := pattern.match(key):
+            if found := pattern.match(bare):
                 used.add(old)
-                names[key] = _filled(new, prefix.groups()) + key[prefix.end() :]
+                rest = bare[found.end() :]
+                names[key] = _filled(new, found.groups()) + rest if new else rest.removeprefix(".")
                 break
+    is_unused = prefix and not any(key.startswith(prefix) for key in tensors)
     unused = [
         MismatchEntry(old, "", reason=f"renames to {new}, with another number of *")
         for old, new in rename.items()
         if old.count("*") != new.count("*")
     ]
+    if is_unused and names:
+        unused.append(MismatchEntry(prefix, "", reason="no torch name begins with this prefix"))
     nearest = Nearest(tensors, cutoff=0.5)
     unused += [
         MismatchEntry(old, "", reason=_with_nearest("this rename rule fits no key", old, nearest))
