@@ -907,7 +907,7 @@ STATE = [
                 tensors.update({f"module.{key}": tensors.pop(key)}) for key in list(tensors)
             ],
         ),
-        r"unexpected module.W_key.weight .*did you mean W_key.weight",
+        r"unexpected module\.\*: 4 names begin so.*pass prefix='module\.'",
     ),
     Fault(
         "case",

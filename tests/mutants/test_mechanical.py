@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from compare.cli import app
-from compare.commands import mechanical
+from compare.commands import mechanical, mechanical_copies
 from compare.commands.mechanical import ROOT, TEST_SECONDS, LinesOfTests, drawn, marks, python_files
 from compare.mutants.mechanical import mechanical_mutants
 
@@ -115,14 +115,15 @@ def test_a_run_names_what_survives(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     pytest.importorskip("coverage")
     file = Path("compare/conversion/suggest.py")
     before = (ROOT / file).read_bytes()
+    monkeypatch.setattr(mechanical_copies, "WORKERS", 1)
     monkeypatch.setattr(mechanical, "test_folders", lambda _: ["tests/conversion/test_suggest.py"])
     everything = list(mechanical_mutants(str(file), before.decode()))
     monkeypatch.setattr(mechanical, "marks", lambda: {everything[0].name: "as a trial"})
-    monkeypatch.setattr(mechanical, "drawn", lambda mutants, *_: [*mutants[:4], mutants[-1]])
+    monkeypatch.setattr(mechanical, "drawn", lambda mutants, *_: [*mutants[:2], mutants[-1]])
     (section,) = sections_of(mechanical.sections([ROOT / file], draw=5))
     counts: Any = section.blocks[1]
     ((name, mutants, killed, marked, _),) = counts.rows
-    assert (name, mutants, marked) == (str(file), 5, 1) and killed >= 3
+    assert (name, mutants, marked) == (str(file), 3, 1) and killed >= 2
     (check,) = section.checks
     assert check.implementation == "compare" and "killed although marked" in check.measured
     assert (ROOT / file).read_bytes() == before

@@ -19,15 +19,16 @@ from ..support import sections_of
 
 
 def planted_here() -> list[Mutant]:
-    """One of each of our bugs, in each framework in turn; the record has all."""
+    """Every third of our bugs, in each framework in turn; the record has all."""
     by_name: dict[str, list[Mutant]] = {}
     for mutant in MUTANTS:
         by_name.setdefault(mutant.name, []).append(mutant)
-    return [of_name[index % len(of_name)] for index, of_name in enumerate(by_name.values())]
+    drawn = list(by_name.values())[::3]
+    return [of_name[index % len(of_name)] for index, of_name in enumerate(drawn)]
 
 
-def seen_by() -> dict[str, list[str]]:
-    """The checks that caught each bug according to the record, the quickest first."""
+def seen_by() -> dict[str, str]:
+    """The first check that caught each bug, according to the record."""
     record = json.loads(
         files("compare").joinpath("records/mutants-cpu.json").read_text(encoding="utf-8")
     )
@@ -36,12 +37,14 @@ def seen_by() -> dict[str, list[str]]:
         for block in record["sections"][-1]["blocks"]
         if "planted bugs and checks" in str(block).lower()
     )
-    # A check has no number if it did not run because another had already caught the bug.
-    rows = {name: [float(cell or 0.0) for cell in row] for name, row in grid["rows"].items()}
-    ratios = {name: dict(zip(grid["columns"], row, strict=True)) for name, row in rows.items()}
+    # A check has no number if it did not run because another had already caught the bug. The last
+    # that ran caught it, by a number or by an exception.
+    rows = {
+        name: dict(zip(grid["columns"], row, strict=True)) for name, row in grid["rows"].items()
+    }
     return {
-        name: [check for check in QUICKEST_FIRST if row.get(check, 0.0) > 1.0]
-        for name, row in ratios.items()
+        name: [check for check in QUICKEST_FIRST if row.get(check) is not None][-1]
+        for name, row in rows.items()
     }
 
 
@@ -63,11 +66,11 @@ def test_every_pattern_matches_its_module() -> None:
 )
 @pytest.mark.slow
 def test_a_check_sees_it(mutant: Mutant) -> None:
-    check = SEEN_BY[f"{mutant.name} ({mutant.implementation})"][0]
+    check = SEEN_BY[f"{mutant.name} ({mutant.implementation})"]
     assert judge(mutant, [check], first=True).caught_by == [check]
 
 
-@pytest.mark.parametrize("mutant", READERS[::40], ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", READERS[::90], ids=lambda mutant: mutant.name)
 @pytest.mark.slow
 def test_a_check_sees_a_readers_bug(mutant: Mutant) -> None:
     assert judge(mutant, first=True).caught_by
