@@ -56,6 +56,11 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.dist = "worksteal"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest test, so that no worker waits for it at the end."""
+    items.sort(key=lambda item: item.name != "test_the_main_job")
+
+
 def pytest_report_header() -> str:
     packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     processor = ", ".join(machine().values())

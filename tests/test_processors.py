@@ -89,9 +89,9 @@ def test_the_lowest_of_all() -> None:
         "tests/modules/test_fused.py",
         "tests/modules/test_closed_rows.py",
         "-k",
-        "lower_precision or finite or leaking",
+        "lower_precision or test_what_is_not_finite or leaking",
     )
-    assert int(re.findall(r"(\d+) passed", last)[0]) > 90
+    assert int(re.findall(r"(\d+) passed", last)[0]) > 40
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ def test_it_holds(name: Framework, check: str, trial: cases.Trial, device: str) 
 
 
 @pytest.mark.slow
+@pytest.mark.again
 def test_torch_compile_computes_the_same(device: str) -> None:
     finding = compiled_by_torch(TRIALS[0], device)
     assert finding.held, finding

@@ -244,6 +244,7 @@ def test_what_bench_misses_ends_with_1(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
+@pytest.mark.again
 def test_bench_prints_ratios(tmp_path: Path) -> None:
     arguments = ["--megabytes", "1", "--rounds", "1", "--json", str(tmp_path / "report.json")]
     code, printed = run("bench", "checkpoints", *arguments)

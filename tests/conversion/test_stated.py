@@ -65,7 +65,7 @@ def x64() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.usefixtures("x64")
 @pytest.mark.slow
 def test_convolutions(seed: int, rank: int) -> None:
@@ -96,7 +96,7 @@ def test_convolutions(seed: int, rank: int) -> None:
     assert (not stated(module, model)) == is_same(module, model, rank)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.usefixtures("x64")
 @pytest.mark.slow
 def test_transposed_convolutions(seed: int) -> None:
