@@ -34,6 +34,7 @@ from .transforms import cast_array, relaid
 Module = TypeVar("Module", bound=torch.nn.Module | nnx.Module)
 Result = TypeVar("Result")
 _MAX_TRIES = 20
+_MATCH = "compare.match(module, template)"
 
 
 @overload
@@ -179,7 +180,7 @@ def read_checkpoint(
             if not error.mismatch or mapping or stored.mapping:
                 raise
             reason = "does not contain the variables of the attention classes"
-            mend = "pass mapping=compare.match(module, template)"
+            mend = f"pass mapping={_MATCH}"
             raise CheckpointError.unfit(path, reason, error.mismatch, mend) from error
 
     return steady(path, read, memory)
@@ -244,8 +245,20 @@ def _snapshot(path: Path) -> Snapshot:
 
 
 def _require_prefix(stored: Reader, prefix: str, mapping: StateMapping | None) -> None:
-    """Raise CheckpointError if a prefix has no effect."""
+    """Raise CheckpointError if a prefix has no effect, or makes one name of two."""
     names = [str(key[0]) for key in (*stored.specs, *stored.aliases)]
+    both = {prefix + name for name in names} & {*names}
+    if both and mapping is None and stored.layout == "torch":
+        name = min(both)
+        raise CheckpointError(
+            stored.path,
+            f"has {shown(name)} and {shown(name.removeprefix(prefix))}, which would be one",
+            key=name,
+            expected="names that differ without the prefix",
+            found="two names that are then the same",
+            mend=f"leave one out, or pass mapping={_MATCH}",
+            is_usage=True,
+        )
     if mapping is not None or stored.layout != "torch":
         reason = "prefix has no effect beside a mapping, and for a file in Flax's layout"
     elif not any(name.startswith(prefix) for name in names):

@@ -114,10 +114,10 @@ def refusal(layer: nn.Module) -> str | None:
     return None
 
 
-def flax_layouts(flax: FlaxSide) -> Mapping[tuple[str, ...], str]:
+def flax_layouts(layers: Mapping[tuple[str, ...], Any]) -> Mapping[tuple[str, ...], str]:
     """Return the layouts of the kernels whose layout depends on the type of the Flax layer."""
     layouts = {}
-    for path, layer in flax.layers.items():
+    for path, layer in layers.items():
         if isinstance(layer, nnx.ConvTranspose | linen.ConvTranspose):
             layouts[(*path, "kernel")] = "conv" if layer.transpose_kernel else "conv_transpose"
         elif isinstance(layer, nnx.Einsum | linen.Einsum):

@@ -92,7 +92,8 @@ def match(
                 "module: its layers exist only when it is called: give inputs=(…,), as its call "
                 "takes them"
             )
-        side = side._replace(layers=linen_layers(module, inputs))
+        layers = linen_layers(module, inputs)
+        side = side._replace(layers=lambda: layers)
     with collector_paused():
         mapping, mismatch = pair(
             source, side, rename=rename, layouts=layouts, policy=policy, prefix=prefix
@@ -127,7 +128,6 @@ def pair(
     matcher.pair_compound_layers()
     matcher.pair_by_name()
     matcher.drop_repeated_paths()
-    matcher.compare_heads()
     matcher.pair_aliases()
     mapping, mismatch = matcher.settle()
     if matcher.trained_differently and not mismatch:
@@ -162,8 +162,13 @@ class _Matcher:
             key: tensor.kind for key, tensor in self.tensors.items() if hasattr(tensor, "kind")
         }
         if isinstance(source, torch.nn.Module):
-            self.kinds |= torch_kinds(source)
-        self.flax_layouts = flax_layouts(self.flax)
+            kinds = torch_kinds(source)
+            # A frozen parameter may pair with either kind, and is then of that kind.
+            self.kinds |= {
+                key: kind for key, kind in kinds.items() if not _is_frozen(self.tensors.get(key))
+            }
+        self.flax_layers = self.flax.layers()
+        self.flax_layouts = flax_layouts(self.flax_layers)
         self.policy = policy
         for name in layouts.values():
             known_layout(name)
@@ -173,8 +178,10 @@ class _Matcher:
         self.refused = [_unnamed(key) for key in unnamed]
         for key in unnamed:
             del self.tensors[key]
-        self.names, unused_names = _renamed(self.tensors, rename, prefix)
-        self.layer_names, _ = _renamed(self.layers, rename, prefix)
+        rules = _rules(rename)
+        self.names, used = _renamed(self.tensors, rules, prefix)
+        self.layer_names, _ = _renamed(self.layers, rules, prefix)
+        unused_names = _unused_names(self.tensors, rename, used, prefix)
         self.trained_differently: list[str] = []
         self.layouts, unused_layouts = _chosen_layouts(self.tensors, layouts)
         self.rules = layouts
@@ -244,11 +251,8 @@ class _Matcher:
         """
         flax_kind = self.flax.kinds[path]
         torch_kind = self.kinds.get(key, flax_kind)
-        is_frozen = _is_frozen(self.tensors[key])
-        if one_trained(torch_kind, flax_kind) and not is_frozen:
+        if one_trained(torch_kind, flax_kind):
             raise ValueError(_trained(torch_kind, flax_kind))
-        if is_frozen and flax_kind != "parameter":
-            torch_kind = "buffer"
         shape = tuple(self.flax.leaves[path].shape)
         layer = self.layers.get(key.rpartition(".")[0])
         if chosen := self.layouts.get(key):
@@ -273,15 +277,6 @@ class _Matcher:
                 self.refused.append(MismatchEntry(row.torch_key, row.place, reason=reason))
         self.rows = list(first_rows.values())
 
-    def compare_heads(self) -> None:
-        """Refuse attention whose number of heads differs: no shape in torch shows that number."""
-        for row in self.rows:
-            layer = self.layers.get(row.torch_key.rpartition(".")[0])
-            heads = layer.num_heads if isinstance(layer, torch.nn.MultiheadAttention) else None
-            if row.layout == "heads_in" and row.shape and heads not in (None, row.shape[1]):
-                reason = f"has {heads} heads in torch and {row.shape[1]} in Flax"
-                self.refused.append(MismatchEntry(row.torch_key, row.place, reason=reason))
-
     def pair_aliases(self) -> None:
         """Pair each key without a Flax path that shares its memory with a paired one."""
         rows_by_memory: dict[Any, Row] = {}
@@ -300,6 +295,7 @@ class _Matcher:
         """Apply the policy to entries without a counterpart, and list the remaining ones."""
         self.refuse_unused_layouts()
         used_rules: set[str] = set()
+        self._compare_heads(used_rules)
         self._compare_layers(used_rules)
         self._name_frozen(used_rules)
         unexpected = self._leave_torch_entries(used_rules)
@@ -326,6 +322,21 @@ class _Matcher:
         )
         return mapping, Mismatch(tuple(missing), entries, misshaped, tuple(self.refused))
 
+    def _compare_heads(self, used_rules: set[str]) -> None:
+        """Refuse attention whose number of heads differs: no shape in torch shows that number."""
+        rows = {row.torch_key: row for row in self.rows if row.layout == "heads_in" and row.shape}
+        for key, row in rows.items():
+            prefix = key.rpartition(".")[0]
+            layer = self.layers.get(prefix)
+            if not isinstance(layer, torch.nn.MultiheadAttention) or row.shape is None:
+                continue
+            name = ".".join(filter(None, (prefix, "num_heads")))
+            is_allowed = _decide(name, self.policy, used_rules) in ("ignore", "verify")
+            if layer.num_heads != row.shape[1] and not is_allowed:
+                reason = f"has {layer.num_heads} heads in torch and {row.shape[1]} in Flax"
+                mend = _allowing(name)
+                self.refused.append(MismatchEntry(key, row.place, reason=reason, mend=mend))
+
     def _compare_layers(self, used_rules: set[str]) -> None:
         """Refuse layers that compute something else, and keep what is trained in another way."""
         for prefix, place, found in self._layer_differences():
@@ -344,8 +355,9 @@ class _Matcher:
     def _layer_differences(self) -> Iterator[tuple[str, str, Difference]]:
         """Yield the name of the torch layer, the place of the Flax layer, and what differs."""
         for prefix, path in self._paired_layers():
-            for found in differences(self.layers[prefix], self.flax.layers[path]):
-                yield prefix, slashed(path), found
+            for found in differences(self.layers[prefix], self.flax_layers[path]):
+                if found.fact != "num_heads":  # the shapes show it, also where there is no layer
+                    yield prefix, slashed(path), found
         for row in self.rows:
             prefix = row.torch_key.rpartition(".")[0]
             layer = self.layers.get(prefix)
@@ -355,8 +367,6 @@ class _Matcher:
 
     def _paired_layers(self) -> Iterable[tuple[str, tuple[str, ...]]]:
         """Return the names of the layers that have the same name, or a tensor in common."""
-        if not self.flax.layers or not self.layers:
-            return []
         pairs = {
             (prefix, tuple(name.split(".")) if name else ())
             for prefix, name in self.layer_names.items()
@@ -369,7 +379,7 @@ class _Matcher:
         return sorted(
             (prefix, path)
             for prefix, path in pairs
-            if prefix in self.layers and path in self.flax.layers
+            if prefix in self.layers and path in self.flax_layers
         )
 
     def _name_frozen(self, used_rules: set[str]) -> None:
@@ -486,48 +496,66 @@ def _unnamed(key: Any) -> MismatchEntry:
     return MismatchEntry(repr(key), "", reason=reason)
 
 
-def _renamed(
-    tensors: Iterable[str], rename: Mapping[str, str], prefix: str
-) -> tuple[dict[str, str], list[MismatchEntry]]:
-    """Return the dotted Flax name of every torch key, and an entry for each unused rule."""
-    too_many = [
-        MismatchEntry(old, "", reason=f"has more than {_MAX_STARS} * between two dots")
-        for old in rename
-        if any(step.count("*") > _MAX_STARS for step in old.split("."))
-    ]
-    if too_many:
-        return {key: key.removeprefix(prefix) for key in tensors}, too_many
-    rules = sorted(
+_Rule = tuple[re.Pattern[str], str, str]  # what it fits, and the old and the new name
+
+
+def _rules(rename: Mapping[str, str]) -> list[_Rule]:
+    """Return the rename rules, those that win first; none if one has too many `*`."""
+    if _with_too_many_stars(rename):
+        return []
+    ordered = sorted(
         rename.items(), key=lambda rule: (-rule[0].count("."), rule[0].count("*"), -len(rule[0]))
     )
-    patterns = [
+    return [
         (re.compile(re.escape(old).replace(r"\*", r"([^.]+)") + r"(?=\.|$)"), old, new)
-        for old, new in rules
+        for old, new in ordered
     ]
-    names, used = {}, set()
-    for key in tensors:
-        bare = key.removeprefix(prefix)
-        names[key] = bare
-        for pattern, old, new in patterns:
+
+
+def _with_too_many_stars(rename: Mapping[str, str]) -> list[str]:
+    return [old for old in rename if any(step.count("*") > _MAX_STARS for step in old.split("."))]
+
+
+def _renamed(
+    names: Iterable[str], rules: Sequence[_Rule], prefix: str
+) -> tuple[dict[str, str], set[str]]:
+    """Return the dotted Flax name of every torch name, and the old names of the rules used."""
+    renamed, used = {}, set()
+    for name in names:
+        bare = name.removeprefix(prefix)
+        renamed[name] = bare
+        for pattern, old, new in rules:
             if found := pattern.match(bare):
                 used.add(old)
                 rest = bare[found.end() :]
-                names[key] = _filled(new, found.groups()) + rest if new else rest.removeprefix(".")
+                renamed[name] = (
+                    _filled(new, found.groups()) + rest if new else rest.removeprefix(".")
+                )
                 break
-    is_unused = prefix and not any(key.startswith(prefix) for key in tensors)
+    return renamed, used
+
+
+def _unused_names(
+    tensors: Iterable[str], rename: Mapping[str, str], used: set[str], prefix: str
+) -> list[MismatchEntry]:
+    """Return an entry for each rename rule that cannot be used or was not, and for the prefix."""
+    if too_many := _with_too_many_stars(rename):
+        reason = f"has more than {_MAX_STARS} * between two dots"
+        return [MismatchEntry(old, "", reason=reason) for old in too_many]
     unused = [
         MismatchEntry(old, "", reason=f"renames to {new}, with another number of *")
         for old, new in rename.items()
         if old.count("*") != new.count("*")
     ]
-    if is_unused and names:
+    keys = list(tensors)
+    if prefix and keys and not any(key.startswith(prefix) for key in keys):
         unused.append(MismatchEntry(prefix, "", reason="no torch name begins with this prefix"))
-    nearest = Nearest(tensors, cutoff=0.5)
+    nearest = Nearest(keys, cutoff=0.5)
     unused += [
         MismatchEntry(old, "", reason=_with_nearest("this rename rule fits no key", old, nearest))
         for old in rename.keys() - used
     ]
-    return names, unused
+    return unused
 
 
 def _filled(new: str, steps: Sequence[str]) -> str:

@@ -16,7 +16,8 @@ Sources: the PyTorch documentation of `Module.register_buffer`; Flax's guides on
 collections and on NNX filters.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -223,8 +224,8 @@ class FlaxSide(NamedTuple):
         kinds: the kind of state of each path.
         names: the names of each path as strings, without the collection.
         by_name: the paths of each dotted name, without the collection.
-        layers: the layers and functions of an NNX model, or of a Linen module, by path without the
-            collection, as strings. Variables and files have none.
+        layers: a function that returns the layers and functions of an NNX model, or of a Linen
+            module, by path without the collection, as strings. Variables and files have none.
     """
 
     kind: FlaxKind
@@ -232,7 +233,7 @@ class FlaxSide(NamedTuple):
     kinds: dict[KeyPath, str]
     names: dict[KeyPath, tuple[str, ...]]
     by_name: dict[str, list[KeyPath]]
-    layers: Mapping[tuple[str, ...], Any] = {}
+    layers: Callable[[], Mapping[tuple[str, ...], Any]] = dict
 
 
 def flax_side(template: Any) -> FlaxSide:
@@ -244,9 +245,8 @@ def flax_side(template: Any) -> FlaxSide:
     if isinstance(template, FlaxSide):
         return template
     if isinstance(template, nnx.Module):
-        layers = {words(path): node for path, node in nnx.iter_graph(template) if callable(node)}
         side = _side("nnx", [entry for entry in entries(template) if entry.kind in SAVED])
-        return side._replace(layers=layers)
+        return side._replace(layers=partial(_nnx_layers, template))
     if isinstance(template, nnx.State):
         flat = nnx.to_flat_state(template)
         return _side(
@@ -265,6 +265,10 @@ def flax_side(template: Any) -> FlaxSide:
         f"template is a {type(template).__name__}; expected Linen variables, as "
         "`jax.eval_shape(module.init, key, inputs)` gives them, or an NNX model"
     )
+
+
+def _nnx_layers(model: nnx.Module) -> dict[tuple[str, ...], Any]:
+    return {words(path): node for path, node in nnx.iter_graph(model) if callable(node)}
 
 
 def specs_side(

@@ -100,13 +100,25 @@ def _unequal(
 ) -> Iterator[Difference]:
     """Yield a difference if the two values are not equal."""
     if torch_says != flax_says:
-        yield Difference(
-            fact,
-            f"{fact}={torch_says!r}",
-            f"{flax_name}={flax_says!r}",
-            f"give {flax_name}={torch_says!r} in Flax",
-            trains_alone,
-        )
+        yield _difference(fact, torch_says, flax_name, flax_says, torch_says, trains_alone)
+
+
+def _difference(
+    fact: str,
+    torch_says: Any,
+    flax_name: str,
+    flax_says: Any,
+    wanted: Any,
+    trains_alone: bool = False,
+) -> Difference:
+    """Return the difference of two values, of which Flax's should be the wanted one."""
+    return Difference(
+        fact,
+        f"{fact}={torch_says!r}",
+        f"{flax_name}={flax_says!r}",
+        f"give {flax_name}={wanted!r} in Flax",
+        trains_alone,
+    )
 
 
 def _conv(layer: Any, flax: Any) -> Iterator[Difference]:
@@ -118,15 +130,25 @@ def _conv(layer: Any, flax: Any) -> Iterator[Difference]:
     yield from _not_in_torch("input_dilation", _each(flax.input_dilation, rank), (1,) * rank)
     yield from _not_in_torch("mask", flax.mask, None)
     pads, mode = _torch_pads(layer)
-    flax_pads, flax_mode = _flax_pads(flax, layer, rank)
+    flax_pads, flax_mode = _flax_pads(flax, _reach(layer.kernel_size, dilation))
     is_same = pads == flax_pads and (mode == flax_mode or not any(map(sum, pads)))
     if not is_same:
         yield Difference(
             "padding",
             f"padding={layer.padding!r}" + (f", padding_mode={mode!r}" if mode != "zeros" else ""),
             f"padding={flax.padding!r}",
-            _padding_mend(pads, mode, layer),
+            _padding_mend(pads, mode, _reach(layer.kernel_size, layer.dilation)),
         )
+
+
+def _reach(sizes: Sequence[int], dilations: Sequence[int]) -> list[int]:
+    """Return how far the last entry of a window lies from the first, on each axis."""
+    return [step * (size - 1) for size, step in zip(sizes, dilations, strict=True)]
+
+
+def _halves(reach: Sequence[int]) -> Pads:
+    """Return the padding that keeps each axis as long as it is, the larger half after it."""
+    return tuple((far // 2, far - far // 2) for far in reach)
 
 
 def _torch_pads(layer: Any) -> tuple[Pads, str]:
@@ -136,38 +158,29 @@ def _torch_pads(layer: Any) -> tuple[Pads, str]:
     return tuple(reversed(pairs)), layer.padding_mode
 
 
-def _flax_pads(flax: Any, layer: Any, rank: int) -> tuple[Pads | None, str]:
+def _flax_pads(flax: Any, reach: Sequence[int]) -> tuple[Pads | None, str]:
     """Return how much is added to each axis, or None if that depends on the input's size."""
-    padding = flax.padding
-    windows = [
-        dilation * (size - 1) + 1
-        for size, dilation in zip(layer.kernel_size, _each(flax.kernel_dilation, rank), strict=True)
-    ]
+    padding, rank = flax.padding, len(reach)
     if not isinstance(padding, str):
         return _pairs(padding, rank), "zeros"
     kind = padding.upper()
     if kind == "VALID":
         return ((0, 0),) * rank, "zeros"
     if kind in ("CIRCULAR", "REFLECT"):
-        return tuple(((size - 1) // 2, size // 2) for size in windows), kind.lower()
+        return _halves(reach), kind.lower()
     if kind == "CAUSAL":
-        return tuple((size - 1, 0) for size in windows), "zeros"
-    strides = _each(flax.strides, rank)
-    if any(stride > 1 and size > 1 for stride, size in zip(strides, windows, strict=True)):
+        return tuple((far, 0) for far in reach), "zeros"
+    if any(
+        stride > 1 and far for stride, far in zip(_each(flax.strides, rank), reach, strict=True)
+    ):
         return None, "zeros"
-    halves = [((size - 1) // 2, size // 2) for size in windows]
-    return tuple(half if kind == "SAME" else half[::-1] for half in halves), "zeros"
+    return tuple(half if kind == "SAME" else half[::-1] for half in _halves(reach)), "zeros"
 
 
-def _padding_mend(pads: Pads, mode: str, layer: Any) -> str:
-    windows = [
-        dilation * (size - 1) + 1
-        for size, dilation in zip(layer.kernel_size, layer.dilation, strict=True)
-    ]
-    wrapped = tuple(((size - 1) // 2, size // 2) for size in windows)
+def _padding_mend(pads: Pads, mode: str, reach: Sequence[int]) -> str:
     if mode == "zeros":
         return f"give padding={pads!r} in Flax"
-    if mode in ("circular", "reflect") and pads == wrapped:
+    if mode in ("circular", "reflect") and pads == _halves(reach):
         return f"give padding={mode.upper()!r} in Flax"
     names = {"circular": "wrap", "reflect": "reflect", "replicate": "edge"}
     widths = ((0, 0), *pads, (0, 0))
@@ -183,9 +196,7 @@ def _conv_transpose(layer: Any, flax: Any) -> Iterator[Difference]:
     dilation = _each(flax.kernel_dilation, rank)
     yield from _unequal("dilation", layer.dilation, "kernel_dilation", dilation)
     yield from _not_in_torch("mask", flax.mask, None)
-    reach = [
-        step * (size - 1) for step, size in zip(layer.dilation, layer.kernel_size, strict=True)
-    ]
+    reach = _reach(layer.kernel_size, layer.dilation)
     pads = tuple(
         (far - pad, far - pad + more)
         for far, pad, more in zip(reach, layer.padding, layer.output_padding, strict=True)
@@ -229,12 +240,7 @@ def _epsilon(layer: Any, flax: Any) -> Iterator[Difference]:
         weight = layer.weight
         eps = torch.finfo(torch.float32 if weight is None else weight.dtype).eps
     if not math.isclose(eps, flax.epsilon, rel_tol=1e-6):
-        yield Difference(
-            "eps",
-            f"eps={layer.eps!r}",
-            f"epsilon={flax.epsilon!r}",
-            f"give epsilon={eps!r} in Flax",
-        )
+        yield _difference("eps", layer.eps, "epsilon", flax.epsilon, eps)
 
 
 def _batch_norm(layer: Any, flax: Any) -> Iterator[Difference]:
@@ -287,8 +293,7 @@ def _attention(layer: Any, flax: Any) -> Iterator[Difference]:
     yield from _unequal("num_heads", layer.num_heads, "num_heads", flax.num_heads)
     rate = layer.dropout
     yield from _unequal("dropout", rate, "dropout_rate", flax.dropout_rate, trains_alone=True)
-    if getattr(flax, "normalize_qk", False):
-        yield from _not_in_torch("normalize_qk", True, False)
+    yield from _not_in_torch("normalize_qk", flax.normalize_qk, False)
 
 
 def _not_in_torch(fact: str, value: Any, nothing: Any) -> Iterator[Difference]:

@@ -1,6 +1,7 @@
 """Wrappers that put a step before the names of a module: torch.compile, DataParallel and others."""
 
-from collections.abc import Collection, Iterable
+import sys
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -29,26 +30,25 @@ def without_wrapper(module: nn.Module, names: Iterable[str] = ()) -> nn.Module:
 
 def _step(module: nn.Module) -> str | None:
     """Return the name that a wrapper has for the module in it; None for other modules."""
-    if isinstance(module, torch._dynamo.OptimizedModule):
+    # Only who has compiled a module has imported torch._dynamo, which takes a second.
+    if "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.OptimizedModule):
         return "_orig_mod"
     return "module" if isinstance(module, _WRAPPERS) else None
 
 
-def common_prefix(longer: Collection[str], shorter: Iterable[str]) -> str:
+def common_prefix(longer: Iterable[str], shorter: Iterable[str]) -> str:
     """Return what all longer names begin with, and the shorter ones lack, or nothing.
 
     Each shorter name has to be one of the longer ones without it: `module.` for `module.fc.bias`
     and `fc.bias`.
     """
-    wanted = set(shorter)
-    if not wanted or not longer:
+    names, wanted = set(longer), set(shorter)
+    if not names or not wanted:
         return ""
-    first = min(longer)
-    for name in sorted(wanted):
-        for other in [other for other in longer if other.endswith(f".{name}")]:
-            prefix = other[: -len(name)]
-            rest = {each.removeprefix(prefix) for each in longer if each.startswith(prefix)}
-            if first.startswith(prefix) and len(rest) == len(longer) and wanted <= rest:
-                return prefix
-        return ""
+    first, last = min(names), max(names)
+    for end in [index + 1 for index, letter in enumerate(first) if letter == "."]:
+        prefix = first[:end]
+        # What the first and the last begin with, all between them begin with.
+        if last.startswith(prefix) and all(prefix + name in names for name in wanted):
+            return prefix
     return ""

@@ -265,3 +265,17 @@ def test_a_frozen_parameter_pairs_with_a_buffer_and_is_named_among_parameters() 
         compare.match(frozen, params)
     compare.match(frozen, params, policy={"positions.requires_grad": "ignore"})
     compare.match(trained, params)
+
+
+class Attention(nnx.Module):
+    def __init__(self) -> None:
+        self.attn = nnx.MultiHeadAttention(1, 4, decode=False, rngs=nnx.Rngs(0))
+
+
+def test_heads_that_differ_are_said_once_and_may_be_allowed() -> None:
+    source = torch.nn.ModuleDict({"attn": torch.nn.MultiheadAttention(4, 2)})
+    with pytest.raises(compare.ConversionError, match="2 heads in torch and 1 in Flax") as caught:
+        compare.match(source, Attention())
+    assert "policy={'attn.num_heads': 'ignore'}" in str(caught.value)
+    assert len(caught.value.mismatch.refused) == 1
+    assert compare.match(source, Attention(), policy={"attn.num_heads": "ignore"}).rows

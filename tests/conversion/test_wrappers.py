@@ -107,6 +107,15 @@ def test_a_prefix_without_effect_is_refused(tmp_path: Path) -> None:
         compare.load_checkpoint(path, Inner(), prefix="module.")
 
 
+def test_two_names_do_not_become_one_without_their_prefix(tmp_path: Path) -> None:
+    state = {"fc.weight": torch.zeros(3, 2), "fc.bias": torch.zeros(3)}
+    both = state | {f"module.{key}": tensor + 1 for key, tensor in state.items()}
+    path = compare.save_checkpoint(tmp_path / "a.pth", both)
+    for target in (Inner(), template()):
+        with pytest.raises(compare.CheckpointError, match="which would be one"):
+            compare.load_checkpoint(path, target, prefix="module.")
+
+
 @pytest.mark.parametrize(
     ("longer", "shorter", "prefix"),
     [
