@@ -96,6 +96,18 @@ def test_convolutions(seed: int, rank: int) -> None:
     assert (not stated(module, model)) == is_same(module, model, rank)
 
 
+@pytest.mark.parametrize("padding", ["SAME", "SAME_LOWER", [(0, 1)], [(1, 0)], "CIRCULAR"])
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+@pytest.mark.usefixtures("x64")
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch copies
+def test_even_windows_have_more_on_one_side(mode: Any, padding: Any) -> None:
+    module = torch.nn.Conv1d(2, 4, 2, padding="same", padding_mode=mode, dtype=torch.float64)
+    model = nnx.Conv(2, 4, (2,), padding=padding, param_dtype=jnp.float64, rngs=RNGS)
+    filled(module, model)
+    expected = {"zeros": ("SAME", [(0, 1)]), "circular": ("CIRCULAR",)}[mode]
+    assert (not stated(module, model)) == is_same(module, model, 1) == (padding in expected)
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.usefixtures("x64")
 @pytest.mark.slow
