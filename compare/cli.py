@@ -383,7 +383,7 @@ def gpu(
     ],
     minutes: Annotated[float, typer.Option(min=0.5, help="The time for everything.")] = 9.0,
 ) -> None:
-    """Run the GPU tests, outputs, checks and benchmark on CUDA; leave records, a log and a page."""
+    """Run the GPU tests, outputs, checks and benchmark on CUDA; leave records, logs and a page."""
     require_packages("torch", "jax", "flax", "scipy", "optax", "jinja2", "matplotlib", "pytest")
     require_device("cuda")
     try:

@@ -126,8 +126,9 @@ def _edge_cases(
         ("closed", 1.0, np.full_like(one[2], np.nan)),
     ):
         outputs = run(one, np.full((1, 1), entry, np.float32), implementation)
-        agreed = agreement(outputs, expected, 0.0)
-        yield finding("one token", f"{implementation}, {name}", agreed)
+        # Not exact: CUDA's fused kernel makes a float32 product of several in TF32.
+        agreed = agreement(outputs, expected, output_limit(one))
+        yield finding("one token", f"{implementation}, {name}", agreed, tolerances.TWO_RUNS)
     for tokens in (1, TOKENS):
         heads, open_mask = draw_heads(tokens), np.zeros((tokens, tokens), np.float32)
         outputs = run(heads, open_mask, implementation, lambda weights: weights * 0.0)

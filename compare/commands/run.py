@@ -119,8 +119,9 @@ def _sections(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
     from ..runners.run import sees_accelerator
     from .ahead import Ahead
 
-    # Two processes would each reserve most of an accelerator's memory.
-    alone = sees_accelerator() or all(job.ahead is None for job in jobs)
+    # Two processes would each reserve most of an accelerator's memory, if JAX is let.
+    reserves = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") not in ("false", "False", "0")
+    alone = (sees_accelerator() and reserves) or all(job.ahead is None for job in jobs)
     live = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),

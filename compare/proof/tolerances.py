@@ -40,9 +40,7 @@ FUSED_HESSIAN = (
 )
 ROUNDED_ONCE = "the rounding bound of float32, and one rounding of the result to this dtype"
 TWICE = "twice the rounding bound, because both sides may differ from the exact value by that much"
-TWO_RUNS = (
-    "the number of roundings of both sides, times the largest term (compare/checks/function.py)"
-)
+TWO_RUNS = "the number of roundings of both sides, times the largest term (compare/checks/heads.py)"
 BINOMIAL = (
     "the exact two-sided binomial limit, which a correct dropout exceeds once in 10^10 counts"
 )

@@ -19,6 +19,7 @@ FEATURES = (
     "bf16",
     "sve",
 )
+NVIDIA = Path("/proc/driver/nvidia")
 # The environment variables that restrict this choice.
 LIMITS = (
     "ATEN_CPU_CAPABILITY",
@@ -30,7 +31,7 @@ LIMITS = (
 
 
 def machine() -> dict[str, str]:
-    """Return the processor, system, threads, commit, and the variables of LIMITS that are set."""
+    """Return the processor, any GPU, system, threads, commit, and the variables of LIMITS set."""
     lines = _cpu_lines()
     flags = set(lines.get("flags", lines.get("Features", "")).split())
     description = {
@@ -41,7 +42,17 @@ def machine() -> dict[str, str]:
         "threads": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
         "commit": commit(),
     }
+    if gpus := [
+        line for path in sorted(NVIDIA.glob("gpus/*/information")) for line in _models(path)
+    ]:
+        description["gpu"] = ", ".join(gpus)
     return description | {name: os.environ[name] for name in LIMITS if os.environ.get(name)}
+
+
+def _models(information: Path) -> list[str]:
+    """Return what follows "Model:" in the driver's description of a GPU."""
+    lines = [line.partition(":") for line in information.read_text().splitlines()]
+    return [value.strip() for name, _, value in lines if name == "Model"]
 
 
 def commit() -> str:

@@ -14,10 +14,10 @@ from compare.commands import gpu
 from compare.commands.gpu import REPORTS, Step
 from compare.runners.run import missing_cuda
 
-SLEEP = Step("tests", ("timeit", "-n", "1", "import time; time.sleep(60)"), 0.05)
-FAILS = Step("checks", ("compare", "no-such-command"), 0.5)
-HOLDS = Step("outputs", ("compare", "outputs", "--device", "cpu", *REPORTS), 0.9)
-SKIPS = Step("attention", ("timeit", "-n", "1", "pass"), 0.5)
+SLEEP = Step("tests", ("timeit", "-n", "1", "import time; time.sleep(90)"))
+FAILS = Step("checks", ("compare", "no-such-command"))
+HOLDS = Step("outputs", ("compare", "outputs", "--device", "cpu", *REPORTS))
+SKIPS = Step("attention", ("timeit", "-n", "1", "pass"))
 
 
 @pytest.mark.skipif(missing_cuda() is None, reason="both frameworks see CUDA")
@@ -36,9 +36,10 @@ def test_each_step_leaves_its_record_and_its_verdict(
 ) -> None:
     for module in ("compare.cli", "compare.commands.run"):
         monkeypatch.setattr(f"{module}.require_device", lambda device: None)
-    monkeypatch.setattr(gpu, "STEPS", (HOLDS, FAILS, SLEEP, SKIPS))
+    monkeypatch.setattr(gpu, "TOGETHER", (HOLDS, FAILS, SLEEP))
+    monkeypatch.setattr(gpu, "ALONE", SKIPS)
     out = tmp_path / "new/out"
-    done = CliRunner().invoke(cli.app, ["gpu", "--out", str(out), "--minutes", "1.5"])
+    done = CliRunner().invoke(cli.app, ["gpu", "--out", str(out), "--minutes", "0.7"])
     assert done.exit_code == 1, done.output
     report = json.loads((out / "summary.json").read_text())
     verdicts = {
@@ -51,15 +52,15 @@ def test_each_step_leaves_its_record_and_its_verdict(
         "attention": False,
     }
     assert verdicts["tests"]["measured"].startswith("stopped after ")
-    assert "No such command" in (out / gpu.LOG).read_text()
+    assert "No such command" in (out / "checks-cuda.log").read_text()
     assert json.loads((out / "outputs-cuda.json").read_text())["held"] is True
     assert (out / "outputs-cuda.html").is_file()
     assert "NOT everything held" in (out / "summary.html").read_text()
 
 
-def test_the_tests_step_collects_the_gpu_tests_without_xdist() -> None:
-    """A GPU machine has pytest alone: `-n 0` would be an unknown argument there."""
-    step = next(step for step in gpu.STEPS if step.name == "tests")
+def test_the_tests_step_collects_the_gpu_tests() -> None:
+    """`-n` would be an unknown argument where pytest-xdist is not installed."""
+    step = next(step for step in gpu.TOGETHER if step.name == "tests")
     command = [sys.executable, "-m", *step.arguments, "--collect-only", "-q"]
     done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -447,7 +447,8 @@ def _pending_handler() -> Any:
         """Writes leaves as NumPy arrays, in batches, so that few arrays are in memory at once."""
 
         def __init__(self) -> None:
-            super().__init__(deepcopy_host_arrays=False)
+            super().__init__()
+            self._deepcopy_host_arrays = False  # no argument before Orbax 0.12.5
 
         async def serialize(
             self, values: Sequence[Any], infos: Sequence[Any], args: Any = None
