@@ -35,7 +35,7 @@ def masked_attention(
             the formula is used.
         implementation: "reference" is the plain formula, `reference_attention`. "fused" is
             `fused_attention`, which computes the same function tile by tile. "auto" is "fused"
-            where that is faster.
+            where that is faster on a CPU.
 
     Raises:
         ValueError: an unknown implementation, or a mask smaller than (tokens, tokens).

@@ -19,8 +19,8 @@ BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", flags=re.
 Record = dict[str, Any]
 
 
-def record(name: str) -> Record:
-    path = ROOT / f"compare/records/{name}-cpu.json"
+def record(name: str, device: str = "cpu") -> Record:
+    path = ROOT / f"compare/records/{name}-{device}.json"
     content: Record = json.loads(path.read_text(encoding="utf-8"))
     return content
 
@@ -109,9 +109,9 @@ def checkpoints() -> str:
     return table(["job", "format", "library, s", "ours, s", "ratio"], rows)
 
 
-def attention(title: str) -> Callable[[], str]:
+def attention(title: str, device: str = "cpu") -> Callable[[], str]:
     def one_table() -> str:
-        sections = record("attention")["sections"]
+        sections = record("attention", device)["sections"]
         content = first_table(next(s for s in sections if s["title"].startswith(title)))
         return table(content["columns"], content["rows"])
 
@@ -129,6 +129,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-backward": attention("causal, float32, forward + backward"),
     "attention-ratios": attention("Ratios"),
     "attention-memory": attention("Working memory"),
+    "gpu-float32": attention("causal, float32, forward + backward", "cuda"),
+    "gpu-bfloat16": attention("causal, bfloat16, forward + backward", "cuda"),
 }
 
 

@@ -1,6 +1,7 @@
 """What the pages say of the code and of the frameworks, where no other test says it."""
 
 import inspect
+import json
 import re
 import tomllib
 import zlib
@@ -111,3 +112,29 @@ def test_a_checksum_sees_every_burst_of_32_bits(seed: int) -> None:
         other = damaged.to_bytes(len(data), "little")
         assert Crc32(data).hexdigest() != Crc32(other).hexdigest()
     assert int(Crc32(data).hexdigest(), 16) == zlib.crc32(data)
+
+
+def test_what_a_gpu_gave_is_in_its_records() -> None:
+    readme, records = page("README.md"), Path(__file__).parent.parent / "compare/records"
+
+    def held(name: str) -> str:
+        report = json.loads((records / f"{name}-cuda.json").read_text(encoding="utf-8"))
+        assert report["machine"]["gpu"] == "NVIDIA H200"
+        verdicts = [check["held"] for part in report["sections"] for check in part["checks"]]
+        return f"[{sum(verdicts)} of {len(verdicts)} held](compare/records/{name}-cuda.json)"
+
+    for name in ("outputs", "checks", "checkpoints"):
+        assert held(name) in readme
+    summary = (records / "gpu-cuda.json").read_text(encoding="utf-8")
+    failed, passed = re.findall(r"(\d+) failed, (\d+) passed", summary)[0]
+    assert f"{passed} of {int(passed) + int(failed)} passed" in readme
+    assert "torch.compile" in (records / "checks-cuda.json").read_text(encoding="utf-8")
+    times = json.loads((records / "attention-cuda.json").read_text(encoding="utf-8"))["sections"]
+    (errors,) = (
+        block
+        for block in times[0]["blocks"]
+        if isinstance(block, dict) and block.get("columns", [""])[0] == "ratio"
+    )
+    assert all(float(error) < 1 for _, *row in errors["rows"] for error in row if error), (
+        "a product in TF32 is outside the bound"
+    )

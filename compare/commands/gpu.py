@@ -129,7 +129,12 @@ def _verdict(
     )
     measured = f"exit code {code}: {last.strip()[:200]}"
     # pytest ends with 0 although every test was skipped.
-    ran = " passed" in last if checks is None else any(check.held is not None for check in checks)
+    # A benchmark has no checks.
+    ran = (
+        " passed" in last
+        if checks is None
+        else not checks or any(check.held is not None for check in checks)
+    )
     return Check(name, "all", code == 0 and ran, measured, expected)
 
 
