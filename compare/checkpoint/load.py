@@ -12,6 +12,7 @@ from flax import nnx
 from ..conversion.apply_mapping import flax_from_torch
 from ..conversion.convert import StateDict, Variables
 from ..conversion.errors import ConversionError, next_step
+from ..conversion.layers import KnownState
 from ..conversion.mapping import LINEN, NNX, KeyPath, Policy, StateMapping
 from ..conversion.match import allowing, match
 from ..conversion.state_kinds import FlaxSide, flax_side, specs_side, torch_kinds
@@ -45,6 +46,7 @@ def load_checkpoint(
     mapping: StateMapping | None = None,
     policy: Mapping[str, Policy] | None = None,
     prefix: str = "",
+    layouts: Mapping[str, str] | None = None,
     cast: bool = False,
     memory: int | None = None,
 ) -> Module: ...
@@ -56,6 +58,7 @@ def load_checkpoint(
     mapping: StateMapping | None = None,
     policy: Mapping[str, Policy] | None = None,
     prefix: str = "",
+    layouts: Mapping[str, str] | None = None,
     cast: bool = False,
     memory: int | None = None,
 ) -> Variables: ...
@@ -66,6 +69,7 @@ def load_checkpoint(
     mapping: StateMapping | None = None,
     policy: Mapping[str, Policy] | None = None,
     prefix: str = "",
+    layouts: Mapping[str, str] | None = None,
     cast: bool = False,
     memory: int | None = None,
 ) -> Any:
@@ -85,6 +89,8 @@ def load_checkpoint(
             the value is the standard causal mask.
         prefix: what the names of a torch file begin with and the target's do not: "module." for a
             file of DataParallel.
+        layouts: how tensors of a torch file are laid out, as `compare.match` takes them, for a file
+            that does not say of which layers they are.
         cast: whether floating values may be cast to the target's dtype, and int32 to torch's int64.
             A buffer, which may be a mask, keeps its values: in Flax it keeps the dtype of the file,
             and in torch it is refused if a value would change.
@@ -129,11 +135,15 @@ def load_checkpoint(
     def prepare(stored: Reader) -> Callable[[], Any]:
         if prefix:
             _require_prefix(stored, prefix, mapping)
+        if layouts:
+            _require_asked(stored, target, mapping)
         try:
             if isinstance(target, torch.nn.Module):
                 return _into_torch(stored, target, mapping, policy or {}, prefix, cast)
             if stored.layout == "torch":
-                return _torch_into_flax(stored, target, mapping, policy or {}, prefix, cast)
+                return _torch_into_flax(
+                    stored, target, mapping, policy or {}, prefix, layouts or {}, cast
+                )
             return _flax_into_flax(stored, target, policy or {}, cast)
         except ConversionError as error:
             reason = "does not fit the target; nothing was loaded"
@@ -244,6 +254,19 @@ def _snapshot(path: Path) -> Snapshot:
     return Snapshot.of(parts)
 
 
+def _require_asked(stored: Reader, target: Any, mapping: StateMapping | None) -> None:
+    """Raise CheckpointError if layouts would have no effect."""
+    if mapping is not None or stored.layout != "torch" or isinstance(target, torch.nn.Module):
+        raise CheckpointError(
+            stored.path,
+            "layouts has no effect beside a mapping, and where the layout does not change",
+            expected="no layouts",
+            found="layouts",
+            mend="leave it out",
+            is_usage=True,
+        )
+
+
 def _require_prefix(stored: Reader, prefix: str, mapping: StateMapping | None) -> None:
     """Raise CheckpointError if a prefix has no effect, or makes one name of two."""
     names = [str(key[0]) for key in (*stored.specs, *stored.aliases)]
@@ -284,13 +307,14 @@ class _Named(NamedTuple):
     kind: str
 
 
-def named(stored: Reader) -> dict[str, _Named]:
+def named(stored: Reader) -> KnownState:
     """Return the torch names in the file, including tied names, with their declared shapes."""
     first_names = {key: key for key in stored.specs} | dict(stored.aliases)
-    return {
+    tensors = {
         str(key[0]): _Named(*stored.specs[first], first, stored.kinds.get(first, "unknown"))
         for key, first in first_names.items()
     }
+    return KnownState(tensors, stored.layers)
 
 
 def _into_torch(
@@ -344,14 +368,15 @@ def _torch_into_flax(
     mapping: StateMapping | None,
     policy: Mapping[str, Policy],
     prefix: str,
+    layouts: Mapping[str, str],
     cast: bool,
 ) -> Callable[[], Any]:
     side, names = flax_side(target), named(stored)
-    table = mapping or (None if prefix else _stored_mapping(stored, side.kind))
+    table = mapping or (None if prefix or layouts else _stored_mapping(stored, side.kind))
     table = (
         allowing(table, names, side.leaves, policy)
         if table
-        else match(names, side, policy=policy, prefix=prefix)
+        else match(names, side, policy=policy, prefix=prefix, layouts=layouts)
     )
     # This checks names and shapes; no values are read from a file that does not fit.
     relaid(stored.path, stored.tensors(), table)

@@ -9,12 +9,13 @@ compute it as fast as they read memory, and Python has it built in. Version 1 us
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from ..conversion.layer_facts import Facts, layers_from
 from ..conversion.mapping import KeyPath, StateMapping, slashed, words
 from ..conversion.state_kinds import linen_kind
 from ..files.memory import Budget
@@ -74,6 +75,7 @@ class Manifest:
             its own if the format stores a copy under it.
         mapping: how torch and Flax names pair, if known.
         algorithm: the algorithm of the checksums.
+        layers: what each torch layer says besides its tensors, by name.
     """
 
     layout: FileLayout
@@ -81,13 +83,14 @@ class Manifest:
     aliases: Mapping[KeyPath, KeyPath] = field(default_factory=dict)
     mapping: StateMapping | None = None
     algorithm: Algorithm = "crc32"
+    layers: Mapping[str, Facts] = field(default_factory=dict)
 
     def with_checksums(self, sums: Mapping[KeyPath, str]) -> "Manifest":
         """Return the manifest with these checksums instead of the pending ones."""
         records = {
             path: record._replace(checksum=sums[path]) for path, record in self.records.items()
         }
-        return Manifest(self.layout, records, self.aliases, self.mapping)
+        return replace(self, records=records)
 
     def dumps(self) -> str:
         """Return the manifest as JSON. Its length does not depend on the checksums."""
@@ -108,6 +111,7 @@ class Manifest:
             "tensors": tensors,
             "aliases": list(self.aliases.items()),
             "mapping": self.mapping.as_json() if self.mapping else None,
+            **({"layers": self.layers} if self.layers else {}),
         }
         return json.dumps(content, separators=(",", ":"))
 
@@ -154,11 +158,13 @@ class Manifest:
             mapping = (
                 None if content["mapping"] is None else StateMapping.from_json(content["mapping"])
             )
+            layers = content.get("layers", {})
+            layers_from(layers)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"its manifest is invalid ({type(error).__name__}: {error})"
             ) from error
-        return cls(content["layout"], records, aliases, mapping, algorithm)
+        return cls(content["layout"], records, aliases, mapping, algorithm, layers)
 
 
 def _record(entry: Any, algorithm: Algorithm) -> tuple[KeyPath, Record]:
@@ -224,7 +230,9 @@ def manifest_of(tensors: Tensors) -> Manifest:
     """Return the manifest with pending checksums."""
     kinds = {path: tensors.kinds.get(path) or _kind(path, tensors.layout) for path in tensors.specs}
     records = {path: Record(spec, PENDING, kinds[path]) for path, spec in tensors.specs.items()}
-    return Manifest(tensors.layout, records, tensors.aliases, tensors.mapping)
+    return Manifest(
+        tensors.layout, records, tensors.aliases, tensors.mapping, layers=tensors.layers
+    )
 
 
 def _kind(path: KeyPath, layout: FileLayout) -> str:

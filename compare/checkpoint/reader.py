@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from torch import nn
 
+from ..conversion.layer_facts import layers_from
 from ..conversion.mapping import KeyPath, StateMapping, slashed, words
 from ..conversion.state_kinds import linen_kind
 from ..files.memory import Budget
@@ -83,6 +85,11 @@ class Reader:
         return self.manifest.mapping if self.manifest is not None else None
 
     @property
+    def layers(self) -> dict[str, nn.Module]:
+        """The torch layers of the state, without tensors, if the manifest says what they are."""
+        return layers_from(self.manifest.layers) if self.manifest is not None else {}
+
+    @property
     def algorithm(self) -> Algorithm | None:
         """The algorithm of the checksums, if there are any."""
         return self.manifest.algorithm if self.manifest is not None else None
@@ -98,7 +105,10 @@ class Reader:
         def pieces(path: KeyPath) -> Iterable[np.ndarray]:
             return [array for _, array in self.read([path])]
 
-        return Tensors(self.layout, self.specs, pieces, self.kinds, self.aliases, self.mapping)
+        layers = self.manifest.layers if self.manifest is not None else {}
+        return Tensors(
+            self.layout, self.specs, pieces, self.kinds, self.aliases, self.mapping, layers
+        )
 
     def spell(self, mapping: StateMapping) -> StateMapping:
         """Rename the paths to those of the mapping, and return the mapping.

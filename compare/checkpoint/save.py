@@ -3,6 +3,7 @@
 import errno
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..conversion.convert import StateDict, linen_to_torch, nnx_to_torch
 from ..conversion.errors import ConversionError
+from ..conversion.layer_facts import facts_of
 from ..conversion.mapping import LINEN, NNX, StateMapping, slashed
 from ..conversion.state_kinds import entries, flax_side, same_memory, torch_kinds
 from ..conversion.tensors import Untransferable, dense, tensor_to_numpy, to_host
@@ -264,8 +266,11 @@ def _from_torch(path: Path, source: Any, mapping: StateMapping | None) -> Tensor
             found=f"a {type(source).__name__}",
             mend="give a torch or NNX module, a state dict or Linen variables",
         )
-    kinds = torch_kinds(source) if isinstance(source, torch.nn.Module) else {}
-    return _torch_tensors(path, tensors, kinds, mapping)
+    if not isinstance(source, torch.nn.Module):
+        return _torch_tensors(path, tensors, {}, mapping)
+    of_state = _torch_tensors(path, tensors, torch_kinds(source), mapping)
+    is_attention = of_state.mapping is LINEN  # whose file is the same from every framework
+    return of_state if is_attention else replace(of_state, layers=facts_of(source))
 
 
 def _torch_tensors(

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from ..conversion.layer_facts import Facts
 from ..conversion.mapping import KeyPath, StateMapping
 from ..dtypes import DTYPES, numpy_dtype
 from .blocks import contiguous
@@ -75,6 +76,7 @@ class Tensors:
         kinds: the kind of state of each tensor, where it is known.
         aliases: further names of tensors, each with the first name.
         mapping: how torch and Flax names pair, if that is known.
+        layers: what each torch layer says besides its tensors, by name.
         in_memory: whether the values are in memory already.
         copies: how many times a tensor is in memory while its pieces are read: once, and once more
             for another dtype and for a layout that no view shows.
@@ -86,6 +88,7 @@ class Tensors:
     kinds: Mapping[KeyPath, str] = field(default_factory=dict)
     aliases: Mapping[KeyPath, KeyPath] = field(default_factory=dict)
     mapping: StateMapping | None = None
+    layers: Mapping[str, Facts] = field(default_factory=dict)
     in_memory: bool = False
     copies: int = 1
 
@@ -101,6 +104,7 @@ def tensors_of(
     kinds: Mapping[KeyPath, str] | None = None,
     aliases: Mapping[KeyPath, KeyPath] | None = None,
     mapping: StateMapping | None = None,
+    layers: Mapping[str, Facts] | None = None,
 ) -> Tensors:
     """Return arrays in memory as tensors that can be written.
 
@@ -112,7 +116,9 @@ def tensors_of(
         return [arrays[path]]
 
     specs = {path: spec_of(array) for path, array in arrays.items()}
-    return Tensors(layout, specs, pieces, kinds or {}, aliases or {}, mapping, in_memory=True)
+    return Tensors(
+        layout, specs, pieces, kinds or {}, aliases or {}, mapping, layers or {}, in_memory=True
+    )
 
 
 def with_copies(tensors: Tensors) -> Tensors:

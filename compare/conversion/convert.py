@@ -38,6 +38,7 @@ def torch_to_linen(
     *,
     mapping: StateMapping | None = None,
     prefix: str = "",
+    layouts: Mapping[str, str] | None = None,
     copy: bool = True,
     strict: Literal[True] = True,
 ) -> Variables: ...
@@ -48,6 +49,7 @@ def torch_to_linen(
     *,
     mapping: StateMapping | None = None,
     prefix: str = "",
+    layouts: Mapping[str, str] | None = None,
     copy: bool = True,
     strict: Literal[False],
 ) -> tuple[Variables, Mismatch]: ...
@@ -57,6 +59,7 @@ def torch_to_linen(
     *,
     mapping: StateMapping | None = None,
     prefix: str = "",
+    layouts: Mapping[str, str] | None = None,
     copy: bool = True,
     strict: bool = True,
 ) -> Variables | tuple[Variables, Mismatch]:
@@ -69,6 +72,7 @@ def torch_to_linen(
             on the same devices.
         mapping: how torch and Flax names pair. Default: what `compare.match` finds.
         prefix: without a mapping, what the torch names begin with and the Flax names do not.
+        layouts: without a mapping, how tensors are laid out, as `compare.match` takes them.
         copy: False shares memory with the torch tensors (see `compare.conversion.tensors.to_jax`):
             editing a tensor in place then changes the "immutable" JAX array.
         strict: False converts what fits. Other entries keep the template's value, or are left out
@@ -84,7 +88,7 @@ def torch_to_linen(
     """
     leaves = _linen_leaves(template)
     side = flax_side(template)
-    arrays, mismatch = _to_flax(source, side, mapping, prefix, copy)
+    arrays, mismatch = _to_flax(source, side, mapping, prefix, layouts, copy)
     if mismatch and strict:
         raise ConversionError(mismatch, has_strict=True)
     kept = {
@@ -101,6 +105,7 @@ def torch_to_nnx(
     *,
     mapping: StateMapping | None = None,
     prefix: str = "",
+    layouts: Mapping[str, str] | None = None,
     copy: bool = True,
     strict: Literal[True] = True,
 ) -> Model: ...
@@ -111,6 +116,7 @@ def torch_to_nnx(
     *,
     mapping: StateMapping | None = None,
     prefix: str = "",
+    layouts: Mapping[str, str] | None = None,
     copy: bool = True,
     strict: Literal[False],
 ) -> tuple[Model, Mismatch]: ...
@@ -120,6 +126,7 @@ def torch_to_nnx(
     *,
     mapping: StateMapping | None = None,
     prefix: str = "",
+    layouts: Mapping[str, str] | None = None,
     copy: bool = True,
     strict: bool = True,
 ) -> Model | tuple[Model, Mismatch]:
@@ -135,6 +142,7 @@ def torch_to_nnx(
             it.
         mapping: how torch and Flax names pair. Default: what `compare.match` finds.
         prefix: without a mapping, what the torch names begin with and the Flax names do not.
+        layouts: without a mapping, how tensors are laid out, as `compare.match` takes them.
         copy: False shares memory with the torch tensors (see `compare.conversion.tensors.to_jax`).
         strict: False converts what fits and leaves the rest of the model as it was.
 
@@ -147,7 +155,7 @@ def torch_to_nnx(
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected an nnx.Module")
-    arrays, mismatch = _to_flax(source, flax_side(model), mapping, prefix, copy)
+    arrays, mismatch = _to_flax(source, flax_side(model), mapping, prefix, layouts, copy)
     if mismatch and strict:
         raise ConversionError(mismatch, has_strict=True)
     with uninterrupted():
@@ -280,15 +288,21 @@ def _linen_leaves(variables: Mapping[str, Any]) -> dict[KeyPath, Any]:
 
 
 def _to_flax(
-    source: Source, side: FlaxSide, mapping: StateMapping | None, prefix: str, copy: bool
+    source: Source,
+    side: FlaxSide,
+    mapping: StateMapping | None,
+    prefix: str,
+    layouts: Mapping[str, str] | None,
+    copy: bool,
 ) -> tuple[dict[KeyPath, jax.Array], Mismatch]:
     tensors = _state_dict(source, mapping)
     if mapping is not None:
-        if prefix:
-            raise ValueError("prefix has no effect beside mapping: give it to compare.match")
+        for name, value in (("prefix", prefix), ("layouts", layouts)):
+            if value:
+                raise ValueError(f"{name} has no effect beside mapping: give it to compare.match")
         _require_api(mapping, side.kind)
         return flax_from_torch(tensors, side.leaves, mapping, copy)
-    matched, unpaired = pair(source, side, prefix=prefix)
+    matched, unpaired = pair(source, side, prefix=prefix, layouts=layouts)
     arrays, mismatch = flax_from_torch(tensors, side.leaves, matched, copy)
     already_listed = {entry.name for entry in (*unpaired.refused, *unpaired.misshaped)}
     refused = tuple(entry for entry in mismatch.refused if entry.name not in already_listed)

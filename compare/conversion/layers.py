@@ -56,11 +56,29 @@ _MENDS: dict[type[nn.Module], str] = {
 }
 
 
+class KnownState(dict[str, Any]):
+    """A state dict whose layers are known.
+
+    Attributes:
+        layers: the layers by name.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any], layers: Mapping[str, nn.Module]) -> None:
+        super().__init__(tensors)
+        self.layers = dict(layers)
+
+
 def layer_types(source: Any) -> dict[str, nn.Module]:
-    """Return the layers of a module by name; for a state dict, return an empty dict."""
-    return (
-        dict(source.named_modules(remove_duplicate=False)) if isinstance(source, nn.Module) else {}
-    )
+    """Return the layers of a module by name, and those of a state dict if they are known."""
+    if isinstance(source, nn.Module):
+        return dict(source.named_modules(remove_duplicate=False))
+    return source.layers if isinstance(source, KnownState) else {}
+
+
+def is_conv1d_of_transformers(layer: nn.Module) -> bool:
+    """Return whether the layer is GPT-2's linear layer, which is stored as (in, out)."""
+    kinds = [(kind.__module__, kind.__name__) for kind in type(layer).__mro__]
+    return ("transformers.pytorch_utils", "Conv1D") in kinds
 
 
 def refusal(layer: nn.Module) -> str | None:

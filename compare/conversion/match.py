@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from flax import linen
+from flax import linen, nnx
 from torch import Tensor
 
 from ..files.memory import collector_paused
@@ -17,13 +17,20 @@ from ..files.printable import shown
 from ..files.warn import warn
 from .apply_mapping import unfit
 from .errors import ConversionError, Mismatch, MismatchEntry, TrainingDifference
-from .layers import compound_rows, flax_layouts, layer_types, refusal
+from .layers import (
+    compound_rows,
+    flax_layouts,
+    is_conv1d_of_transformers,
+    layer_types,
+    refusal,
+)
 from .layouts import known_layout, layout
 from .mapping import KeyPath, Left, Policy, Refill, Row, StateMapping, slashed
 from .state_kinds import FlaxSide, flax_side, one_trained, same_memory, torch_kinds
 from .stated import Difference, differences, embedding_differences, linen_layers
 from .suggest import MAX_SUGGESTIONS, Nearest, collection_hint, rename_hint
 from .tensors import UNINITIALIZED, Untransferable, is_uninitialized, shape_of
+from .undecided import Choice, Undecided, is_of_our_attention, matrix_layout, questions
 from .unmatched import host_values, refill_of
 from .wrappers import without_wrapper
 
@@ -53,9 +60,9 @@ def match(
     """Pair the entries of a torch module or state dict with those of a Flax model.
 
     Args:
-        source: a module, whose layers say their layout, or a state dict. In a state dict, a weight
-            with two axes that becomes a kernel is taken for a Linear's, and one with three to five
-            axes for a convolution's that is not transposed, unless an NNX layer says otherwise.
+        source: a module, whose layers say their layout, or a state dict, whose layouts the shapes
+            say, or the NNX layers. A kernel that fits in two layouts, as a square matrix does, is
+            asked about.
         template: Linen variables or their `jax.eval_shape`, or an NNX model.
         rename: torch names to Flax names, dotted. Each is the whole name of an entry or of a module
             above it; `*` stands for one step: `{"h.*.attn": "blocks.*.attention"}`. The longest
@@ -190,6 +197,8 @@ class _Matcher:
         self.rows: list[Row] = []
         self.left: list[Left] = []
         self.done: set[str] = set()
+        self.undecided: dict[str, tuple[Choice, str]] = {}
+        self.decided: dict[str, str] = {}
 
     def refuse_unreadable(self) -> None:
         """Refuse the tensors that have no shape yet, once each, and not their Flax paths too."""
@@ -240,6 +249,8 @@ class _Matcher:
                 continue
             try:
                 self.rows.append(self._row(key, paths[0]))
+            except Undecided as error:
+                self.undecided[key] = error.choice, slashed(paths[0])
             except ValueError as error:
                 self.refused.append(MismatchEntry(key, slashed(paths[0]), reason=str(error)))
 
@@ -247,6 +258,7 @@ class _Matcher:
         """Return the row of one tensor.
 
         Raises:
+                Undecided: it fits in two layouts.
             ValueError: neither side shows the layout, or the kinds of state differ.
         """
         flax_kind = self.flax.kinds[path]
@@ -257,10 +269,17 @@ class _Matcher:
         layer = self.layers.get(key.rpartition(".")[0])
         if chosen := self.layouts.get(key):
             self.used_layouts.add(key)
+        names = self.flax.names[path]
+        flax_layer = self.flax_layers.get(names[:-1])
+        is_matrix = layer is None and path[-1] == "kernel" and len(shape) == 2
+        if not chosen and is_matrix and is_of_our_attention(key, self.tensors):
+            chosen = "transposed"
         name = chosen or _layout(
-            key, path, self.tensors[key], shape, layer, self.flax_layouts.get(self.flax.names[path])
+            key, path, self.tensors[key], shape, layer, flax_layer, self.flax_layouts.get(names)
         )
         layout(name, shape)
+        if is_matrix and not chosen:
+            self.decided[key] = name
         kind = {"buffer": "buffer", "statistics": "statistics"}.get(torch_kind, "parameter")
         heads = shape if name.startswith("heads") else None
         return Row(key, path, name, kind, shape=heads)  # type: ignore[arg-type]
@@ -294,6 +313,7 @@ class _Matcher:
     def settle(self) -> tuple[StateMapping, Mismatch]:
         """Apply the policy to entries without a counterpart, and list the remaining ones."""
         self.refuse_unused_layouts()
+        self.refused += questions(self.undecided, self.decided, self.tensors)
         used_rules: set[str] = set()
         self._compare_heads(used_rules)
         self._compare_layers(used_rules)
@@ -436,6 +456,7 @@ class _Matcher:
     def _leave_flax_entries(self, used_rules: set[str]) -> list[MismatchEntry]:
         """Leave the Flax entries that the policy allows; return the others."""
         refused_names = {entry.place for entry in self.refused}
+        refused_names |= {place for _, place in self.undecided.values()}
         paired = {row.path for row in self.rows}
         missing = []
         for path, leaf in self.flax.leaves.items():
@@ -602,6 +623,7 @@ def _layout(
     tensor: Any,
     shape: Sequence[int],
     layer: torch.nn.Module | None,
+    flax_layer: Any,
     hint: str | None,
 ) -> str:
     """Return the layout that follows from the leaf's name and the layers on both sides.
@@ -611,10 +633,12 @@ def _layout(
         path: the Flax path.
         tensor: the torch tensor.
         shape: the shape of the Flax array.
-        layer: the torch layer, if the source is a module.
+        layer: the torch layer, if it is known.
+        flax_layer: the Flax layer, if it is known.
         hint: the layout that the NNX layer requires, if any.
 
     Raises:
+        Undecided: the kernel fits in two layouts.
         ValueError: the layout does not follow from them.
     """
     leaf, rank, torch_rank = path[-1], len(shape), len(shape_of(tensor))
@@ -645,19 +669,30 @@ def _layout(
         )
     if rank == 3 and torch_rank == 2 and isinstance(layer, torch.nn.Linear | None):
         if path[-2] in ("query", "key", "value", "out"):
-            return "heads_out" if path[-2] == "out" else "heads_in"
+            name = "heads_out" if path[-2] == "out" else "heads_in"
+            if layer is None and len(set(shape_of(tensor))) == 1:
+                raise Undecided(name)
+            return name
         raise ValueError(
             "one side has two axes, the other three: if these are attention heads, pass "
             f'layouts={{{pattern}: "heads_in"}}, or "heads_out" for the output'
         )
-    if rank == 2 and isinstance(layer, torch.nn.Linear | None) and hint in (None, "general"):
-        return "transposed"
+    if rank == 2 and hint in (None, "general"):
+        if isinstance(layer, torch.nn.Linear):
+            return "transposed"
+        if layer is None:
+            return matrix_layout(shape_of(tensor), shape)
+        if is_conv1d_of_transformers(layer):
+            return "same"
     if (
         rank >= 3
         and isinstance(layer, torch.nn.modules.conv._ConvNd | None)
         and hint is None
         and not transposed
     ):
+        is_square = torch_rank == rank and len(set(shape_of(tensor)[:2])) == 1
+        if layer is None and is_square and not isinstance(flax_layer, linen.Conv | nnx.Conv):
+            raise Undecided("conv", "conv_transpose")
         return "conv"
     kind = "torch" if layer is None else f"the {type(layer).__name__} in torch"
     raise ValueError(

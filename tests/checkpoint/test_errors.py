@@ -116,7 +116,11 @@ def test_a_wrappers_prefix(tmp_path: Path) -> None:
     model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
     error = refused(lambda: compare.load_checkpoint(wrapped, model))
     assert error.mend == "the file has a prefix: pass prefix='module.'"
-    compare.load_checkpoint(wrapped, model, prefix="module.")
+    error = refused(lambda: compare.load_checkpoint(wrapped, model, prefix="module."))
+    assert error.mend.startswith('pass layouts={"module.weight": "transposed"} if torch')
+    compare.load_checkpoint(
+        wrapped, model, prefix="module.", layouts={"module.weight": "transposed"}
+    )
     assert np.array_equal(model.kernel[...], module.weight.detach().numpy().T)
     plain = saved(tmp_path, module)
     compiled: Any = torch.compile(torch.nn.Linear(2, 2))

@@ -81,7 +81,7 @@ def test_two_entries_do_not_become_one() -> None:
         compare.match(
             {"x.weight": torch.ones(3, 3), "x.kernel": torch.ones(3, 3), "x.bias": torch.ones(3)},
             One(),
-            layouts={"x.kernel": "same"},
+            layouts={"x.kernel": "same", "x.weight": "transposed"},
         )
     with pytest.raises(ValueError, match="this mapping has params/x twice"):
         StateMapping((Row("a", ("params", "x")), Row("b", ("params", "x"))))
@@ -222,10 +222,10 @@ def test_trained_in_the_file_and_not_in_the_module(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["torch", "nnx"])
 def test_a_cast_never_makes_infinity(target: str, tmp_path: Path) -> None:
-    path = compare.save_checkpoint(tmp_path / "s.safetensors", {"weight": torch.full((2, 2), 1e10)})
-    module: Any = torch.nn.Linear(2, 2, bias=False).half()
+    path = compare.save_checkpoint(tmp_path / "s.safetensors", {"weight": torch.full((2, 3), 1e10)})
+    module: Any = torch.nn.Linear(3, 2, bias=False).half()
     if target == "nnx":
-        module = nnx.Linear(2, 2, use_bias=False, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
+        module = nnx.Linear(3, 2, use_bias=False, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
     with pytest.raises(CheckpointError, match=r"weight has numbers beyond float16; .*up to 1e\+10"):
         compare.load_checkpoint(path, module, cast=True)
 

@@ -1,0 +1,122 @@
+"""Kernels of a state dict that fit in two layouts: which they are, and how to say which it is."""
+
+import glob
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from .errors import MismatchEntry
+
+# What the first layout of a choice is of, and what the second.
+_MEANINGS = {
+    ("transposed", "same"): (
+        "if torch's are (out, in), as nn.Linear's",
+        '"same" if they are (in, out), as those of transformers\' Conv1D',
+    ),
+    ("heads_in",): ("if torch's are (heads * head_dim, embed), as nn.Linear's", ""),
+    ("heads_out",): ("if torch's are (embed, heads * head_dim), as nn.Linear's", ""),
+    ("conv", "conv_transpose"): (
+        "if they are of a convolution",
+        '"conv_transpose" if of a ConvTranspose, and Flax\'s has transpose_kernel=False',
+    ),
+}
+Choice = tuple[str, ...]
+OURS = ("W_query.weight", "W_key.weight", "W_value.weight")
+
+
+class Undecided(Exception):
+    """The kernel fits in more than one layout, and no layer says which it is.
+
+    Attributes:
+        choice: the layouts, the usual one first.
+    """
+
+    def __init__(self, *choice: str) -> None:
+        super().__init__(" or ".join(choice))
+        self.choice: Choice = choice
+
+
+def matrix_layout(torch_shape: Sequence[int], flax_shape: Sequence[int]) -> str:
+    """Return the layout in which a matrix fits a kernel.
+
+    Raises:
+        Undecided: it is square.
+    """
+    turned = tuple(torch_shape) == tuple(flax_shape)[::-1]
+    if turned and tuple(torch_shape) == tuple(flax_shape) and len(set(flax_shape)) == 1:
+        if flax_shape[0] > 1:
+            raise Undecided("transposed", "same")
+        return "transposed"
+    return "same" if tuple(torch_shape) == tuple(flax_shape) else "transposed"
+
+
+def is_of_our_attention(key: str, tensors: Collection[str]) -> bool:
+    """Return whether the key is of the attention classes, whose projections are nn.Linear."""
+    prefix = "".join(key.rpartition(".")[0].rpartition(".")[:2])
+    return all(prefix + name in tensors for name in OURS)
+
+
+def questions(
+    asked: Mapping[str, tuple[Choice, str]],
+    decided: Mapping[str, str],
+    keys: Iterable[str],
+) -> list[MismatchEntry]:
+    """Return one entry for each kind of choice. Its mend is the argument that makes the choice.
+
+    Args:
+        asked: the torch keys to be asked about, each with its layouts and its Flax path.
+        decided: the layout of each matrix that fits in one layout alone.
+        keys: all torch keys.
+    """
+    entries = []
+    for choice in dict.fromkeys(choice for choice, _ in asked.values()):
+        names = [key for key, (one, _) in asked.items() if one == choice]
+        known = _evidence(decided) if choice[0] == "transposed" else ""
+        fits_same = set(decided.values()) == {"same"} and choice == ("transposed", "same")
+        usual, other = _MEANINGS[choice]
+        layouts = dict.fromkeys(patterns(names, keys), "same" if fits_same else choice[0])
+        if fits_same:
+            usual, other = other.removeprefix('"same" '), f'"transposed" {usual}'
+        others = f", nor {len(names) - 1:,} more" if len(names) > 1 else ""
+        entries.append(
+            MismatchEntry(
+                names[0],
+                asked[names[0]][1],
+                reason=f"a state dict does not say how this kernel is laid out{others}{known}",
+                mend=f"pass layouts={json.dumps(layouts, ensure_ascii=False)} {usual}"
+                + (f"; {other}" if other else ""),
+            )
+        )
+    return entries
+
+
+def _evidence(decided: Mapping[str, str]) -> str:
+    """Return what the other matrices show, each of which fits in one layout alone."""
+    said = ""
+    for layout in ("same", "transposed"):
+        fitting = [key for key, name in decided.items() if name == layout]
+        if fitting:
+            more = f" and {len(fitting) - 1:,} more fit" if len(fitting) > 1 else " fits"
+            said += f'; {fitting[0]}{more} only as "{layout}"'
+    return said
+
+
+def patterns(names: Sequence[str], keys: Iterable[str]) -> list[str]:
+    """Return patterns that together fit these names, and no other key."""
+    wanted = {*names}
+    others = [key for key in keys if key not in wanted]
+    fits_others: dict[str, bool] = {}
+    chosen: dict[str, None] = {}
+    for name in names:
+        steps = name.split(".")
+        for pattern in (
+            ".".join(["*", *map(glob.escape, steps[-2:])]),
+            ".".join("*" if step.isdigit() else glob.escape(step) for step in steps),
+            glob.escape(name),
+        ):
+            if pattern not in fits_others:
+                fits_others[pattern] = any(fnmatchcase(key, pattern) for key in others)
+            if fnmatchcase(name, pattern) and not fits_others[pattern]:
+                chosen[pattern] = None
+                break
+    return list(chosen)
