@@ -8,6 +8,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Shaped
 
+from .validation import check_shapes
+
 
 def causal_mask(context_length: int) -> Float[Array, "context_length context_length"]:
     """Return the float32 mask with 1 above the diagonal: token i cannot attend to token j > i."""
@@ -37,22 +39,44 @@ def is_nonzero(mask: Shaped[Array, "..."]) -> Bool[Array, "..."]:
 
 
 def reference_attention(
-    queries: Float[Array, "*batch tokens head_dim"],
-    keys: Float[Array, "*batch tokens head_dim"],
-    values: Float[Array, "*batch tokens head_dim"],
+    queries: Float[Array, "*batch queries head_dim"],
+    keys: Float[Array, "*keys_batch tokens head_dim"],
+    values: Float[Array, "*keys_batch tokens value_dim"],
     mask: Shaped[Array, "context_length context_length"],
     dropout: Callable[[Array], Array] = lambda weights: weights,
-) -> Float[Array, "*batch tokens head_dim"]:
+) -> Float[Array, "*batch queries value_dim"]:
     """Return softmax(queries @ keys.T / sqrt(head_dim)) @ values over the unblocked keys.
+
+    If there are fewer queries than keys, as with a cache of keys, they are the last tokens.
 
     Any nonzero entry of the mask blocks, whatever its dtype. A row that blocks every key gives NaN.
     A NaN or inf in a blocked value still reaches every row, because 0 * NaN is NaN.
 
     Source: Vaswani et al., "Attention Is All You Need", section 3.2.1.
     """
-    num_tokens, head_dim = queries.shape[-2:]
+    if not queries.shape == keys.shape == values.shape:
+        keys, values = for_each_head(queries, keys), for_each_head(queries, values)
+        check_shapes(queries.shape, keys.shape, values.shape)
+    num_tokens, head_dim = keys.shape[-2:]
     blocked = is_nonzero(mask[:num_tokens, :num_tokens])  # (tokens, tokens)
-    scores = queries @ keys.mT  # (..., tokens, tokens)
+    if queries.shape[-2] < num_tokens:
+        blocked = blocked[num_tokens - queries.shape[-2] :]  # (queries, tokens)
+    scores = queries @ keys.mT  # (..., queries, tokens)
     scores = jnp.where(blocked, -jnp.inf, scores)
-    weights = jax.nn.softmax(scores / head_dim**0.5, axis=-1)  # (..., tokens, tokens)
-    return dropout(weights) @ values  # (..., tokens, head_dim)
+    weights = jax.nn.softmax(scores / head_dim**0.5, axis=-1)  # (..., queries, tokens)
+    return dropout(weights) @ values  # (..., queries, value_dim)
+
+
+def for_each_head(
+    queries: Float[Array, "*batch queries head_dim"], keys: Float[Array, "*keys_batch tokens width"]
+) -> Float[Array, "*batch tokens width"]:
+    """Return the keys or values once for each head of the queries, (batch, heads, tokens, width).
+
+    Consecutive heads of queries share one head of keys, as in grouped-query attention.
+
+    Source: Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models", 2023.
+    """
+    if queries.ndim < 4 or keys.ndim < 4 or queries.shape[-3] == keys.shape[-3]:
+        return keys
+    groups, rest = divmod(queries.shape[-3], keys.shape[-3] or 1)
+    return keys if rest or keys.shape[-3] == 1 else jnp.repeat(keys, groups, axis=-3)

@@ -7,7 +7,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Shaped
 
-from .attention import is_nonzero, reference_attention
+from .attention import for_each_head, is_nonzero, reference_attention
 from .fused import fused_attention
 from .validation import check_covered
 
@@ -16,21 +16,23 @@ MIN_FUSED_TOKENS = 768  # with fewer, "auto" uses the formula, which is as fast
 
 
 def masked_attention(
-    queries: Float[Array, "*batch tokens head_dim"],
-    keys: Float[Array, "*batch tokens head_dim"],
-    values: Float[Array, "*batch tokens head_dim"],
+    queries: Float[Array, "*batch queries head_dim"],
+    keys: Float[Array, "*keys_batch tokens head_dim"],
+    values: Float[Array, "*keys_batch tokens value_dim"],
     mask: Shaped[Array, "context_length context_length"],
     dropout: Callable[[Array], Array] | None = None,
     implementation: Implementation = "auto",
-) -> Float[Array, "*batch tokens head_dim"]:
+) -> Float[Array, "*batch queries value_dim"]:
     """Return softmax(queries @ keys.T / sqrt(head_dim)) @ values over the unblocked keys.
 
     Args:
-        queries: any leading dimensions, such as (batch, heads, tokens, head_dim).
-        keys: like the queries.
-        values: like the queries.
+        queries: any leading dimensions, such as (batch, heads, queries, head_dim). If there are
+            fewer queries than keys, they are the last tokens, as with a cache of keys.
+        keys: like the queries; the leading dimensions broadcast. In (batch, heads, ...), each head
+            of keys may be that of several consecutive heads of queries.
+        values: like the keys; the last dimension may be another one.
         mask: any nonzero entry [i, j] blocks token i from attending to token j. Only the first
-            `tokens` rows and columns are used.
+            `tokens` columns are used, and the rows of the queries.
         dropout: applied to the attention weights. Only the formula has them, so with dropout
             the formula is used.
         implementation: "reference" is the plain formula, `reference_attention`. "fused" is
@@ -38,14 +40,17 @@ def masked_attention(
             where that is faster on a CPU.
 
     Raises:
-        ValueError: an unknown implementation, or a mask smaller than (tokens, tokens).
+        ValueError: an unknown implementation, a mask smaller than (tokens, tokens), or shapes that
+            do not fit together.
     """
     check_implementation(implementation)
-    check_covered(mask.shape, queries.shape[-2])
+    check_covered(mask.shape, keys.shape[-2])
     if isinstance(mask, np.ndarray):  # before JAX narrows it to 32 bits
         mask = is_nonzero(mask)
     if dropout is not None:
         return reference_attention(queries, keys, values, mask, dropout)
+    if queries.shape != keys.shape:
+        keys, values = for_each_head(queries, keys), for_each_head(queries, values)
     if implementation == "fused" or (
         implementation == "auto" and queries.shape[-2] >= MIN_FUSED_TOKENS
     ):

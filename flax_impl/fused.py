@@ -72,7 +72,7 @@ def fused_attention(
         TypeError: in `jax.jvp` of this function itself, which `jax.custom_vjp` does not allow.
     """
     is_plain = queries.dtype == keys.dtype == values.dtype
-    is_plain = is_plain and queries.shape[:-2] == keys.shape[:-2] == values.shape[:-2]
+    is_plain = is_plain and queries.shape == keys.shape and keys.shape[:-1] == values.shape[:-1]
     if not is_plain or not queries.size or not values.size:
         return reference_attention(queries, keys, values, mask)
     shape = (*queries.shape[:-1], values.shape[-1])

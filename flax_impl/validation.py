@@ -1,6 +1,7 @@
 """Checks of the modules' arguments. Each error message gives the numbers that do not fit."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 
 def check_dropout(dropout: float) -> None:
@@ -47,4 +48,28 @@ def check_covered(shape: Sequence[int], num_tokens: int) -> None:
         raise ValueError(
             f"mask has shape {tuple(shape)}; {num_tokens} tokens need at least "
             f"({num_tokens}, {num_tokens}): give a larger mask, or fewer tokens"
+        )
+
+
+def check_shapes(queries: Sequence[int], keys: Sequence[int], values: Sequence[int]) -> None:
+    """Raise ValueError unless these are shapes of queries that attend to keys and values.
+
+    There may be fewer queries than keys. The leading dimensions broadcast.
+    """
+    shapes = queries, keys, values
+    fits = (
+        min(map(len, shapes)) >= 2
+        and queries[-1] == keys[-1]
+        and queries[-2] <= keys[-2] == values[-2]
+        and all(
+            len({*sizes} - {1}) <= 1
+            for sizes in zip_longest(*(shape[-3::-1] for shape in shapes), fillvalue=1)
+        )
+    )
+    if not fits:
+        raise ValueError(
+            f"queries, keys and values have the shapes {tuple(queries)}, {tuple(keys)} and "
+            f"{tuple(values)}; expected (*batch, queries, head_dim), (*batch, tokens, head_dim) "
+            "and (*batch, tokens, value_dim), with no more queries than tokens, and in "
+            "(batch, heads, ...) as many heads of queries as of keys and values, or a multiple"
         )

@@ -78,13 +78,13 @@ def is_traced(tensor: Tensor) -> bool:
 
 
 def guarded_attention(
-    queries: Float[Tensor, "*batch tokens head_dim"],
-    keys: Float[Tensor, "*batch tokens head_dim"],
-    values: Float[Tensor, "*batch tokens head_dim"],
+    queries: Float[Tensor, "*batch queries head_dim"],
+    keys: Float[Tensor, "*keys_batch tokens head_dim"],
+    values: Float[Tensor, "*keys_batch tokens value_dim"],
     mask: Shaped[Tensor, "context_length context_length"],
-    closed: Bool[Tensor, "tokens 1"] | None,
+    closed: Bool[Tensor, "queries 1"] | None,
     dropout: Callable[[Tensor], Tensor] = lambda weights: weights,
-) -> Float[Tensor, "*batch tokens head_dim"]:
+) -> Float[Tensor, "*batch queries value_dim"]:
     """Compute `reference_attention` without multiplying the NaN weights of closed rows."""
     if closed is None:
         return reference_attention(queries, keys, values, mask, dropout)

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from .attention import reference_attention
+from .attention import for_each_head, reference_attention
 from .closed_rows import closed_rows, find_closed, guarded_attention
 from .fused import fused_attention, kernel_layout
 from .validation import check_covered
@@ -17,21 +17,23 @@ MIN_FUSED_TOKENS = 128  # with fewer, "auto" uses the formula, which is as fast
 
 
 def masked_attention(
-    queries: Float[Tensor, "*batch tokens head_dim"],
-    keys: Float[Tensor, "*batch tokens head_dim"],
-    values: Float[Tensor, "*batch tokens head_dim"],
+    queries: Float[Tensor, "*batch queries head_dim"],
+    keys: Float[Tensor, "*keys_batch tokens head_dim"],
+    values: Float[Tensor, "*keys_batch tokens value_dim"],
     mask: Shaped[Tensor, "context_length context_length"],
     dropout: Callable[[Tensor], Tensor] | None = None,
     implementation: Implementation = "auto",
-) -> Float[Tensor, "*batch tokens head_dim"]:
+) -> Float[Tensor, "*batch queries value_dim"]:
     """Return softmax(queries @ keys.T / sqrt(head_dim)) @ values over the unblocked keys.
 
     Args:
-        queries: any leading dimensions, such as (batch, heads, tokens, head_dim).
-        keys: like the queries.
-        values: like the queries.
+        queries: any leading dimensions, such as (batch, heads, queries, head_dim). If there are
+            fewer queries than keys, they are the last tokens, as with a cache of keys.
+        keys: like the queries; the leading dimensions broadcast. In (batch, heads, ...), each head
+            of keys may be that of several consecutive heads of queries.
+        values: like the keys; the last dimension may be another one.
         mask: any nonzero entry [i, j] blocks token i from attending to token j. Only the first
-            `tokens` rows and columns are used.
+            `tokens` columns are used, and the rows of the queries.
         dropout: applied to the attention weights. Only the formula has them, so with dropout
             the formula is used.
         implementation: "reference" is the plain formula, `reference_attention`. "fused" is
@@ -41,36 +43,42 @@ def masked_attention(
             a product in bfloat16 or float16 on the CPU (see `closed_rows`).
 
     Raises:
-        ValueError: an unknown implementation, or a mask smaller than (tokens, tokens).
+        ValueError: an unknown implementation, a mask smaller than (tokens, tokens), or shapes that
+            do not fit together.
     """
     return attend(queries, keys, values, mask, dropout, implementation)[0]
 
 
 def attend(
-    queries: Float[Tensor, "*batch tokens head_dim"],
-    keys: Float[Tensor, "*batch tokens head_dim"],
-    values: Float[Tensor, "*batch tokens head_dim"],
+    queries: Float[Tensor, "*batch queries head_dim"],
+    keys: Float[Tensor, "*keys_batch tokens head_dim"],
+    values: Float[Tensor, "*keys_batch tokens value_dim"],
     mask: Shaped[Tensor, "context_length context_length"],
     dropout: Callable[[Tensor], Tensor] | None,
     implementation: Implementation,
-) -> tuple[Float[Tensor, "*batch tokens head_dim"], Bool[Tensor, "tokens 1"] | None]:
+) -> tuple[Float[Tensor, "*batch queries value_dim"], Bool[Tensor, "queries 1"] | None]:
     """Return the output of `masked_attention`, and the mask's closed rows.
 
     Later products should not multiply the closed rows. They are None if the mask has none, and for
     "reference".
     """
-    num_tokens = queries.shape[-2]
+    num_tokens = keys.shape[-2]
     check_implementation(implementation)
     check_covered(mask.shape, num_tokens)
     dropouts = () if dropout is None else (dropout,)
     if implementation == "reference":
         return reference_attention(queries, keys, values, mask, *dropouts), None
+    if queries.shape != keys.shape:
+        keys, values = for_each_head(queries, keys), for_each_head(queries, values)
     if dropout is None and (implementation == "fused" or num_tokens >= MIN_FUSED_TOKENS):
         layout = kernel_layout(queries, keys, values, mask)
         if layout is not None:
             closed = find_closed(mask[:num_tokens, :num_tokens]) if layout.closed_rows else None
             return fused_attention(queries, keys, values, mask, layout), closed
-    closed = closed_rows(mask, num_tokens, queries.dtype)
+    if queries.shape[-2] == num_tokens:
+        closed = closed_rows(mask, num_tokens, queries.dtype)
+    else:
+        closed = find_closed(mask[num_tokens - queries.shape[-2] : num_tokens, :num_tokens])
     return guarded_attention(queries, keys, values, mask, closed, *dropouts), closed
 
 

@@ -129,6 +129,7 @@ def _edge_cases(
         # Not exact: CUDA's fused kernel makes a float32 product of several in TF32.
         agreed = agreement(outputs, expected, output_limit(one))
         yield finding("one token", f"{implementation}, {name}", agreed, tolerances.TWO_RUNS)
+    yield from _other_shapes(run, implementation, finding)
     for tokens in (1, TOKENS):
         heads, open_mask = draw_heads(tokens), np.zeros((tokens, tokens), np.float32)
         outputs = run(heads, open_mask, implementation, lambda weights: weights * 0.0)
@@ -154,6 +155,43 @@ def _edge_cases(
         yield finding(
             f"a key of {name} behind the mask", implementation, agreed, tolerances.TWO_RUNS
         )
+
+
+def _other_shapes(
+    run: Attention, implementation: Implementation, finding: MakeFinding
+) -> Iterator[Finding]:
+    """Fewer queries are the last tokens; consecutive heads of queries share a head of keys.
+
+    So both are rows and heads of the attention that has as many of each.
+    """
+    heads = draw_heads(TOKENS)
+    mask = patterns()["wide"].astype(np.float32)
+    every = run(heads, mask, implementation)
+    cotangent = np.random.default_rng(3).standard_normal(every.shape).astype(np.float32)
+    for count in (1, 130):
+        last = [heads[0][:, -count:], *heads[1:]]
+        limit = output_limit(heads)
+        agreed = agreement(run(last, mask, implementation), every[:, -count:], limit)
+        yield finding(f"{count} queries", implementation, agreed, tolerances.TWO_RUNS)
+        alone = cotangent.copy()
+        alone[:, :-count] = 0.0
+        open_mask = np.tril(mask, 60)  # no row is closed, so that every gradient is a number
+        found = run.gradients(last, open_mask, cotangent[:, -count:], implementation)
+        expected = run.gradients(heads, open_mask, alone, implementation)
+        expected[0] = expected[0][:, -count:]
+        for name, one, other in zip("qkv", found, expected, strict=True):
+            agreed = agreement(one, other, gradient_limit(heads, cotangent))
+            yield finding(
+                f"{count} queries", f"{implementation}, {name}", agreed, tolerances.TWO_RUNS
+            )
+    many = [np.stack([array, array[:, ::-1]] * 2, axis=1) for array in heads]
+    groups = [many[0], *(array[:, :2] for array in many[1:])]
+    causal = causal_mask(TOKENS).astype(np.float32)
+    repeated = [many[0], *(array[:, (0, 0, 1, 1)] for array in many[1:])]
+    agreed = agreement(
+        run(groups, causal, implementation), run(repeated, causal, implementation), 0.0
+    )
+    yield finding("grouped heads", implementation, agreed)
 
 
 def _closed_gradients(

@@ -88,16 +88,16 @@ def masked_attention(
     """Return the stages of masked attention in float64, for any leading dimensions.
 
     Args:
-        queries: (..., tokens, head_dim), float64.
-        keys: the same shape and dtype.
-        values: the same shape and dtype.
+        queries: (..., queries, head_dim), float64: the last tokens, if there are fewer than keys.
+        keys: (..., tokens, head_dim), float64.
+        values: (..., tokens, value_dim), float64.
         mask: (context_length, context_length); nonzero blocks.
-        keep: (..., tokens, tokens), True where dropout keeps the weight; None for no dropout.
+        keep: (..., queries, tokens), True where dropout keeps the weight; None for no dropout.
         dropout: the probability that `keep` was drawn with; kept weights are divided by
             1 - dropout.
     """
-    num_tokens, head_dim = queries.shape[-2:]
-    blocked = mask[:num_tokens, :num_tokens] != 0
+    num_tokens, head_dim = keys.shape[-2:]
+    blocked = mask[num_tokens - queries.shape[-2] : num_tokens, :num_tokens] != 0
     scores = np.where(blocked, -np.inf, queries @ keys.swapaxes(-1, -2)) / np.sqrt(head_dim)
     weights = _softmax(scores)
     if keep is not None:

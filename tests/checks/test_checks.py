@@ -62,6 +62,34 @@ def test_the_first_stage_that_parts_is_named(name: Framework, bug: str, stage: s
         assert first_differing_stage(check_stages(name, TRIALS[0])) == stage
 
 
+FIRST_ROWS = (r"num_tokens - queries\.shape\[-2\] :\]", ": queries.shape[-2]]")
+QUERIES = {"function: 1 queries", "function: 130 queries"}
+
+
+@pytest.mark.parametrize(
+    ("name", "bug", "seen"),
+    [
+        ("torch", FIRST_ROWS, QUERIES),
+        ("linen", FIRST_ROWS, QUERIES),
+        (
+            "torch",
+            (r"repeat_interleave\(groups, dim=-3\)", "repeat(1, groups, 1, 1)"),
+            {"function: grouped heads"},
+        ),
+        (
+            "linen",
+            (r"jnp\.repeat\(keys, groups, axis=-3\)", "jnp.tile(keys, (groups, 1, 1))"),
+            {"function: grouped heads"},
+        ),
+    ],
+)
+@pytest.mark.slow
+def test_other_shapes_are_compared(name: Framework, bug: tuple[str, str], seen: set[str]) -> None:
+    with planted(f"{'torch' if name == 'torch' else 'flax'}_impl.attention", [bug]):
+        findings = list(CHECKS["function"](name, TRIALS[0], "cpu"))
+    assert {found.check for found in findings if not found.held} == seen
+
+
 def test_a_failure_says_both_values_where_and_why() -> None:
     finding = Finding(
         "outputs",

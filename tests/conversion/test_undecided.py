@@ -60,7 +60,7 @@ def test_the_answer_of_the_message_is_the_right_one() -> None:
     variables = compare.torch_to_linen(GPT2, template, mapping=mapping)
     for key, tensor in GPT2.items():
         place = mapping.by_key[key][0].path
-        array = variables
+        array: Any = variables
         for step in place:
             array = array[step]
         assert np.array_equal(array, tensor)
@@ -123,30 +123,31 @@ def test_one_by_one_fits_once() -> None:
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_file_of_a_module_says_of_which_layers_it_is(suffix: str, tmp_path: Path) -> None:
-    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Conv1d(4, 4, 3, padding=1))
+    linear = torch.nn.Linear(4, 4)
+    conv = torch.nn.Conv1d(4, 4, 3, padding=1)
 
     class Model(nnx.Module):
         def __init__(self, padding: Any) -> None:
             self.lin = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
             self.conv = nnx.Conv(4, 4, (3,), padding=padding, rngs=nnx.Rngs(0))
 
-    renamed = torch.nn.ModuleDict({"lin": module[0], "conv": module[1]})
-    path = compare.save_checkpoint(tmp_path / f"module{suffix}", renamed)
+    module = torch.nn.ModuleDict({"lin": linear, "conv": conv})
+    path = compare.save_checkpoint(tmp_path / f"module{suffix}", module)
     model = compare.load_checkpoint(path, Model(1))
-    assert np.array_equal(model.lin.kernel[...], module[0].weight.detach().T)
+    assert np.array_equal(model.lin.kernel[...], linear.weight.detach().T)
     with pytest.raises(compare.CheckpointError, match=r"conv.padding: computes something else"):
         compare.load_checkpoint(path, Model("VALID"))
     compare.load_checkpoint(path, Model("VALID"), policy={"conv.padding": "ignore"})
     again = compare.convert_checkpoint(path, tmp_path / f"again{suffix}")
     assert again.checked
     compare.load_checkpoint(tmp_path / f"again{suffix}", Model(1))
-    bare = compare.save_checkpoint(tmp_path / f"bare{suffix}", renamed.state_dict())
+    bare = compare.save_checkpoint(tmp_path / f"bare{suffix}", module.state_dict())
     with pytest.raises(compare.CheckpointError, match="a state dict does not say") as caught:
         compare.load_checkpoint(bare, Model(1))
     layouts = answers(str(caught.value))
     assert layouts == {"lin.weight": "transposed"}
     loaded = compare.load_checkpoint(bare, Model(1), layouts=layouts)
-    assert np.array_equal(loaded.lin.kernel[...], module[0].weight.detach().T)
+    assert np.array_equal(loaded.lin.kernel[...], linear.weight.detach().T)
 
 
 def test_layouts_without_effect_are_refused(tmp_path: Path) -> None:
