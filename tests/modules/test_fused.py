@@ -140,6 +140,23 @@ def test_flax_strips_without_a_tile(closed_rows: int) -> None:
     judge(in_flax(HEADS[:3], mask), HEADS[:3], mask)
 
 
+def with_sinks() -> np.ndarray:
+    """Return a mask that opens the first four keys and the last 32: two ranges for each strip."""
+    behind = np.subtract.outer(np.arange(TORCH_TOKENS), np.arange(TORCH_TOKENS))
+    is_open = (behind >= 0) & ((behind < 32) | (np.arange(TORCH_TOKENS) < 4))
+    return (~is_open).astype(np.float32)
+
+
+def test_torch_strips_of_several_ranges() -> None:
+    heads, mask = HEADS[:, :, :TORCH_TOKENS], with_sinks()
+    queries, keys, values = map(torch.from_numpy, heads[:3])
+    layout = kernel_layout(queries, keys, values, torch.from_numpy(mask))
+    assert layout is not None and layout.kind == "strips"
+    assert layout.strips[-1].keys == ((0, 4), (225, 300))
+    judge(in_torch(heads[:3], mask, implementation="fused"), heads[:3], mask)
+    judge_gradients(torch_gradients(heads, mask), heads, mask)
+
+
 def judge_gradients(gradients: list[np.ndarray], heads: np.ndarray, mask: np.ndarray) -> None:
     """Compare gradients with the exact ones.
 
@@ -225,7 +242,7 @@ def test_nothing_in_nothing_out(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("implementation", ["reference", "fused", "auto"])
 def test_a_mask_that_does_not_cover_the_tokens(implementation: Any) -> None:
     heads = HEADS[:3].astype(np.float32)
-    for mask in (MASK[:100, :100], MASK[:, :100], MASK[None]):
+    for mask in (MASK[:100, :100], MASK[:, :100], MASK[None], MASK[0]):
         calls: list[tuple[Callable[..., Any], list[Any]]] = [
             (torch_impl.masked_attention, list(map(torch.from_numpy, (*heads, mask.copy())))),
             (flax_impl.masked_attention, list(map(jnp.asarray, (*heads, mask)))),
