@@ -604,7 +604,7 @@ TORCH = [
         r"more than a state dict .* was not run",
     ),
     Fault("tar", _tar, r"it begins with"),
-    Fault("TorchScript", _script, r"not a whole torch file|more than a state dict"),
+    Fault("TorchScript", _script, r"is a TorchScript archive: a program with its state"),
     Fault("a list", torch_saved(lambda: [torch.zeros(2)]), r"holds a list; expected a state dict"),
     Fault(
         "numbers as keys",

@@ -139,6 +139,8 @@ def open_checkpoint(path: str | PathLike[str], memory: int | None = None) -> Rea
         )
     if shards.index_in(path) is not None:
         return _opened(path, shards.open_, budget)
+    if path.is_dir():
+        shards.require_one_index(path)
     if path.is_file() and not path.suffix and path.name.lower() not in KNOWN:
         raise _unknown_suffix(path, "", FILE_SUFFIXES)
     chosen = format_of(path)

@@ -199,11 +199,10 @@ def _checkpoint_inside(path: Path) -> str:
     The folder may contain a safetensors file, or be one of Orbax's `CheckpointManager`.
     """
     inner = [file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/_METADATA")]
-    last = max(
-        [*path.glob("*.safetensors"), *inner],
-        key=lambda entry: (len(str(entry)), entry),
-        default=None,
-    )
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) > 1:
+        return f"give one of its files, as {shown(files[0])}"
+    last = max([*files, *inner], key=lambda entry: (len(str(entry)), entry), default=None)
     return f"give {shown(last)}" if last else ""
 
 

@@ -1,4 +1,4 @@
-"""Safetensors in several files with an index, in the layout of Hugging Face.
+"""Safetensors or torch files with an index, in the layout of Hugging Face.
 
 Source: https://huggingface.co/docs/huggingface_hub/package_reference/serialization.
 """
@@ -21,10 +21,13 @@ from ..errors import CheckpointError
 from ..manifest import KEY, Manifest, manifest_of
 from ..reader import Reader
 from ..tensors import Tensors, with_copies
-from . import safetensors
+from . import safetensors, torch_shards
 from .safetensors import Header, SafetensorsReader, read_header
 
 INDEX = ".safetensors.index.json"
+# Of a variant too: model.safetensors.index.fp16.json.
+_ANY_INDEX = re.compile(r".+\.(safetensors|bin)\.index(\.[\w-]+)?\.json")
+_SHARD = re.compile(r".+-\d+-of-\d+\..+")
 # So many shards stay open; of more, each is opened when it is read.
 _MAX_OPEN = 128
 _OWN_NAME = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
@@ -32,10 +35,40 @@ _OWN_NAME = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 
 def index_in(path: Path) -> Path | None:
     """Return the path if it is an index, or the only index in the folder, or None."""
-    if path.name.endswith(INDEX):
+    if _ANY_INDEX.fullmatch(path.name) and not path.is_dir():
         return path
-    indexes = sorted(path.glob(f"*{INDEX}")) if path.is_dir() else []
+    indexes = _indexes(path)
     return indexes[0] if len(indexes) == 1 else None
+
+
+def _indexes(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _ANY_INDEX.fullmatch(path.name))
+
+
+def require_one_index(folder: Path) -> None:
+    """Raise CheckpointError for a folder with several indexes, or with shards and none."""
+    indexes = _indexes(folder)
+    if len(indexes) > 1:
+        listed = ", ".join(shown(index.name) for index in indexes)
+        raise CheckpointError(
+            folder,
+            f"holds {len(indexes)} checkpoints in shards: {listed}",
+            expected="one index of shards",
+            found=listed,
+            mend=f"give one, as {shown(indexes[0])}",
+            is_usage=True,
+        )
+    names = [path.name for path in sorted(folder.iterdir()) if _SHARD.fullmatch(path.name)]
+    if not indexes and names:
+        raise CheckpointError(
+            folder,
+            f"holds shards, as {shown(names[0])}, but no index, which says what is in each",
+            expected="an index, as model.safetensors.index.json",
+            found="none",
+            mend="take the index from where the shards are from",
+        )
 
 
 def open_(path: Path, budget: Budget) -> Reader:
@@ -50,14 +83,22 @@ def open_(path: Path, budget: Budget) -> Reader:
     if index is None:
         raise CheckpointError(
             path,
-            f"does not contain an index of shards (one file *{INDEX})",
-            expected=f"one file *{INDEX}",
+            "does not contain one index of shards",
+            expected="one index of shards",
             found="none, or several",
             mend="take the index and all shards from one place",
         )
     index_state = Snapshot.of([index]).states
     weight_map, manifest = _index(path, index, budget)
     names = list(dict.fromkeys(weight_map.values()))
+    if ".bin.index" in index.name:
+        return torch_shards.open_(
+            path,
+            [_shard(path, index.parent, name) for name in names],
+            weight_map,
+            budget,
+            index_state,
+        )
     merged = Header({}, {}, {})
     with ExitStack() as opened:
         files = {}
@@ -67,16 +108,9 @@ def open_(path: Path, budget: Budget) -> Reader:
             opened.callback(file.close)
             files[shard] = file.state
             _merge(path, merged, read_header(file, budget), name, weight_map)
-        if absent := [key for key in weight_map if key not in merged.specs]:
-            raise CheckpointError(
-                path,
-                f"{shown(absent[0])} is not in {shown(weight_map[absent[0]])}, "
-                "although the index says so",
-                key=absent[0],
-                expected=f"it in {shown(weight_map[absent[0]])}",
-                found="other tensors",
-                mend="take the index and all shards from one place",
-            )
+        for key in weight_map:
+            if key not in merged.specs:
+                raise torch_shards.elsewhere(path, key, weight_map[key], "other tensors")
         if manifest is not None:
             merged.metadata[KEY] = manifest
         header = merged._replace(specs={key: merged.specs[key] for key in weight_map})
@@ -95,15 +129,7 @@ def _merge(
     """
     for key, spec in header.specs.items():
         if weight_map.get(key) != name:
-            expected = shown(weight_map.get(key, "no file"))
-            raise CheckpointError(
-                path,
-                f"{shown(key)} is in {shown(name)}",
-                key=key,
-                found=f"{shown(name)}",
-                expected=f"{expected}, as the index says",
-                mend="take the index and all shards from one place",
-            )
+            raise torch_shards.elsewhere(path, key, weight_map.get(key, "no file"), name)
         merged.specs[key], merged.locations[key] = spec, header.locations[key]
     merged.metadata.update(
         {key: value for key, value in header.metadata.items() if key not in (KEY, "format")}

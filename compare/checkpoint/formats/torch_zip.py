@@ -28,7 +28,7 @@ from ..manifest import KEY, Manifest, checksum, in_manifests_order, manifest_of
 from ..reader import ArrayAndChecksum, Fetched, FileReader, Location, Reader
 from ..tensors import Spec, Tensors, checked, whole
 from .torch_pickle import Other, UnsafePickleError, View, build
-from .zip_directory import Record, read_directory
+from .zip_directory import CompressedError, Record, read_directory
 
 # All tensors together may show so many times the bytes of all storages, and a little more.
 _MAX_EXPANSION, _FREE_BYTES = 16, 1 << 20
@@ -50,6 +50,10 @@ _MESSAGES = {
     ),
     "nested": ("a nested tensor", "save its parts one by one"),
 }
+
+
+class TorchScriptError(ValueError):
+    """The file is a TorchScript archive."""
 
 
 class Content(NamedTuple):
@@ -163,6 +167,15 @@ def _content(file: InputFile, budget: Budget) -> Content:
             return _legacy_content(file, budget)
         if first_bytes[:1] == b"\x80":
             raise UnsafePickleError("a pickle of another program")
+    except TorchScriptError as error:
+        raise CheckpointError(
+            file.path,
+            "is a TorchScript archive: a program with its state; it was not run",
+            expected="a state dict",
+            found="a TorchScript archive",
+            mend="where you trust its origin, save its state: "
+            "`torch.save(torch.jit.load(path).state_dict(), new_path)`",
+        ) from error
     except UnsafePickleError as error:
         raise CheckpointError(
             file.path,
@@ -178,7 +191,12 @@ def _content(file: InputFile, budget: Budget) -> Content:
 
 def _zip_content(file: InputFile, budget: Budget) -> Content:
     """Return the content of a zip: records named by what torch calls them."""
-    directory = read_directory(file, budget)
+    try:
+        directory = read_directory(file, budget)
+    except CompressedError as error:
+        if "/code/" in error.record:  # which torch compresses
+            raise TorchScriptError(error.record) from error
+        raise
     records = {name.partition("/")[2]: record for name, record in directory}
     roots = {name.partition("/")[0] for name, _ in directory}
     if len(roots) != 1:
@@ -186,7 +204,7 @@ def _zip_content(file: InputFile, budget: Budget) -> Content:
     if "data.pkl" not in records:
         raise ValueError("it has no record data.pkl")
     if "constants.pkl" in records:
-        raise UnsafePickleError("a TorchScript archive")
+        raise TorchScriptError("constants.pkl")
     byteorder = _read(file, records["byteorder"], budget) if "byteorder" in records else b"little"
     if byteorder != b"little":
         raise ValueError(f"its byte order is {byteorder[:9].decode(errors='replace')}")

@@ -27,6 +27,18 @@ _BYTES_PER_RECORD = 1000
 _ENCRYPTED = 0x2041  # the flags of encryption
 
 
+class CompressedError(ValueError):
+    """A record is compressed.
+
+    Attributes:
+        record: its name.
+    """
+
+    def __init__(self, record: str) -> None:
+        super().__init__(f"{record} is compressed; torch never compresses")
+        self.record = record
+
+
 class Record(NamedTuple):
     """A stored record: the offset of its first byte in the file, and its size."""
 
@@ -118,7 +130,7 @@ def _entries(raw: bytes, count: int) -> list[_Entry]:
         if b"\0" in name:
             raise ValueError("a record has a NUL in its name")
         if method:
-            raise ValueError(f"{_text(name)} is compressed; torch never compresses")
+            raise CompressedError(_text(name))
         if flags & _ENCRYPTED or comment_size:
             raise ValueError(f"{_text(name)} is encrypted or has a comment")
         nbytes, packed, header = _long(extra, nbytes, packed, header)
