@@ -46,6 +46,7 @@ def require_fit(
         MismatchEntry(key, "the module's", expected=tuple(tensor.shape), reason=reason)
         for key, tensor in wanted.items()
         if key not in specs
+        and not _is_counter(module, key, specs)
         and not tied.get(key, set()) & specs.keys()
         and (reason := lacking(tensor, decided(key, policy) or left.get(key))) is not None
     ]
@@ -89,6 +90,17 @@ def require_fit(
     if mismatch:
         raise ConversionError(mismatch)
     return {key for key in dropped if decided(key, policy) == "ignore"}
+
+
+def _is_counter(module: torch.nn.Module, key: str, specs: Mapping[str, Any]) -> bool:
+    """Return whether the entry counts the batches of a norm, which files of old torch lack.
+
+    torch's own `load_state_dict` keeps the module's value then.
+    """
+    prefix, _, leaf = key.rpartition(".")
+    if leaf != "num_batches_tracked" or key.removesuffix(leaf) + "running_mean" not in specs:
+        return False
+    return isinstance(module.get_submodule(prefix), torch.nn.modules.batchnorm._NormBase)
 
 
 def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.nn.Module]:

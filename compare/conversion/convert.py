@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, Literal, TypeVar, overload
 
 import jax
+import numpy as np
 import torch
 from flax import nnx
 from flax.traverse_util import unflatten_dict
@@ -23,11 +24,12 @@ from .errors import ConversionError, Mismatch
 from .mapping import LINEN, NNX, KeyPath, StateMapping
 from .match import pair
 from .state_kinds import SAVED, FlaxSide, flax_side, linen_entries, linen_kind
+from .tensors import as_tensor
 from .wrappers import without_wrapper
 
 StateDict = dict[str, Tensor]
 Variables = dict[str, Any]
-Source = torch.nn.Module | Mapping[str, Tensor]
+Source = torch.nn.Module | Mapping[str, Tensor | np.ndarray | jax.Array]
 Model = TypeVar("Model", bound=nnx.Module)
 
 
@@ -66,7 +68,8 @@ def torch_to_linen(
     """Return Linen variables with the values of a torch module.
 
     Args:
-        source: a module, or its state dict. Weights are (out, in).
+        source: a module, or its state dict, whose values may be NumPy or JAX arrays. Weights are
+            (out, in).
         template: the variables of the Linen module, or their `jax.eval_shape`. It says which
             entries to return. If its arrays are committed or have a sharding, the result is placed
             on the same devices.
@@ -135,7 +138,8 @@ def torch_to_nnx(
     The model is changed only after everything was validated. Random streams are not changed.
 
     Args:
-        source: a module, or its state dict. Weights are (out, in).
+        source: a module, or its state dict, whose values may be NumPy or JAX arrays. Weights are
+            (out, in).
         model: the model to fill. If its arrays are committed or have a sharding, the new values are
             placed on the same devices. In an abstract model (`nnx.eval_shape`), the saved state is
             filled; random streams and plain arrays stay abstract, so build a real model to train
@@ -272,7 +276,7 @@ def _state_dict(source: Source, mapping: StateMapping | None) -> Mapping[str, An
     if isinstance(source, torch.nn.Module):
         return without_wrapper(source, mapping.by_key if mapping else ()).state_dict()
     if isinstance(source, Mapping):
-        return source
+        return {key: as_tensor(value) for key, value in source.items()}
     raise TypeError(
         f"source is a {type(source).__name__}; expected a torch.nn.Module or its state dict"
     )

@@ -30,7 +30,8 @@ def tensor_to_numpy(tensor: Tensor) -> np.ndarray:
     bfloat16 and float8 become the `ml_dtypes` of the same name.
 
     Raises:
-        Untransferable: a meta, sparse or quantized tensor, or a dtype without a NumPy counterpart.
+        Untransferable: a meta, sparse or quantized tensor, a dtype without a NumPy counterpart, or
+            a subclass of Tensor that computes its values, as DTensor.
     """
     tensor = dense(tensor).cpu()
     name = str(tensor.dtype).removeprefix("torch.")
@@ -41,6 +42,21 @@ def tensor_to_numpy(tensor: Tensor) -> np.ndarray:
         return tensor.view(carrier).numpy().view(numpy_dtype(name))
     except (TypeError, AttributeError) as error:
         raise Untransferable(f"dtype {tensor.dtype} has no NumPy counterpart") from error
+
+
+def as_tensor(value: Any) -> Any:
+    """Return a NumPy or JAX array as a tensor, and anything else as it is.
+
+    A NumPy array that can be written to shares its memory with the tensor.
+    """
+    try:
+        if isinstance(value, np.ndarray) and value.flags.writeable:
+            return numpy_to_tensor(value)
+        if isinstance(value, np.ndarray | jax.Array):
+            return numpy_to_tensor(np.array(to_host(value)))
+    except Untransferable:
+        return value
+    return value
 
 
 def numpy_to_tensor(array: np.ndarray) -> Tensor:
@@ -142,15 +158,21 @@ def dense(tensor: Tensor, *, copy: bool = True) -> Tensor:
     """Return the tensor detached, with its conjugate and negative bits applied.
 
     Raises:
-        Untransferable: a lazy, nested, meta, sparse or quantized tensor, which has no plain values;
+        Untransferable: a lazy, nested, meta, sparse or quantized tensor, or a subclass as DTensor,
+            which has no plain values;
             with `copy=False`, a conjugated or negated view, whose values are not in memory.
     """
     if not isinstance(tensor, Tensor):
         raise Untransferable(
-            f"is a {type(tensor).__name__}, not a tensor; give torch.from_numpy(...)"
+            f"is a {type(tensor).__name__}, not a tensor; give torch.as_tensor(...)"
         )
     if is_lazy(tensor):
         raise Untransferable(UNINITIALIZED)
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        mend = "tensor.full_tensor()" if hasattr(tensor, "full_tensor") else "a plain tensor"
+        raise Untransferable(
+            f"is a {type(tensor).__name__}, which decides itself what its values are; give {mend}"
+        )
     if tensor.is_nested:
         raise Untransferable(NESTED)
     if tensor.device.type == "meta":
