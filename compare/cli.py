@@ -99,6 +99,14 @@ MemoryOption = Annotated[
     ),
 ]
 AllOption = Annotated[bool, typer.Option("--all", help="Show long tables whole.")]
+LayoutOfOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layout-of",
+        metavar="NAME=LAYOUT",
+        help="How torch's tensors of this name or pattern are laid out, as h.*.fc.weight=same.",
+    ),
+]
 DtypeOption = Annotated[
     str | None,
     typer.Option(
@@ -446,6 +454,7 @@ def convert(
             help="Take the names from this checkpoint, of the other framework.",
         ),
     ] = None,
+    layout_of: LayoutOfOption = None,
     layout: Annotated[
         Literal["torch", "flax"] | None,
         typer.Option(
@@ -479,6 +488,7 @@ def convert(
         "target": target,
         "mapping": mapping,
         "like": like,
+        "layouts": _layouts(layout_of),
         "layout": layout,
         "dtype": dtype,
         "dry_run": dry_run,
@@ -513,6 +523,7 @@ def verify(
             help="Pair the names as this checkpoint does, whose mapping you trust.",
         ),
     ] = None,
+    layout_of: LayoutOfOption = None,
     dtype: DtypeOption = None,
     ignore: Annotated[
         list[str] | None,
@@ -536,6 +547,7 @@ def verify(
         "target": target,
         "mapping": mappings or (),
         "like": like,
+        "layouts": _layouts(layout_of),
         "dtype": dtype,
         "ignore": ignore or (),
         "memory": _bytes(memory),
@@ -546,6 +558,27 @@ def verify(
         Files(json_file, html_file, [*inputs, *(mappings or ())]),
         shows_all=shows_all,
     )
+
+
+def _layouts(arguments: list[str] | None) -> dict[str, str]:
+    """Return the layouts by pattern of the torch names.
+
+    Raises:
+        BadParameter: an argument is not NAME=LAYOUT, or there is no such layout.
+    """
+    from .conversion.layouts import known_layout
+
+    layouts = {}
+    for argument in arguments or ():
+        name, equals, layout = argument.rpartition("=")
+        try:
+            if not equals or not name:
+                raise ValueError("say NAME=LAYOUT")
+            known_layout(layout)
+        except ValueError as error:
+            raise typer.BadParameter(f"--layout-of {shown(argument)}: {error}") from error
+        layouts[name] = layout
+    return layouts
 
 
 def _bytes(megabytes: int | None) -> int | None:

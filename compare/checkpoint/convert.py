@@ -1,6 +1,6 @@
 """Convert a checkpoint to another format, layout or dtype, tensor by tensor."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -74,6 +74,7 @@ def convert_checkpoint(
     *,
     mapping: StateMapping | None = None,
     like: str | PathLike[str] | None = None,
+    layouts: Mapping[str, str] | None = None,
     layout: Wanted | None = None,
     dtype: str | None = None,
     shard_bytes: int | None = None,
@@ -92,6 +93,8 @@ def convert_checkpoint(
             source's manifest. The attention classes need none.
         like: a checkpoint of the other framework; its names and shapes are matched with the
             source's to get the mapping.
+        layouts: how tensors are laid out whose layout neither side shows, as `compare.match` takes
+            them. Needs names that are matched: `like`.
         layout: the layout of a safetensors target. Default: the layout of the source.
         dtype: the dtype that floating tensors, except buffers, are cast to. Refused if a finite
             number would become infinite.
@@ -137,6 +140,15 @@ def convert_checkpoint(
             mend="leave mapping or like out",
             is_usage=True,
         )
+    if layouts and like is None:
+        raise CheckpointError(
+            path,
+            "layouts has no effect without like: no names are matched",
+            expected="like (--like)",
+            found="layouts (--layout-of)",
+            mend="give like, or leave layouts out",
+            is_usage=True,
+        )
     resolved = writable(path, chosen) if chosen else _folder(path)
     others = [] if like is None else [Path(like), *shards.files_in(Path(like))]
     require_apart(path, resolved, [Path(source), *others])
@@ -155,7 +167,13 @@ def convert_checkpoint(
                     is_usage=True,
                 )
         tensors, lines = planned(
-            stored, allowed, mapping=mapping, like=like, layout=layout, dtype=dtype
+            stored,
+            allowed,
+            mapping=mapping,
+            like=like,
+            layouts=layouts,
+            layout=layout,
+            dtype=dtype,
         )
         if not dry_run:
             require_apart(path, resolved, stored.snapshot.states)
@@ -189,6 +207,7 @@ def planned(
     *,
     mapping: StateMapping | None = None,
     like: str | PathLike[str] | None = None,
+    layouts: Mapping[str, str] | None = None,
     layout: Wanted | None = None,
     dtype: str | None = None,
 ) -> tuple[Tensors, list[Line]]:
@@ -198,7 +217,7 @@ def planned(
         CheckpointError: there is no mapping, or the source does not fit it.
     """
     if _target_layout(stored, tuple(allowed), layout) != _torch_or_flax(stored.layout):
-        table = stored.spell(_mapping(stored, mapping, like))
+        table = stored.spell(_mapping(stored, mapping, like, layouts))
         in_layout = relaid(stored.path, stored.tensors(), table)
     else:
         in_layout = stored.tensors()
@@ -227,8 +246,11 @@ def _mapping(
     stored: Reader,
     mapping: StateMapping | None,
     like: str | PathLike[str] | None,
+    layouts: Mapping[str, str] | None,
 ) -> StateMapping:
-    table = mapping or (matched(stored, like) if like is not None else stored.mapping)
+    table = mapping or (
+        matched(stored, like, layouts=layouts) if like is not None else stored.mapping
+    )
     if table is not None:
         return table
     attention = LINEN if stored.layout in ("torch", "linen") else NNX
@@ -249,7 +271,10 @@ def _mapping(
 
 
 def matched(
-    stored: Reader, like: str | PathLike[str], layout: FileLayout | None = None
+    stored: Reader,
+    like: str | PathLike[str],
+    layout: FileLayout | None = None,
+    layouts: Mapping[str, str] | None = None,
 ) -> StateMapping:
     """Return how the names of a checkpoint pair with those of `like`.
 
@@ -257,12 +282,13 @@ def matched(
         stored: the checkpoint.
         like: a checkpoint of the other framework, or one whose mapping names every tensor.
         layout: the layout that the mapping must lead to, if it is known.
+        layouts: how tensors are laid out. The mapping of `like` is then not asked.
     """
 
     def work(other: Reader) -> StateMapping:
         carried = other.mapping
         is_for_it = carried is not None and layout in (None, carried.flax)
-        if carried is not None and is_for_it and _has_names_of(carried, stored):
+        if carried is not None and is_for_it and not layouts and _has_names_of(carried, stored):
             return carried
         if (other.layout == "torch") == (stored.layout == "torch"):
             raise CheckpointError(
@@ -273,23 +299,29 @@ def matched(
                 mend="give a checkpoint of the other framework",
                 is_usage=True,
             )
-        return paired(stored, other)
+        return paired(stored, other, layouts=layouts)
 
     return steady(like, work, stored.budget.limit)
 
 
-def paired(stored: Reader, other: Reader, mend: str = _MEND) -> StateMapping:
+def paired(
+    stored: Reader,
+    other: Reader,
+    mend: str = _MEND,
+    layouts: Mapping[str, str] | None = None,
+) -> StateMapping:
     """Return how the names of two checkpoints pair, as `compare.match` finds it.
 
     Args:
         stored: one checkpoint.
         other: one of the other framework.
         mend: what to do if they do not pair.
+        layouts: how tensors are laid out whose layout neither side shows.
 
     Raises:
         CheckpointError: they do not pair.
     """
-    table, mismatch = pairs(stored, other)
+    table, mismatch = pairs(stored, other, layouts)
     if mismatch:
         raise CheckpointError.unfit(
             stored.path, f"does not pair with {shown(other.path)}", mismatch, mend
@@ -297,11 +329,13 @@ def paired(stored: Reader, other: Reader, mend: str = _MEND) -> StateMapping:
     return table
 
 
-def pairs(stored: Reader, other: Reader) -> tuple[StateMapping, Mismatch]:
+def pairs(
+    stored: Reader, other: Reader, layouts: Mapping[str, str] | None = None
+) -> tuple[StateMapping, Mismatch]:
     """Return how the names of two checkpoints pair, and what does not."""
     torch, flax = (stored, other) if stored.layout == "torch" else (other, stored)
     with collector_paused():
-        return pair(named(torch), side_of(flax))
+        return pair(named(torch), side_of(flax), layouts=layouts)
 
 
 def _has_names_of(mapping: StateMapping, stored: Reader) -> bool:

@@ -73,6 +73,7 @@ def verify_checkpoint(
     *,
     mapping: StateMapping | Sequence[StateMapping] | None = None,
     like: str | PathLike[str] | None = None,
+    layouts: Mapping[str, str] | None = None,
     dtype: str | None = None,
     ignore: Sequence[str] = (),
     memory: int | None = None,
@@ -86,6 +87,8 @@ def verify_checkpoint(
         mapping: how torch and Flax names pair. Two are needed, one for each, if a Linen and an NNX
             checkpoint are compared whose names differ. Default: what `compare.match` finds.
         like: a checkpoint whose mapping you trust; it may be one of the two.
+        layouts: how tensors are laid out whose layout neither side shows, as `compare.match` takes
+            them, where names pair by themselves.
         dtype: the dtype that the source's floating tensors were cast to.
         ignore: patterns of the names that may be on one side only.
         memory: the most bytes that what is read and held at once may take. Default: the memory that
@@ -105,6 +108,7 @@ def verify_checkpoint(
         target,
         mapping=mapping,
         like=like,
+        layouts=layouts,
         dtype=dtype,
         ignore=ignore,
         memory=memory,
@@ -127,6 +131,7 @@ def compare_checkpoints(
     *,
     mapping: StateMapping | Sequence[StateMapping] | None = None,
     like: str | PathLike[str] | None = None,
+    layouts: Mapping[str, str] | None = None,
     dtype: str | None = None,
     ignore: Sequence[str] = (),
     memory: int | None = None,
@@ -138,7 +143,7 @@ def compare_checkpoints(
     def with_target(written: Reader) -> Comparison:
         def with_source(stored: Reader) -> Comparison:
             with collector_paused():
-                pairing = _paired(stored, written, tables, like, dtype)
+                pairing = _paired(stored, written, tables, like, layouts, dtype)
             # The target is compared as a whole, which copies a view.
             is_view = pairing.target.layout != written.layout
             held = pairing.source.largest_bytes + is_view * pairing.target.largest_bytes
@@ -155,21 +160,35 @@ def _paired(
     written: Reader,
     tables: Sequence[StateMapping],
     like: str | PathLike[str] | None,
+    layouts: Mapping[str, str] | None,
     dtype: str | None,
 ) -> _Pairing:
     """Bring both sides under the same names."""
     torch_layouts = [reader.layout == "torch" for reader in (stored, written)]
     if all(torch_layouts) or {stored.layout, written.layout} in ({"linen"}, {"nnx"}):
-        _require_no_effect(written.path, tables, like)
+        _require_no_effect(written.path, tables, like, layouts)
         return _Pairing(_cast(stored, dtype), written.tensors(), "by their names")
     if any(torch_layouts):
-        return _torch_and_flax(stored, written, tables, like, dtype)
+        return _torch_and_flax(stored, written, tables, like, layouts, dtype)
+    _require_no_effect(written.path, (), None, layouts)
     return _linen_and_nnx(stored, written, tables, like, dtype)
 
 
 def _require_no_effect(
-    target: Path, tables: Sequence[StateMapping], like: str | PathLike[str] | None
+    target: Path,
+    tables: Sequence[StateMapping],
+    like: str | PathLike[str] | None,
+    layouts: Mapping[str, str] | None,
 ) -> None:
+    if layouts:
+        raise CheckpointError(
+            target,
+            "layouts has no effect: no names of torch and Flax are matched",
+            expected="no layouts",
+            found="layouts (--layout-of)",
+            mend="leave it out",
+            is_usage=True,
+        )
     if tables or like is not None:
         raise CheckpointError(
             target,
@@ -190,6 +209,7 @@ def _torch_and_flax(
     written: Reader,
     tables: Sequence[StateMapping],
     like: str | PathLike[str] | None,
+    layouts: Mapping[str, str] | None,
     dtype: str | None,
 ) -> _Pairing:
     flax_layout = written.layout if stored.layout == "torch" else stored.layout
@@ -213,12 +233,14 @@ def _torch_and_flax(
             is_usage=True,
         )
     left: tuple[Left, ...] = ()
+    if given is not None or like is not None:
+        _require_no_effect(written.path, (), None, layouts)
     if given is not None:
         how, table = "by the given mapping", given
     elif like is not None:
         how, table = f"by the mapping of {shown(like)}", matched(stored, like, flax_layout)
     else:
-        how, table = "by their names", _paired_by_name(stored, written)
+        how, table = "by their names", _paired_by_name(stored, written, layouts)
         left = table.left
     table = stored.spell(written.spell(table))
     # Both are compared in Flax's layout: two biases of torch have one sum, and not the reverse.
@@ -227,15 +249,17 @@ def _torch_and_flax(
     return _Pairing(source, target, how, table, left)
 
 
-def _paired_by_name(stored: Reader, written: Reader) -> StateMapping:
+def _paired_by_name(
+    stored: Reader, written: Reader, layouts: Mapping[str, str] | None
+) -> StateMapping:
     """Return how the names pair. Entries on one side only are left out, to be findings.
 
     Raises:
         CheckpointError: nothing pairs, or a pair does not fit.
     """
-    table, mismatch = pairs(stored, written)
+    table, mismatch = pairs(stored, written, layouts)
     if mismatch.misshaped or mismatch.refused or not table.rows:
-        return paired(stored, written, _MEND)
+        return paired(stored, written, _MEND, layouts)
     flax = stored if written.layout == "torch" else written
     paths = {slashed(path): path for path in flax.specs}
     left = [Left(entry.name, "ignore") for entry in mismatch.unexpected]

@@ -1,6 +1,6 @@
 """Convert a checkpoint to another format, layout or dtype, and compare the result bit for bit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..checkpoint.convert import Conversion, Line, Wanted, convert_checkpoint
@@ -16,6 +16,7 @@ def sections(
     target: str,
     mapping: Path | None = None,
     like: Path | None = None,
+    layouts: Mapping[str, str] | None = None,
     layout: Wanted | None = None,
     dtype: str | None = None,
     shard_bytes: int | None = None,
@@ -32,6 +33,7 @@ def sections(
         target,
         mapping=table,
         like=like,
+        layouts=layouts,
         layout=layout,
         dtype=dtype,
         shard_bytes=shard_bytes,

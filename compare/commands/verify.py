@@ -1,6 +1,6 @@
 """Compare two checkpoints of the same state bit for bit, in any formats and layouts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..checkpoint.transforms import Progress, silent
@@ -14,6 +14,7 @@ def sections(
     target: Path,
     mapping: Sequence[Path] = (),
     like: Path | None = None,
+    layouts: Mapping[str, str] | None = None,
     dtype: str | None = None,
     ignore: Sequence[str] = (),
     memory: int | None = None,
@@ -26,6 +27,7 @@ def sections(
         target,
         mapping=[StateMapping.load(file, memory) for file in mapping],
         like=like,
+        layouts=layouts,
         dtype=dtype,
         ignore=ignore,
         memory=memory,

@@ -83,8 +83,8 @@ def questions(
                 names[0],
                 asked[names[0]][1],
                 reason=f"a state dict does not say how this kernel is laid out{others}{known}",
-                mend=f"pass layouts={json.dumps(layouts, ensure_ascii=False)} {usual}"
-                + (f"; {other}" if other else ""),
+                mend=f"pass layouts={json.dumps(layouts, ensure_ascii=False)} (convert and verify: "
+                f"--layout-of NAME=LAYOUT) {usual}" + (f"; {other}" if other else ""),
             )
         )
     return entries

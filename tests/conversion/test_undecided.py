@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from typer.testing import CliRunner
 
 import compare
+from compare import cli
 from compare.conversion.errors import ConversionError
 from compare.conversion.undecided import patterns
 
@@ -183,3 +185,51 @@ def test_patterns_fit_these_names_alone() -> None:
     some = names[:2]
     assert patterns(some, names) == some
     assert patterns(["a[0].weight"], ["a[0].weight"]) == ["a[[]0].weight"]
+
+
+@pytest.mark.filterwarnings("ignore::compare.UnverifiedCheckpoint")
+def test_the_answer_on_the_command_line(tmp_path: Path) -> None:
+    weight = torch.randn(4, 4)
+    torch.save({"fc.weight": weight}, tmp_path / "a.pth")
+    like = {"params": {"fc": {"kernel": jnp.zeros((4, 4))}}}
+    compare.save_checkpoint(tmp_path / "like.msgpack", like)
+    names = [str(tmp_path / name) for name in ("a.pth", "b.msgpack")]
+    like_it = ["--like", str(tmp_path / "like.msgpack")]
+
+    def run(*arguments: str) -> tuple[int, str]:
+        done = CliRunner().invoke(cli.app, list(arguments))
+        return done.exit_code, " ".join(done.output.replace("│", " ").split())
+
+    code, printed = run("convert", *names, *like_it)
+    assert code == 1
+    assert "--layout-of NAME=LAYOUT" in printed
+    assert not Path(names[1]).exists()
+    (answer,) = answers(printed).items()
+    code, printed = run("convert", *names, *like_it, "--layout-of", "=".join(answer))
+    assert code == 0, printed
+    loaded = compare.load_checkpoint(names[1], like)
+    assert np.array_equal(loaded["params"]["fc"]["kernel"], weight.T)
+    code, printed = run("verify", *names)
+    assert code == 1
+    assert "--layout-of" in printed
+    assert run("verify", *names, "--layout-of", "fc.weight=transposed")[0] == 0
+    assert run("verify", *names, "--layout-of", "fc.weight=same")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["convert", "a.pth", "b.msgpack", "--layout-of", "x=same"], "without like"),
+        (["verify", "a.pth", "a.pth", "--layout-of", "x=same"], "layouts has no effect"),
+        (["verify", "a.pth", "a.pth", "--layout-of", "same"], "say NAME=LAYOUT"),
+        (["verify", "a.pth", "a.pth", "--layout-of", "x=turned"], "there is no layout 'turned'"),
+    ],
+)
+def test_what_the_command_line_refuses(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    compare.save_checkpoint("a.pth", torch.nn.Linear(2, 2))
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.replace("│", " ").split())
