@@ -129,7 +129,7 @@ def _edge_cases(
         # Not exact: CUDA's fused kernel makes a float32 product of several in TF32.
         agreed = agreement(outputs, expected, output_limit(one))
         yield finding("one token", f"{implementation}, {name}", agreed, tolerances.TWO_RUNS)
-    yield from _other_shapes(run, implementation, finding)
+    yield from other_shapes(run, implementation, finding)
     for tokens in (1, TOKENS):
         heads, open_mask = draw_heads(tokens), np.zeros((tokens, tokens), np.float32)
         outputs = run(heads, open_mask, implementation, lambda weights: weights * 0.0)
@@ -157,7 +157,7 @@ def _edge_cases(
         )
 
 
-def _other_shapes(
+def other_shapes(
     run: Attention, implementation: Implementation, finding: MakeFinding
 ) -> Iterator[Finding]:
     """Fewer queries are the last tokens; consecutive heads of queries share a head of keys.

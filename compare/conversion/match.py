@@ -258,7 +258,7 @@ class _Matcher:
         """Return the row of one tensor.
 
         Raises:
-                Undecided: it fits in two layouts.
+            Undecided: it fits in two layouts.
             ValueError: neither side shows the layout, or the kinds of state differ.
         """
         flax_kind = self.flax.kinds[path]

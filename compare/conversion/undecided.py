@@ -42,12 +42,11 @@ def matrix_layout(torch_shape: Sequence[int], flax_shape: Sequence[int]) -> str:
     Raises:
         Undecided: it is square.
     """
-    turned = tuple(torch_shape) == tuple(flax_shape)[::-1]
-    if turned and tuple(torch_shape) == tuple(flax_shape) and len(set(flax_shape)) == 1:
-        if flax_shape[0] > 1:
-            raise Undecided("transposed", "same")
+    if tuple(torch_shape) != tuple(flax_shape) or tuple(flax_shape) == (1, 1):
         return "transposed"
-    return "same" if tuple(torch_shape) == tuple(flax_shape) else "transposed"
+    if len(set(flax_shape)) > 1:
+        return "same"
+    raise Undecided("transposed", "same")
 
 
 def is_of_our_attention(key: str, tensors: Collection[str]) -> bool:

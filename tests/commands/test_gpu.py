@@ -39,7 +39,7 @@ def test_each_step_leaves_its_record_and_its_verdict(
     monkeypatch.setattr(gpu, "TOGETHER", (HOLDS, FAILS, SLEEP))
     monkeypatch.setattr(gpu, "ALONE", SKIPS)
     out = tmp_path / "new/out"
-    done = CliRunner().invoke(cli.app, ["gpu", "--out", str(out), "--minutes", "0.7"])
+    done = CliRunner().invoke(cli.app, ["gpu", "--out", str(out), "--minutes", "0.6"])
     assert done.exit_code == 1, done.output
     report = json.loads((out / "summary.json").read_text())
     verdicts = {
