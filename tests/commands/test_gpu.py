@@ -58,6 +58,7 @@ def test_each_step_leaves_its_record_and_its_verdict(
     assert "NOT everything held" in (out / "summary.html").read_text()
 
 
+@pytest.mark.again
 def test_the_tests_step_collects_the_gpu_tests() -> None:
     """`-n` would be an unknown argument where pytest-xdist is not installed."""
     step = next(step for step in gpu.TOGETHER if step.name == "tests")
