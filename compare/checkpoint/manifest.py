@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from ..conversion.layer_facts import Facts, layers_from
+from ..conversion.layer_facts import Facts, require_valid
 from ..conversion.mapping import KeyPath, StateMapping, slashed, words
 from ..conversion.state_kinds import linen_kind
 from ..files.memory import Budget
@@ -159,7 +159,7 @@ class Manifest:
                 None if content["mapping"] is None else StateMapping.from_json(content["mapping"])
             )
             layers = content.get("layers", {})
-            layers_from(layers)
+            require_valid(layers)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"its manifest is invalid ({type(error).__name__}: {error})"

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from torch import nn
 
-from ..conversion.layer_facts import layers_from
+from ..conversion.layer_facts import LAYER_BYTES, layers_from
 from ..conversion.mapping import KeyPath, StateMapping, slashed, words
 from ..conversion.state_kinds import linen_kind
 from ..files.memory import Budget
@@ -87,7 +87,12 @@ class Reader:
     @property
     def layers(self) -> dict[str, nn.Module]:
         """The torch layers of the state, without tensors, if the manifest says what they are."""
-        return layers_from(self.manifest.layers) if self.manifest is not None else {}
+        if self.manifest is None:
+            return {}
+        nbytes = LAYER_BYTES * len(self.manifest.layers)
+        with naming(self.path):
+            self.budget.require(nbytes, self.path, "the layers that its manifest describes")
+        return layers_from(self.manifest.layers)
 
     @property
     def algorithm(self) -> Algorithm | None:

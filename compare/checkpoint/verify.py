@@ -166,29 +166,18 @@ def _paired(
     """Bring both sides under the same names."""
     torch_layouts = [reader.layout == "torch" for reader in (stored, written)]
     if all(torch_layouts) or {stored.layout, written.layout} in ({"linen"}, {"nnx"}):
-        _require_no_effect(written.path, tables, like, layouts)
+        _require_no_effect(written.path, tables, like)
+        _require_no_layouts(written.path, layouts)
         return _Pairing(_cast(stored, dtype), written.tensors(), "by their names")
     if any(torch_layouts):
         return _torch_and_flax(stored, written, tables, like, layouts, dtype)
-    _require_no_effect(written.path, (), None, layouts)
+    _require_no_layouts(written.path, layouts)
     return _linen_and_nnx(stored, written, tables, like, dtype)
 
 
 def _require_no_effect(
-    target: Path,
-    tables: Sequence[StateMapping],
-    like: str | PathLike[str] | None,
-    layouts: Mapping[str, str] | None,
+    target: Path, tables: Sequence[StateMapping], like: str | PathLike[str] | None
 ) -> None:
-    if layouts:
-        raise CheckpointError(
-            target,
-            "layouts has no effect: no names of torch and Flax are matched",
-            expected="no layouts",
-            found="layouts (--layout-of)",
-            mend="leave it out",
-            is_usage=True,
-        )
     if tables or like is not None:
         raise CheckpointError(
             target,
@@ -196,6 +185,18 @@ def _require_no_effect(
             expected="no mapping",
             found="a mapping",
             mend="leave them out",
+            is_usage=True,
+        )
+
+
+def _require_no_layouts(target: Path, layouts: Mapping[str, str] | None) -> None:
+    if layouts:
+        raise CheckpointError(
+            target,
+            "layouts has no effect: no names of torch and Flax are matched",
+            expected="no layouts",
+            found="layouts (--layout-of)",
+            mend="leave it out",
             is_usage=True,
         )
 
@@ -234,7 +235,7 @@ def _torch_and_flax(
         )
     left: tuple[Left, ...] = ()
     if given is not None or like is not None:
-        _require_no_effect(written.path, (), None, layouts)
+        _require_no_layouts(written.path, layouts)
     if given is not None:
         how, table = "by the given mapping", given
     elif like is not None:

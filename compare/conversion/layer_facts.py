@@ -40,6 +40,7 @@ _FACTS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 _FACTS |= {layer_type: () for layer_type in SUPPORTED if layer_type not in _FACTS}
 _TYPES = {layer_type.__name__: layer_type for layer_type in _FACTS}
+LAYER_BYTES = 4096  # more than a layer without tensors takes
 _WINDOWS = ("kernel_size", "stride", "dilation", "output_padding")
 
 
@@ -61,32 +62,38 @@ def _facts(layer: Any, layer_type: type[nn.Module]) -> Facts:
     return facts
 
 
-def layers_from(stored: Any) -> dict[str, nn.Module]:
-    """Return layers without tensors that say what `facts_of` stored.
-
-    Raises:
-        ValueError: this is not what `facts_of` returns.
-    """
+def require_valid(stored: Any) -> None:
+    """Raise ValueError unless this is what `facts_of` returns, from JSON. No layer is made."""
     if not isinstance(stored, Mapping):
         raise ValueError(f"its layers are a {type(stored).__name__}, not names with facts")
-    return {name: _layer(name, facts) for name, facts in stored.items()}
+    for name, facts in stored.items():
+        kind = str(facts.get("type")) if isinstance(facts, Mapping) else ""
+        layer_type = _TYPES.get(kind)
+        if layer_type is None or facts.keys() != {"type", *_FACTS[layer_type]}:
+            raise ValueError(f"what it says of the layer {name} is not known")
+        rank = int(kind[-2]) if kind.startswith("Conv") else 0
+        for fact in _FACTS[layer_type]:
+            if not _is_valid(fact, _value(facts[fact]), rank):
+                raise ValueError(f"the layer {name} has {fact}={facts[fact]!r}")
 
 
-def _layer(name: str, facts: Any) -> nn.Module:
-    kind = str(facts.get("type")) if isinstance(facts, Mapping) else ""
-    layer_type = _TYPES.get(kind)
-    if layer_type is None or facts.keys() != {"type", *_FACTS[layer_type]}:
-        raise ValueError(f"what it says of the layer {name} is not known")
+def layers_from(stored: Mapping[str, Facts]) -> dict[str, nn.Module]:
+    """Return layers without tensors that say what `facts_of` stored, which must be valid."""
+    return {name: _layer(facts) for name, facts in stored.items()}
+
+
+def _layer(facts: Facts) -> nn.Module:
+    layer_type = _TYPES[facts["type"]]
     layer = layer_type.__new__(layer_type)
     nn.Module.__init__(layer)
-    rank = int(kind[-2]) if kind.startswith("Conv") else 0
     for fact in _FACTS[layer_type]:
-        value = facts[fact]
-        value = tuple(value) if isinstance(value, list) else value
-        if not _is_valid(fact, value, rank):
-            raise ValueError(f"the layer {name} has {fact}={value!r}")
-        setattr(layer, fact, value)
+        setattr(layer, fact, _value(facts[fact]))
     return layer
+
+
+def _value(value: Any) -> Any:
+    """Return a value as a layer has it: JSON has lists for tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _is_valid(fact: str, value: Any, rank: int) -> bool:

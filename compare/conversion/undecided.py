@@ -7,18 +7,13 @@ from fnmatch import fnmatchcase
 
 from .errors import MismatchEntry
 
-# What the first layout of a choice is of, and what the second.
 _MEANINGS = {
-    ("transposed", "same"): (
-        "if torch's are (out, in), as nn.Linear's",
-        '"same" if they are (in, out), as those of transformers\' Conv1D',
-    ),
-    ("heads_in",): ("if torch's are (heads * head_dim, embed), as nn.Linear's", ""),
-    ("heads_out",): ("if torch's are (embed, heads * head_dim), as nn.Linear's", ""),
-    ("conv", "conv_transpose"): (
-        "if they are of a convolution",
-        '"conv_transpose" if of a ConvTranspose, and Flax\'s has transpose_kernel=False',
-    ),
+    "transposed": "if torch's are (out, in), as nn.Linear's",
+    "same": "if they are (in, out), as those of transformers' Conv1D",
+    "heads_in": "if torch's are (heads * head_dim, embed), as nn.Linear's",
+    "heads_out": "if torch's are (embed, heads * head_dim), as nn.Linear's",
+    "conv": "if they are of a convolution",
+    "conv_transpose": "if of a ConvTranspose, and Flax's has transpose_kernel=False",
 }
 Choice = tuple[str, ...]
 OURS = ("W_query.weight", "W_key.weight", "W_value.weight")
@@ -70,20 +65,20 @@ def questions(
     entries = []
     for choice in dict.fromkeys(choice for choice, _ in asked.values()):
         names = [key for key, (one, _) in asked.items() if one == choice]
-        known = _evidence(decided) if choice[0] == "transposed" else ""
-        fits_same = set(decided.values()) == {"same"} and choice == ("transposed", "same")
-        usual, other = _MEANINGS[choice]
-        layouts = dict.fromkeys(patterns(names, keys), "same" if fits_same else choice[0])
-        if fits_same:
-            usual, other = other.removeprefix('"same" '), f'"transposed" {usual}'
+        known = _evidence(decided) if "same" in choice else ""
+        # The layout of all other matrices is given first.
+        first, *rest = reversed(choice) if known and {*decided.values()} == {"same"} else choice
+        layouts = dict.fromkeys(patterns(names, keys), first)
+        argument = json.dumps(layouts, ensure_ascii=False)
         others = f", nor {len(names) - 1:,} more" if len(names) > 1 else ""
+        meanings = [_MEANINGS[first], *(f'"{layout}" {_MEANINGS[layout]}' for layout in rest)]
         entries.append(
             MismatchEntry(
                 names[0],
                 asked[names[0]][1],
                 reason=f"a state dict does not say how this kernel is laid out{others}{known}",
-                mend=f"pass layouts={json.dumps(layouts, ensure_ascii=False)} (convert and verify: "
-                f"--layout-of NAME=LAYOUT) {usual}" + (f"; {other}" if other else ""),
+                mend=f"pass layouts={argument} (convert and verify: --layout-of NAME=LAYOUT) "
+                + "; ".join(meanings),
             )
         )
     return entries
