@@ -17,6 +17,7 @@ from ..conversion.mapping import LINEN, NNX, KeyPath, Policy, StateMapping
 from ..conversion.match import allowing, match
 from ..conversion.state_kinds import FlaxSide, flax_side, specs_side, torch_kinds
 from ..conversion.tensors import is_uninitialized, numpy_to_tensor, tensor_to_numpy
+from ..conversion.trees import is_nested
 from ..dtypes import FLOATING, numpy_dtype
 from ..files.memory import collector_paused
 from ..files.printable import shown
@@ -112,11 +113,7 @@ def load_checkpoint(
             f"target is a {type(target).__name__}; "
             "expected a torch or NNX module, or Linen variables"
         )
-    if (
-        isinstance(target, Mapping)
-        and target
-        and not any(isinstance(inner, Mapping) for inner in target.values())
-    ):
+    if isinstance(target, Mapping) and target and not is_nested(target):
         raise TypeError(
             "target is a flat dict; "
             "expected Linen variables, or a torch module instead of its state dict"

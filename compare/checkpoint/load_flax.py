@@ -16,6 +16,7 @@ from ..conversion.errors import ConversionError, Mismatch, MismatchEntry, droppi
 from ..conversion.mapping import KeyPath, Policy, dotted, slashed
 from ..conversion.state_kinds import FlaxSide, linen_entries, one_trained, specs_side
 from ..conversion.tensors import Untransferable, numpy_to_tensor, to_jax
+from ..conversion.trees import with_leaves
 from ..conversion.unmatched import decided, lacking, objection
 from ..dtypes import FLOATING
 from ..files.interrupts import uninterrupted
@@ -118,7 +119,7 @@ def install(target: Any, leaves: Mapping[KeyPath, jax.Array]) -> Any:
         for entry in linen_entries(target)
         if not isinstance(entry.value, jax.ShapeDtypeStruct)
     }
-    return unflatten_dict({**kept, **leaves})
+    return with_leaves(target, {**kept, **leaves})
 
 
 def _leaf(array: np.ndarray, leaf: Any) -> jax.Array:

@@ -20,6 +20,7 @@ from ..conversion.layer_facts import facts_of
 from ..conversion.mapping import LINEN, NNX, StateMapping, slashed
 from ..conversion.state_kinds import entries, flax_side, same_memory, torch_kinds
 from ..conversion.tensors import Untransferable, dense, tensor_to_numpy, to_host
+from ..conversion.trees import is_nested
 from ..files.errors import FileError
 from ..files.memory import Budget
 from ..files.printable import shown
@@ -223,10 +224,7 @@ def _tensors(path: Path, source: Source, mapping: StateMapping | None, chosen: F
             found="an nnx.State",
             mend="give the NNX model",
         )
-    nested = isinstance(source, Mapping) and any(
-        isinstance(value, Mapping) for value in source.values()
-    )
-    if isinstance(source, nnx.Module) or nested:
+    if isinstance(source, nnx.Module) or (isinstance(source, Mapping) and is_nested(source)):
         tensors = _from_flax(path, source, mapping, chosen)
     else:
         tensors = _from_torch(path, source, mapping)

@@ -25,6 +25,7 @@ from .mapping import LINEN, NNX, KeyPath, StateMapping
 from .match import pair
 from .state_kinds import SAVED, FlaxSide, flax_side, linen_entries, linen_kind
 from .tensors import as_tensor
+from .trees import with_leaves
 from .wrappers import without_wrapper
 
 StateDict = dict[str, Tensor]
@@ -97,7 +98,7 @@ def torch_to_linen(
     kept = {
         path: leaf for path, leaf in leaves.items() if not isinstance(leaf, jax.ShapeDtypeStruct)
     }
-    variables = unflatten_dict(kept | arrays)
+    variables = with_leaves(template, kept | arrays)
     return variables if strict else (variables, mismatch)
 
 

@@ -24,11 +24,11 @@ import jax
 import numpy as np
 import torch
 from flax import nnx
-from flax.traverse_util import flatten_dict
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .mapping import KeyPath, slashed, words
+from .trees import is_nested, leaves_of
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _COLLECTION_KINDS = {
@@ -86,18 +86,11 @@ def linen_entries(variables: Mapping[str, Any]) -> list[StateEntry]:
     Raises:
         TypeError: the variables do not begin with collections.
     """
-    if variables and not any(isinstance(inner, Mapping) for inner in variables.values()):
+    if variables and not is_nested(variables):
         name = next(iter(variables))
         raise TypeError(f'{name!r} is not a collection: give all variables, {{"params": ...}}')
-    flat = flatten_dict(_dicts(variables))
-    return [StateEntry(path, linen_kind(path), leaf) for path, leaf in flat.items()]
-
-
-def _dicts(tree: Any) -> Any:
-    """Return nested mappings of any kind as dicts."""
-    return (
-        {name: _dicts(inner) for name, inner in tree.items()} if isinstance(tree, Mapping) else tree
-    )
+    leaves = leaves_of(variables)
+    return [StateEntry(path, linen_kind(path), leaf) for path, leaf in leaves.items()]
 
 
 def linen_kind(path: KeyPath) -> str:
@@ -264,6 +257,7 @@ def flax_side(template: Any) -> FlaxSide:
     raise TypeError(
         f"template is a {type(template).__name__}; expected Linen variables, as "
         "`jax.eval_shape(module.init, key, inputs)` gives them, or an NNX model"
+        + (': give {"params": state.params}' if hasattr(template, "params") else "")
     )
 
 
@@ -289,9 +283,8 @@ def _side(kind: FlaxKind, saved: list[StateEntry]) -> FlaxSide:
     leaves = {entry.path: entry.value for entry in saved}
     for path, leaf in leaves.items():
         if not hasattr(leaf, "shape"):
-            mend = ": call flax.core.meta.unbox(variables) first" if hasattr(leaf, "unbox") else ""
             raise TypeError(
-                f"template {slashed(path)} is a {type(leaf).__name__}; expected an array{mend}"
+                f"template {slashed(path)} is a {type(leaf).__name__}; expected an array"
             )
     names = {path: words(path[1:] if kind == "linen" else path) for path in leaves}
     by_name: dict[str, list[KeyPath]] = {}

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import pytest
 import torch
 from flax import nnx
-from flax.core import meta
 
 import compare
 from compare.conversion.suggest import rename_rules
@@ -95,14 +94,8 @@ PARAMS = {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}
         (torch.nn.Linear(3, 4), {"a": PARAMS}, ValueError, r'no collection "params"'),
         (torch.nn.Linear, {"params": PARAMS}, TypeError, "the class Linear; give an instance"),
         (torch.nn.Linear(3, 4), Box, TypeError, "the class Box; give an instance"),
-        (
-            torch.nn.Linear(3, 4),
-            {"params": {name: meta.Partitioned(array, ("a",)) for name, array in PARAMS.items()}},
-            TypeError,
-            r"call flax\.core\.meta\.unbox\(variables\) first",
-        ),
     ],
-    ids=["params alone", "no collection", "torch class", "Flax class", "boxes"],
+    ids=["params alone", "no collection", "torch class", "Flax class"],
 )
 def test_a_usual_mistake_is_named_in_one_line(
     source: Any, template: Any, error: type[Exception], message: str
