@@ -99,6 +99,14 @@ MemoryOption = Annotated[
     ),
 ]
 AllOption = Annotated[bool, typer.Option("--all", help="Show long tables whole.")]
+SelectOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--select",
+        metavar="PART",
+        help="The part of the source that holds the state, as state_dict; may be given twice.",
+    ),
+]
 LayoutOfOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -417,6 +425,7 @@ def inspect(
             help="Import a module and inspect NAME in it: this runs its code.",
         ),
     ] = None,
+    select: SelectOption = None,
     memory: MemoryOption = None,
     shows_all: AllOption = False,
     json_file: JsonOption = None,
@@ -428,7 +437,13 @@ def inspect(
         raise typer.BadParameter("name one or two sources: files, folders, or --module")
     for name in names:
         require_exists(Path(name))
-    options: dict[str, Any] = {"modules": imported, "memory": _bytes(memory)}
+    if select and not names:
+        raise typer.BadParameter("--select has no effect without a file: leave it out")
+    options: dict[str, Any] = {
+        "modules": imported,
+        "select": select or (),
+        "memory": _bytes(memory),
+    }
     options |= dict(zip(("source", "other"), names, strict=False))
     _run(
         [Job("inspect", options, counts_bytes=True)],
@@ -454,6 +469,7 @@ def convert(
             help="Take the names from this checkpoint, of the other framework.",
         ),
     ] = None,
+    select: SelectOption = None,
     layout_of: LayoutOfOption = None,
     layout: Annotated[
         Literal["torch", "flax"] | None,
@@ -488,6 +504,7 @@ def convert(
         "target": target,
         "mapping": mapping,
         "like": like,
+        "select": select or (),
         "layouts": _layouts(layout_of),
         "layout": layout,
         "dtype": dtype,
@@ -523,6 +540,7 @@ def verify(
             help="Pair the names as this checkpoint does, whose mapping you trust.",
         ),
     ] = None,
+    select: SelectOption = None,
     layout_of: LayoutOfOption = None,
     dtype: DtypeOption = None,
     ignore: Annotated[
@@ -547,6 +565,7 @@ def verify(
         "target": target,
         "mapping": mappings or (),
         "like": like,
+        "select": select or (),
         "layouts": _layouts(layout_of),
         "dtype": dtype,
         "ignore": ignore or (),

@@ -1,6 +1,6 @@
 """Convert a checkpoint to another format, layout or dtype, tensor by tensor."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -49,11 +49,13 @@ class Conversion:
         lines: one line for each tensor.
         checked: whether the source has checksums for its values.
         mapping: how the names were paired, if the layout changed.
+        left_out: the names of what the source holds beside the state.
     """
 
     lines: list[Line]
     checked: bool
     mapping: StateMapping | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def left(self) -> tuple[Left, ...]:
@@ -74,6 +76,7 @@ def convert_checkpoint(
     *,
     mapping: StateMapping | None = None,
     like: str | PathLike[str] | None = None,
+    select: str | Sequence[str] = (),
     layouts: Mapping[str, str] | None = None,
     layout: Wanted | None = None,
     dtype: str | None = None,
@@ -93,6 +96,8 @@ def convert_checkpoint(
             source's manifest. The attention classes need none.
         like: a checkpoint of the other framework; its names and shapes are matched with the
             source's to get the mapping.
+        select: the part of the source that holds the state, if a training program wrote more: names
+            joined by slashes, or several for Flax, as ("params", "batch_stats").
         layouts: how tensors are laid out whose layout neither side shows, as `compare.match` takes
             them. Needs names that are matched: `like`.
         layout: the layout of a safetensors target. Default: the layout of the source.
@@ -190,9 +195,10 @@ def convert_checkpoint(
                 write_shards = partial(shards.write, shard_bytes=shard_bytes)
                 sharded = format_of("x.safetensors")._replace(write=write_shards, open=shards.open_)
                 write(path, resolved, sharded, counted, stored.require_current)
-        return Conversion(lines, stored.checked, tensors.mapping if is_relaid else None)
+        used = tensors.mapping if is_relaid else None
+        return Conversion(lines, stored.checked, used, stored.left_out)
 
-    return steady(source, work, memory, is_settled=not dry_run)
+    return steady(source, work, memory, select=select, is_settled=not dry_run)
 
 
 def require_apart(path: Path, target: Path, inputs: Iterable[Path]) -> None:

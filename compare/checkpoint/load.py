@@ -1,6 +1,6 @@
 """Load a checkpoint into a torch or Flax model: validate everything, then assign."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, overload
@@ -25,6 +25,7 @@ from ..files.reading import Snapshot
 from ..files.warn import warn
 from .errors import CheckpointError, UnverifiedCheckpoint
 from .formats import open_checkpoint
+from .formats.parts import collections_alone
 from .formats.shards import index_in
 from .load_flax import flax_leaves, install
 from .load_torch import assignment, fill_torch, require_fit
@@ -46,6 +47,7 @@ def load_checkpoint(
     *,
     mapping: StateMapping | None = None,
     policy: Mapping[str, Policy] | None = None,
+    select: str | Sequence[str] = (),
     prefix: str = "",
     layouts: Mapping[str, str] | None = None,
     cast: bool = False,
@@ -58,6 +60,7 @@ def load_checkpoint(
     *,
     mapping: StateMapping | None = None,
     policy: Mapping[str, Policy] | None = None,
+    select: str | Sequence[str] = (),
     prefix: str = "",
     layouts: Mapping[str, str] | None = None,
     cast: bool = False,
@@ -69,6 +72,7 @@ def load_checkpoint(
     *,
     mapping: StateMapping | None = None,
     policy: Mapping[str, Policy] | None = None,
+    select: str | Sequence[str] = (),
     prefix: str = "",
     layouts: Mapping[str, str] | None = None,
     cast: bool = False,
@@ -88,6 +92,8 @@ def load_checkpoint(
         policy: patterns of names to what happens if one side lacks the entry. `ignore`: the target
             keeps its own value, and a value of the file is dropped. `verify`: the same, but only if
             the value is the standard causal mask.
+        select: the part of the file that holds the state, if a training program wrote more: names
+            joined by slashes, or several for Flax, as ("params", "batch_stats").
         prefix: what the names of a torch file begin with and the target's do not: "module." for a
             file of DataParallel.
         layouts: how tensors of a torch file are laid out, as `compare.match` takes them, for a file
@@ -146,10 +152,12 @@ def load_checkpoint(
             reason = "does not fit the target; nothing was loaded"
             is_torch = isinstance(target, torch.nn.Module)
             mend = next_step(error.mismatch, is_torch=is_torch)
+            if way := collections_alone(stored):
+                mend += f"; or {way}"
             raise CheckpointError.unfit(path, reason, error.mismatch, mend) from error
 
     with collector_paused():
-        assign = steady(path, prepare, memory)
+        assign = steady(path, prepare, memory, select=select)
     try:
         return assign()
     except ConversionError as error:
@@ -160,6 +168,7 @@ def read_checkpoint(
     path: str | PathLike[str],
     *,
     mapping: StateMapping | None = None,
+    select: str | Sequence[str] = (),
     memory: int | None = None,
 ) -> StateDict:
     """Return the content of a checkpoint as a torch state dict on the CPU.
@@ -168,6 +177,8 @@ def read_checkpoint(
         path: the file or folder.
         mapping: how torch and Flax names pair, for a file in Flax's layout without a mapping in its
             manifest. The attention classes need none.
+        select: the part of the file that holds the state, if a training program wrote more: names
+            joined by slashes, or several for Flax, as ("params", "batch_stats").
         memory: the most bytes that what is read and held at once may take. Default: the memory that
             is free.
 
@@ -190,7 +201,7 @@ def read_checkpoint(
             mend = f"pass mapping={_MATCH}"
             raise CheckpointError.unfit(path, reason, error.mismatch, mend) from error
 
-    return steady(path, read, memory)
+    return steady(path, read, memory, select=select)
 
 
 def steady(
@@ -198,6 +209,7 @@ def steady(
     work: Callable[[Reader], Result],
     memory: int | None = None,
     *,
+    select: str | Sequence[str] = (),
     is_settled: bool = False,
 ) -> Result:
     """Open the checkpoint and do the work; start again if the checkpoint was changed meanwhile.
@@ -208,6 +220,7 @@ def steady(
         path: the file or folder.
         work: what to do with the open checkpoint.
         memory: the most bytes that what is read and held at once may take.
+        select: the part of the file.
         is_settled: whether the work itself calls `require_current` before its result counts.
 
     Raises:
@@ -216,7 +229,7 @@ def steady(
     for _ in range(_MAX_TRIES):
         before = _snapshot(Path(path))
         try:
-            with open_checkpoint(path, memory) as stored:
+            with open_checkpoint(path, memory, select=select) as stored:
                 result = work(stored)
                 if not is_settled:
                     stored.require_current()

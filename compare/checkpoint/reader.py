@@ -41,6 +41,7 @@ class Reader:
         kinds: the kind of state of each tensor, if there is a manifest or a Linen collection.
         budget: the limit of what is read and held.
         snapshot: the files that it consists of, and their states when they were opened.
+        left_out: names of what the file holds beside the state.
         mapped: set it to True if the values are copied anyway; large tensors are then mapped.
     """
 
@@ -56,6 +57,7 @@ class Reader:
         *,
         budget: Budget,
         snapshot: Snapshot,
+        left_out: tuple[str, ...] = (),
     ) -> None:
         self.path = path
         self.layout: FileLayout = layout
@@ -68,6 +70,7 @@ class Reader:
             self.kinds = {path: linen_kind(path) for path in specs}
         self.budget = budget
         self.snapshot = snapshot
+        self.left_out = left_out
         self.mapped = False
         self._is_closed = False
         self._reading: set[Fetched] = set()

@@ -73,6 +73,7 @@ def verify_checkpoint(
     *,
     mapping: StateMapping | Sequence[StateMapping] | None = None,
     like: str | PathLike[str] | None = None,
+    select: str | Sequence[str] = (),
     layouts: Mapping[str, str] | None = None,
     dtype: str | None = None,
     ignore: Sequence[str] = (),
@@ -87,6 +88,8 @@ def verify_checkpoint(
         mapping: how torch and Flax names pair. Two are needed, one for each, if a Linen and an NNX
             checkpoint are compared whose names differ. Default: what `compare.match` finds.
         like: a checkpoint whose mapping you trust; it may be one of the two.
+        select: the part of the source that holds the state, if a training program wrote more: names
+            joined by slashes, or several for Flax, as ("params", "batch_stats").
         layouts: how tensors are laid out whose layout neither side shows, as `compare.match` takes
             them, where names pair by themselves.
         dtype: the dtype that the source's floating tensors were cast to.
@@ -108,6 +111,7 @@ def verify_checkpoint(
         target,
         mapping=mapping,
         like=like,
+        select=select,
         layouts=layouts,
         dtype=dtype,
         ignore=ignore,
@@ -131,6 +135,7 @@ def compare_checkpoints(
     *,
     mapping: StateMapping | Sequence[StateMapping] | None = None,
     like: str | PathLike[str] | None = None,
+    select: str | Sequence[str] = (),
     layouts: Mapping[str, str] | None = None,
     dtype: str | None = None,
     ignore: Sequence[str] = (),
@@ -150,7 +155,7 @@ def compare_checkpoints(
             written.require_copies(pairing.target, held=held)
             return _compared(stored, written, pairing, ignore, progress)
 
-        return steady(source, with_source, memory)
+        return steady(source, with_source, memory, select=select)
 
     return steady(target, with_target, memory)
 

@@ -1,12 +1,13 @@
 """Convert a checkpoint to another format, layout or dtype, and compare the result bit for bit."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..checkpoint.convert import Conversion, Line, Wanted, convert_checkpoint
 from ..checkpoint.transforms import Progress, silent
 from ..checkpoint.verify import compare_checkpoints
 from ..conversion.mapping import StateMapping
+from ..files.printable import shown
 from ..report.model import Block, Cell, Check, Section, Table
 from .verify import comparison_check
 
@@ -16,6 +17,7 @@ def sections(
     target: str,
     mapping: Path | None = None,
     like: Path | None = None,
+    select: Sequence[str] = (),
     layouts: Mapping[str, str] | None = None,
     layout: Wanted | None = None,
     dtype: str | None = None,
@@ -33,6 +35,7 @@ def sections(
         target,
         mapping=table,
         like=like,
+        select=select,
         layouts=layouts,
         layout=layout,
         dtype=dtype,
@@ -50,6 +53,7 @@ def sections(
             source,
             target,
             mapping=conversion.mapping,
+            select=select,
             dtype=dtype,
             memory=memory,
             progress=progress,
@@ -80,6 +84,8 @@ def _section(source: Path, target: str, conversion: Conversion, dry_run: bool) -
         f"{item.torch_key} exists on one side only and is left out ({item.policy})."
         for item in conversion.left
     ]
+    if conversion.left_out:
+        blocks.append(f"Left out: {', '.join(map(shown, conversion.left_out))}.")
     if not conversion.checked:
         blocks.append(
             "The source has no manifest, so it is not known whether its values are those that were "

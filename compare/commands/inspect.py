@@ -4,7 +4,7 @@ Files are read part by part, so their size does not matter. What a report shows 
 gathered on the way: statistics, and a coarse picture of the masks.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -43,6 +43,7 @@ def sections(
     source: str | None = None,
     other: str | None = None,
     modules: Iterable[str] = (),
+    select: Sequence[str] = (),
     memory: int | None = None,
     progress: Progress = silent,
 ) -> Iterator[Section | str]:
@@ -52,15 +53,19 @@ def sections(
         source: a file or folder.
         other: another one.
         modules: modules as `package.module:name`, which are imported.
+        select: the part of the first file that holds the state.
         memory: the most bytes that what is read and held at once may take.
         progress: called with the bytes done and the total bytes.
     """
     with ExitStack() as opened:
         given: list[Source] = []
         readers: list[Reader] = []
-        for name in [name for name in (source, other) if name is not None]:
+        for name, part in ((source, select), (other, ())):
+            if name is None:
+                continue
             yield f"reading {name}"
-            readers.append(opened.enter_context(open_checkpoint(name, memory)))
+            stored = open_checkpoint(name, memory, select=part)
+            readers.append(opened.enter_context(stored))
             given.append(_file(readers[-1], name))
         for name in modules:
             yield f"importing {name}"
@@ -95,6 +100,8 @@ def _file(stored: Reader, name: str) -> Source:
     )
     total = sum(spec.nbytes for spec in stored.specs.values())
     note = f"{name}: {stored.format}, {stored.layout} layout, {total:,} bytes, {checked}."
+    if stored.left_out:
+        note += f" Left out: {', '.join(map(shown, stored.left_out))}."
     return Source(name, entries, [note])
 
 

@@ -78,7 +78,7 @@ def test_a_file_without_a_suffix_is_told_the_known_ones(tmp_path: Path) -> None:
     (tmp_path / "passwd").write_text("root")
     with pytest.raises(
         CheckpointError,
-        match=r"unknown suffix '': name it with one of \.pth, \.pt, \.bin, \.safetensors",
+        match=r"unknown suffix '': name it with one of \.pth, \.pt, \.bin, \.ckpt",
     ):
         open_checkpoint(tmp_path / "passwd")
 

@@ -167,12 +167,13 @@ def test_a_failed_read_waits_for_the_others(
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "call_soon_threadsafe", recording)
     names = [(f"array_{number}",) for number in range(12)]
+    tree = dict.fromkeys((name for (name,) in names), "an array")
     for _ in range(5):
         with pytest.raises(CheckpointError, match="an array in it cannot be opened"):
             compare.read_checkpoint(path)
         with pytest.raises(CheckpointError, match="not a whole Orbax checkpoint"):
-            orbax._restore(path, [("gone",), *names])
-    assert len(orbax._restore(path, names)) == 12
+            orbax._restore(path, tree, [("gone",), *names])
+    assert len(orbax._restore(path, tree, names)) == 12
     assert not too_late
 
 
@@ -253,8 +254,8 @@ def test_a_folder_replaced_while_it_is_read(
     path = compare.save_checkpoint(tmp_path / "state.orbax", kill.state(1))
     opened: list[str] = []
 
-    def replaced(where: str, memory: int | None) -> object:
-        reader = open_checkpoint(where, memory)
+    def replaced(where: str, memory: int | None, **more: Any) -> object:
+        reader = open_checkpoint(where, memory, **more)
         if len(opened) < 3:
             compare.save_checkpoint(path, kill.state(2 + len(opened)))
         opened.append(where)

@@ -1,7 +1,9 @@
 """The file formats, and the suffixes that select them."""
 
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +14,9 @@ from ..errors import CheckpointError, naming
 from ..reader import Reader
 from ..tensors import Tensors
 from . import msgpack, orbax, safetensors, shards, torch_zip
+from .parts import as_select, require_none
+
+_LEGACY_FLAX = re.compile(r"checkpoint_\d+")  # of flax.training.checkpoints
 
 
 class Format(NamedTuple):
@@ -23,7 +28,7 @@ class Format(NamedTuple):
         is_folder: whether a checkpoint is a folder.
         layouts: the layouts that it can hold: torch names, or Flax paths.
         write: writes tensors to a path, by the rules of what may be replaced.
-        open: opens a path for reading.
+        open: opens a path for reading: all of it, or a part with `select`.
         holds_all: whether all tensors are in memory at once while it is written.
     """
 
@@ -32,13 +37,19 @@ class Format(NamedTuple):
     is_folder: bool
     layouts: tuple[str, ...]
     write: Callable[[Path, Tensors, Rules], None]
-    open: Callable[[Path, Budget], Reader]
+    open: Callable[..., Reader]
     holds_all: bool = False
 
 
 FORMATS = {
     "torch": Format(
-        (".pth", ".pt", ".bin"), "torch", False, ("torch",), torch_zip.write, torch_zip.open_, True
+        (".pth", ".pt", ".bin", ".ckpt", ".pth.tar"),
+        "torch",
+        False,
+        ("torch",),
+        torch_zip.write,
+        torch_zip.open_,
+        True,
     ),
     "safetensors": Format(
         (".safetensors",),
@@ -75,7 +86,7 @@ def format_of(path: str | PathLike[str]) -> Format:
             mend=f"say {'state' + filename!r}",
             is_usage=True,
         )
-    suffix = Path(path).suffix.lower()
+    suffix = next((known for known in KNOWN if filename.endswith(known)), Path(path).suffix.lower())
     for name, chosen in FORMATS.items():
         if suffix in chosen.suffixes:
             _require_package(path, name, chosen.package)
@@ -112,7 +123,9 @@ def _require_package(path: str | PathLike[str], name: str, package: str) -> None
         )
 
 
-def open_checkpoint(path: str | PathLike[str], memory: int | None = None) -> Reader:
+def open_checkpoint(
+    path: str | PathLike[str], memory: int | None = None, *, select: str | Sequence[str] = ()
+) -> Reader:
     """Open a checkpoint of any format. Names and shapes are read now, values on demand.
 
     Use it in a `with` block. A folder without a suffix is an Orbax checkpoint, or shards with an
@@ -122,12 +135,14 @@ def open_checkpoint(path: str | PathLike[str], memory: int | None = None) -> Rea
         path: the file or folder.
         memory: the most bytes that what is read and held at once may take. Default: the memory that
             is free.
+        select: the part of the file that holds the state, if a training program wrote more: names
+            joined by slashes, or several for Flax, as ("params", "batch_stats").
 
     Raises:
-        CheckpointError: the path does not exist, or is not a checkpoint of the format that its
-            suffix selects, or it needs more memory.
+        CheckpointError: the path does not exist, is not a checkpoint of the format that its suffix
+            selects, has no such part, or needs more memory.
     """
-    path, budget = Path(path), Budget(memory)
+    path, budget, parts = Path(path), Budget(memory), as_select(select)
     if not exists(path):
         raise CheckpointError(
             path,
@@ -138,12 +153,14 @@ def open_checkpoint(path: str | PathLike[str], memory: int | None = None) -> Rea
             is_usage=True,
         )
     if shards.index_in(path) is not None:
+        require_none(path, parts, "shards hold only state")
         return _opened(path, shards.open_, budget)
     if path.is_dir():
         shards.require_one_index(path)
-    if path.is_file() and not path.suffix and path.name.lower() not in KNOWN:
+    is_legacy = path.is_file() and _LEGACY_FLAX.fullmatch(path.name)
+    if path.is_file() and not is_legacy and not path.suffix and path.name.lower() not in KNOWN:
         raise _unknown_suffix(path, "", FILE_SUFFIXES)
-    chosen = format_of(path)
+    chosen = FORMATS["msgpack"] if is_legacy else format_of(path)
     if not path.is_file() and not path.is_dir():
         raise CheckpointError(
             path,
@@ -175,7 +192,12 @@ def open_checkpoint(path: str | PathLike[str], memory: int | None = None) -> Rea
         raise CheckpointError(
             path, "is empty", expected="tensors", found="0 bytes", mend="take another copy"
         )
-    return _opened(path, chosen.open, budget)
+    if chosen is FORMATS["safetensors"]:
+        require_none(
+            path, parts, "its names are not nested", "pass prefix= for what they begin with"
+        )
+        return _opened(path, safetensors.open_, budget)
+    return _opened(path, partial(chosen.open, select=parts), budget)
 
 
 def exists(path: Path) -> bool:

@@ -34,20 +34,22 @@ from ..manifest import (
 from ..reader import FileReader, Location, Reader
 from ..tensors import Spec, Tensors
 from . import msgpack_tree
+from .parts import Select, flax_part, leaves, require_none
 
 _NDARRAY = 1  # the extension type of flax.serialization
 _BIN_32 = b"\xc6"  # the type of bytes whose length takes four bytes
 
 
-def open_(path: Path, budget: Budget) -> Reader:
+def open_(path: Path, budget: Budget, select: Select = ()) -> Reader:
     """Open the file. Names and shapes are read now, values on demand.
 
     Raises:
-        CheckpointError: the file is not msgpack, or does not contain nested dicts of arrays.
+        CheckpointError: the file is not msgpack, does not contain nested dicts of arrays, or has no
+            such part.
         FileError: its names do not fit the budget.
     """
     with InputFile(path).kept() as file:
-        arrays, manifest = _arrays(file, budget)
+        arrays, manifest, left_out = _arrays(file, budget, select)
         specs = {key: array.spec for key, array in arrays.items()}
         aliases: dict[KeyPath, KeyPath] = {}
         if manifest is not None:
@@ -66,13 +68,14 @@ def open_(path: Path, budget: Budget) -> Reader:
             aliases,
             budget=budget,
             snapshot=Snapshot({path: file.state}),
+            left_out=left_out,
         )
 
 
 def _arrays(
-    file: InputFile, budget: Budget
-) -> tuple[dict[KeyPath, msgpack_tree.Array], Manifest | None]:
-    """Return the arrays by path, and the manifest."""
+    file: InputFile, budget: Budget, select: Select
+) -> tuple[dict[KeyPath, msgpack_tree.Array], Manifest | None, tuple[str, ...]]:
+    """Return the arrays by path, the manifest, and the names of what is left out."""
     path = file.path
     reader = msgpack_tree.TreeReader(file, budget, KEY)
     try:
@@ -84,8 +87,7 @@ def _arrays(
     except (ValueError, EOFError) as error:
         raise _broken(path, shown(error)) from error
     if not isinstance(tree, dict):
-        what = tree.what if isinstance(tree, msgpack_tree.Other) else type(tree).__name__
-        raise _no_variables(path, what)
+        raise _no_variables(path, _what(tree))
     try:
         texts = [*reader.texts, *([tree.pop(KEY)] if KEY in tree else [])]
         if len(texts) > 1:
@@ -93,12 +95,24 @@ def _arrays(
         manifest = Manifest.loads(texts[0], path, budget) if texts else None
     except ValueError as error:
         raise _broken(path, shown(error)) from error
-    arrays = dict(_leaves(tree))
+    if manifest is None:
+        part = flax_part(path, tree, select, _is_array, _what)
+        return {key: leaf for key, (_, leaf) in part.leaves.items()}, None, part.left_out
+    require_none(path, select, "the file holds only state, as `save_checkpoint` writes it")
+    arrays = dict(leaves(tree))
     for key, value in arrays.items():
-        if not isinstance(value, msgpack_tree.Array):
-            what = value.what if isinstance(value, msgpack_tree.Other) else type(value).__name__
-            raise _no_array(path, key, what)
-    return arrays, manifest
+        if not _is_array(value):
+            raise _broken(path, f"{shown(slashed(key))} is a {_what(value)}, not an array")
+    return arrays, manifest, ()
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, msgpack_tree.Array)
+
+
+def _what(leaf: Any) -> str:
+    """Return the name of the leaf's Python type."""
+    return leaf.what if isinstance(leaf, msgpack_tree.Other) else type(leaf).__name__
 
 
 def _no_variables(path: Path, what: str) -> CheckpointError:
@@ -121,20 +135,6 @@ def _no_array(path: Path, key: KeyPath, what: str) -> CheckpointError:
         found=f"a {what}",
         mend="save only the variables; for a TrainState, {'params': state.params}",
     )
-
-
-def _leaves(tree: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any]]:
-    """Yield the leaves of nested dicts with their paths, in order."""
-    opened: list[tuple[KeyPath, Iterator[tuple[Any, Any]]]] = [((), iter(tree.items()))]
-    while opened:
-        path, entries = opened[-1]
-        for name, value in entries:
-            if isinstance(value, dict):
-                opened.append(((*path, name), iter(value.items())))
-                break
-            yield (*path, name), value
-        else:
-            opened.pop()
 
 
 class MsgpackReader(FileReader):
@@ -175,7 +175,7 @@ def write(path: Path, tensors: Tensors, rules: Rules = NO_RULES) -> None:
         CheckpointError: two names would be the same.
     """
     tree = tree_of(path, {key: key for key in tensors.specs})
-    leaves = [leaf for _, leaf in _leaves(tree)]
+    keys = [key for _, key in leaves(tree)]
     checksums: dict[KeyPath, str] = {}
     packer = msgpack.Packer()
     with atomic_file(path, rules) as stream:
@@ -187,7 +187,7 @@ def write(path: Path, tensors: Tensors, rules: Rules = NO_RULES) -> None:
                     stream.write(packer.pack(name))
                     write_node(child)
                 return
-            spec, pieces, is_last = tensors.specs[node], tensors.pieces(node), node == leaves[-1]
+            spec, pieces, is_last = tensors.specs[node], tensors.pieces(node), node == keys[-1]
             checksums[node] = _write_array(stream, packer, spec, pieces, has_manifest=is_last)
             if is_last:
                 manifest = manifest_of(tensors).with_checksums(checksums)

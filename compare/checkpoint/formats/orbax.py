@@ -28,6 +28,7 @@ from ..manifest import KEY, Manifest, checksum, in_manifests_order, linen_or_nnx
 from ..reader import Fetched, Reader
 from ..tensors import Spec, Tensors, checked, whole
 from .msgpack import tree_of
+from .parts import Part, Select, flax_part, require_none
 
 _METADATA = "_CHECKPOINT_METADATA"
 # The files and folders that Orbax itself writes into the folder of a checkpoint.
@@ -59,12 +60,12 @@ class Pending:
         self.checksum = checksum([array], self.spec)
 
 
-def open_(path: Path, budget: Budget) -> Reader:
+def open_(path: Path, budget: Budget, select: Select = ()) -> Reader:
     """Open the folder. Arrays are read into host memory on demand, whatever device they were on.
 
     Raises:
         CheckpointError: the folder is not a finished Orbax checkpoint, contains a link, names a
-            place outside itself, or does not contain a tree of arrays.
+            place outside itself, does not contain a tree of arrays, or has no such part.
         FileError: its metadata does not fit the budget.
     """
     if not is_orbax(path):
@@ -82,39 +83,69 @@ def open_(path: Path, budget: Budget) -> Reader:
         metadata = _in_a_thread(checkpointer.metadata, path.absolute()).item_metadata
         if metadata is None:  # Orbax only logs the reason
             raise _broken(path, "an array in it cannot be opened")
-        leaves = flatten_dict(metadata.tree)
+        part = _part(path, metadata.tree, manifest, select)
         specs = {
             key: checked(tuple(leaf.shape), np.dtype(leaf.dtype).name)
-            for key, leaf in leaves.items()
+            for key, (_, leaf) in part.leaves.items()
         }
-        for key, leaf in leaves.items():
+        for key, (_, leaf) in part.leaves.items():
             _require_small_chunks(path, key, specs[key], leaf)
-    # Orbax adds the step "value" to each path of an nnx.State.
-    if manifest is None and specs and all(key[-1] == "value" for key in specs):
-        names = {words(key[:-1]): key for key in specs}
-        specs = {key[:-1]: spec for key, spec in specs.items()}
-    else:
-        names = {words(key): key for key in specs}
+    names = {words(key): place for key, (place, _) in part.leaves.items()}
     aliases: dict[KeyPath, KeyPath] = {}
     if manifest is not None:
         specs, aliases = in_manifests_order(path, specs, manifest), dict(manifest.aliases)
     layout = manifest.layout if manifest else linen_or_nnx(specs)
     return OrbaxReader(
-        names, path, layout, specs, manifest, aliases, budget=budget, snapshot=snapshot
+        metadata.tree,
+        names,
+        path,
+        layout,
+        specs,
+        manifest,
+        aliases,
+        budget=budget,
+        snapshot=snapshot,
+        left_out=part.left_out,
     )
 
 
+def _part(path: Path, tree: Any, manifest: Manifest | None, select: Select) -> Part:
+    """Return the selected leaves of the tree, of which lists may be nodes."""
+
+    def is_array(leaf: Any) -> bool:
+        return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+    if manifest is None:
+        return flax_part(path, _as_dicts(tree), select, is_array, lambda leaf: type(leaf).__name__)
+    require_none(path, select, "the folder holds only state, as `save_checkpoint` writes it")
+    return Part({key: (key, leaf) for key, leaf in flatten_dict(tree).items()}, ())
+
+
+def _as_dicts(tree: Any) -> Any:
+    """Return nested dicts and lists as nested dicts; the positions of a list are names."""
+    if isinstance(tree, dict):
+        return {name: _as_dicts(child) for name, child in tree.items()}
+    if isinstance(tree, list | tuple):
+        return {str(index): _as_dicts(child) for index, child in enumerate(tree)}
+    return tree
+
+
 class OrbaxReader(Reader):
-    """An open Orbax folder. `names` maps each path, as strings, to the path that Orbax uses."""
+    """An open Orbax folder.
+
+    `tree` is its tree, and `names` maps each path, as strings, to the path in the tree.
+    """
 
     format = "orbax"
 
-    def __init__(self, names: dict[tuple[str, ...], KeyPath], *header: Any, **more: Any) -> None:
+    def __init__(
+        self, tree: Any, names: dict[tuple[str, ...], KeyPath], *header: Any, **more: Any
+    ) -> None:
         super().__init__(*header, **more)
-        self._names = names
+        self._tree, self._names = tree, names
 
     def _fetch(self, paths: list[KeyPath]) -> Fetched:
-        arrays = _restore(self.path, [self._names[words(path)] for path in paths])
+        arrays = _restore(self.path, self._tree, [self._names[words(path)] for path in paths])
         pairs = list(zip(paths, arrays, strict=True))
         checked_pairs = in_batches(pairs, _nbytes, lambda pair: self.check(*pair))
         yield from ((pair[0], array) for pair, array in checked_pairs)
@@ -303,15 +334,37 @@ def _manifest(path: Path, budget: Budget) -> Manifest | None:
         raise _broken(path, f"{_METADATA}: {shown(error)}") from error
 
 
-def _restore(path: Path, keys: Sequence[KeyPath]) -> list[np.ndarray]:
+def _restore(path: Path, tree: Any, keys: Sequence[KeyPath]) -> list[np.ndarray]:
     import orbax.checkpoint as ocp
 
-    wanted = unflatten_dict({key: 0 for key in keys})
+    is_partial = _is_of_dicts(tree)  # Orbax restores a part of a list only in the place of all
+    wanted = unflatten_dict({key: 0 for key in keys}) if is_partial else _wanted(tree, {*keys}, ())
     to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     with _reported(path), _reader() as checkpointer:
-        args = ocp.args.PyTreeRestore(item=wanted, restore_args=to_numpy, partial_restore=True)
-        arrays = flatten_dict(_in_a_thread(checkpointer.restore, path.absolute(), args=args))
+        args = ocp.args.PyTreeRestore(
+            item=wanted, restore_args=to_numpy, partial_restore=is_partial
+        )
+        restored = _in_a_thread(checkpointer.restore, path.absolute(), args=args)
+    arrays = flatten_dict(_as_dicts(restored))
     return [np.asarray(arrays[key]) for key in keys]
+
+
+def _is_of_dicts(tree: Any) -> bool:
+    """Return whether all nodes are dicts."""
+    if isinstance(tree, dict):
+        return all(map(_is_of_dicts, tree.values()))
+    return tree is not None and not isinstance(tree, list | tuple)
+
+
+def _wanted(tree: Any, keys: set[KeyPath], path: KeyPath) -> Any:
+    """Return the tree with 0 at the keys, and what tells Orbax to read nothing at other leaves."""
+    if isinstance(tree, dict):
+        return {name: _wanted(child, keys, (*path, name)) for name, child in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_wanted(child, keys, (*path, str(index))) for index, child in enumerate(tree)]
+    if tree is None:
+        return None
+    return 0 if path in keys else ...  # Orbax's PLACEHOLDER
 
 
 @contextmanager

@@ -100,8 +100,19 @@ class Other(NamedTuple):
     what: str
 
 
-def build(raw: bytes, path: Path, budget: Budget, *, may_go_on: bool = False) -> tuple[Any, int]:
+class Opaque(NamedTuple):
+    """What a function or class that is no part of tensors would make. It was not called."""
+
+    what: str
+
+
+def build(
+    raw: bytes, path: Path, budget: Budget, *, may_go_on: bool = False
+) -> tuple[Any, int, tuple[str, ...]]:
     """Return what the pickle describes, with a `View` or `Other` for each tensor, and its length.
+
+    In the place of anything that is no part of tensors there is an `Opaque`. The last result has
+    the names of these functions and classes.
 
     Args:
         raw: the bytes that begin with the pickle.
@@ -110,7 +121,7 @@ def build(raw: bytes, path: Path, budget: Budget, *, may_go_on: bool = False) ->
         may_go_on: whether other bytes may follow the pickle.
 
     Raises:
-        UnsafePickleError: it needs an opcode, a function or a class that is no part of tensors.
+        UnsafePickleError: it needs an opcode that torch does not write for tensors and numbers.
         EOFError: it ends too early.
         FileError: what it would build does not fit the budget.
     """
@@ -125,7 +136,7 @@ def build(raw: bytes, path: Path, budget: Budget, *, may_go_on: bool = False) ->
         raise UnsafePickleError(type(error).__name__) from error
     if machine.position != len(raw) and not may_go_on:
         raise UnsafePickleError("bytes after its end")
-    return machine.result, machine.position
+    return machine.result, machine.position, tuple(machine.foreign)
 
 
 class _Function(NamedTuple):
@@ -142,6 +153,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.foreign: dict[str, None] = {}
         self.is_done, self.result = False, None
 
     def run(self, steps: int) -> int:
@@ -213,6 +225,8 @@ class _Machine:
 
     def append(self, items: list[Any]) -> None:
         """Append items to the list on the stack."""
+        if type(self.stack[-1]) is Opaque:
+            return
         if type(self.stack[-1]) is not list:
             raise UnsafePickleError("an item of something that is not a list")
         self.stack[-1].extend(items)
@@ -220,6 +234,8 @@ class _Machine:
     def set_items(self, items: list[Any]) -> None:
         """Put keys and values into the dict on the stack."""
         target = self.stack[-1]
+        if type(target) is Opaque:
+            return
         if type(target) is not dict or len(items) % 2:
             raise UnsafePickleError("a key of something that is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -246,8 +262,15 @@ class _Machine:
     def build(self) -> None:
         """Drop the attributes of a dict: those of a state dict say nothing about its tensors."""
         self.stack.pop()
-        if type(self.stack[-1]) is not dict:
+        if type(self.stack[-1]) not in (dict, Opaque):
             raise UnsafePickleError("attributes of something that is not a dict")
+
+    def look_up(self) -> None:
+        """Push the stand-in for a function or class; one that is no part of tensors is noted."""
+        found = _global(self.line(), self.line())
+        if type(found) is Opaque:
+            self.foreign[found.what] = None
+        self.push(found)
 
     def storage(self) -> None:
         """Replace a persistent id by the storage that it names."""
@@ -268,7 +291,7 @@ _BY_CODE: dict[bytes, Callable[[_Machine], None]] = {
     b"\x80": _Machine.protocol,
     b".": _Machine.stop,
     b"(": lambda it: it.marks.append(len(it.stack)),
-    b"c": lambda it: it.push(_global(it.line(), it.line())),
+    b"c": _Machine.look_up,
     b"R": _Machine.reduce,
     b"\x81": _Machine.reduce,
     b"b": _Machine.build,
@@ -320,15 +343,19 @@ def _global(module: str, name: str) -> Any:
         return _Function(lambda *_: Other(_OTHERS[name]))
     if module == "torch._utils" and name in _REBUILD:
         return _Function(_REBUILD[name])
-    raise UnsafePickleError(f"{module}.{name}")
+    return Opaque(f"{module}.{name}")
 
 
 def _called(function: Any, arguments: Any) -> Any:
     """Return the result of a function, whose arguments must be few: they may come again and again.
 
+    What is no part of tensors is not called, and stands for its result.
+
     Raises:
         UnsafePickleError: it is not a function, or they are not its arguments.
     """
+    if type(function) is Opaque:
+        return function
     if type(function) is not _Function or type(arguments) is not tuple:
         raise UnsafePickleError("a call of something else")
     if len(arguments) > _MAX_ARGUMENTS:

@@ -27,7 +27,8 @@ from ..errors import CheckpointError
 from ..manifest import KEY, Manifest, checksum, in_manifests_order, manifest_of
 from ..reader import ArrayAndChecksum, Fetched, FileReader, Location, Reader
 from ..tensors import Spec, Tensors, checked, whole
-from .torch_pickle import Other, UnsafePickleError, View, build
+from .parts import Select, advice, inner, require_none
+from .torch_pickle import Opaque, Other, UnsafePickleError, View, build
 from .zip_directory import CompressedError, Record, read_directory
 
 # All tensors together may show so many times the bytes of all storages, and a little more.
@@ -59,24 +60,30 @@ class TorchScriptError(ValueError):
 class Content(NamedTuple):
     """What a torch file holds: the object, where the bytes of each storage are, and the manifest.
 
-    `ranges` has the first byte and the number of bytes of each storage, by its key.
+    `ranges` has the first byte and the number of bytes of each storage, by its key; `foreign` has
+    the functions and classes that are no part of tensors.
     """
 
     state: Any
     ranges: Mapping[str, tuple[int, int]]
     manifest: Manifest | None
+    foreign: tuple[str, ...]
 
 
-def open_(path: Path, budget: Budget) -> Reader:
+def open_(path: Path, budget: Budget, select: Select = ()) -> Reader:
     """Open the file. Values are read on demand.
 
     Raises:
-        CheckpointError: the file is not a torch file, or does not contain a dict of tensors.
+        CheckpointError: the file is not a torch file, does not contain a dict of tensors, or has no
+            such part.
         FileError: what it contains does not fit the budget.
     """
     with InputFile(path).kept() as file:
         content = _content(file, budget)
-        views = _views(path, content)
+        if content.manifest is not None:
+            require_none(path, select, "the file holds only state, as `save_checkpoint` writes it")
+        state, left_out = _selected(path, content, select)
+        views = _views(path, state, content)
         specs, aliases = _specs(path, views)
         if content.manifest is not None:
             stored = specs | {key: specs[first] for key, first in aliases.items()}
@@ -92,6 +99,7 @@ def open_(path: Path, budget: Budget) -> Reader:
             aliases,
             budget=budget,
             snapshot=Snapshot({path: file.state}),
+            left_out=left_out,
         )
 
 
@@ -177,16 +185,20 @@ def _content(file: InputFile, budget: Budget) -> Content:
             "`torch.save(torch.jit.load(path).state_dict(), new_path)`",
         ) from error
     except UnsafePickleError as error:
-        raise CheckpointError(
-            file.path,
-            "contains more than a state dict of tensors; its code was not run",
-            expected="a state dict",
-            found=shown(error),
-            mend="load it where you trust its origin, and save only `module.state_dict()`",
-        ) from error
+        raise _unsafe(file.path, shown(error)) from error
     except (ValueError, EOFError) as error:
         raise _broken(file.path, shown(error)) from error
     raise _broken(file.path, f"it begins with {first_bytes[:4]!r}")
+
+
+def _unsafe(path: Path, what: str, mend: str = "") -> CheckpointError:
+    return CheckpointError(
+        path,
+        "contains more than a state dict of tensors; its code was not run",
+        expected="a state dict",
+        found=what,
+        mend=mend or "load it where you trust its origin, and save only `module.state_dict()`",
+    )
 
 
 def _zip_content(file: InputFile, budget: Budget) -> Content:
@@ -213,13 +225,13 @@ def _zip_content(file: InputFile, budget: Budget) -> Content:
         text = _read(file, records[f"{KEY}.json"], budget)
         manifest = Manifest.loads(text, file.path, budget)
     budget.require(5 * records["data.pkl"].nbytes, file.path, "its pickle")
-    state, _ = build(_read(file, records["data.pkl"], budget), file.path, budget)
+    state, _, foreign = build(_read(file, records["data.pkl"], budget), file.path, budget)
     ranges = {
         name.removeprefix("data/"): (record.begin, record.nbytes)
         for name, record in records.items()
         if name.startswith("data/")
     }
-    return Content(state, ranges, manifest)
+    return Content(state, ranges, manifest, foreign)
 
 
 def _read(file: InputFile, record: Record, budget: Budget) -> bytes:
@@ -232,11 +244,11 @@ def _legacy_content(file: InputFile, budget: Budget) -> Content:
 
     Before its bytes each storage has the number of its elements, in eight bytes.
     """
-    system, position = _pickle_at(file, len(_LEGACY), budget)
+    system, position, _ = _pickle_at(file, len(_LEGACY), budget)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise ValueError("its byte order is not little")
-    state, position = _pickle_at(file, position, budget)
-    keys, position = _pickle_at(file, position, budget)
+    state, position, foreign = _pickle_at(file, position, budget)
+    keys, position, _ = _pickle_at(file, position, budget)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise UnsafePickleError("a list of storages of another program")
     sizes = {view.storage.key: view.storage for view in _all_views(state)}
@@ -252,17 +264,17 @@ def _legacy_content(file: InputFile, budget: Budget) -> Content:
         position += 8 + nbytes
     if position != file.size:
         raise ValueError(f"it has {file.size:,} bytes, and its storages end at {position:,}")
-    return Content(state, ranges, None)
+    return Content(state, ranges, None, foreign)
 
 
-def _pickle_at(file: InputFile, begin: int, budget: Budget) -> tuple[Any, int]:
-    """Return the object of the pickle at an offset, and the offset after it."""
+def _pickle_at(file: InputFile, begin: int, budget: Budget) -> tuple[Any, int, tuple[str, ...]]:
+    """Return the object of the pickle at an offset, the offset after it, and what is foreign."""
     nbytes = 1 << 16
     while True:
         raw = file.read(nbytes, begin)
         try:
-            value, length = build(raw, file.path, budget, may_go_on=True)
-            return value, begin + length
+            value, length, foreign = build(raw, file.path, budget, may_go_on=True)
+            return value, begin + length, foreign
         except EOFError:
             if begin + nbytes >= file.size:
                 raise
@@ -270,30 +282,62 @@ def _pickle_at(file: InputFile, begin: int, budget: Budget) -> tuple[Any, int]:
             budget.require(5 * nbytes, file.path, "its pickle")
 
 
-def _all_views(state: Any) -> list[View]:
-    values = state.values() if isinstance(state, dict) else ()
-    return [value for value in values if isinstance(value, View)]
+def _all_views(state: Any) -> Iterator[View]:
+    """Yield the tensors in nested dicts, lists and tuples. Each of these is looked at once."""
+    seen, opened = set(), [state]
+    while opened:
+        node = opened.pop()
+        if type(node) is View:
+            yield node
+        elif type(node) in (dict, list, tuple) and id(node) not in seen:
+            seen.add(id(node))
+            opened += node.values() if type(node) is dict else node
 
 
-def _views(path: Path, content: Content) -> dict[str, View]:
-    """Return the description of each tensor.
+def _selected(path: Path, content: Content, select: Select) -> tuple[Any, tuple[str, ...]]:
+    """Return the part of the object that is selected, and the names of what is left out.
+
+    Raises:
+        CheckpointError: there is no such part, or nothing is selected and there is more than
+            tensors and plain values.
+    """
+    state = content.state
+    if not select:
+        if content.foreign:
+            raise _unsafe(path, shown(content.foreign[0]), advice(state, _is_state))
+        return state, ()
+    if len(select) > 1:
+        require_none(path, select[1:], "a torch module has one state dict", "select one part")
+    part = inner(path, state, select[0])
+    top = select[0].partition("/")[0]
+    return part, tuple(str(name) for name in state if name != top)
+
+
+def _is_state(node: dict[Any, Any]) -> bool:
+    return all(type(key) is str and type(value) is View for key, value in node.items())
+
+
+def _views(path: Path, state: Any, content: Content) -> dict[str, View]:
+    """Return the description of each tensor of the state.
 
     Raises:
         CheckpointError: the object is not a dict of tensors with plain values, or a storage is
             missing or shorter than its tensors.
     """
-    state = content.state
+    state_dict_only = advice(content.state, _is_state) or _STATE_DICT_ONLY
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(
             path,
             f"holds a {type(state).__name__}; expected a state dict: names and tensors",
             expected="a state dict: names and tensors",
             found=f"a {type(state).__name__}",
-            mend=_STATE_DICT_ONLY,
+            mend=state_dict_only,
         )
     for key, value in state.items():
         if isinstance(value, Other):
             raise _no_plain_tensor(path, key, value.what)
+        if isinstance(value, Opaque):
+            raise _unsafe(path, shown(value.what), advice(content.state, _is_state))
         if not isinstance(value, View):
             raise CheckpointError(
                 path,
@@ -301,7 +345,7 @@ def _views(path: Path, content: Content) -> dict[str, View]:
                 key=key,
                 expected="a tensor",
                 found=f"a {type(value).__name__}",
-                mend=_TENSORS_ONLY if key.endswith("_extra_state") else _STATE_DICT_ONLY,
+                mend=_TENSORS_ONLY if key.endswith("_extra_state") else state_dict_only,
             )
         if value.dtype.startswith("q"):
             raise _no_plain_tensor(path, key, "sparse")
