@@ -18,7 +18,7 @@ from ..conversion.convert import StateDict, linen_to_torch, nnx_to_torch
 from ..conversion.errors import ConversionError
 from ..conversion.layer_facts import facts_of
 from ..conversion.mapping import LINEN, NNX, StateMapping, slashed
-from ..conversion.state_kinds import entries, flax_side, same_memory, torch_kinds
+from ..conversion.state_kinds import FlaxSide, entries, flax_side, same_memory, torch_kinds
 from ..conversion.tensors import Untransferable, dense, tensor_to_numpy, to_host
 from ..conversion.trees import is_nested
 from ..files.errors import FileError
@@ -27,10 +27,12 @@ from ..files.printable import shown
 from ..files.writing import Rules
 from .errors import CheckpointError
 from .formats import Format, exists, format_of
+from .manifest import COLLECTIONS
 from .tensors import Tensors, spec_of, tensors_of
 from .transforms import relaid
 
 Source = torch.nn.Module | nnx.Module | Mapping[str, Any]
+_LAYER_LEAVES = ("kernel", "embedding", "scale", "bias")
 _MEND = "for modules other than the attention classes, pass mapping=compare.match(module, template)"
 
 
@@ -332,10 +334,30 @@ def _from_flax(path: Path, source: Any, mapping: StateMapping | None, chosen: Fo
         convert: Any = nnx_to_torch if side.kind == "nnx" else linen_to_torch
         state: StateDict = convert(source, mapping=mapping)
         return _torch_tensors(path, state, {}, mapping)
+    if (
+        side.kind == "linen"
+        and side.leaves
+        and not {*COLLECTIONS} & {key[0] for key in side.leaves}
+    ):
+        _require_no_layers(path, side)
     arrays = {key: _host_leaf(path, key, leaf) for key, leaf in side.leaves.items()}
     tied = {entry.path: entry.first for entry in entries(source) if entry.first is not None}
     aliases = {key: first for key, first in tied.items() if first in arrays}
     return tensors_of(side.kind, arrays, side.kinds, aliases, mapping)
+
+
+def _require_no_layers(path: Path, side: FlaxSide) -> None:
+    """Raise CheckpointError if variables without a known collection look like params alone."""
+    name = next((slashed(key) for key in side.leaves if key[-1] in _LAYER_LEAVES), None)
+    if name is not None:
+        raise CheckpointError(
+            path,
+            f"{shown(name)} is in no collection: these are params alone",
+            key=name,
+            expected='all variables, {"params": ...}',
+            found=f"the collection {shown(name.partition('/')[0])}",
+            mend='save {"params": params}',
+        )
 
 
 def _host_leaf(path: Path, key: tuple[Any, ...], leaf: Any) -> np.ndarray:

@@ -14,6 +14,8 @@ import pytest
 import torch
 from flax import nnx, serialization
 from flax.training import train_state
+from flax.traverse_util import flatten_dict
+from safetensors.flax import save_file
 from typer.testing import CliRunner
 
 import compare
@@ -167,6 +169,30 @@ def test_random_streams_are_no_state(tmp_path: Path) -> None:
     assert jax.tree.all(jax.tree.map(np.array_equal, *kernels))
     with compare.open_checkpoint(tmp_path / "state") as stored:
         assert stored.left_out == ("layers/1/rngs (a random stream)",)
+
+
+@pytest.mark.parametrize("joint", ["/", "."])
+@pytest.mark.parametrize("has_collections", [True, False])
+def test_safetensors_that_flax_wrote(joint: str, has_collections: bool, tmp_path: Path) -> None:
+    variables = {"params": PARAMS} if has_collections else PARAMS
+    flat = {joint.join(path): leaf for path, leaf in flatten_dict(variables).items()}
+    path = tmp_path / "model.safetensors"
+    save_file(flat, path, metadata={"format": "flax"})
+    module = torch.nn.ModuleDict({"fc": torch.nn.Linear(2, 3)})
+    for target in (module, TEMPLATE, {"params": PARAMS}):
+        with pytest.warns(compare.UnverifiedCheckpoint):
+            loaded = compare.load_checkpoint(path, target)
+        made = loaded if isinstance(loaded, dict) else compare.torch_to_linen(module, TEMPLATE)
+        assert jax.tree.all(jax.tree.map(np.array_equal, made, {"params": PARAMS}))
+
+
+def test_params_alone_are_not_saved_as_collections(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r'fc/kernel is in no collection.*{"params": params}'):
+        compare.save_checkpoint(tmp_path / "bare.msgpack", PARAMS)
+    own = {"my_state": {"fc": {"table": jnp.ones(3)}}}
+    saved = compare.save_checkpoint(tmp_path / "own.msgpack", own)
+    loaded = compare.load_checkpoint(saved, own)
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, own))
 
 
 def test_what_cannot_be_selected_is_named(tmp_path: Path) -> None:

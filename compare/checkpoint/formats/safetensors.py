@@ -26,6 +26,7 @@ from ..manifest import (
     KEY,
     Manifest,
     in_manifests_order,
+    linen_or_nnx,
     manifest_of,
     start,
     torch_or_flax,
@@ -95,8 +96,13 @@ class SafetensorsReader(FileReader):
 
     def __init__(self, path: Path, header: Header, budget: Budget, snapshot: Snapshot) -> None:
         manifest = _manifest(path, header.metadata, budget)
-        layout: FileLayout = manifest.layout if manifest else torch_or_flax(header.specs)
-        names = {_path_of(name, layout): name for name in header.specs}
+        if manifest is None and header.metadata.get("format") == "flax":
+            joint = "/" if any("/" in name for name in header.specs) else "."
+            names = {tuple(name.split(joint)): name for name in header.specs}
+            layout: FileLayout = linen_or_nnx(names)
+        else:
+            layout = manifest.layout if manifest else torch_or_flax(header.specs)
+            names = {_path_of(name, layout): name for name in header.specs}
         specs: dict[KeyPath, Spec] = {key: header.specs[name] for key, name in names.items()}
         if manifest is not None:
             specs = in_manifests_order(path, specs, manifest)
