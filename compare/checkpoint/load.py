@@ -18,6 +18,7 @@ from ..conversion.match import allowing, match
 from ..conversion.state_kinds import FlaxSide, flax_side, specs_side, torch_kinds
 from ..conversion.tensors import is_uninitialized, numpy_to_tensor, tensor_to_numpy
 from ..conversion.trees import is_nested
+from ..conversion.wrappers import without_prefix
 from ..dtypes import FLOATING, numpy_dtype
 from ..files.memory import collector_paused
 from ..files.printable import shown
@@ -28,7 +29,7 @@ from .formats import open_checkpoint
 from .formats.parts import collections_alone
 from .formats.shards import index_in
 from .load_flax import flax_leaves, install
-from .load_torch import assignment, fill_torch, require_fit
+from .load_torch import assignment, fill_torch, named_by_hooks, require_fit
 from .manifest import is_cast
 from .reader import Reader
 from .tensors import Tensors, whole
@@ -95,7 +96,7 @@ def load_checkpoint(
         select: the part of the file that holds the state, if a training program wrote more: names
             joined by slashes, or several for Flax, as ("params", "batch_stats").
         prefix: what the names of a torch file begin with and the target's do not: "module." for a
-            file of DataParallel.
+            file of DataParallel. "_orig_mod." and FSDP's wrappers are taken off anywhere in a name.
         layouts: how tensors of a torch file are laid out, as `compare.match` takes them, for a file
             that does not say of which layers they are.
         cast: whether floating values may be cast to the target's dtype, and int32 to torch's int64.
@@ -280,12 +281,17 @@ def _require_asked(stored: Reader, target: Any, mapping: StateMapping | None) ->
 def _require_prefix(stored: Reader, prefix: str, mapping: StateMapping | None) -> None:
     """Raise CheckpointError if a prefix has no effect, or makes one name of two."""
     names = [str(key[0]) for key in (*stored.specs, *stored.aliases)]
-    both = {prefix + name for name in names} & {*names}
+    bare: dict[str, str] = {}
+    both = [
+        (name, other)
+        for name in names
+        if (other := bare.setdefault(without_prefix(name, prefix), name)) != name
+    ]
     if both and mapping is None and stored.layout == "torch":
-        name = min(both)
+        name, other = min(both)
         raise CheckpointError(
             stored.path,
-            f"has {shown(name)} and {shown(name.removeprefix(prefix))}, which would be one",
+            f"has {shown(name)} and {shown(other)}, which would be one",
             key=name,
             expected="names that differ without the prefix",
             found="two names that are then the same",
@@ -294,8 +300,8 @@ def _require_prefix(stored: Reader, prefix: str, mapping: StateMapping | None) -
         )
     if mapping is not None or stored.layout != "torch":
         reason = "prefix has no effect beside a mapping, and for a file in Flax's layout"
-    elif not any(name.startswith(prefix) for name in names):
-        reason = f"no name in it begins with {prefix!r}"
+    elif all(without_prefix(name, prefix) == name for name in names):
+        reason = f"no name in it has {prefix!r}"
     else:
         return
     raise CheckpointError(
@@ -352,13 +358,17 @@ def _into_torch(
         tensors = relaid(stored.path, stored.tensors(), table)
     left = tensors.mapping.left_policies() if tensors.mapping else {}
     first_names = {key: key for key in tensors.specs} | dict(tensors.aliases)
-    names = {key: str(key[0]).removeprefix(prefix) for key in first_names}
+    names = {key: without_prefix(str(key[0]), prefix) for key in first_names}
+    hooked = named_by_hooks(
+        module, {names[key]: tensors.specs[first] for key, first in first_names.items()}
+    )
+    names = {key: hooked.get(name, name) for key, name in names.items()}
     specs = {names[key]: tensors.specs[first] for key, first in first_names.items()}
     kinds = {names[key]: tensors.kinds.get(first, "unknown") for key, first in first_names.items()}
     dropped = require_fit(module, specs, kinds, policy, left, cast)
     if stored.layout == "torch":
         read = _state(stored.read(), stored.aliases)
-        state = {key.removeprefix(prefix): tensor for key, tensor in read.items()}
+        state = {names[(key,)]: tensor for key, tensor in read.items()}
     else:
         state = _whole_state(stored, tensors)
     state = {key: tensor for key, tensor in state.items() if key not in dropped}

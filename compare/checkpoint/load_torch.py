@@ -1,6 +1,6 @@
 """Load a state dict into a torch module. Everything is checked before anything is changed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +101,52 @@ def _is_counter(module: torch.nn.Module, key: str, specs: Mapping[str, Any]) -> 
     if leaf != "num_batches_tracked" or key.removesuffix(leaf) + "running_mean" not in specs:
         return False
     return isinstance(module.get_submodule(prefix), torch.nn.modules.batchnorm._NormBase)
+
+
+def named_by_hooks(module: torch.nn.Module, specs: Mapping[str, Spec]) -> dict[str, str]:
+    """Return the names that the module's own hooks give to entries of other names.
+
+    torch's `load_state_dict` calls these hooks first: weight norm's, for example, rename what files
+    of old torch call `weight_g`. Here they see tensors without values.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    has_hooks = any(child._load_state_dict_pre_hooks for child in module.modules())
+    if not has_hooks or any(map(is_uninitialized, tensors)):  # a lazy layer's make its tensors
+        return {}
+    marks = {
+        key: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta")
+        for key, spec in specs.items()
+    }
+    before, names = _Before.of(module), {}
+    try:
+        for key, mark in _after_hooks(module, dict(marks), ""):
+            names[id(mark)] = key
+    except Exception:  # a hook that needs values; loading calls it again
+        return {}
+    finally:
+        with uninterrupted():
+            before.restore()
+    return {
+        key: names[id(mark)]
+        for key, mark in marks.items()
+        if names.get(id(mark), key) != key and names[id(mark)] not in specs
+    }
+
+
+def _after_hooks(
+    module: torch.nn.Module, state: dict[str, Any], prefix: str
+) -> Iterator[tuple[str, Any]]:
+    """Yield the names of the module's entries and the values that it would get."""
+    for hook in module._load_state_dict_pre_hooks.values():
+        hook(state, prefix, {}, True, [], [], [])
+    for name in (*module._parameters, *module._buffers):
+        if prefix + name in state:
+            yield prefix + name, state[prefix + name]
+    for name, child in module._modules.items():
+        if child is not None:
+            begin = f"{prefix}{name}."
+            inner = {key: value for key, value in state.items() if key.startswith(begin)}
+            yield from _after_hooks(child, inner, begin)
 
 
 def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.nn.Module]:

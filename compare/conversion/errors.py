@@ -8,7 +8,7 @@ from os import PathLike
 from ..files.errors import FileError
 from ..files.printable import readable, shown
 from .suggest import Nearest
-from .wrappers import common_prefix
+from .wrappers import INNER_STEPS, common_prefix, without_prefix
 
 Shape = tuple[int, ...]
 
@@ -85,17 +85,26 @@ class Mismatch:
     def _text(self) -> str:
         nearest = Nearest(entry.name for entry in self.missing)
         prefix = self.prefix
+        others = [
+            entry
+            for entry in self.unexpected
+            if not prefix or without_prefix(entry.name, prefix) == entry.name
+        ]
         groups = (
             (() if prefix else self.missing, _missing),
-            (() if prefix else self.unexpected, lambda entry: _unexpected(entry, nearest)),
+            (others, lambda entry: _unexpected(entry, nearest)),
             (self.misshaped, _misshaped),
             (self.refused, _refused),
         )
         lines: list[str] = []
         if prefix:
+            count = f"{len(self.unexpected) - len(others):,} names"
+            is_inner = prefix in INNER_STEPS
+            what = (
+                f"{prefix}: {count} have this step" if is_inner else f"{prefix}*: {count} begin so"
+            )
             lines.append(
-                f"+ unexpected {shown(prefix)}*: {len(self.unexpected):,} names begin so, and the "
-                f"target's do not: pass prefix={prefix!r}"
+                f"+ unexpected {shown(what)}, and the target's do not: pass prefix={prefix!r}"
             )
         for entries, describe in groups:
             lines += [describe(entry) for entry in entries[:MAX_LINES]]

@@ -32,7 +32,7 @@ from .suggest import MAX_SUGGESTIONS, Nearest, collection_hint, rename_hint
 from .tensors import UNINITIALIZED, Untransferable, is_uninitialized, shape_of
 from .undecided import Choice, Undecided, is_of_our_attention, matrix_layout, questions
 from .unmatched import host_values, refill_of
-from .wrappers import without_wrapper
+from .wrappers import without_prefix, without_wrapper
 
 # The names that a torch leaf may have in Flax.
 LEAVES = {
@@ -543,7 +543,7 @@ def _renamed(
     """Return the dotted Flax name of every torch name, and the old names of the rules used."""
     renamed, used = {}, set()
     for name in names:
-        bare = name.removeprefix(prefix)
+        bare = without_prefix(name, prefix)
         renamed[name] = bare
         for pattern, old, new in rules:
             if found := pattern.match(bare):
@@ -569,8 +569,8 @@ def _unused_names(
         if old.count("*") != new.count("*")
     ]
     keys = list(tensors)
-    if prefix and keys and not any(key.startswith(prefix) for key in keys):
-        unused.append(MismatchEntry(prefix, "", reason="no torch name begins with this prefix"))
+    if prefix and keys and all(without_prefix(key, prefix) == key for key in keys):
+        unused.append(MismatchEntry(prefix, "", reason="no torch name has this prefix"))
     nearest = Nearest(keys, cutoff=0.5)
     unused += [
         MismatchEntry(old, "", reason=_with_nearest("this rename rule fits no key", old, nearest))

@@ -11,6 +11,8 @@ _WRAPPERS = (
     nn.parallel.DistributedDataParallel,
     torch.optim.swa_utils.AveragedModel,
 )
+# Steps that torch.compile, FSDP and activation checkpointing put before the names of any layer.
+INNER_STEPS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def without_wrapper(module: nn.Module, names: Iterable[str] = ()) -> nn.Module:
@@ -37,18 +39,26 @@ def _step(module: nn.Module) -> str | None:
 
 
 def common_prefix(longer: Iterable[str], shorter: Iterable[str]) -> str:
-    """Return what all longer names begin with, and the shorter ones lack, or nothing.
+    """Return the prefix that makes a longer name of each shorter one, or nothing.
 
-    Each shorter name has to be one of the longer ones without it: `module.` for `module.fc.bias`
-    and `fc.bias`.
+    It is `module.` for `module.fc.bias` and `fc.bias`, and `_orig_mod.` for `fc._orig_mod.bias`.
     """
     names, wanted = set(longer), set(shorter)
     if not names or not wanted:
         return ""
-    first, last = min(names), max(names)
-    for end in [index + 1 for index, letter in enumerate(first) if letter == "."]:
-        prefix = first[:end]
-        # What the first and the last begin with, all between them begin with.
-        if last.startswith(prefix) and all(prefix + name in names for name in wanted):
+    any_wanted = min(wanted)
+    prefixes = {name.removesuffix(any_wanted) for name in names if name.endswith(f".{any_wanted}")}
+    for prefix in sorted(prefixes, key=len):
+        if all(prefix + name in names for name in wanted):
             return prefix
-    return ""
+    bare = {without_prefix(name, INNER_STEPS[0]) for name in names}
+    step = next((step for step in INNER_STEPS if any(step in name for name in names)), "")
+    return step if step and wanted <= bare else ""
+
+
+def without_prefix(name: str, prefix: str) -> str:
+    """Return the torch name without the prefix, or without all steps of torch's inner wrappers."""
+    if prefix not in INNER_STEPS:
+        return name.removeprefix(prefix)
+    steps = [step for step in name.split(".") if f"{step}." not in INNER_STEPS]
+    return ".".join(steps)

@@ -228,3 +228,79 @@ def test_a_header_ends_before_its_file(tmp_path: Path) -> None:
             continue
         with pytest.raises(compare.CheckpointError, match=message):
             compare.read_checkpoint(path)
+
+
+def test_the_steps_of_wrappers_are_taken_off(tmp_path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    template = {
+        "params": {
+            "0": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)},
+            "1": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)},
+        }
+    }
+    for step in ("_orig_mod.", "_fsdp_wrapped_module."):
+        state = {
+            name.replace("1.", f"1.{step}_checkpoint_wrapped_module."): tensor
+            for name, tensor in module.state_dict().items()
+        }
+        path = compare.save_checkpoint(tmp_path / "wrapped.pth", state)
+        target = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+        with pytest.raises(
+            compare.CheckpointError, match=f"2 names have this step.*prefix='{step}'"
+        ):
+            compare.load_checkpoint(path, target)
+        compare.load_checkpoint(path, target, prefix=step)
+        expected = module.state_dict()["1.weight"]
+        assert torch.equal(target.state_dict()["1.weight"], expected)
+        with pytest.raises(
+            compare.ConversionError, match=f"2 names have this step.*prefix='{step}'"
+        ):
+            compare.match(state, template)
+        made = compare.torch_to_linen(
+            state, template, prefix=step, layouts={"*.weight": "transposed"}
+        )
+        np.testing.assert_array_equal(made["params"]["1"]["kernel"], expected.T)
+    averaged = torch.optim.swa_utils.AveragedModel(module)
+    path = compare.save_checkpoint(tmp_path / "ema.pth", averaged.state_dict())
+    with pytest.raises(compare.CheckpointError) as refused:
+        compare.load_checkpoint(path, target)
+    assert "unexpected module.*: 4 names begin so" in str(refused.value)
+    assert "unexpected n_averaged ()" in str(refused.value)
+    compare.load_checkpoint(path, target, prefix="module.", policy={"n_averaged": "ignore"})
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_modules_own_hooks_give_old_names_new_ones(suffix: str, tmp_path: Path) -> None:
+    class Renamed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(3)
+            self.seen: list[str] = []
+            self._register_load_state_dict_pre_hook(self.rename)
+
+        def rename(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+            self.seen += state
+            for name in [name for name in state if name.startswith(f"{prefix}ln.")]:
+                state[name.replace("ln.", "norm.")] = state.pop(name)
+
+    old = torch.nn.ModuleDict({"inner": torch.nn.ModuleDict({"ln": torch.nn.LayerNorm(3)})})
+    torch.nn.init.normal_(old["inner"]["ln"].weight)  # type: ignore[index]
+    path = compare.save_checkpoint(tmp_path / f"old{suffix}", old)
+    new = torch.nn.ModuleDict({"inner": Renamed()})
+    compare.load_checkpoint(path, new)
+    expected = old.state_dict()["inner.ln.weight"]
+    assert torch.equal(new.state_dict()["inner.norm.weight"], expected)
+
+    torch.manual_seed(0)
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        weight_norm = torch.nn.utils.weight_norm(torch.nn.Linear(2, 3))
+    target = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 3))
+    path = compare.save_checkpoint(tmp_path / f"norm{suffix}", weight_norm)
+    compare.load_checkpoint(path, target)
+    inputs = torch.ones(1, 2)
+    assert torch.equal(target(inputs), weight_norm(inputs))
+    other = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 3))
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(compare.CheckpointError, match="has shape"):
+        compare.load_checkpoint(path, other)
+    assert all(torch.equal(other.state_dict()[name], value) for name, value in before.items())

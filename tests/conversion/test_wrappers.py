@@ -94,7 +94,7 @@ def test_a_prefix_is_named_once_and_taken_off(prefix: str, tmp_path: Path) -> No
 
 def test_a_prefix_without_effect_is_refused(tmp_path: Path) -> None:
     state = Inner().state_dict()
-    with pytest.raises(compare.ConversionError, match="no torch name begins with this prefix"):
+    with pytest.raises(compare.ConversionError, match="no torch name has this prefix"):
         compare.match(state, template(), prefix="module.")
     mapping = compare.match(state, template())
     with pytest.raises(ValueError, match="prefix has no effect beside mapping"):
