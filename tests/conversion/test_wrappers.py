@@ -103,7 +103,7 @@ def test_a_prefix_without_effect_is_refused(tmp_path: Path) -> None:
     with pytest.raises(compare.CheckpointError, match="prefix has no effect"):
         compare.load_checkpoint(flax, template(), prefix="fc.")
     path = compare.save_checkpoint(tmp_path / "a.pth", Inner())
-    with pytest.raises(compare.CheckpointError, match="no name in it begins with"):
+    with pytest.raises(compare.CheckpointError, match="no name in it has"):
         compare.load_checkpoint(path, Inner(), prefix="module.")
 
 
