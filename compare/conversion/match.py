@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from flax import linen, nnx
@@ -28,11 +28,18 @@ from .layouts import known_layout, layout
 from .mapping import KeyPath, Left, Policy, Refill, Row, StateMapping, slashed
 from .state_kinds import FlaxSide, flax_side, one_trained, same_memory, torch_kinds
 from .stated import Difference, differences, embedding_differences, linen_layers
-from .suggest import MAX_SUGGESTIONS, Nearest, collection_hint, rename_hint
+from .suggest import MAX_SUGGESTIONS, Nearest, collection_hint, rename_hint, split_hint
 from .tensors import UNINITIALIZED, Untransferable, is_uninitialized, shape_of
 from .undecided import Choice, Undecided, is_of_our_attention, matrix_layout, questions
 from .unmatched import host_values, refill_of
 from .wrappers import without_prefix, without_wrapper
+
+
+class Spec(NamedTuple):
+    """The shape of a part of a tensor."""
+
+    shape: tuple[int, ...]
+
 
 # The names that a torch leaf may have in Flax.
 LEAVES = {
@@ -51,6 +58,7 @@ def match(
     template: Any,
     *,
     rename: Mapping[str, str] | None = None,
+    split: Mapping[str, Sequence[str]] | None = None,
     layouts: Mapping[str, str] | None = None,
     policy: Mapping[str, Policy] | None = None,
     prefix: str = "",
@@ -67,6 +75,9 @@ def match(
         rename: torch names to Flax names, dotted. Each is the whole name of an entry or of a module
             above it; `*` stands for one step: `{"h.*.attn": "blocks.*.attention"}`. The longest
             rule that fits wins: that of more steps, then of fewer `*`, then of more letters.
+        split: torch names, as in `rename`, to the Flax names of their equal parts along the first
+            axis: `{"h.*.qkv": ["h.*.query", "h.*.key", "h.*.value"]}`. The parts lie one after
+            another; where heads alternate, as in GPT-NeoX, this is not so.
         layouts: torch keys (patterns) to layouts of `compare.conversion.layouts`, for tensors whose
             layout neither side shows: `{"head.weight": "flatten:8,4,4"}` for a Linear that follows
             a flattened image.
@@ -103,7 +114,13 @@ def match(
         side = side._replace(layers=lambda: layers)
     with collector_paused():
         mapping, mismatch = pair(
-            source, side, rename=rename, layouts=layouts, policy=policy, prefix=prefix
+            source,
+            side,
+            rename=rename,
+            split=split,
+            layouts=layouts,
+            policy=policy,
+            prefix=prefix,
         )
         if mismatch:
             raise ConversionError(mismatch, collection_hint(template) + _advice(mismatch))
@@ -115,7 +132,7 @@ def _advice(mismatch: Mismatch) -> str:
         return ""
     unexpected = {entry.name: entry.found or () for entry in mismatch.unexpected}
     missing = {entry.name: entry.expected or () for entry in mismatch.missing}
-    hint = rename_hint(unexpected, missing)
+    hint = split_hint(unexpected, missing) or rename_hint(unexpected, missing)
     return hint or 'Pair names that differ with rename={"torch.name": "Flax.name"}.'
 
 
@@ -124,15 +141,19 @@ def pair(
     template: Any,
     *,
     rename: Mapping[str, str] | None = None,
+    split: Mapping[str, Sequence[str]] | None = None,
     layouts: Mapping[str, str] | None = None,
     policy: Mapping[str, Policy] | None = None,
     prefix: str = "",
 ) -> tuple[StateMapping, Mismatch]:
     """Return the mapping and the list of what does not fit. The arguments are those of `match`."""
-    matcher = _Matcher(source, template, rename or {}, layouts or {}, policy or {}, prefix)
+    matcher = _Matcher(
+        source, template, rename or {}, split or {}, layouts or {}, policy or {}, prefix
+    )
     matcher.refuse_unreadable()
     matcher.refuse_layers()
     matcher.pair_compound_layers()
+    matcher.pair_parts()
     matcher.pair_by_name()
     matcher.drop_repeated_paths()
     matcher.pair_aliases()
@@ -150,6 +171,7 @@ class _Matcher:
         source: torch.nn.Module | Mapping[str, Any],
         template: Any,
         rename: Mapping[str, str],
+        split: Mapping[str, Sequence[str]],
         layouts: Mapping[str, str],
         policy: Mapping[str, Policy],
         prefix: str,
@@ -157,7 +179,7 @@ class _Matcher:
         if isinstance(source, type):
             raise TypeError(f"source is the class {source.__name__}; give an instance of it")
         if isinstance(source, torch.nn.Module):
-            source = without_wrapper(source, (*rename, *layouts, *policy, prefix))
+            source = without_wrapper(source, (*rename, *split, *layouts, *policy, prefix))
         self.flax = flax_side(template)
         self.tensors: dict[str, Any] = (
             source.state_dict(keep_vars=True)
@@ -193,6 +215,8 @@ class _Matcher:
         self.layouts, unused_layouts = _chosen_layouts(self.tensors, layouts)
         self.rules = layouts
         self.used_layouts: set[str] = set()
+        self.split = split
+        self.part_places: set[str] = set()
         self.refused += [*unused_names, *unused_layouts]
         self.rows: list[Row] = []
         self.left: list[Left] = []
@@ -235,6 +259,42 @@ class _Matcher:
         keys = {key for row in self.rows for key in (row.torch_key, row.plus) if key}
         self.done |= keys | {item.torch_key for item in self.left}
 
+    def pair_parts(self) -> None:
+        """Pair each part of the tensors that `split` names with the one Flax path of its name."""
+        for old, parts in self.split.items():
+            keys = [key for key in self.tensors if key not in self.done]
+            found = _parts_of({key: self.names[key] for key in keys}, old, parts)
+            if not found:
+                reason = _with_nearest("this split fits no key", old, Nearest(keys, cutoff=0.5))
+                self.refused.append(MismatchEntry(old, "", reason=reason))
+            for key, names in found.items():
+                self.done.add(key)
+                self._pair_parts_of(key, names)
+
+    def _pair_parts_of(self, key: str, names: Sequence[str]) -> None:
+        """Add a row for each part of one tensor, or refuse the tensor."""
+        shape = shape_of(self.tensors[key])
+        if not shape or shape[0] % len(names):
+            reason = f"its first axis has no {len(names)} equal parts: it is {shape}"
+            self.refused.append(MismatchEntry(key, "", shape, reason=reason))
+            return
+        part = Spec((shape[0] // len(names), *shape[1:]))
+        for index, name in enumerate(names):
+            paths = _candidates(key, name, self.flax)
+            if len(paths) != 1:
+                choices = " or ".join(slashed(path) for path in paths) or "nothing"
+                reason = f"its part {name} could be {choices} in Flax"
+                self.refused.append(MismatchEntry(key, "", shape, reason=reason))
+                continue
+            self.part_places.add(slashed(paths[0]))
+            try:
+                row = self._row(key, paths[0], part)
+                self.rows.append(replace(row, part=(index, len(names))))
+            except Undecided as error:
+                self.undecided[key] = error.choice, slashed(paths[0])
+            except ValueError as error:
+                self.refused.append(MismatchEntry(key, slashed(paths[0]), reason=str(error)))
+
     def pair_by_name(self) -> None:
         """Pair every other tensor with the one Flax path of its name."""
         for key in [key for key in self.tensors if key not in self.done]:
@@ -254,8 +314,8 @@ class _Matcher:
             except ValueError as error:
                 self.refused.append(MismatchEntry(key, slashed(paths[0]), reason=str(error)))
 
-    def _row(self, key: str, path: KeyPath) -> Row:
-        """Return the row of one tensor.
+    def _row(self, key: str, path: KeyPath, part: Spec | None = None) -> Row:
+        """Return the row of one tensor, or of one part of it.
 
         Raises:
             Undecided: it fits in two layouts.
@@ -275,7 +335,13 @@ class _Matcher:
         if not chosen and is_matrix and is_of_our_attention(key, self.tensors):
             chosen = "transposed"
         name = chosen or _layout(
-            key, path, self.tensors[key], shape, layer, flax_layer, self.flax_layouts.get(names)
+            key,
+            path,
+            part or self.tensors[key],
+            shape,
+            layer,
+            flax_layer,
+            self.flax_layouts.get(names),
         )
         layout(name, shape)
         if is_matrix and not chosen:
@@ -456,7 +522,7 @@ class _Matcher:
     def _leave_flax_entries(self, used_rules: set[str]) -> list[MismatchEntry]:
         """Leave the Flax entries that the policy allows; return the others."""
         refused_names = {entry.place for entry in self.refused}
-        refused_names |= {place for _, place in self.undecided.values()}
+        refused_names |= {place for _, place in self.undecided.values()} | self.part_places
         paired = {row.path for row in self.rows}
         missing = []
         for path, leaf in self.flax.leaves.items():
@@ -586,6 +652,23 @@ def _filled(new: str, steps: Sequence[str]) -> str:
     return new
 
 
+def _parts_of(names: Mapping[str, str], old: str, parts: Sequence[str]) -> dict[str, list[str]]:
+    """Return the names of the parts of each torch key that the name, perhaps with `*`, stands for.
+
+    Args:
+        names: the torch keys with their names after `rename`.
+        old: the name of an entry or of a module above it.
+        parts: the Flax names of its parts.
+    """
+    found = {}
+    for pattern, _, _ in _rules({old: old}):
+        for key, name in names.items():
+            if fit := pattern.match(name):
+                rest = name[fit.end() :]
+                found[key] = [_filled(part, fit.groups()) + rest for part in parts]
+    return found
+
+
 def _chosen_layouts(
     tensors: Iterable[str], layouts: Mapping[str, str]
 ) -> tuple[dict[str, str], list[MismatchEntry]]:
@@ -642,6 +725,8 @@ def _layout(
         ValueError: the layout does not follow from them.
     """
     leaf, rank, torch_rank = path[-1], len(shape), len(shape_of(tensor))
+    if leaf == "bias" and (rank, torch_rank) == (2, 1) and path[-2] in ("query", "key", "value"):
+        return "heads_bias"
     if leaf == "negative_slope":
         return "scalar"
     pattern = json.dumps(glob.escape(key), ensure_ascii=False)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
+from math import prod
 from typing import Any
 
 Shape = tuple[int, ...]
@@ -16,6 +17,21 @@ MAX_COMPARED, MAX_LENGTH = 200, 500
 MAX_RULES = 100
 # Prefixes that wrappers add to every name: DataParallel, torch.compile, Lightning.
 WRAPPERS = ("module", "_orig_mod", "model", "net")
+
+# The names of what is often stored in one piece, in the order in which it is stored.
+_PARTS = (
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("to_q", "to_k", "to_v"),
+    ("wq", "wk", "wv"),
+    ("W_query", "W_key", "W_value"),
+    ("key", "value"),
+    ("k", "v"),
+    ("k_proj", "v_proj"),
+    ("to_k", "to_v"),
+    ("gate_proj", "up_proj"),
+)
 
 
 class Nearest:
@@ -118,3 +134,35 @@ def rename_hint(unexpected: Mapping[str, Shape], missing: Mapping[str, Shape]) -
     rules = rename_rules(list(unexpected), missing.keys()) or module_rules(unexpected, missing)
     is_short = 0 < len(rules) <= MAX_RULES
     return f"The names pair with rename={json.dumps(rules)}. " if is_short else ""
+
+
+def split_hint(unexpected: Mapping[str, Shape], missing: Mapping[str, Shape]) -> str:
+    """Return the split of fused projections as an argument to paste, or an empty string.
+
+    Args:
+        unexpected: torch names without a counterpart, with their shapes.
+        missing: the names of Flax entries without a counterpart, as torch would write them, with
+            their shapes.
+    """
+    rules: dict[str, list[str]] = {}
+    for name, shape in unexpected.items():
+        module, _, leaf = name.rpartition(".")
+        above = module.rpartition(".")[0]
+        dot = f"{above}." if above else ""
+        for parts in _PARTS:
+            names = [f"{dot}{part}.{leaf}" for part in parts]
+            sizes = {prod(missing[each]) for each in names if each in missing}
+            if all(each in missing for each in names) and sizes == {prod(shape) / len(parts)}:
+                rules[_starred(module)] = [_starred(dot + part) for part in parts]
+                break
+    if not rules or len(rules) > MAX_RULES:
+        return ""
+    return (
+        f"If the parts lie one after another in this order, not head by head as in GPT-NeoX, pass "
+        f"split={json.dumps(rules)}. "
+    )
+
+
+def _starred(name: str) -> str:
+    """Return the name with a star for each number."""
+    return ".".join("*" if step.isdigit() else step for step in name.split("."))
