@@ -103,6 +103,7 @@ def test_a_path_too_long_for_the_system(here: Path, command: Command) -> None:
     assert command("inspect", "a.pth", "--json", "a" * 300)[0] == 1
 
 
+@pytest.mark.again
 @pytest.mark.parametrize("encoding", ["ascii"])
 def test_a_terminal_of_any_encoding(encoding: str, here: Path) -> None:
     save_file({"ü漢.mask": torch.ones(2, 2)}, "n.safetensors")

@@ -876,6 +876,7 @@ def test_heads_are_matched_by_name() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.again
 def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(attention, "QUICK_TOKENS", (32, 64))
     monkeypatch.setattr(attention, "MEMORY_OF", (("torch", "ours"),))

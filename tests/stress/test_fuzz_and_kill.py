@@ -77,6 +77,7 @@ def test_the_fuzzer_asks_for_every_tensor(
 
 
 @pytest.mark.slow
+@pytest.mark.again
 def test_a_short_fuzz_in_processes_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ def test_the_fuzzers_clock_starts_when_its_readers_are_ready(
 
 
 @pytest.mark.slow
+@pytest.mark.again
 def test_a_short_kill_campaign(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kill, "SUFFIXES", (".orbax",))
     (section,) = sections_of(kill.sections(5))
