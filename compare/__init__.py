@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .checkpoint.verify import verify_checkpoint
     from .conversion.convert import linen_to_torch, nnx_to_torch, torch_to_linen, torch_to_nnx
     from .conversion.errors import ConversionError, MappingError, Mismatch, TrainingDifference
+    from .conversion.fold import fold
     from .conversion.mapping import Mapping, StateMapping
     from .conversion.match import match
 
@@ -28,6 +29,7 @@ _HOMES = {
     "TrainingDifference": ".conversion.errors",
     "UnverifiedCheckpoint": ".checkpoint.errors",
     "convert_checkpoint": ".checkpoint.convert",
+    "fold": ".conversion.fold",
     "linen_to_torch": ".conversion.convert",
     "load_checkpoint": ".checkpoint",
     "match": ".conversion.match",
@@ -50,6 +52,7 @@ __all__ = [
     "TrainingDifference",
     "UnverifiedCheckpoint",
     "convert_checkpoint",
+    "fold",
     "linen_to_torch",
     "load_checkpoint",
     "match",

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..files.interrupts import uninterrupted
 from .apply_mapping import flax_from_torch, torch_from_flax
 from .errors import ConversionError, Mismatch
+from .fold import fold as folded
 from .mapping import LINEN, NNX, KeyPath, StateMapping
 from .match import pair
 from .state_kinds import SAVED, FlaxSide, flax_side, linen_entries, linen_kind
@@ -41,6 +42,7 @@ def torch_to_linen(
     *,
     mapping: StateMapping | None = None,
     prefix: str = "",
+    fold: bool = False,
     layouts: Mapping[str, str] | None = None,
     copy: bool = True,
     strict: Literal[True] = True,
@@ -52,6 +54,7 @@ def torch_to_linen(
     *,
     mapping: StateMapping | None = None,
     prefix: str = "",
+    fold: bool = False,
     layouts: Mapping[str, str] | None = None,
     copy: bool = True,
     strict: Literal[False],
@@ -62,6 +65,7 @@ def torch_to_linen(
     *,
     mapping: StateMapping | None = None,
     prefix: str = "",
+    fold: bool = False,
     layouts: Mapping[str, str] | None = None,
     copy: bool = True,
     strict: bool = True,
@@ -76,6 +80,8 @@ def torch_to_linen(
             on the same devices.
         mapping: how torch and Flax names pair. Default: what `compare.match` finds.
         prefix: without a mapping, what the torch names begin with and the Flax names do not.
+        fold: whether to convert `compare.fold(source)`: plain tensors in the place of what weight
+            norm, spectral norm, pruning and other parametrizations store.
         layouts: without a mapping, how tensors are laid out, as `compare.match` takes them.
         copy: False shares memory with the torch tensors (see `compare.conversion.tensors.to_jax`):
             editing a tensor in place then changes the "immutable" JAX array.
@@ -92,7 +98,9 @@ def torch_to_linen(
     """
     leaves = _linen_leaves(template)
     side = flax_side(template)
-    arrays, mismatch = _to_flax(source, side, mapping, prefix, layouts, copy)
+    arrays, mismatch = _to_flax(
+        folded(source) if fold else source, side, mapping, prefix, layouts, copy
+    )
     if mismatch and strict:
         raise ConversionError(mismatch, has_strict=True)
     kept = {
@@ -109,6 +117,7 @@ def torch_to_nnx(
     *,
     mapping: StateMapping | None = None,
     prefix: str = "",
+    fold: bool = False,
     layouts: Mapping[str, str] | None = None,
     copy: bool = True,
     strict: Literal[True] = True,
@@ -120,6 +129,7 @@ def torch_to_nnx(
     *,
     mapping: StateMapping | None = None,
     prefix: str = "",
+    fold: bool = False,
     layouts: Mapping[str, str] | None = None,
     copy: bool = True,
     strict: Literal[False],
@@ -130,6 +140,7 @@ def torch_to_nnx(
     *,
     mapping: StateMapping | None = None,
     prefix: str = "",
+    fold: bool = False,
     layouts: Mapping[str, str] | None = None,
     copy: bool = True,
     strict: bool = True,
@@ -147,6 +158,8 @@ def torch_to_nnx(
             it.
         mapping: how torch and Flax names pair. Default: what `compare.match` finds.
         prefix: without a mapping, what the torch names begin with and the Flax names do not.
+        fold: whether to convert `compare.fold(source)`: plain tensors in the place of what weight
+            norm, spectral norm, pruning and other parametrizations store.
         layouts: without a mapping, how tensors are laid out, as `compare.match` takes them.
         copy: False shares memory with the torch tensors (see `compare.conversion.tensors.to_jax`).
         strict: False converts what fits and leaves the rest of the model as it was.
@@ -160,7 +173,9 @@ def torch_to_nnx(
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected an nnx.Module")
-    arrays, mismatch = _to_flax(source, flax_side(model), mapping, prefix, layouts, copy)
+    arrays, mismatch = _to_flax(
+        folded(source) if fold else source, flax_side(model), mapping, prefix, layouts, copy
+    )
     if mismatch and strict:
         raise ConversionError(mismatch, has_strict=True)
     with uninterrupted():

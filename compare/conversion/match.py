@@ -17,6 +17,8 @@ from ..files.printable import shown
 from ..files.warn import warn
 from .apply_mapping import unfit
 from .errors import ConversionError, Mismatch, MismatchEntry, TrainingDifference
+from .fold import fold as folded
+from .fold import parts_by_name
 from .layers import (
     compound_rows,
     flax_layouts,
@@ -41,6 +43,7 @@ class Spec(NamedTuple):
     shape: tuple[int, ...]
 
 
+_FOLDED = "only a part from which"
 # The names that a torch leaf may have in Flax.
 LEAVES = {
     "weight": ("kernel", "scale", "embedding", "negative_slope", "weight"),
@@ -59,6 +62,7 @@ def match(
     *,
     rename: Mapping[str, str] | None = None,
     split: Mapping[str, Sequence[str]] | None = None,
+    fold: bool = False,
     layouts: Mapping[str, str] | None = None,
     policy: Mapping[str, Policy] | None = None,
     prefix: str = "",
@@ -78,6 +82,8 @@ def match(
         split: torch names, as in `rename`, to the Flax names of their equal parts along the first
             axis: `{"h.*.qkv": ["h.*.query", "h.*.key", "h.*.value"]}`. The parts lie one after
             another; where heads alternate, as in GPT-NeoX, this is not so.
+        fold: pair plain tensors in the place of what weight norm, spectral norm, pruning and other
+            parametrizations store, as `compare.fold` makes them. The mapping is then for these.
         layouts: torch keys (patterns) to layouts of `compare.conversion.layouts`, for tensors whose
             layout neither side shows: `{"head.weight": "flatten:8,4,4"}` for a Linear that follows
             a flattened image.
@@ -104,6 +110,7 @@ def match(
         TrainingDifference: layers that compute the same but are trained in another way.
     """
     side = flax_side(template)
+    source = folded(source) if fold else source
     if module is not None:
         if inputs is None:
             raise ValueError(
@@ -130,6 +137,8 @@ def match(
 def _advice(mismatch: Mismatch) -> str:
     if not (mismatch.unexpected and mismatch.missing):
         return ""
+    if any(entry.reason.startswith(_FOLDED) for entry in mismatch.unexpected):
+        return "Pass fold=True, or give compare.fold(source). "
     unexpected = {entry.name: entry.found or () for entry in mismatch.unexpected}
     missing = {entry.name: entry.expected or () for entry in mismatch.missing}
     hint = split_hint(unexpected, missing) or rename_hint(unexpected, missing)
@@ -155,6 +164,7 @@ def pair(
     matcher.pair_compound_layers()
     matcher.pair_parts()
     matcher.pair_by_name()
+    matcher.refuse_parts()
     matcher.drop_repeated_paths()
     matcher.pair_aliases()
     mapping, mismatch = matcher.settle()
@@ -295,6 +305,20 @@ class _Matcher:
             except ValueError as error:
                 self.refused.append(MismatchEntry(key, slashed(paths[0]), reason=str(error)))
 
+    def refuse_parts(self) -> None:
+        """Refuse the rows in which a part stands for the tensor that is computed from it."""
+        parts = {
+            key: (name, found.what)
+            for name, found in parts_by_name(self.tensors).items()
+            for key in found.keys.values()
+        }
+        for row in self.rows:
+            key = row.torch_key
+            if key in parts and row.path[-1] != key.rpartition(".")[2]:
+                name, what = parts[key]
+                reason = f"{_FOLDED} {name} is computed ({what}): pass fold=True"
+                self.refused.append(MismatchEntry(key, row.place, reason=reason))
+
     def pair_by_name(self) -> None:
         """Pair every other tensor with the one Flax path of its name."""
         for key in [key for key in self.tensors if key not in self.done]:
@@ -397,12 +421,17 @@ class _Matcher:
         rows = sorted(self.rows, key=lambda row: order[row.torch_key])
         mapping = StateMapping(tuple(rows), tuple(self.left), self.flax.kind)
         likely = self._suggestions(missing)
+        parts = {
+            key: f"{_FOLDED} {name} is computed ({found.what}): pass fold=True"
+            for name, found in parts_by_name(self.tensors).items()
+            for key in found.keys.values()
+        }
         entries = tuple(
             MismatchEntry(
                 key,
                 "",
                 shape_of(self.tensors[key]),
-                reason=likely(key) if index < MAX_SUGGESTIONS else "",
+                reason=parts.get(key) or (likely(key) if index < MAX_SUGGESTIONS else ""),
             )
             for index, key in enumerate(unexpected)
         )

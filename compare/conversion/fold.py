@@ -1,0 +1,150 @@
+"""Fold weight norm, spectral norm, pruning and other parametrizations into plain tensors.
+
+torch stores what such a tensor is computed from. The value here is that of a call in eval mode.
+Sources: `torch.nn.utils.parametrize`, `parametrizations`, `weight_norm`, `spectral_norm`, `prune`.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
+from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
+
+_PARAMETRIZED = re.compile(r"(?P<prefix>(?:.*\.)?)parametrizations\.(?P<leaf>[^.]+)\.(?P<part>.+)")
+
+
+class Parts(NamedTuple):
+    """What a tensor is computed from.
+
+    Attributes:
+        what: the method, in words.
+        keys: the keys of its parts, by what they are: "g" and "v", "orig" and "mask", ...
+    """
+
+    what: str
+    keys: dict[str, str]
+
+
+def parts_by_name(keys: Iterable[str]) -> dict[str, Parts]:
+    """Return the parts of each tensor of a state dict that is stored as parts, by its name."""
+    names = set(keys)
+    found: dict[str, dict[str, str]] = {}
+    for key in sorted(names):
+        if fit := _PARAMETRIZED.fullmatch(key):
+            found.setdefault(fit["prefix"] + fit["leaf"], {})[fit["part"]] = key
+            continue
+        name, _, part = key.rpartition("_")
+        if part in ("g", "v", "orig", "mask", "u") and name and name not in names:
+            found.setdefault(name, {})[part] = key
+    return {name: Parts(what, parts) for name, parts in found.items() if (what := _what(parts))}
+
+
+def _what(parts: Mapping[str, str]) -> str:
+    """Return the name of the method that stores these parts, or nothing."""
+    stored = parts.keys()
+    if stored in ({"g", "v"}, {"original0", "original1"}):
+        return "weight norm"
+    if stored in ({"orig", "u"}, {"orig", "u", "v"}, {"original", "0._u", "0._v"}):
+        return "spectral norm"
+    if stored == {"orig", "mask"}:
+        return "pruning"
+    is_other = any(part.startswith("original") for part in stored)
+    return "a parametrization of torch" if is_other else ""
+
+
+def fold(source: Any) -> Any:
+    """Return a copy of the module, or of the state dict, with plain tensors for stored parts.
+
+    Args:
+        source: a torch module, which stays as it is, or its state dict.
+
+    Raises:
+        ValueError: a state dict does not say how a tensor is computed from its parts.
+    """
+    if isinstance(source, nn.Module):
+        return _folded_module(source)
+    state = dict(source)
+    for name, parts in parts_by_name(source).items():
+        value = _value(name, parts, source)
+        for key in parts.keys.values():
+            del state[key]
+        state[name] = value
+    return state
+
+
+def _folded_module(module: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        # A deep copy of what was computed with a gradient is refused by torch.
+        computed = [
+            value
+            for child in module.modules()
+            for value in vars(child).values()
+            if isinstance(value, Tensor) and not value.is_leaf
+        ]
+        folded = copy.deepcopy(module, {id(value): value.detach().clone() for value in computed})
+    modes = {child: child.training for child in folded.modules()}
+    folded.eval()  # spectral norm changes its vectors in training
+    for child in list(folded.modules()):
+        for hook in list(child._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(child, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(child, hook.name)
+            elif isinstance(hook, prune.BasePruningMethod):
+                prune.remove(child, hook._tensor_name)
+        if parametrize.is_parametrized(child):
+            _replace_parametrized(child)
+    for child, is_training in modes.items():
+        child.training = is_training
+    return folded
+
+
+def _replace_parametrized(module: nn.Module) -> None:
+    """Replace the parametrized tensors of one module by their values.
+
+    `remove_parametrizations` would change the class, which the copy shares with the original.
+    """
+    lists: dict[str, Any] = dict(module.parametrizations.items())  # type: ignore[operator, union-attr]
+    values = {name: getattr(module, name).detach().clone() for name in lists}
+    original_class = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    module.__class__ = original_class
+    for name, stored in lists.items():
+        originals = list(stored.parameters(recurse=False))
+        if originals:
+            is_trained = any(original.requires_grad for original in originals)
+            module.register_parameter(name, nn.Parameter(values[name], is_trained))
+        else:
+            module.register_buffer(name, values[name])
+
+
+def _value(name: str, parts: Parts, state: Mapping[str, Any]) -> Tensor:
+    """Return the value of the tensor, from the parts in a state dict.
+
+    Raises:
+        ValueError: the parts do not say how it is computed, or do not fit together.
+    """
+    tensors = {part: state[key] for part, key in parts.keys.items()}
+    if parts.what == "pruning":
+        return _product(tensors["orig"], tensors["mask"])
+    if parts.what == "weight norm":
+        scale = tensors.get("g", tensors.get("original0"))
+        direction = tensors.get("v", tensors.get("original1"))
+        if isinstance(scale, Tensor) and isinstance(direction, Tensor):
+            axes = [axis for axis, size in enumerate(scale.shape) if size != 1]
+            if len(axes) < 2 and scale.ndim in (0, direction.ndim):
+                axis = axes[0] if axes else (0 if scale.ndim else -1)
+                return torch._weight_norm(direction, scale, axis)
+    raise ValueError(
+        f"{name} is stored as the parts of {parts.what}, and a state dict does not say how they "
+        "make it: fold its module, with compare.fold(module)"
+    )
+
+
+def _product(values: Tensor, mask: Tensor) -> Tensor:
+    return mask.to(values.dtype) * values

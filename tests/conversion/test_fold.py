@@ -1,0 +1,127 @@
+"""Weight norm, spectral norm, pruning and other parametrizations become plain tensors."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import compare
+from compare import ConversionError
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+def _old(wrap: Callable[..., nn.Module], **arguments: Any) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return wrap(nn.Linear(4, 3), **arguments)
+
+
+def _pruned() -> nn.Module:
+    module = nn.Linear(4, 3)
+    prune.random_unstructured(module, "weight", amount=0.5)
+    return module
+
+
+def _doubled() -> nn.Module:
+    module = nn.Linear(4, 3)
+    nn.utils.parametrize.register_parametrization(module, "weight", Doubled())
+    return module
+
+
+STORED: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(4, 3)), True),
+    "weight norm of columns": (lambda: parametrizations.weight_norm(nn.Linear(4, 3), dim=1), True),
+    "old weight norm": (lambda: _old(nn.utils.weight_norm), True),
+    "old weight norm as a whole": (lambda: _old(nn.utils.weight_norm, dim=None), True),
+    "pruning": (_pruned, True),
+    "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(4, 3)), False),
+    "old spectral norm": (lambda: _old(nn.utils.spectral_norm), False),
+    "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(4, 3)), False),
+    "another": (_doubled, False),
+}
+TEMPLATE = {"params": {"fc": {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}}}
+
+
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_value_of_a_call_is_converted(name: str, trained: bool) -> None:
+    torch.manual_seed(0)
+    make, state_says_it = STORED[name]
+    source = nn.ModuleDict({"fc": make()})
+    source["fc"](torch.ones(1, 4))
+    source.train(trained)
+    before = copy.deepcopy(source.state_dict())
+    reference = source["fc"].eval()
+    inputs = torch.randn(5, 4)
+    expected = reference(inputs).detach()
+    source.train(trained)
+
+    folded = compare.fold(source)
+    assert set(folded.state_dict()) == {"fc.weight", "fc.bias"}
+    assert torch.equal(folded["fc"](inputs), expected)
+    assert type(folded["fc"]) is nn.Linear
+    assert folded.training is folded["fc"].training is trained
+    made = compare.torch_to_linen(source, TEMPLATE, fold=True)
+    mapping = compare.match(source, TEMPLATE, fold=True)
+    assert {row.torch_key for row in mapping.rows} == {"fc.weight", "fc.bias"}
+    weight = folded["fc"].weight.detach().numpy()
+    np.testing.assert_array_equal(made["params"]["fc"]["kernel"], weight.T)
+    after = source.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+    state = {key: value.detach() for key, value in source.state_dict().items()}
+    if state_says_it:
+        np.testing.assert_array_equal(compare.fold(state)["fc.weight"].numpy(), weight)
+        from_state = compare.torch_to_linen(
+            state, TEMPLATE, fold=True, layouts={"fc.weight": "transposed"}
+        )
+        assert jax.tree.all(jax.tree.map(np.array_equal, from_state, made))
+    else:
+        with pytest.raises(ValueError, match=r"fc.weight is stored as .*: fold its module"):
+            compare.fold(state)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_what_is_not_folded_is_named_with_the_mend(name: str) -> None:
+    source = nn.ModuleDict({"fc": STORED[name][0]()})
+    with pytest.raises(ConversionError) as refused:
+        compare.match(source, TEMPLATE)
+    text = str(refused.value)
+    assert "only a part from which fc.weight is computed" in text
+    assert "Pass fold=True" in text
+    assert "did you mean" not in text
+
+
+def test_a_part_never_stands_for_the_whole() -> None:
+    for name, key in (("old spectral norm", "weight_orig"), ("old weight norm", "weight_v")):
+        source = nn.ModuleDict({"fc": STORED[name][0]()})
+        others = {"fc.weight_?": "ignore", "fc.weight_orig": "ignore"}
+        policy: Any = {rule: "ignore" for rule in others if not key.endswith(rule[-4:])}
+        with pytest.raises(ConversionError, match=r"only a part from which fc\.weight is computed"):
+            compare.match(
+                source,
+                TEMPLATE,
+                rename={f"fc.{key}": "fc.kernel"},
+                layouts={f"fc.{key}": "transposed"},
+                policy=policy,
+            )
+
+
+def test_a_flax_layer_with_the_same_parts_is_paired() -> None:
+    source = nn.ModuleDict({"fc": STORED["old weight norm"][0]()})
+    own = {"weight_g": jnp.zeros((3, 1)), "weight_v": jnp.zeros((3, 4)), "bias": jnp.zeros(3)}
+    made = compare.torch_to_linen(source, {"params": {"fc": own}})
+    expected = source.state_dict()["fc.weight_v"].numpy()
+    np.testing.assert_array_equal(made["params"]["fc"]["weight_v"], expected)
