@@ -1,6 +1,7 @@
 """Which torch layers have a counterpart in Flax, and how compound layers are mapped."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Container, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -48,8 +49,8 @@ _CONTAINERS = (
 # Modules of these packages compute something, so their names alone do not say what.
 _TORCH_LAYERS = ("torch.nn.modules.", "torch.nn.quant", "torch.nn.qat.", "torch.ao.")
 _MENDS: dict[type[nn.Module], str] = {
-    nn.LSTM: "use nn.LSTMCell, layer by layer",
-    nn.GRU: "use nn.GRUCell, layer by layer",
+    nn.LSTM: "its layers pair with cells",
+    nn.GRU: "its layers pair with cells",
     nn.EmbeddingBag: "use nn.Embedding and reduce its output",
     nn.TransformerEncoderLayer: "write it with nn.MultiheadAttention, nn.Linear and nn.LayerNorm",
     nn.TransformerDecoderLayer: "write it with nn.MultiheadAttention, nn.Linear and nn.LayerNorm",
@@ -90,8 +91,8 @@ def refusal(layer: nn.Module) -> str | None:
     name = type(layer).__name__
     if is_parametrized(layer):
         return (
-            f"{name} computes a weight from other tensors: call "
-            "torch.nn.utils.parametrize.remove_parametrizations(layer, name) first"
+            f"{name} computes a weight from other tensors: pass fold=True, or give "
+            "compare.fold(source)"
         )
     if any(map(is_lazy, chain(layer.parameters(), layer.buffers()))):
         return None  # its tensors are refused one by one
@@ -150,6 +151,8 @@ _SEPARATE_KEYS = {"query": "q_proj_weight", "key": "k_proj_weight", "value": "v_
 # Flax's names of the gates, in torch's order. NNX says `if_` for `if`, which is a keyword.
 _LSTM_GATES = ("i", "f", "g", "o")
 _GRU_GATES = ("r", "z", "n")
+_RECURRENT = re.compile(r"weight_ih((?:_l\d+(?:_reverse)?)?)")
+_LAYER = re.compile(r"((?:weight|bias)_[ih]h)_(l\d+(?:_reverse)?)")
 
 
 def compound_rows(
@@ -163,8 +166,9 @@ def compound_rows(
         name = names[key][: -len(leaf)]
         if leaf in ("in_proj_weight", "q_proj_weight"):
             rows += _attention(prefix, name, leaf == "in_proj_weight", tensors, flax)
-        elif leaf == "weight_ih" and f"{prefix}weight_hh" in tensors:
-            cell_rows, cell_left = _cell(prefix, name, tensors, flax)
+        elif fit := _RECURRENT.fullmatch(leaf):
+            name = names[key][: -len("weight_ih")]  # see `cell_name`
+            cell_rows, cell_left = _cell(prefix, fit[1], name, tensors, flax)
             rows += cell_rows
             left += cell_left
     return rows, left
@@ -190,12 +194,29 @@ def _attention(
         yield Row(f"{prefix}out_proj.bias", path)
 
 
+def cell_name(key: str, tensors: Container[str]) -> str:
+    """Return the torch key, or how a cell of its own would call this entry of LSTM or GRU layers.
+
+    `lstm.weight_ih_l0` of one layer is `lstm.weight_ih`; of several layers, or of two directions,
+    `lstm.l0.weight_ih` or `lstm.l0_reverse.weight_ih`.
+    """
+    prefix, dot, leaf = key.rpartition(".")
+    fit = _LAYER.fullmatch(leaf)
+    if fit is None or f"{prefix}{dot}weight_hh_l0" not in tensors:
+        return key
+    others = (f"{prefix}{dot}weight_hh_{other}" for other in ("l1", "l0_reverse"))
+    step = f"{fit[2]}." if any(other in tensors for other in others) else ""
+    return f"{prefix}{dot}{step}{fit[1]}"
+
+
 def _cell(
-    prefix: str, name: str, tensors: Mapping[str, Any], flax: FlaxSide
+    prefix: str, suffix: str, name: str, tensors: Mapping[str, Any], flax: FlaxSide
 ) -> tuple[list[Row], list[Left]]:
     input_weight, hidden_weight, input_bias, hidden_bias = (
-        f"{prefix}{leaf}" for leaf in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        f"{prefix}{leaf}{suffix}" for leaf in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     )
+    if hidden_weight not in tensors:
+        return [], []
     shape: tuple[int, ...] = tuple(getattr(tensors[hidden_weight], "shape", ()))
     count = shape[0] // shape[1] if len(shape) == 2 and shape[1] else 0
     gates = {4: _LSTM_GATES, 3: _GRU_GATES}.get(count, ())

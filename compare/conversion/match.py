@@ -20,6 +20,7 @@ from .errors import ConversionError, Mismatch, MismatchEntry, TrainingDifference
 from .fold import fold as folded
 from .fold import parts_by_name
 from .layers import (
+    cell_name,
     compound_rows,
     flax_layouts,
     is_conv1d_of_transformers,
@@ -637,13 +638,15 @@ def _renamed(
 ) -> tuple[dict[str, str], set[str]]:
     """Return the dotted Flax name of every torch name, and the old names of the rules used."""
     renamed, used = {}, set()
+    names = list(names)
+    plain = {without_prefix(name, prefix) for name in names}
     for name in names:
         bare = without_prefix(name, prefix)
-        renamed[name] = bare
+        renamed[name] = cell = cell_name(bare, plain)
         for pattern, old, new in rules:
-            if found := pattern.match(bare):
+            if found := pattern.match(cell) or pattern.match(bare):
                 used.add(old)
-                rest = bare[found.end() :]
+                rest = found.string[found.end() :]
                 renamed[name] = (
                     _filled(new, found.groups()) + rest if new else rest.removeprefix(".")
                 )

@@ -289,7 +289,10 @@ def test_momentum_is_the_other_share_and_the_variance_is_another() -> None:
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (torch.nn.LSTM(2, 3), "0: LSTM has no counterpart that match knows: use nn.LSTMCell"),
+        (
+            torch.nn.LSTM(2, 3),
+            "0: LSTM has no counterpart that match knows: its layers pair",
+        ),
         (torch.nn.EmbeddingBag(2, 3), "0: EmbeddingBag has no counterpart that match knows"),
         (torch.nn.RNNCell(2, 3), "0: RNNCell has no counterpart that match knows: replace it"),
         (
@@ -311,7 +314,7 @@ def test_momentum_is_the_other_share_and_the_variance_is_another() -> None:
         (torch.nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5]), "0: AdaptiveLogSoftmaxWithLoss has no"),
         (
             torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 2)),
-            "computes a weight from other tensors: call .*remove_parametrizations",
+            "computes a weight from other tensors: pass fold=True",
         ),
         (torch.ao.quantization.FakeQuantize(), "0: FakeQuantize has no counterpart"),
     ],
