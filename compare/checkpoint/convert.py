@@ -372,8 +372,7 @@ def _line(path: KeyPath, spec: Spec, tensors: Tensors, source_dtype: str, is_rel
 
 
 def _keys(row: Any) -> str:
-    part = f"[{row.part[0]}/{row.part[1]}]" if row.part else ""
-    return " + ".join(f"{key}{part}" for key in (row.torch_key, row.plus) if key)
+    return row.source
 
 
 def _folder(path: Path) -> Path:

@@ -7,9 +7,9 @@ from threading import Lock
 
 import numpy as np
 
-from ..conversion.apply_mapping import combined, differing_dtypes, torch_shape, unfit
+from ..conversion.apply_mapping import differing_dtypes, flax_values, torch_shape, unfit
 from ..conversion.errors import ConversionError, Mismatch, MismatchEntry, dropping
-from ..conversion.layouts import flax_shape, layout, to_flax, to_torch
+from ..conversion.layouts import flax_shape, layout, to_torch
 from ..conversion.mapping import KeyPath, Left, Row, StateMapping, slashed
 from ..conversion.unmatched import objection, refill_of, refilled
 from ..dtypes import FLOATING, FLOATS, numpy_dtype
@@ -43,12 +43,12 @@ def _to_flax(source: Tensors, mapping: StateMapping) -> Tensors:
     missing, misshaped, refused = [], [], []
     specs: dict[KeyPath, Spec] = {}
     for path, row in mapping.by_path.items():
-        keys = [key for key in (row.torch_key, row.plus) if key is not None]
+        keys = row.keys
         if absent := [key for key in keys if key not in stored]:
             missing += [MismatchEntry(key, row.place) for key in absent if row.required]
             continue
         try:
-            shape = row.shape or flax_shape(row.layout, _part_shape(row, stored[keys[0]].shape))
+            shape = row.shape or _flax_shape(row, stored[keys[0]].shape)
         except ValueError as error:
             refused.append(
                 MismatchEntry(row.torch_key, row.place, stored[keys[0]].shape, reason=str(error))
@@ -77,8 +77,8 @@ def _to_flax(source: Tensors, mapping: StateMapping) -> Tensors:
 
     def pieces(path: KeyPath) -> Iterable[np.ndarray]:
         row = mapping.by_path[path]
-        parts = [_whole(source, (key,)) for key in filter(None, (row.torch_key, row.plus))]
-        return [to_flax(layout(row.layout, specs[path].shape), combined(row, parts, copy=True))]
+        parts = [_whole(source, (key,)) for key in row.keys]
+        return [flax_values(row, specs[path].shape, parts, copy=True)]
 
     copies = source.copies + _new_copies(mapping)
     return Tensors(mapping.flax, specs, pieces, kinds, mapping=mapping, copies=copies)
@@ -133,8 +133,10 @@ def _to_torch(source: Tensors, mapping: StateMapping) -> Tensors:
             return
         for row in mapping.by_key[path[0]]:
             array = _whole(source, row.path)
-            part = to_torch(layout(row.layout, array.shape), array)
-            yield part if path[0] == row.torch_key else np.zeros_like(part)
+            chosen = layout(row.layout, row.slice_shape(array.shape))
+            array = array[row.stack.index(path[0])] if row.stack else array
+            part = to_torch(chosen, array)
+            yield np.zeros_like(part) if path[0] == row.plus else part
 
     copies = source.copies + _new_copies(mapping)
     return Tensors("torch", specs, pieces, kinds, aliases, mapping, copies=copies)
@@ -142,7 +144,7 @@ def _to_torch(source: Tensors, mapping: StateMapping) -> Tensors:
 
 def _new_copies(mapping: StateMapping) -> int:
     """Return how many copies another layout makes: none where a view shows it, two for a sum."""
-    if any(row.plus for row in mapping.rows):
+    if any(row.plus or row.stack for row in mapping.rows):
         return 2
     return int(any(row.layout.partition(":")[0] in _COPIED for row in mapping.rows))
 
@@ -189,6 +191,11 @@ def _differing(source: Tensors, row: Row, first_key: str) -> list[MismatchEntry]
             reason=f"is tied to {first_key} in Flax, and has other values here",
         )
     ]
+
+
+def _flax_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
+    one = flax_shape(row.layout, _part_shape(row, shape))
+    return (len(row.stack), *one) if row.stack else one
 
 
 def _part_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:

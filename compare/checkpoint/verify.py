@@ -388,7 +388,7 @@ def _claimed(reader: Reader, table: StateMapping) -> list[Difference]:
 
 
 def _rule(row: Row) -> tuple[object, ...]:
-    return row.torch_key, row.layout, row.part or (0, 1), row.plus
+    return row.torch_key, row.layout, row.part or (0, 1), row.plus, row.stack
 
 
 def _rule_text(row: Row) -> str:

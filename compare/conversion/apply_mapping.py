@@ -41,7 +41,7 @@ def flax_from_torch(
     used_keys = mapping.left_keys()
     for path, row, leaf in _in_order(wanted, mapping.by_path):
         flax_name = slashed(path)
-        keys = [row.torch_key, *filter(None, [row.plus])] if row else []
+        keys = row.keys if row else ()
         used_keys.update(key for key in keys if key in tensors)
         absent = [key for key in keys if key not in tensors]
         if row is None or absent:
@@ -57,10 +57,8 @@ def flax_from_torch(
         if unfitting:
             continue
         try:
-            values = to_flax(
-                layout(row.layout, leaf.shape),
-                combined(row, [dense(tensors[key], copy=copy) for key in keys], copy),
-            )
+            parts = [dense(tensors[key], copy=copy) for key in keys]
+            values = flax_values(row, leaf.shape, parts, copy)
             arrays[path] = place_like(to_jax(values, copy=_shareable(row, copy)), leaf, copy)
         except Untransferable as error:
             refused.append(
@@ -113,7 +111,13 @@ def torch_from_flax(
                 if row.shape is not None and row.shape != leaf.shape:
                     raise ValueError(f"the mapping is for {row.shape}; this is {leaf.shape}")
                 _shareable(row, copy)
-                tensor = _to_tensor(layout(row.layout, leaf.shape), leaf, copy)
+                chosen = layout(row.layout, row.slice_shape(leaf.shape))
+                if row.stack:
+                    host = to_host(leaf)
+                    slices = [_to_tensor(chosen, host[index], True) for index in range(len(host))]
+                    state |= zip(row.stack, slices, strict=True)
+                    continue
+                tensor = _to_tensor(chosen, leaf, copy)
             except ValueError as error:
                 refused.append(
                     MismatchEntry(
@@ -191,8 +195,20 @@ def torch_shape(row: Row, flax_shape: Sequence[int]) -> Shape:
     Raises:
         ValueError: a Flax array of that layout cannot have this shape.
     """
-    shape = layout(row.layout, flax_shape).torch_shape
+    shape = layout(row.layout, row.slice_shape(flax_shape)).torch_shape
     return shape if row.part is None else (shape[0] * row.part[1], *shape[1:])
+
+
+def flax_values(row: Row, flax_shape: Sequence[int], tensors: Sequence[Any], copy: bool) -> Any:
+    """Return the values of the Flax array from those of its torch tensors (or arrays)."""
+    chosen = layout(row.layout, row.slice_shape(flax_shape))
+    if not row.stack:
+        return to_flax(chosen, combined(row, tensors, copy))
+    dtypes = [str(tensor.dtype) for tensor in tensors]
+    if different := differing_dtypes(row.torch_key, row.place, dtypes):
+        raise Untransferable(different[0].reason)
+    slices = [to_flax(chosen, tensor) for tensor in tensors]
+    return torch.stack(slices) if isinstance(slices[0], Tensor) else np.stack(slices)
 
 
 def combined(row: Row, tensors: Sequence[Any], copy: bool) -> Any:
@@ -291,6 +307,10 @@ def _in_order(
 
 
 def _shareable(row: Row, copy: bool) -> bool:
+    if not copy and row.stack:
+        raise Untransferable(
+            "several tensors make one array, so memory cannot be shared; use copy=True"
+        )
     if not copy and row.layout.partition(":")[0] in _COPIED:
         raise Untransferable(
             "this layout makes a new tensor, so memory cannot be shared; use copy=True"

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from os import PathLike
@@ -52,6 +52,8 @@ class Row:
         plus: a second torch key whose tensor is added to the first, because Flax's cells have one
             bias and torch's have two. From Flax to torch, it becomes zeros.
         shape: the shape of the Flax array, if it does not follow from torch's: the number of heads.
+        stack: the keys of several torch tensors that are the slices of the array along its first
+            axis, as `nn.scan` makes it. `torch_key` is the first of them.
     """
 
     torch_key: str
@@ -62,6 +64,33 @@ class Row:
     part: tuple[int, int] | None = None
     plus: str | None = None
     shape: tuple[int, ...] | None = None
+    stack: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of all torch tensors that the array is made of."""
+        return self.stack or tuple(filter(None, (self.torch_key, self.plus)))
+
+    @property
+    def source(self) -> str:
+        """The torch tensors, in words."""
+        if self.stack:
+            return f"{self.stack[0]} … {self.stack[-1]}"
+        part = f"[{self.part[0]}/{self.part[1]}]" if self.part else ""
+        return " + ".join(f"{key}{part}" for key in self.keys)
+
+    def slice_shape(self, flax_shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape that one torch tensor has in Flax's layout.
+
+        Raises:
+            ValueError: the array has another number of slices.
+        """
+        shape = tuple(flax_shape)
+        if not self.stack:
+            return shape
+        if shape[:1] != (len(self.stack),):
+            raise ValueError(f"the mapping stacks {len(self.stack)} tensors; this is {shape}")
+        return shape[1:]
 
     @property
     def place(self) -> str:
@@ -122,9 +151,8 @@ class StateMapping:
         """Return the mapping as a text table, one line per row."""
         cells = [("torch", "Flax", "kind", "layout")]
         for row in self.rows:
-            part = f"[{row.part[0]}/{row.part[1]}]" if row.part else ""
-            key = f"{row.torch_key}{part}" + (f" + {row.plus}{part}" if row.plus else "")
-            cells.append((key, row.place, row.kind, row.layout))
+            layout = f"stacked {row.layout}" if row.stack else row.layout
+            cells.append((row.source, row.place, row.kind, layout))
         for item in self.left:
             sides = ("-", item.torch_key) if item.path else (item.torch_key, "-")
             cells.append((*sides, "left", item.policy))
@@ -143,10 +171,10 @@ class StateMapping:
 
     @cached_property
     def by_key(self) -> dict[str, list[Row]]:
-        """The rows of each torch key, including `plus` keys and aliases, with parts in order."""
+        """The rows of each torch key, including all keys of a row and aliases, parts in order."""
         rows_by_key: dict[str, list[Row]] = {}
         for row in self.rows:
-            for key in filter(None, (row.torch_key, row.plus)):
+            for key in row.keys:
                 rows_by_key.setdefault(key, []).append(row)
         return {
             key: sorted(rows, key=lambda row: row.part or (0, 1))
@@ -289,6 +317,7 @@ def _row(entry: Any) -> Row:
                 f"{row.torch_key} has the part {row.part}; expected [i, n] with 0 <= i < n"
             )
     shape = None if row.shape is None else tuple(int(size) for size in row.shape)
+    stack = _stack(row)
     return Row(
         row.torch_key,
         _path(row.path),
@@ -298,7 +327,19 @@ def _row(entry: Any) -> Row:
         part,
         row.plus,
         shape,
+        stack,
     )
+
+
+def _stack(row: Row) -> tuple[str, ...]:
+    """Return the keys of the slices, which JSON has as a list."""
+    is_list = isinstance(row.stack, list | tuple) and all(type(key) is str for key in row.stack)
+    if not is_list or (row.stack and (row.stack[0] != row.torch_key or row.plus or row.part)):
+        raise ValueError(
+            f"{row.torch_key} has the stack {row.stack!r}; expected a list of keys, of which it "
+            "is the first"
+        )
+    return tuple(row.stack)
 
 
 def _left_as_json(item: Left) -> list[Any]:

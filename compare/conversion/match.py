@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from flax import linen, nnx
@@ -19,6 +19,16 @@ from .apply_mapping import unfit
 from .errors import ConversionError, Mismatch, MismatchEntry, TrainingDifference
 from .fold import fold as folded
 from .fold import parts_by_name
+from .groups import (
+    MAX_STARS,
+    Part,
+    Rule,
+    filled,
+    parts_of,
+    rules_of,
+    stacks_of,
+    with_too_many_stars,
+)
 from .layers import (
     cell_name,
     compound_rows,
@@ -31,19 +41,13 @@ from .layouts import known_layout, layout
 from .mapping import KeyPath, Left, Policy, Refill, Row, StateMapping, slashed
 from .state_kinds import FlaxSide, flax_side, one_trained, same_memory, torch_kinds
 from .stated import Difference, differences, embedding_differences, linen_layers
-from .suggest import MAX_SUGGESTIONS, Nearest, collection_hint, rename_hint, split_hint
+from .suggest import MAX_SUGGESTIONS, Nearest, collection_hint, rename_hint, split_hint, stack_hint
 from .tensors import UNINITIALIZED, Untransferable, is_uninitialized, shape_of
 from .undecided import Choice, Undecided, is_of_our_attention, matrix_layout, questions
 from .unmatched import host_values, refill_of
 from .wrappers import without_prefix, without_wrapper
 
-
-class Spec(NamedTuple):
-    """The shape of a part of a tensor."""
-
-    shape: tuple[int, ...]
-
-
+_PROJECTIONS = (("query",), ("key",), ("value",))
 _FOLDED = "only a part from which"
 # The names that a torch leaf may have in Flax.
 LEAVES = {
@@ -51,8 +55,6 @@ LEAVES = {
     "running_mean": ("mean", "running_mean"),
     "running_var": ("var", "running_var"),
 }
-# Each * of a rename rule is a group, and several in one step would be tried in every way.
-_MAX_STARS = 2
 # Old GPT-2 files store the causal mask. It may be dropped only if it is the standard causal mask.
 LEGACY = re.compile(r"(^|\.)attn\.(bias|masked_bias)$")
 
@@ -63,6 +65,7 @@ def match(
     *,
     rename: Mapping[str, str] | None = None,
     split: Mapping[str, Sequence[str]] | None = None,
+    stack: Mapping[str, str] | None = None,
     fold: bool = False,
     layouts: Mapping[str, str] | None = None,
     policy: Mapping[str, Policy] | None = None,
@@ -83,6 +86,8 @@ def match(
         split: torch names, as in `rename`, to the Flax names of their equal parts along the first
             axis: `{"h.*.qkv": ["h.*.query", "h.*.key", "h.*.value"]}`. The parts lie one after
             another; where heads alternate, as in GPT-NeoX, this is not so.
+        stack: numbered torch names to the Flax names of what `nn.scan` or `nnx.vmap` stacks along
+            the first axis: `{"layers.*": "layers"}`. The last `*` is the number.
         fold: pair plain tensors in the place of what weight norm, spectral norm, pruning and other
             parametrizations store, as `compare.fold` makes them. The mapping is then for these.
         layouts: torch keys (patterns) to layouts of `compare.conversion.layouts`, for tensors whose
@@ -126,6 +131,7 @@ def match(
             side,
             rename=rename,
             split=split,
+            stack=stack,
             layouts=layouts,
             policy=policy,
             prefix=prefix,
@@ -142,7 +148,8 @@ def _advice(mismatch: Mismatch) -> str:
         return "Pass fold=True, or give compare.fold(source). "
     unexpected = {entry.name: entry.found or () for entry in mismatch.unexpected}
     missing = {entry.name: entry.expected or () for entry in mismatch.missing}
-    hint = split_hint(unexpected, missing) or rename_hint(unexpected, missing)
+    hint = split_hint(unexpected, missing) or stack_hint(unexpected, missing)
+    hint = hint or rename_hint(unexpected, missing)
     return hint or 'Pair names that differ with rename={"torch.name": "Flax.name"}.'
 
 
@@ -152,18 +159,27 @@ def pair(
     *,
     rename: Mapping[str, str] | None = None,
     split: Mapping[str, Sequence[str]] | None = None,
+    stack: Mapping[str, str] | None = None,
     layouts: Mapping[str, str] | None = None,
     policy: Mapping[str, Policy] | None = None,
     prefix: str = "",
 ) -> tuple[StateMapping, Mismatch]:
     """Return the mapping and the list of what does not fit. The arguments are those of `match`."""
     matcher = _Matcher(
-        source, template, rename or {}, split or {}, layouts or {}, policy or {}, prefix
+        source,
+        template,
+        rename or {},
+        split or {},
+        stack or {},
+        layouts or {},
+        policy or {},
+        prefix,
     )
     matcher.refuse_unreadable()
     matcher.refuse_layers()
     matcher.pair_compound_layers()
     matcher.pair_parts()
+    matcher.pair_stacks()
     matcher.pair_by_name()
     matcher.refuse_parts()
     matcher.drop_repeated_paths()
@@ -183,6 +199,7 @@ class _Matcher:
         template: Any,
         rename: Mapping[str, str],
         split: Mapping[str, Sequence[str]],
+        stack: Mapping[str, str],
         layouts: Mapping[str, str],
         policy: Mapping[str, Policy],
         prefix: str,
@@ -190,7 +207,7 @@ class _Matcher:
         if isinstance(source, type):
             raise TypeError(f"source is the class {source.__name__}; give an instance of it")
         if isinstance(source, torch.nn.Module):
-            source = without_wrapper(source, (*rename, *split, *layouts, *policy, prefix))
+            source = without_wrapper(source, (*rename, *split, *stack, *layouts, *policy, prefix))
         self.flax = flax_side(template)
         self.tensors: dict[str, Any] = (
             source.state_dict(keep_vars=True)
@@ -218,7 +235,7 @@ class _Matcher:
         self.refused = [_unnamed(key) for key in unnamed]
         for key in unnamed:
             del self.tensors[key]
-        rules = _rules(rename)
+        rules = rules_of(rename)
         self.names, used = _renamed(self.tensors, rules, prefix)
         self.layer_names, _ = _renamed(self.layers, rules, prefix)
         unused_names = _unused_names(self.tensors, rename, used, prefix)
@@ -226,7 +243,7 @@ class _Matcher:
         self.layouts, unused_layouts = _chosen_layouts(self.tensors, layouts)
         self.rules = layouts
         self.used_layouts: set[str] = set()
-        self.split = split
+        self.split, self.stack = split, stack
         self.part_places: set[str] = set()
         self.refused += [*unused_names, *unused_layouts]
         self.rows: list[Row] = []
@@ -274,22 +291,22 @@ class _Matcher:
         """Pair each part of the tensors that `split` names with the one Flax path of its name."""
         for old, parts in self.split.items():
             keys = [key for key in self.tensors if key not in self.done]
-            found = _parts_of({key: self.names[key] for key in keys}, old, parts)
+            found = parts_of({key: self.names[key] for key in keys}, old, parts)
             if not found:
                 reason = _with_nearest("this split fits no key", old, Nearest(keys, cutoff=0.5))
                 self.refused.append(MismatchEntry(old, "", reason=reason))
             for key, names in found.items():
                 self.done.add(key)
-                self._pair_parts_of(key, names)
+                self._pairparts_of(key, names)
 
-    def _pair_parts_of(self, key: str, names: Sequence[str]) -> None:
+    def _pairparts_of(self, key: str, names: Sequence[str]) -> None:
         """Add a row for each part of one tensor, or refuse the tensor."""
         shape = shape_of(self.tensors[key])
         if not shape or shape[0] % len(names):
             reason = f"its first axis has no {len(names)} equal parts: it is {shape}"
             self.refused.append(MismatchEntry(key, "", shape, reason=reason))
             return
-        part = Spec((shape[0] // len(names), *shape[1:]))
+        part = Part((shape[0] // len(names), *shape[1:]))
         for index, name in enumerate(names):
             paths = _candidates(key, name, self.flax)
             if len(paths) != 1:
@@ -306,6 +323,50 @@ class _Matcher:
             except ValueError as error:
                 self.refused.append(MismatchEntry(key, slashed(paths[0]), reason=str(error)))
 
+    def pair_stacks(self) -> None:
+        """Pair each group of numbered tensors that `stack` names with the one path of its name."""
+        for old, new in self.stack.items():
+            keys = [key for key in self.tensors if key not in self.done]
+            groups = stacks_of({key: self.names[key] for key in keys}, old, new)
+            if not groups:
+                reason = _with_nearest("this stack fits no key", old, Nearest(keys, cutoff=0.5))
+                self.refused.append(MismatchEntry(old, "", reason=reason))
+            for name, numbered in groups.items():
+                self.done |= {*numbered.values()}
+                self._pair_stack(old, name, numbered)
+
+    def _pair_stack(self, old: str, name: str, numbered: Mapping[int, str]) -> None:
+        """Add the row of the tensors, by their numbers, or refuse them."""
+        keys = [numbered[number] for number in sorted(numbered)]
+        paths = _candidates(keys[0], name, self.flax)
+        kinds = {self.kinds.get(key) for key in keys}
+        if [*sorted(numbered)] != list(range(len(keys))):
+            reason = f"{old} stands for the numbers {sorted(numbered)}; expected 0, 1, 2 and so on"
+        elif len(paths) != 1:
+            choices = " or ".join(slashed(path) for path in paths) or "nothing"
+            reason = f"the stack {name} could be {choices} in Flax"
+        elif len(kinds) > 1:
+            reason = f"they are of different kinds: {' and '.join(sorted(map(str, kinds)))}"
+        else:
+            self._add_stack(keys, paths[0])
+            return
+        self.refused.append(
+            MismatchEntry(keys[0], "", shape_of(self.tensors[keys[0]]), reason=reason)
+        )
+
+    def _add_stack(self, keys: Sequence[str], path: KeyPath) -> None:
+        self.part_places.add(slashed(path))
+        whole = tuple(self.flax.leaves[path].shape)
+        try:
+            row = self._row(keys[0], path, shape=whole[1:])
+            shape = whole if row.shape else None
+            self.rows.append(replace(row, shape=shape, stack=tuple(keys)))
+            self.used_layouts |= {*keys} & self.layouts.keys()
+        except Undecided as error:
+            self.undecided |= {key: (error.choice, slashed(path)) for key in keys}
+        except ValueError as error:
+            self.refused.append(MismatchEntry(keys[0], slashed(path), reason=str(error)))
+
     def refuse_parts(self) -> None:
         """Refuse the rows in which a part stands for the tensor that is computed from it."""
         parts = {
@@ -313,12 +374,15 @@ class _Matcher:
             for name, found in parts_by_name(self.tensors).items()
             for key in found.keys.values()
         }
-        for row in self.rows:
-            key = row.torch_key
+        for row, key in self._pairs():
             if key in parts and row.path[-1] != key.rpartition(".")[2]:
                 name, what = parts[key]
                 reason = f"{_FOLDED} {name} is computed ({what}): pass fold=True"
                 self.refused.append(MismatchEntry(key, row.place, reason=reason))
+
+    def _pairs(self) -> Iterator[tuple[Row, str]]:
+        """Yield each row with each of its torch keys."""
+        return ((row, key) for row in self.rows for key in row.keys)
 
     def pair_by_name(self) -> None:
         """Pair every other tensor with the one Flax path of its name."""
@@ -339,8 +403,14 @@ class _Matcher:
             except ValueError as error:
                 self.refused.append(MismatchEntry(key, slashed(paths[0]), reason=str(error)))
 
-    def _row(self, key: str, path: KeyPath, part: Spec | None = None) -> Row:
-        """Return the row of one tensor, or of one part of it.
+    def _row(
+        self,
+        key: str,
+        path: KeyPath,
+        part: Part | None = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> Row:
+        """Return the row of one tensor, of one part of it, or of one slice of the given shape.
 
         Raises:
             Undecided: it fits in two layouts.
@@ -350,7 +420,7 @@ class _Matcher:
         torch_kind = self.kinds.get(key, flax_kind)
         if one_trained(torch_kind, flax_kind):
             raise ValueError(_trained(torch_kind, flax_kind))
-        shape = tuple(self.flax.leaves[path].shape)
+        shape = tuple(self.flax.leaves[path].shape) if shape is None else shape
         layer = self.layers.get(key.rpartition(".")[0])
         if chosen := self.layouts.get(key):
             self.used_layouts.add(key)
@@ -390,7 +460,7 @@ class _Matcher:
     def pair_aliases(self) -> None:
         """Pair each key without a Flax path that shares its memory with a paired one."""
         rows_by_memory: dict[Any, Row] = {}
-        for row in self.rows:
+        for row in [row for row in self.rows if not row.stack]:
             memory = _memory(self.tensors[row.torch_key])
             if memory is not None:
                 rows_by_memory.setdefault(memory, row)
@@ -448,8 +518,9 @@ class _Matcher:
                 continue
             name = ".".join(filter(None, (prefix, "num_heads")))
             is_allowed = _decide(name, self.policy, used_rules) in ("ignore", "verify")
-            if layer.num_heads != row.shape[1] and not is_allowed:
-                reason = f"has {layer.num_heads} heads in torch and {row.shape[1]} in Flax"
+            heads = row.slice_shape(row.shape)[1]
+            if layer.num_heads != heads and not is_allowed:
+                reason = f"has {layer.num_heads} heads in torch and {heads} in Flax"
                 mend = _allowing(name)
                 self.refused.append(MismatchEntry(key, row.place, reason=reason, mend=mend))
 
@@ -474,8 +545,8 @@ class _Matcher:
             for found in differences(self.layers[prefix], self.flax_layers[path]):
                 if found.fact != "num_heads":  # the shapes show it, also where there is no layer
                     yield prefix, slashed(path), found
-        for row in self.rows:
-            prefix = row.torch_key.rpartition(".")[0]
+        for row, key in self._pairs():
+            prefix = key.rpartition(".")[0]
             layer = self.layers.get(prefix)
             if isinstance(layer, torch.nn.Embedding) and row.kind != "alias":
                 for found in embedding_differences(layer):
@@ -488,9 +559,10 @@ class _Matcher:
             for prefix, name in self.layer_names.items()
         }
         pairs |= {
-            (row.torch_key.rpartition(".")[0], self.flax.names[row.path][:-1])
+            (key.rpartition(".")[0], self.flax.names[row.path][:-1])
             for row in self.rows
             if row.kind != "alias"
+            for key in row.keys
         }
         return sorted(
             (prefix, path)
@@ -501,12 +573,12 @@ class _Matcher:
     def _name_frozen(self, used_rules: set[str]) -> None:
         """Keep which frozen torch parameters become parameters that Flax trains."""
         frozen = [
-            row.torch_key
+            key
             for row in self.rows
-            if row.kind == "parameter"
-            and self.flax.kinds[row.path] == "parameter"
-            and _is_frozen(self.tensors[row.torch_key])
-            and _decide(f"{row.torch_key}.requires_grad", self.policy, used_rules) is None
+            if row.kind == "parameter" and self.flax.kinds[row.path] == "parameter"
+            for key in (row.stack or (row.torch_key,))
+            if _is_frozen(self.tensors[key])
+            and _decide(f"{key}.requires_grad", self.policy, used_rules) is None
         ]
         if frozen:
             others = f" and {len(frozen) - 1:,} others" if len(frozen) > 1 else ""
@@ -568,7 +640,7 @@ class _Matcher:
         return missing
 
     def _unfitting(self, row: Row) -> Iterable[MismatchEntry]:
-        for key in filter(None, (row.torch_key, row.plus)):
+        for key in row.keys:
             entry = unfit(row, key, self.tensors[key], self.flax.leaves[row.path].shape)
             if entry is not None:
                 yield entry
@@ -613,28 +685,8 @@ def _unnamed(key: Any) -> MismatchEntry:
     return MismatchEntry(repr(key), "", reason=reason)
 
 
-_Rule = tuple[re.Pattern[str], str, str]  # what it fits, and the old and the new name
-
-
-def _rules(rename: Mapping[str, str]) -> list[_Rule]:
-    """Return the rename rules, those that win first; none if one has too many `*`."""
-    if _with_too_many_stars(rename):
-        return []
-    ordered = sorted(
-        rename.items(), key=lambda rule: (-rule[0].count("."), rule[0].count("*"), -len(rule[0]))
-    )
-    return [
-        (re.compile(re.escape(old).replace(r"\*", r"([^.]+)") + r"(?=\.|$)"), old, new)
-        for old, new in ordered
-    ]
-
-
-def _with_too_many_stars(rename: Mapping[str, str]) -> list[str]:
-    return [old for old in rename if any(step.count("*") > _MAX_STARS for step in old.split("."))]
-
-
 def _renamed(
-    names: Iterable[str], rules: Sequence[_Rule], prefix: str
+    names: Iterable[str], rules: Sequence[Rule], prefix: str
 ) -> tuple[dict[str, str], set[str]]:
     """Return the dotted Flax name of every torch name, and the old names of the rules used."""
     renamed, used = {}, set()
@@ -648,7 +700,7 @@ def _renamed(
                 used.add(old)
                 rest = found.string[found.end() :]
                 renamed[name] = (
-                    _filled(new, found.groups()) + rest if new else rest.removeprefix(".")
+                    filled(new, found.groups()) + rest if new else rest.removeprefix(".")
                 )
                 break
     return renamed, used
@@ -658,8 +710,8 @@ def _unused_names(
     tensors: Iterable[str], rename: Mapping[str, str], used: set[str], prefix: str
 ) -> list[MismatchEntry]:
     """Return an entry for each rename rule that cannot be used or was not, and for the prefix."""
-    if too_many := _with_too_many_stars(rename):
-        reason = f"has more than {_MAX_STARS} * between two dots"
+    if too_many := with_too_many_stars(rename):
+        reason = f"has more than {MAX_STARS} * between two dots"
         return [MismatchEntry(old, "", reason=reason) for old in too_many]
     unused = [
         MismatchEntry(old, "", reason=f"renames to {new}, with another number of *")
@@ -675,30 +727,6 @@ def _unused_names(
         for old in rename.keys() - used
     ]
     return unused
-
-
-def _filled(new: str, steps: Sequence[str]) -> str:
-    """Return the name with each `*` replaced by the step that it matched in the torch key."""
-    for step in steps:
-        new = new.replace("*", step, 1)
-    return new
-
-
-def _parts_of(names: Mapping[str, str], old: str, parts: Sequence[str]) -> dict[str, list[str]]:
-    """Return the names of the parts of each torch key that the name, perhaps with `*`, stands for.
-
-    Args:
-        names: the torch keys with their names after `rename`.
-        old: the name of an entry or of a module above it.
-        parts: the Flax names of its parts.
-    """
-    found = {}
-    for pattern, _, _ in _rules({old: old}):
-        for key, name in names.items():
-            if fit := pattern.match(name):
-                rest = name[fit.end() :]
-                found[key] = [_filled(part, fit.groups()) + rest for part in parts]
-    return found
 
 
 def _chosen_layouts(
@@ -757,7 +785,7 @@ def _layout(
         ValueError: the layout does not follow from them.
     """
     leaf, rank, torch_rank = path[-1], len(shape), len(shape_of(tensor))
-    if leaf == "bias" and (rank, torch_rank) == (2, 1) and path[-2] in ("query", "key", "value"):
+    if leaf == "bias" and (rank, torch_rank) == (2, 1) and path[-2:-1] in _PROJECTIONS:
         return "heads_bias"
     if leaf == "negative_slope":
         return "scalar"
@@ -844,7 +872,7 @@ def allowing(
     left = [item for item in mapping.left if _decide(item.torch_key, policy, used) != "refuse"]
     rows = []
     for row in mapping.rows:
-        here, there = row.torch_key in keys, row.path in leaves
+        here, there = all(key in keys for key in row.stack or (row.torch_key,)), row.path in leaves
         if here and not there and (decided := allowed(row.torch_key)):
             left.append(Left(row.torch_key, decided))
         elif there and not here and (decided := allowed(row.place) or allowed(row.torch_key)):

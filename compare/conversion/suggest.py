@@ -163,6 +163,28 @@ def split_hint(unexpected: Mapping[str, Shape], missing: Mapping[str, Shape]) ->
     )
 
 
+def stack_hint(unexpected: Mapping[str, Shape], missing: Mapping[str, Shape]) -> str:
+    """Return the stack of numbered modules as an argument to paste, or an empty string.
+
+    The arguments are those of `split_hint`.
+    """
+    members: dict[tuple[str, str], list[Shape]] = {}
+    for name, shape in unexpected.items():
+        for number in re.finditer(r"\.\d+(?=\.)", name):
+            begin, end = name[: number.start()], name[number.end() :]
+            members.setdefault((begin, end), []).append(shape)
+    rules = {}
+    for (begin, end), shapes in members.items():
+        size = sum(map(prod, shapes))
+        if (
+            len({*shapes}) == 1
+            and prod(missing.get(begin + end, ())) == size
+            and begin + end in missing
+        ):
+            rules[f"{_starred(begin)}.*"] = _starred(begin)
+    return f"Pass stack={json.dumps(rules)}. " if 0 < len(rules) <= MAX_RULES else ""
+
+
 def _starred(name: str) -> str:
     """Return the name with a star for each number."""
     return ".".join("*" if step.isdigit() else step for step in name.split("."))
