@@ -181,7 +181,6 @@ def pair(
     matcher.pair_parts()
     matcher.pair_stacks()
     matcher.pair_by_name()
-    matcher.refuse_parts()
     matcher.drop_repeated_paths()
     matcher.pair_aliases()
     mapping, mismatch = matcher.settle()
@@ -235,6 +234,11 @@ class _Matcher:
         self.refused = [_unnamed(key) for key in unnamed]
         for key in unnamed:
             del self.tensors[key]
+        self.parts = {
+            key: f"{_FOLDED} {name} is computed ({found.what}): pass fold=True"
+            for name, found in parts_by_name(self.tensors).items()
+            for key in found.keys.values()
+        }
         rules = rules_of(rename)
         self.names, used = _renamed(self.tensors, rules, prefix)
         self.layer_names, _ = _renamed(self.layers, rules, prefix)
@@ -367,23 +371,6 @@ class _Matcher:
         except ValueError as error:
             self.refused.append(MismatchEntry(keys[0], slashed(path), reason=str(error)))
 
-    def refuse_parts(self) -> None:
-        """Refuse the rows in which a part stands for the tensor that is computed from it."""
-        parts = {
-            key: (name, found.what)
-            for name, found in parts_by_name(self.tensors).items()
-            for key in found.keys.values()
-        }
-        for row, key in self._pairs():
-            if key in parts and row.path[-1] != key.rpartition(".")[2]:
-                name, what = parts[key]
-                reason = f"{_FOLDED} {name} is computed ({what}): pass fold=True"
-                self.refused.append(MismatchEntry(key, row.place, reason=reason))
-
-    def _pairs(self) -> Iterator[tuple[Row, str]]:
-        """Yield each row with each of its torch keys."""
-        return ((row, key) for row in self.rows for key in row.keys)
-
     def pair_by_name(self) -> None:
         """Pair every other tensor with the one Flax path of its name."""
         for key in [key for key in self.tensors if key not in self.done]:
@@ -418,6 +405,8 @@ class _Matcher:
         """
         flax_kind = self.flax.kinds[path]
         torch_kind = self.kinds.get(key, flax_kind)
+        if key in self.parts and path[-1] != key.rpartition(".")[2]:
+            raise ValueError(self.parts[key])
         if one_trained(torch_kind, flax_kind):
             raise ValueError(_trained(torch_kind, flax_kind))
         shape = tuple(self.flax.leaves[path].shape) if shape is None else shape
@@ -492,17 +481,12 @@ class _Matcher:
         rows = sorted(self.rows, key=lambda row: order[row.torch_key])
         mapping = StateMapping(tuple(rows), tuple(self.left), self.flax.kind)
         likely = self._suggestions(missing)
-        parts = {
-            key: f"{_FOLDED} {name} is computed ({found.what}): pass fold=True"
-            for name, found in parts_by_name(self.tensors).items()
-            for key in found.keys.values()
-        }
         entries = tuple(
             MismatchEntry(
                 key,
                 "",
                 shape_of(self.tensors[key]),
-                reason=parts.get(key) or (likely(key) if index < MAX_SUGGESTIONS else ""),
+                reason=self.parts.get(key) or (likely(key) if index < MAX_SUGGESTIONS else ""),
             )
             for index, key in enumerate(unexpected)
         )
@@ -545,7 +529,8 @@ class _Matcher:
             for found in differences(self.layers[prefix], self.flax_layers[path]):
                 if found.fact != "num_heads":  # the shapes show it, also where there is no layer
                     yield prefix, slashed(path), found
-        for row, key in self._pairs():
+        pairs = [(row, key) for row in self.rows for key in row.keys]
+        for row, key in pairs:
             prefix = key.rpartition(".")[0]
             layer = self.layers.get(prefix)
             if isinstance(layer, torch.nn.Embedding) and row.kind != "alias":
@@ -714,7 +699,14 @@ def _unused_names(
         reason = f"has more than {MAX_STARS} * between two dots"
         return [MismatchEntry(old, "", reason=reason) for old in too_many]
     unused = [
-        MismatchEntry(old, "", reason=f"renames to {new}, with another number of *")
+        MismatchEntry(
+            old,
+            "",
+            reason=f"renames to {new}, with another number of *",
+            mend=f"to stack them, pass stack={{{old!r}: {new!r}}} instead"
+            if old.count("*") == new.count("*") + 1
+            else "",
+        )
         for old, new in rename.items()
         if old.count("*") != new.count("*")
     ]
