@@ -4,6 +4,7 @@ Nothing here imports a framework before it is needed, so that `--help` and wrong
 once.
 """
 
+import json
 import os
 import shlex
 import signal
@@ -105,6 +106,38 @@ SelectOption = Annotated[
         "--select",
         metavar="PART",
         help="The part of the source that holds the state, as state_dict; may be given twice.",
+    ),
+]
+RenameOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rename",
+        metavar="OLD=NEW",
+        help="A torch name and its Flax name, as h.*.attn=blocks.*.mha.",
+    ),
+]
+SplitOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--split",
+        metavar="OLD=A,B",
+        help="A torch name and its parts in Flax, as h.*.qkv=h.*.q,h.*.k,h.*.v.",
+    ),
+]
+StackOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stack",
+        metavar="OLD=NEW",
+        help="Numbered torch names and their stack in Flax, as layers.*=layers.",
+    ),
+]
+PolicyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        metavar="NAME=POLICY",
+        help="What exists on one side only: ignore or verify, as *.counter=ignore.",
     ),
 ]
 LayoutOfOption = Annotated[
@@ -454,6 +487,59 @@ def inspect(
 
 
 @app.command()
+def match(
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint, or PACKAGE.MODULE:NAME, whose code is run.")
+    ],
+    like: Annotated[str, typer.Argument(help="One of the other framework.")],
+    save: Annotated[
+        Path | None, typer.Option("--save", metavar="FILE", help="Write the mapping, for --map.")
+    ] = None,
+    rename: RenameOption = None,
+    split: SplitOption = None,
+    stack: StackOption = None,
+    layout_of: LayoutOfOption = None,
+    policy: PolicyOption = None,
+    prefix: Annotated[
+        str, typer.Option("--prefix", help="What the torch names begin with, as module.")
+    ] = "",
+    select: SelectOption = None,
+    memory: MemoryOption = None,
+    shows_all: AllOption = False,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
+) -> None:
+    """Pair the names of a torch and a Flax model, and save the mapping for convert and verify.
+
+    Rules are OLD=NEW, or the argument in braces that an error names.
+    """
+    files = [Path(name) for name in (source, like) if ":" not in name or Path(name).exists()]
+    for file in files:
+        require_exists(file)
+    rules = {
+        "rename": _rules("--rename", rename),
+        "split": {
+            old: new.split(",") if isinstance(new, str) else new
+            for old, new in _rules("--split", split).items()
+        },
+        "stack": _rules("--stack", stack),
+        "layouts": _layouts(layout_of),
+        "policy": _policies(policy),
+        "prefix": prefix,
+    }
+    options = {
+        "source": source,
+        "like": like,
+        "save": save,
+        "rules": rules,
+        "select": select or (),
+        "memory": _bytes(memory),
+    }
+    outputs = [save] if save is not None else []
+    _run([Job("match", options)], Files(json_file, html_file, files, outputs), shows_all=shows_all)
+
+
+@app.command()
 def convert(
     source: Checkpoint,
     target: Annotated[str, typer.Argument(help="What to write; its suffix names the format.")],
@@ -579,6 +665,24 @@ def verify(
     )
 
 
+def _rules(option: str, arguments: list[str] | None, metavar: str = "OLD=NEW") -> dict[str, Any]:
+    """Return the rules of OLD=NEW, or of the JSON object that an error suggests.
+
+    Raises:
+        BadParameter: an argument is neither.
+    """
+    rules: dict[str, Any] = {}
+    for argument in arguments or ():
+        old, equals, new = argument.rpartition("=")
+        try:
+            rules |= json.loads(argument) if argument.startswith("{") else {old: new}
+        except ValueError as error:
+            raise typer.BadParameter(f"{option} {shown(argument)}: {shown(error)}") from error
+        if not argument.startswith("{") and not (old and equals):
+            raise typer.BadParameter(f"{option} {shown(argument)}: say {metavar}")
+    return rules
+
+
 def _layouts(arguments: list[str] | None) -> dict[str, str]:
     """Return the layouts by pattern of the torch names.
 
@@ -587,17 +691,28 @@ def _layouts(arguments: list[str] | None) -> dict[str, str]:
     """
     from .conversion.layouts import known_layout
 
-    layouts = {}
-    for argument in arguments or ():
-        name, equals, layout = argument.rpartition("=")
+    layouts = _rules("--layout-of", arguments, "NAME=LAYOUT")
+    for name, layout in layouts.items():
         try:
-            if not equals or not name:
-                raise ValueError("say NAME=LAYOUT")
             known_layout(layout)
         except ValueError as error:
-            raise typer.BadParameter(f"--layout-of {shown(argument)}: {error}") from error
-        layouts[name] = layout
+            raise typer.BadParameter(f"--layout-of {shown(name)}={layout}: {error}") from error
     return layouts
+
+
+def _policies(arguments: list[str] | None) -> dict[str, str]:
+    """Return the policies by pattern of the names.
+
+    Raises:
+        BadParameter: an argument is not NAME=POLICY, or there is no such policy.
+    """
+    policies = _rules("--policy", arguments, "NAME=POLICY")
+    for name, policy in policies.items():
+        if policy not in ("ignore", "verify", "refuse"):
+            raise typer.BadParameter(
+                f"--policy {shown(name)}={policy}: there are ignore, verify and refuse"
+            )
+    return policies
 
 
 def _bytes(megabytes: int | None) -> int | None:

@@ -32,8 +32,8 @@ class InspectedEntry:
     parts: Callable[[], Iterable[np.ndarray]]
 
 
-def module_entries(source: str) -> list[InspectedEntry]:
-    """Return the entries of the object `package.module:name`; a function is called first.
+def imported(source: str) -> Any:
+    """Return the object `package.module:name`; a function is called first.
 
     The module is imported, which runs its code; it may lie in the current folder.
 
@@ -46,7 +46,7 @@ def module_entries(source: str) -> list[InspectedEntry]:
         target = getattr(import_module(module_name), name)
         if callable(target) and not isinstance(target, torch.nn.Module | nnx.Module):
             target = target()
-        state_entries = entries(target)
+        entries(target)
     # The user's module may raise anything when it is imported or called.
     except (Exception, SystemExit) as error:
         raise CheckpointError(
@@ -60,8 +60,17 @@ def module_entries(source: str) -> list[InspectedEntry]:
         ) from error
     finally:
         sys.path.pop(0)
+    return target
+
+
+def module_entries(source: str) -> list[InspectedEntry]:
+    """Return the entries of the object `package.module:name`; a function is called first.
+
+    Raises:
+        CheckpointError: it cannot be imported, or is not a module or variables.
+    """
     listed = []
-    for entry in state_entries:
+    for entry in entries(imported(source)):
         kind = f"alias of {slashed(entry.first)}" if entry.first is not None else entry.kind
         if kind == "left behind":
             kind = "plain: will be left behind"

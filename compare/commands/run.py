@@ -36,7 +36,7 @@ from ..subprocesses import ROOT
 from .jobs import Job
 
 # Parts that prove nothing about outputs, and so need neither SciPy nor Optax.
-STATE = ("inspect", "convert", "verify", "kill", "fuzz", "state", "stream", "attention")
+STATE = ("inspect", "match", "convert", "verify", "kill", "fuzz", "state", "stream", "attention")
 _SECONDS_BETWEEN_UPDATES = 0.05
 PACKAGES = ("torch", "jax", "flax", "optax", "orbax-checkpoint", "safetensors", "numpy")
 

@@ -184,6 +184,7 @@ class ConversionError(ValueError):
 
     def __init__(self, mismatch: Mismatch, hint: str = "", *, has_strict: bool = False) -> None:
         self.mismatch = mismatch
+        self.hint = hint.strip()
         advice = (
             "Build both sides with the same arguments, or pass strict=False to convert what fits."
             if has_strict
