@@ -30,7 +30,10 @@ def test_each_unblocked_pair_is_in_a_tile_and_each_tile_has_one(tokens: int, kin
     assert sum(int(tiling.num_strips) > 0 for tiling in found) == 1
     assert len(found) == len(tile_shapes(tokens)) == (2 if tokens >= 512 else 1)
     for shape, tiling in zip(tile_shapes(tokens), found, strict=True):
-        for strip, begin in enumerate(range(0, tokens, shape.queries)):
+        begins = range(0, tokens, shape.queries)
+        assert len(tiling.first) == len(begins)
+        assert int(tiling.num_strips) in (0, len(begins))
+        for strip, begin in enumerate(begins):
             moved = min(begin, tokens - shape.queries)  # the last strip ends at the last query
             left = ~blocked[begin : begin + shape.queries]
             first, order = int(tiling.first[strip]), tiling.order[strip].tolist()
