@@ -6,7 +6,7 @@ Sources: `torch.nn.utils.parametrize`, `parametrizations`, `weight_norm`, `spect
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
+
+from .tensors import shape_of
 
 _PARAMETRIZED = re.compile(r"(?P<prefix>(?:.*\.)?)parametrizations\.(?P<leaf>[^.]+)\.(?P<part>.+)")
 
@@ -30,9 +32,9 @@ class Parts(NamedTuple):
     keys: dict[str, str]
 
 
-def parts_by_name(keys: Iterable[str]) -> dict[str, Parts]:
+def parts_by_name(state: Mapping[str, Any]) -> dict[str, Parts]:
     """Return the parts of each tensor of a state dict that is stored as parts, by its name."""
-    names = set(keys)
+    names = state.keys()
     found: dict[str, dict[str, str]] = {}
     for key in sorted(names):
         if fit := _PARAMETRIZED.fullmatch(key):
@@ -41,20 +43,35 @@ def parts_by_name(keys: Iterable[str]) -> dict[str, Parts]:
         name, _, part = key.rpartition("_")
         if part in ("g", "v", "orig", "mask", "u") and name and name not in names:
             found.setdefault(name, {})[part] = key
-    return {name: Parts(what, parts) for name, parts in found.items() if (what := _what(parts))}
+    by_name = {}
+    for name, parts in found.items():
+        if what := _what({part: shape_of(state[key]) for part, key in parts.items()}):
+            by_name[name] = Parts(what, parts)
+    return by_name
 
 
-def _what(parts: Mapping[str, str]) -> str:
-    """Return the name of the method that stores these parts, or nothing."""
+def _what(parts: Mapping[str, tuple[int, ...]]) -> str:
+    """Return the name of the method that stores parts of these shapes, or nothing."""
     stored = parts.keys()
-    if stored in ({"g", "v"}, {"original0", "original1"}):
+    is_scaled = stored in ({"g", "v"}, {"original0", "original1"})
+    if is_scaled and _axis(*(parts[part] for part in sorted(stored))) is not None:
         return "weight norm"
     if stored in ({"orig", "u"}, {"orig", "u", "v"}, {"original", "0._u", "0._v"}):
         return "spectral norm"
-    if stored == {"orig", "mask"}:
+    if stored == {"orig", "mask"} and parts["orig"] == parts["mask"]:
         return "pruning"
     is_other = any(part.startswith("original") for part in stored)
     return "a parametrization of torch" if is_other else ""
+
+
+def _axis(scale: tuple[int, ...], direction: tuple[int, ...]) -> int | None:
+    """Return the axis along which weight norm has a scale each, -1 for one scale, or None."""
+    if not scale:
+        return -1
+    for axis, size in enumerate(direction):
+        if scale == (*(1 for _ in direction[:axis]), size, *(1 for _ in direction[axis + 1 :])):
+            return axis
+    return None
 
 
 def fold(source: Any) -> Any:
@@ -131,20 +148,13 @@ def _value(name: str, parts: Parts, state: Mapping[str, Any]) -> Tensor:
     """
     tensors = {part: state[key] for part, key in parts.keys.items()}
     if parts.what == "pruning":
-        return _product(tensors["orig"], tensors["mask"])
+        return tensors["mask"].to(tensors["orig"].dtype) * tensors["orig"]
     if parts.what == "weight norm":
-        scale = tensors.get("g", tensors.get("original0"))
-        direction = tensors.get("v", tensors.get("original1"))
-        if isinstance(scale, Tensor) and isinstance(direction, Tensor):
-            axes = [axis for axis, size in enumerate(scale.shape) if size != 1]
-            if len(axes) < 2 and scale.ndim in (0, direction.ndim):
-                axis = axes[0] if axes else (0 if scale.ndim else -1)
-                return torch._weight_norm(direction, scale, axis)
+        scale, direction = (tensors[part] for part in sorted(tensors))
+        axis = _axis(tuple(scale.shape), tuple(direction.shape))
+        if axis is not None:
+            return torch._weight_norm(direction, scale, axis)
     raise ValueError(
         f"{name} is stored as the parts of {parts.what}, and a state dict does not say how they "
         "make it: fold its module, with compare.fold(module)"
     )
-
-
-def _product(values: Tensor, mask: Tensor) -> Tensor:
-    return mask.to(values.dtype) * values

@@ -301,9 +301,9 @@ class _Matcher:
                 self.refused.append(MismatchEntry(old, "", reason=reason))
             for key, names in found.items():
                 self.done.add(key)
-                self._pairparts_of(key, names)
+                self._pair_parts_of(key, names)
 
-    def _pairparts_of(self, key: str, names: Sequence[str]) -> None:
+    def _pair_parts_of(self, key: str, names: Sequence[str]) -> None:
         """Add a row for each part of one tensor, or refuse the tensor."""
         shape = shape_of(self.tensors[key])
         if not shape or shape[0] % len(names):
@@ -343,14 +343,14 @@ class _Matcher:
         """Add the row of the tensors, by their numbers, or refuse them."""
         keys = [numbered[number] for number in sorted(numbered)]
         paths = _candidates(keys[0], name, self.flax)
-        kinds = {self.kinds.get(key) for key in keys}
+        kinds = {self.kinds[key] for key in keys if key in self.kinds}
         if [*sorted(numbered)] != list(range(len(keys))):
             reason = f"{old} stands for the numbers {sorted(numbered)}; expected 0, 1, 2 and so on"
         elif len(paths) != 1:
             choices = " or ".join(slashed(path) for path in paths) or "nothing"
             reason = f"the stack {name} could be {choices} in Flax"
         elif len(kinds) > 1:
-            reason = f"they are of different kinds: {' and '.join(sorted(map(str, kinds)))}"
+            reason = f"they are of different kinds: {' and '.join(sorted(kinds))}"
         else:
             self._add_stack(keys, paths[0])
             return
@@ -362,10 +362,14 @@ class _Matcher:
         self.part_places.add(slashed(path))
         whole = tuple(self.flax.leaves[path].shape)
         try:
-            row = self._row(keys[0], path, shape=whole[1:])
+            row, *others = (self._row(key, path, shape=whole[1:]) for key in keys)
+            if differing := [other for other in others if other.layout != row.layout]:
+                raise ValueError(
+                    f"is laid out as {row.layout}, and {differing[0].torch_key} as "
+                    f"{differing[0].layout}: state one with layouts"
+                )
             shape = whole if row.shape else None
             self.rows.append(replace(row, shape=shape, stack=tuple(keys)))
-            self.used_layouts |= {*keys} & self.layouts.keys()
         except Undecided as error:
             self.undecided |= {key: (error.choice, slashed(path)) for key in keys}
         except ValueError as error:

@@ -378,8 +378,8 @@ _STATE = [
         "kernel transposed where not square",
         "compare.conversion.apply_mapping",
         (
-            r"layout\(row\.layout, leaf\.shape\),\n",
-            r'layout("same" if len(set(leaf.shape)) == 1 else row.layout, leaf.shape),\n',
+            r"= layout\(row\.layout, row\.slice_shape\(flax_shape\)\)\n    if",
+            r'= layout("same" if len(set(flax_shape)) == 1 else row.layout, flax_shape)\n    if',
         ),
     ),
     *_flax(

@@ -69,6 +69,9 @@ def test_a_state_dict_inside(
     with pytest.warns(compare.UnverifiedCheckpoint):
         state = compare.read_checkpoint(tmp_path / name, select=select)
     assert torch.equal(state["bias"], module.bias)
+    with compare.open_checkpoint(tmp_path / name, select=select) as stored:
+        others = {"last.ckpt": {"epoch", "lr"}, "best.pth.tar": {"ema/decay"}, "all.pt": {"args"}}
+        assert {*stored.left_out} == others[name] | {"optimizer"}
 
 
 def test_the_command_line_names_what_is_left_out(tmp_path: Path) -> None:

@@ -119,6 +119,21 @@ def test_a_part_never_stands_for_the_whole() -> None:
             )
 
 
+@pytest.mark.parametrize(("shape", "dim"), [((1, 3), 0), ((3, 1), 1), ((1, 1), 0), ((3, 3), 1)])
+def test_the_axis_of_weight_norm_follows_from_the_shapes(shape: tuple[int, int], dim: int) -> None:
+    torch.manual_seed(0)
+    module = parametrizations.weight_norm(nn.Linear(shape[1], shape[0]), dim=dim)
+    assert torch.equal(compare.fold(module.state_dict())["weight"], module.weight)
+
+
+def test_names_alone_do_not_make_parts() -> None:
+    state = {"proj.w_g": torch.ones(3, 4), "proj.w_v": torch.zeros(3, 4)}
+    own = {"gate": jnp.zeros((3, 4)), "value": jnp.zeros((3, 4))}
+    rename = {"proj.w_g": "gate", "proj.w_v": "value"}
+    assert len(compare.match(state, {"params": own}, rename=rename).rows) == 2
+    assert compare.fold(state) == state
+
+
 def test_a_flax_layer_with_the_same_parts_is_paired() -> None:
     source = nn.ModuleDict({"fc": STORED["old weight norm"][0]()})
     own = {"weight_g": jnp.zeros((3, 1)), "weight_v": jnp.zeros((3, 4)), "bias": jnp.zeros(3)}

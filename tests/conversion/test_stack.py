@@ -161,6 +161,26 @@ def test_a_stack_that_does_not_fit_is_refused(stack: dict[str, str], message: st
         compare.match(torch_model().float(), Nnx(), stack=stack)
 
 
+def test_layers_of_two_layouts_are_no_stack() -> None:
+    class Conv1D(torch.nn.Module):
+        """The linear layer of transformers, which stores (in, out)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = (
+                torch.nn.Parameter(torch.ones(4, 4)),
+                torch.nn.Parameter(torch.ones(4)),
+            )
+
+    Conv1D.__module__ = "transformers.pytorch_utils"
+    source = Torch()
+    source.layers[1].fc = Conv1D()
+    with pytest.raises(
+        ConversionError, match=r"laid out as transposed, and layers\.1\.fc\.weight as"
+    ):
+        compare.match(source, Nnx(), stack=STACK)
+
+
 def test_other_numbers_shapes_and_dtypes_are_refused() -> None:
     with pytest.raises(ConversionError, match=r"the mapping stacks 4 tensors; this is \(3, 4"):
         compare.match(Torch(4), Nnx(), stack=STACK)

@@ -133,7 +133,9 @@ def _as_dicts(tree: Any) -> Any:
 class OrbaxReader(Reader):
     """An open Orbax folder.
 
-    `tree` is its tree, and `names` maps each path, as strings, to the path in the tree.
+    Args:
+        tree: its tree.
+        names: the path in the tree of each path, as strings.
     """
 
     format = "orbax"
@@ -142,7 +144,9 @@ class OrbaxReader(Reader):
         self, tree: Any, names: dict[tuple[str, ...], KeyPath], *header: Any, **more: Any
     ) -> None:
         super().__init__(*header, **more)
-        self._tree, self._names = tree, names
+        self._names = names
+        # Orbax restores a part of a list only in the place of the whole tree.
+        self._tree = None if _is_of_dicts(tree) else tree
 
     def _fetch(self, paths: list[KeyPath]) -> Fetched:
         arrays = _restore(self.path, self._tree, [self._names[words(path)] for path in paths])
@@ -335,9 +339,10 @@ def _manifest(path: Path, budget: Budget) -> Manifest | None:
 
 
 def _restore(path: Path, tree: Any, keys: Sequence[KeyPath]) -> list[np.ndarray]:
+    """Return the arrays. The tree is needed if it has nodes other than dicts."""
     import orbax.checkpoint as ocp
 
-    is_partial = _is_of_dicts(tree)  # Orbax restores a part of a list only in the place of all
+    is_partial = tree is None
     wanted = unflatten_dict({key: 0 for key in keys}) if is_partial else _wanted(tree, {*keys}, ())
     to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     with _reported(path), _reader() as checkpointer:

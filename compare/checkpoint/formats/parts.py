@@ -111,8 +111,18 @@ def flax_part(
         if not is_array(leaf):
             raise _no_array(path, tree, slashed(place), what(leaf), is_array)
         kept[key] = place, leaf
-    left_out = [str(name) for name in tree if not _is_selected(str(name), select)]
-    return Part(kept, (*left_out, *(f"{slashed(stream)} (a random stream)" for stream in streams)))
+    names = (f"{slashed(stream)} (a random stream)" for stream in streams)
+    return Part(kept, (*not_selected(tree, select), *names))
+
+
+def not_selected(tree: dict[Any, Any], select: Select, above: str = "") -> Iterator[str]:
+    """Yield the names of what lies beside the selected parts; nothing if none is selected."""
+    for key, child in tree.items() if select else ():
+        name = f"{above}{key}"
+        if any(part.startswith(f"{name}/") for part in select):
+            yield from not_selected(child, select, f"{name}/")
+        elif name not in select:
+            yield name
 
 
 def leaves(tree: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any]]:
@@ -175,10 +185,6 @@ def _collection(steps: KeyPath, node: Mapping[Any, Any], select: Select) -> KeyP
         return ()
     is_collection = bool(steps) and steps[-1] in COLLECTIONS
     return steps[-1:] if is_collection or len(select) > 1 else ()
-
-
-def _is_selected(name: str, select: Select) -> bool:
-    return not select or any(name == part.partition("/")[0] for part in select)
 
 
 def _streams(

@@ -27,7 +27,7 @@ from ..errors import CheckpointError
 from ..manifest import KEY, Manifest, checksum, in_manifests_order, manifest_of
 from ..reader import ArrayAndChecksum, Fetched, FileReader, Location, Reader
 from ..tensors import Spec, Tensors, checked, whole
-from .parts import Select, advice, inner, require_none
+from .parts import Select, advice, inner, not_selected, require_none
 from .torch_pickle import Opaque, Other, UnsafePickleError, View, build
 from .zip_directory import CompressedError, Record, read_directory
 
@@ -309,8 +309,7 @@ def _selected(path: Path, content: Content, select: Select) -> tuple[Any, tuple[
     if len(select) > 1:
         require_none(path, select[1:], "a torch module has one state dict", "select one part")
     part = inner(path, state, select[0])
-    top = select[0].partition("/")[0]
-    return part, tuple(str(name) for name in state if name != top)
+    return part, tuple(not_selected(state, select))
 
 
 def _is_state(node: dict[Any, Any]) -> bool:
