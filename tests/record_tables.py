@@ -78,6 +78,18 @@ def mutants() -> str:
     return table([*columns, "false alarms", "largest error/limit without a bug"], [row])
 
 
+def mechanical() -> str:
+    rows = first_table(record("mechanical")["sections"][0])["rows"]
+    sums = {
+        folder: [
+            sum(row[column] for row in rows if row[0].startswith(folder)) for column in (1, 2, 3, 4)
+        ]
+        for folder in ("torch_impl", "flax_impl")
+    }
+    columns = ["sources", "mechanical bugs", "killed", "marked", "neither"]
+    return table(columns, [[f"`{folder}`", *counts] for folder, counts in sums.items()])
+
+
 def campaigns() -> str:
     killed, fuzzed = record("kill"), record("fuzz")
     rows = first_table(killed["sections"][0])["rows"]
@@ -122,6 +134,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mapping": mapping,
     "bound": bound,
     "mutants": mutants,
+    "mechanical": mechanical,
     "campaigns": campaigns,
     "streaming": streaming,
     "checkpoints": checkpoints,
