@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..conversion.errors import Mismatch
 from ..conversion.mapping import LINEN, NNX, KeyPath, Left, StateMapping, slashed
@@ -363,16 +363,12 @@ def _line(path: KeyPath, spec: Spec, tensors: Tensors, source_dtype: str, is_rel
             if tensors.layout != "torch"
             else tensors.mapping.by_key[name]
         )
-        source = " + ".join(row.place if tensors.layout == "torch" else _keys(row) for row in rows)
+        source = " + ".join(row.place if tensors.layout == "torch" else row.source for row in rows)
         layout = rows[0].layout
     dtype = spec.dtype if source_dtype == spec.dtype else f"{source_dtype} -> {spec.dtype}"
     return Line(
         source, name, tensors.kinds.get(path, "unknown"), spec.shape, dtype, layout, spec.nbytes
     )
-
-
-def _keys(row: Any) -> str:
-    return row.source
 
 
 def _folder(path: Path) -> Path:

@@ -76,10 +76,7 @@ def _is_torch(side: Any) -> bool:
 
 
 def _section(source: str, like: str, mapping: StateMapping, save: Path | None) -> Section:
-    rows: list[list[Cell]] = [
-        [row.source, row.place, row.kind, f"stacked {row.layout}" if row.stack else row.layout]
-        for row in mapping.rows
-    ]
+    rows: list[list[Cell]] = [[row.source, row.place, row.kind, row.how] for row in mapping.rows]
     blocks: list[Block] = [Table(["torch", "Flax", "kind", "layout"], rows)]
     blocks += [
         f"{item.torch_key} exists on one side only and is left out ({item.policy})."

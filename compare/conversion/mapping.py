@@ -79,6 +79,11 @@ class Row:
         part = f"[{self.part[0]}/{self.part[1]}]" if self.part else ""
         return " + ".join(f"{key}{part}" for key in self.keys)
 
+    @property
+    def how(self) -> str:
+        """The layout, in words."""
+        return f"stacked {self.layout}" if self.stack else self.layout
+
     def slice_shape(self, flax_shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape that one torch tensor has in Flax's layout.
 
@@ -151,8 +156,7 @@ class StateMapping:
         """Return the mapping as a text table, one line per row."""
         cells = [("torch", "Flax", "kind", "layout")]
         for row in self.rows:
-            layout = f"stacked {row.layout}" if row.stack else row.layout
-            cells.append((row.source, row.place, row.kind, layout))
+            cells.append((row.source, row.place, row.kind, row.how))
         for item in self.left:
             sides = ("-", item.torch_key) if item.path else (item.torch_key, "-")
             cells.append((*sides, "left", item.policy))

@@ -297,11 +297,15 @@ class _Matcher:
             keys = [key for key in self.tensors if key not in self.done]
             found = parts_of({key: self.names[key] for key in keys}, old, parts)
             if not found:
-                reason = _with_nearest("this split fits no key", old, Nearest(keys, cutoff=0.5))
-                self.refused.append(MismatchEntry(old, "", reason=reason))
+                self._refuse_rule("split", old, keys)
             for key, names in found.items():
                 self.done.add(key)
                 self._pair_parts_of(key, names)
+
+    def _refuse_rule(self, rule: str, old: str, keys: Sequence[str]) -> None:
+        """Refuse a split or stack whose name stands for none of the keys."""
+        reason = _with_nearest(f"this {rule} fits no key", old, Nearest(keys, cutoff=0.5))
+        self.refused.append(MismatchEntry(old, "", reason=reason))
 
     def _pair_parts_of(self, key: str, names: Sequence[str]) -> None:
         """Add a row for each part of one tensor, or refuse the tensor."""
@@ -333,8 +337,7 @@ class _Matcher:
             keys = [key for key in self.tensors if key not in self.done]
             groups = stacks_of({key: self.names[key] for key in keys}, old, new)
             if not groups:
-                reason = _with_nearest("this stack fits no key", old, Nearest(keys, cutoff=0.5))
-                self.refused.append(MismatchEntry(old, "", reason=reason))
+                self._refuse_rule("stack", old, keys)
             for name, numbered in groups.items():
                 self.done |= {*numbered.values()}
                 self._pair_stack(old, name, numbered)

@@ -141,7 +141,11 @@ def leaves(tree: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any]]:
 
 def advice(tree: Any, is_state: Callable[[dict[Any, Any]], bool]) -> str:
     """Return the argument that selects the state in the tree, or an empty string."""
-    names = _states(tree, is_state)
+    return _selecting(_states(tree, is_state))
+
+
+def _selecting(names: Sequence[str]) -> str:
+    """Return the argument that selects one of these parts, or all that are collections."""
     if not names:
         return ""
     collections = [name for name in names if name in COLLECTIONS]
@@ -158,7 +162,7 @@ def collections_alone(stored: Reader) -> str:
     found = [name for name in names if name in COLLECTIONS]
     if stored.manifest is not None or stored.left_out or found == names:
         return ""
-    return advice({name: {"": ""} for name in found}, lambda _: True)
+    return _selecting(found)
 
 
 def _states(tree: Any, is_state: Callable[[dict[Any, Any]], bool]) -> list[str]:

@@ -323,14 +323,13 @@ def _views(path: Path, state: Any, content: Content) -> dict[str, View]:
         CheckpointError: the object is not a dict of tensors with plain values, or a storage is
             missing or shorter than its tensors.
     """
-    state_dict_only = advice(content.state, _is_state) or _STATE_DICT_ONLY
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(
             path,
             f"holds a {type(state).__name__}; expected a state dict: names and tensors",
             expected="a state dict: names and tensors",
             found=f"a {type(state).__name__}",
-            mend=state_dict_only,
+            mend=advice(content.state, _is_state) or _STATE_DICT_ONLY,
         )
     for key, value in state.items():
         if isinstance(value, Other):
@@ -338,6 +337,7 @@ def _views(path: Path, state: Any, content: Content) -> dict[str, View]:
         if isinstance(value, Opaque):
             raise _unsafe(path, shown(value.what), advice(content.state, _is_state))
         if not isinstance(value, View):
+            state_dict_only = advice(content.state, _is_state) or _STATE_DICT_ONLY
             raise CheckpointError(
                 path,
                 f"{shown(key)} is a {type(value).__name__}; expected a tensor",
