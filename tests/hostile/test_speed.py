@@ -1,5 +1,6 @@
 """Many names that do not pair are answered soon: no step compares each with each."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +22,11 @@ SECONDS = 4.0
 
 @contextmanager
 def soon() -> Iterator[None]:
+    # Measuring coverage, as the mechanical bugs do, takes several times as long.
+    seconds = SECONDS if sys.gettrace() is None else 5 * SECONDS
     start = time.process_time()
     yield
-    assert time.process_time() - start < SECONDS
+    assert time.process_time() - start < seconds
 
 
 def template(layer: str) -> dict[str, dict[str, dict[str, np.ndarray]]]:
