@@ -192,7 +192,9 @@ def _run_and_exit(work: Callable[[], dict[str, Any]], result: Path) -> None:
     """Write what `work` returns to a file, without the project's modules of this process."""
     try:
         os.setpgid(0, 0)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+        # A background job ignores the first, one under nohup the second.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         log = os.open(result.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
