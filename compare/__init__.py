@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .conversion.fold import fold
     from .conversion.mapping import Mapping, StateMapping
     from .conversion.match import match
+    from .conversion.parts import Split
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ _HOMES = {
     "Mapping": ".conversion.mapping",
     "MappingError": ".conversion.errors",
     "Mismatch": ".conversion.errors",
+    "Split": ".conversion.parts",
     "StateMapping": ".conversion.mapping",
     "TrainingDifference": ".conversion.errors",
     "UnverifiedCheckpoint": ".checkpoint.errors",
@@ -48,6 +50,7 @@ __all__ = [
     "Mapping",
     "MappingError",
     "Mismatch",
+    "Split",
     "StateMapping",
     "TrainingDifference",
     "UnverifiedCheckpoint",

@@ -121,7 +121,8 @@ SplitOption = Annotated[
     typer.Option(
         "--split",
         metavar="OLD=A,B",
-        help="A torch name and its parts in Flax, as h.*.qkv=h.*.q,h.*.k,h.*.v.",
+        help="A torch name and its parts in Flax, as h.*.qkv=h.*.q,h.*.k,h.*.v; or in braces, "
+        'with the axis and the groups: {"qkv": {"parts": ["q", "k"], "axis": -1, "groups": 8}}.',
     ),
 ]
 StackOption = Annotated[
@@ -673,7 +674,9 @@ def _rules(option: str, arguments: list[str] | None, metavar: str = "OLD=NEW") -
     """
     rules: dict[str, Any] = {}
     for argument in arguments or ():
-        old, equals, new = argument.rpartition("=")
+        # The pattern of a layout may state lengths: "o (c h w) -> (h w c) o, h=4".
+        part = argument.partition if "->" in argument else argument.rpartition
+        old, equals, new = part("=")
         try:
             rules |= json.loads(argument) if argument.startswith("{") else {old: new}
         except ValueError as error:

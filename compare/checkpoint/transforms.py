@@ -9,7 +9,7 @@ import numpy as np
 
 from ..conversion.apply_mapping import differing_dtypes, flax_values, torch_shape, unfit
 from ..conversion.errors import ConversionError, Mismatch, MismatchEntry, dropping
-from ..conversion.layouts import flax_shape, layout, to_torch
+from ..conversion.layouts import flax_shape, is_pattern, layout, to_torch
 from ..conversion.mapping import KeyPath, Left, Row, StateMapping, slashed
 from ..conversion.unmatched import objection, refill_of, refilled
 from ..dtypes import FLOATING, FLOATS, numpy_dtype
@@ -131,22 +131,36 @@ def _to_torch(source: Tensors, mapping: StateMapping) -> Tensors:
         if path[0] in mapping.refills:
             yield refilled(mapping.refills[path[0]])
             return
-        for row in mapping.by_key[path[0]]:
-            array = _whole(source, row.path)
-            chosen = layout(row.layout, row.slice_shape(array.shape))
-            array = array[row.stack.index(path[0])] if row.stack else array
-            part = to_torch(chosen, array)
-            yield np.zeros_like(part) if path[0] == row.plus else part
+        made = (_of_key(path[0], row, _whole(source, row.path)) for row in mapping.by_key[path[0]])
+        part = mapping.by_key[path[0]][0].part
+        if part is None or part.lies_in_pieces:
+            yield from made
+        else:
+            yield part.join(list(made))
 
     copies = source.copies + _new_copies(mapping)
     return Tensors("torch", specs, pieces, kinds, aliases, mapping, copies=copies)
 
 
+def _of_key(key: str, row: Row, array: np.ndarray) -> np.ndarray:
+    """Return what the row's array holds of the torch tensor, in torch's layout."""
+    chosen = layout(row.layout, row.slice_shape(array.shape))
+    part = to_torch(chosen, array[row.stack.index(key)] if row.stack else array)
+    return np.zeros_like(part) if key == row.plus else part
+
+
 def _new_copies(mapping: StateMapping) -> int:
     """Return how many copies another layout makes: none where a view shows it, two for a sum."""
-    if any(row.plus or row.stack for row in mapping.rows):
+    if any(
+        row.plus or row.stack or (row.part and not row.part.lies_in_pieces) for row in mapping.rows
+    ):
         return 2
-    return int(any(row.layout.partition(":")[0] in _COPIED for row in mapping.rows))
+    return int(
+        any(
+            row.layout.partition(":")[0] in _COPIED or is_pattern(row.layout)
+            for row in mapping.rows
+        )
+    )
 
 
 def _with_refills(source: Tensors, mapping: StateMapping) -> StateMapping:
@@ -199,7 +213,7 @@ def _flax_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _part_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape if row.part is None or not shape else (shape[0] // row.part[1], *shape[1:])
+    return shape if row.part is None or not shape else row.part.shape_in(shape)
 
 
 def _whole(source: Tensors, path: KeyPath) -> np.ndarray:

@@ -388,11 +388,11 @@ def _claimed(reader: Reader, table: StateMapping) -> list[Difference]:
 
 
 def _rule(row: Row) -> tuple[object, ...]:
-    return row.torch_key, row.layout, row.part or (0, 1), row.plus, row.stack
+    return row.torch_key, row.layout, row.part, row.plus, row.stack
 
 
 def _rule_text(row: Row) -> str:
-    part = f", part {row.part[0] + 1} of {row.part[1]}" if row.part else ""
+    part = f", part {row.part}" if row.part else ""
     plus = f" + {shown(row.plus)}" if row.plus else ""
     return f"{shown(row.torch_key)}{plus} ({row.layout}{part})"
 

@@ -1,6 +1,7 @@
 """Convert torch tensors to Flax arrays and back, row by row of the mapping."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import Mismatch, MismatchEntry, Shape, dropping
-from .layouts import Layout, layout, to_flax
+from .layouts import Layout, is_pattern, layout, to_flax
 from .layouts import to_torch as torch_layout
 from .mapping import KeyPath, Left, Row, StateMapping, slashed
 from .tensors import (
@@ -112,12 +113,7 @@ def torch_from_flax(
                     raise ValueError(f"the mapping is for {row.shape}; this is {leaf.shape}")
                 _shareable(row, copy)
                 chosen = layout(row.layout, row.slice_shape(leaf.shape))
-                if row.stack:
-                    host = to_host(leaf)
-                    slices = [_to_tensor(chosen, host[index], True) for index in range(len(host))]
-                    state |= zip(row.stack, slices, strict=True)
-                    continue
-                tensor = _to_tensor(chosen, leaf, copy)
+                made = _tensors(row, chosen, leaf, copy)
             except ValueError as error:
                 refused.append(
                     MismatchEntry(
@@ -125,27 +121,30 @@ def torch_from_flax(
                     )
                 )
                 continue
-            for key, values in (
-                (row.torch_key, tensor),
-                (row.plus, torch.zeros_like(tensor) if row.plus else tensor),
-            ):
-                if key is not None and row.part:
-                    parts.setdefault(key, {})[row.part[0]] = values
+            for key, values in made.items():
+                if row.part:
+                    parts.setdefault(key, {})[row.part.index] = values
                     state.setdefault(key, values)  # keeps the mapping's order; joined below
-                elif key is not None:
+                else:
                     state[key] = values
     for key, tensors in parts.items():
         first = next(row for row in mapping.by_key[key] if row.part)
         joined = [tensors[i] for i in sorted(tensors)]
-        is_whole = first.part is not None and len(joined) == first.part[1]
         unjoined = differing_dtypes(key, first.place, [str(tensor.dtype) for tensor in joined])
         if not copy:
             reason = "several arrays make one tensor, so memory cannot be shared; use copy=True"
             unjoined.append(MismatchEntry(key, first.place, reason=reason))
         refused += unjoined
-        state.pop(key)
-        if is_whole and not unjoined:
-            state[key] = torch.cat(joined)
+        assert first.part is not None
+        whole = first.part.whole
+        if len(joined) < whole.count or unjoined:
+            del state[key]
+            continue
+        try:
+            state[key] = whole.join(joined)
+        except ValueError as error:
+            del state[key]
+            refused.append(MismatchEntry(key, first.place, reason=f"{first.place}: {error}"))
     for row in mapping.rows:
         if row.kind == "alias" and mapping.by_path[row.path].torch_key in state:
             state[row.torch_key] = state[mapping.by_path[row.path].torch_key]
@@ -156,6 +155,16 @@ def torch_from_flax(
         if row.required and path not in leaves
     ]
     return state, Mismatch(tuple(missing), tuple(unexpected), refused=tuple(refused))
+
+
+def _tensors(row: Row, chosen: Layout, leaf: Any, copy: bool) -> dict[str, Tensor]:
+    """Return the torch tensors of a row, or its part of them."""
+    if row.stack:
+        host = to_host(leaf)
+        slices = [_to_tensor(chosen, host[index], True) for index in range(len(host))]
+        return dict(zip(row.stack, slices, strict=True))
+    tensor = _to_tensor(chosen, leaf, copy)
+    return {row.torch_key: tensor} | ({row.plus: torch.zeros_like(tensor)} if row.plus else {})
 
 
 def unfit(row: Row, key: str, tensor: Any, flax_shape: Sequence[int]) -> MismatchEntry | None:
@@ -177,7 +186,22 @@ def unfit(row: Row, key: str, tensor: Any, flax_shape: Sequence[int]) -> Mismatc
     except ValueError as error:
         return MismatchEntry(key, row.place, reason=str(error))
     shape = tuple(tensor.shape)
-    return None if shape == expected else MismatchEntry(key, row.place, shape, expected)
+    if shape == expected:
+        return None
+    return MismatchEntry(key, row.place, shape, expected, mend=_other_axis(row, flax_shape, shape))
+
+
+def _other_axis(row: Row, flax_shape: Sequence[int], shape: Shape) -> str:
+    """Return the argument with which the part fits, if it lies along the other axis."""
+    if row.part is None:
+        return ""
+    axis = 0 if row.part.axis else -1
+    other = replace(row, part=replace(row.part, axis=axis))
+    try:
+        fits = torch_shape(other, flax_shape) == shape
+    except ValueError:
+        return ""
+    return f"its parts fit along another axis: compare.Split([…], axis={axis})" if fits else ""
 
 
 def differing_dtypes(key: str, place: str, dtypes: Sequence[str]) -> list[MismatchEntry]:
@@ -196,7 +220,7 @@ def torch_shape(row: Row, flax_shape: Sequence[int]) -> Shape:
         ValueError: a Flax array of that layout cannot have this shape.
     """
     shape = layout(row.layout, row.slice_shape(flax_shape)).torch_shape
-    return shape if row.part is None else (shape[0] * row.part[1], *shape[1:])
+    return shape if row.part is None else row.part.shape_of_whole(shape)
 
 
 def flax_values(row: Row, flax_shape: Sequence[int], tensors: Sequence[Any], copy: bool) -> Any:
@@ -207,16 +231,19 @@ def flax_values(row: Row, flax_shape: Sequence[int], tensors: Sequence[Any], cop
     dtypes = [str(tensor.dtype) for tensor in tensors]
     if different := differing_dtypes(row.torch_key, row.place, dtypes):
         raise Untransferable(different[0].reason)
-    slices = [to_flax(chosen, tensor) for tensor in tensors]
+    slices = [to_flax(chosen, row.part.of(each) if row.part else each) for each in tensors]
     return torch.stack(slices) if isinstance(slices[0], Tensor) else np.stack(slices)
 
 
 def combined(row: Row, tensors: Sequence[Any], copy: bool) -> Any:
     """Return the row's part of the tensor (or array), or of the sum of the two tensors."""
     if row.part is not None:
-        index, count = row.part
-        size = tensors[0].shape[0] // count
-        tensors = [tensor[index * size : (index + 1) * size] for tensor in tensors]
+        if row.part.groups > 1 and not copy:
+            raise Untransferable(
+                "its groups lie apart in the torch tensor, so memory cannot be shared; use "
+                "copy=True"
+            )
+        tensors = [row.part.of(tensor) for tensor in tensors]
     if len(tensors) == 1:
         return tensors[0]
     if not copy:
@@ -311,7 +338,7 @@ def _shareable(row: Row, copy: bool) -> bool:
         raise Untransferable(
             "several tensors make one array, so memory cannot be shared; use copy=True"
         )
-    if not copy and row.layout.partition(":")[0] in _COPIED:
+    if not copy and (row.layout.partition(":")[0] in _COPIED or is_pattern(row.layout)):
         raise Untransferable(
             "this layout makes a new tensor, so memory cannot be shared; use copy=True"
         )

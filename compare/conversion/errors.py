@@ -133,7 +133,8 @@ def _unexpected(entry: MismatchEntry, nearest: Nearest) -> str:
 
 def _misshaped(entry: MismatchEntry) -> str:
     needed = f"{shown(entry.place)} needs {_shape(entry.expected)}"
-    return f"! {shown(entry.name)} has shape {_shape(entry.found)}; {needed}{_mend(entry)}"
+    mend = f": {entry.mend}" if entry.mend else _mend(entry)
+    return f"! {shown(entry.name)} has shape {_shape(entry.found)}; {needed}{mend}"
 
 
 def _shape(shape: Shape | None) -> str:
@@ -158,7 +159,8 @@ def next_step(mismatch: Mismatch, *, is_torch: bool = True) -> str:
     if mismatch.misshaped:
         first = mismatch.misshaped[0]
         name = shown(first.name)
-        sizes = _mend(first).removeprefix(": ") or f"build {name} with the shape {first.found}"
+        sizes = first.mend or _mend(first).removeprefix(": ")
+        sizes = sizes or f"build {name} with the shape {first.found}"
         return f"{sizes}, or take the checkpoint of this model"
     if mismatch.refused:
         first = mismatch.refused[0]

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 # Each * of a rename rule is a group, and several in one step would be tried in every way.
 MAX_STARS = 2
+K = TypeVar("K")
 Rule = tuple[re.Pattern[str], str, str]  # what it fits, and the old and the new name
 
 
@@ -34,13 +35,13 @@ def filled(new: str, steps: Sequence[str]) -> str:
     return new
 
 
-class Part(NamedTuple):
-    """The shape of a part of a tensor."""
+class Shaped(NamedTuple):
+    """What has the shape of a part of a tensor."""
 
     shape: tuple[int, ...]
 
 
-def parts_of(names: Mapping[str, str], old: str, parts: Sequence[str]) -> dict[str, list[str]]:
+def parts_by_key(names: Mapping[str, str], old: str, parts: Sequence[str]) -> dict[str, list[str]]:
     """Return the names of the parts of each torch key that the name, perhaps with `*`, stands for.
 
     Args:
@@ -57,15 +58,15 @@ def parts_of(names: Mapping[str, str], old: str, parts: Sequence[str]) -> dict[s
     return found
 
 
-def stacks_of(names: Mapping[str, str], old: str, new: str) -> dict[str, dict[int, str]]:
-    """Return the torch keys by their numbers, by the Flax name of what they make together.
+def stacks_of(names: Mapping[K, str], old: str, new: str) -> dict[str, dict[int, K]]:
+    """Return the keys by their numbers, by the Flax name of what they make together.
 
     Args:
-        names: the torch keys with their names after `rename`.
+        names: the torch keys, or what stands for them, with their names after `rename`.
         old: the name of a numbered module, with `*` for the number.
         new: the Flax name of all of them.
     """
-    found: dict[str, dict[int, str]] = {}
+    found: dict[str, dict[int, K]] = {}
     for pattern, _, _ in rules_of({old: old}):
         for key, name in names.items():
             fit = pattern.match(name)

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from .mapping import KeyPath, Left, Row
+from .parts import equal_part
 from .state_kinds import FlaxSide
 
 SUPPORTED: tuple[type[nn.Module], ...] = (
@@ -179,7 +180,7 @@ def _attention(
 ) -> Iterator[Row]:
     for index, projection in enumerate(_PROJECTIONS):
         key = f"{prefix}in_proj_weight" if fused else prefix + _SEPARATE_KEYS[projection]
-        part = (index, len(_PROJECTIONS))
+        part = equal_part(index, len(_PROJECTIONS))
         for path in _only(flax, f"{name}{projection}.kernel", tensors, key):
             shape = tuple(flax.leaves[path].shape)
             yield Row(key, path, "heads_in", part=part if fused else None, shape=shape)
@@ -225,7 +226,7 @@ def _cell(
         return _dense_cell(name, keys, gates is _GRU_GATES, tensors, flax)
     rows: list[Row] = []
     for index, gate in enumerate(gates):
-        part = (index, count)
+        part = equal_part(index, count)
         for side, key in (("i", input_weight), ("h", hidden_weight)):
             for path in _only(flax, f"{name}{side}{gate}.kernel", tensors, key) or _only(
                 flax, f"{name}{side}{gate}_.kernel", tensors, key

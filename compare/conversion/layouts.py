@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import Shape
+from .rearranged import rearrangement
 
 PLAIN = (
     "same",
@@ -20,7 +21,7 @@ PLAIN = (
     "heads_bias",
     "scalar",
 )
-ALL = (*PLAIN, "flatten:C,H,W", "permuted:2,0,1")
+ALL = (*PLAIN, "flatten:C,H,W", "permuted:2,0,1", "(h d) e -> e h d")
 
 
 class Layout(NamedTuple):
@@ -52,7 +53,10 @@ def layout(name: str, flax_shape: Sequence[int]) -> Layout:
     | `scalar` | (1,) | () |
     | `flatten:C,H,W` | Linear after flattened NCHW: (out, C*H*W) | flattened NHWC: (H*W*C, out) |
     | `permuted:2,0,1` | any | torch's axes in that order |
+    | `(h d) e -> e h d` | left of the arrow | right of it: any pattern of einops' `rearrange` |
 
+    In a pattern, `1` is an axis of length 1, and lengths that the Flax array does not show follow
+    after commas: `o (c h w) -> (h w c) o, h=4, w=4`.
     The mirrored window of `conv_transpose` is the one of `transpose_kernel=False`.
 
     Raises:
@@ -61,6 +65,8 @@ def layout(name: str, flax_shape: Sequence[int]) -> Layout:
     shape = tuple(int(size) for size in flax_shape)
     rank = len(shape)
     name, numbers = known_layout(name)
+    if is_pattern(name):
+        return _rearranged(name, shape)
     if name == "same":
         return Layout(shape, shape, tuple(range(rank)), (), shape)
     if name == "scalar":
@@ -103,12 +109,36 @@ def layout(name: str, flax_shape: Sequence[int]) -> Layout:
     return Layout(split, split, axes, tuple(range(rank - 2)) if mirrored else (), shape)
 
 
+def is_pattern(name: str) -> bool:
+    """Return whether the layout is a pattern of axes."""
+    return "->" in name
+
+
+def has_own_shape(name: str) -> bool:
+    """Return whether the Flax shape does not follow from torch's, so that the mapping gives it."""
+    return name.startswith("heads") or is_pattern(name)
+
+
+def _rearranged(pattern: str, shape: Shape) -> Layout:
+    axes = rearrangement(pattern)
+    try:
+        lengths = axes.lengths(axes.flax, shape)
+    except ValueError as error:
+        raise ValueError(f"the layout {pattern} {error}") from None
+    torch_shape = tuple(prod(lengths[name] for name in axis) for axis in axes.torch)
+    split = tuple(lengths[name] for name in axes.names)
+    return Layout(torch_shape, split, axes.order, (), shape)
+
+
 def known_layout(name: str) -> tuple[str, Shape]:
     """Split the name of a layout into its kind and its numbers.
 
     Raises:
         ValueError: the layout does not exist.
     """
+    if is_pattern(name):
+        rearrangement(name)
+        return name, ()
     kind, colon, numbers = name.partition(":")
     if kind not in ("flatten", "permuted"):
         if colon or kind not in PLAIN:
@@ -121,7 +151,7 @@ def known_layout(name: str) -> tuple[str, Shape]:
         return kind, values
     except ValueError:
         raise ValueError(
-            f"{kind}: needs numbers, as in {' and '.join(ALL[-2:])}; got {numbers!r}"
+            f"{kind}: needs numbers, as in {' and '.join(ALL[-3:-1])}; got {numbers!r}"
         ) from None
 
 
@@ -131,6 +161,10 @@ def flax_shape(name: str, torch_shape: Shape) -> Shape:
     Raises:
         ValueError: the Flax shape does not follow from torch's, for example with attention heads.
     """
+    if is_pattern(name):
+        axes = rearrangement(name)
+        lengths = axes.lengths(axes.torch, torch_shape)
+        return tuple(prod(lengths[name] for name in axis) for axis in axes.flax)
     kind = name.partition(":")[0]
     if kind == "same":
         return torch_shape

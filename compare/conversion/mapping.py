@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -16,6 +16,7 @@ from ..files.reading import parse_json, read_file
 from ..files.writing import atomic_file
 from .errors import MappingError
 from .layouts import known_layout
+from .parts import Part, part_from_json
 
 KeyPath = tuple[Any, ...]  # names, or integers for positions in an NNX list
 Kind = Literal["parameter", "buffer", "statistics", "alias"]
@@ -47,13 +48,13 @@ class Row:
         layout: the name of the layout, from `compare.conversion.layouts`.
         kind: the kind of state. An `alias` is a second torch key for the same array: a tied weight.
         required: False if both sides may lack it.
-        part: (i, n) if the array is only the i-th of n equal parts of the torch tensor along its
-            first axis. None if it is the whole tensor.
+        part: which part of the torch tensor the array is. None if it is the whole tensor.
         plus: a second torch key whose tensor is added to the first, because Flax's cells have one
             bias and torch's have two. From Flax to torch, it becomes zeros.
         shape: the shape of the Flax array, if it does not follow from torch's: the number of heads.
         stack: the keys of several torch tensors that are the slices of the array along its first
-            axis, as `nn.scan` makes it. `torch_key` is the first of them.
+            axis, as `nn.scan` makes it. `torch_key` is the first of them. With `part`, the same
+            part of each.
     """
 
     torch_key: str
@@ -61,7 +62,7 @@ class Row:
     layout: str = "same"
     kind: Kind = "parameter"
     required: bool = True
-    part: tuple[int, int] | None = None
+    part: Part | None = None
     plus: str | None = None
     shape: tuple[int, ...] | None = None
     stack: tuple[str, ...] = ()
@@ -74,9 +75,9 @@ class Row:
     @property
     def source(self) -> str:
         """The torch tensors, in words."""
+        part = str(self.part) if self.part else ""
         if self.stack:
-            return f"{self.stack[0]} … {self.stack[-1]}"
-        part = f"[{self.part[0]}/{self.part[1]}]" if self.part else ""
+            return f"{self.stack[0]}{part} … {self.stack[-1]}{part}"
         return " + ".join(f"{key}{part}" for key in self.keys)
 
     @property
@@ -181,7 +182,7 @@ class StateMapping:
             for key in row.keys:
                 rows_by_key.setdefault(key, []).append(row)
         return {
-            key: sorted(rows, key=lambda row: row.part or (0, 1))
+            key: sorted(rows, key=lambda row: row.part.index if row.part else 0)
             for key, rows in rows_by_key.items()
         }
 
@@ -211,7 +212,7 @@ class StateMapping:
         """Return the mapping as JSON data."""
         return {
             "flax": self.flax,
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [_row_as_json(row) for row in self.rows],
             "left": [_left_as_json(item) for item in self.left],
         }
 
@@ -252,8 +253,8 @@ class StateMapping:
                 )
         mapping = cls(rows, left, flax)
         for key, key_rows in mapping.by_key.items():
-            parts = [row.part or (0, 1) for row in key_rows if row.kind != "alias"]
-            if parts != [(index, len(parts)) for index in range(len(parts))]:
+            parts = [row.part for row in key_rows if row.kind != "alias"]
+            if not _is_complete(parts):
                 raise ValueError(
                     f"not a valid mapping: the parts of {key} must each occur exactly once"
                 )
@@ -301,6 +302,18 @@ class StateMapping:
             raise MappingError.of(path, reason, reason) from error
 
 
+def _is_complete(parts: Sequence[Part | None]) -> bool:
+    """Return whether they are all parts of one tensor, in order, or the one that is all of it."""
+    if not parts or parts[0] is None:
+        return len(parts) < 2
+    first = parts[0]
+    return list(parts) == [replace(first, index=index) for index in range(first.count)]
+
+
+def _row_as_json(row: Row) -> dict[str, Any]:
+    return {**asdict(row), "part": row.part.as_json() if row.part else None}
+
+
 def _row(entry: Any) -> Row:
     row = Row(**entry)
     if not isinstance(row.torch_key, str) or not isinstance(row.plus, str | None):
@@ -313,13 +326,10 @@ def _row(entry: Any) -> Row:
     if not isinstance(row.layout, str):
         raise ValueError(f"{row.torch_key} has the layout {row.layout!r}; expected a name")
     known_layout(row.layout)
-    part = None
-    if row.part is not None:
-        part = (int(row.part[0]), int(row.part[1]))
-        if len(row.part) != 2 or not 0 <= part[0] < part[1]:
-            raise ValueError(
-                f"{row.torch_key} has the part {row.part}; expected [i, n] with 0 <= i < n"
-            )
+    try:
+        part = part_from_json(row.part)
+    except ValueError as error:
+        raise ValueError(f"{row.torch_key} has {error}") from None
     shape = None if row.shape is None else tuple(int(size) for size in row.shape)
     stack = _stack(row)
     return Row(
@@ -338,7 +348,7 @@ def _row(entry: Any) -> Row:
 def _stack(row: Row) -> tuple[str, ...]:
     """Return the keys of the slices, which JSON has as a list."""
     is_list = isinstance(row.stack, list | tuple) and all(type(key) is str for key in row.stack)
-    if not is_list or (row.stack and (row.stack[0] != row.torch_key or row.plus or row.part)):
+    if not is_list or (row.stack and (row.stack[0] != row.torch_key or row.plus)):
         raise ValueError(
             f"{row.torch_key} has the stack {row.stack!r}; expected a list of keys, of which it "
             "is the first"

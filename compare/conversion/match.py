@@ -1,15 +1,15 @@
 """Match torch entries with Flax arrays by name. Shapes are only checked, never used to match."""
 
 import glob
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Any
 
 import torch
-from flax import linen, nnx
+from flax import linen
 from torch import Tensor
 
 from ..files.memory import collector_paused
@@ -21,14 +21,15 @@ from .fold import fold as folded
 from .fold import parts_by_name
 from .groups import (
     MAX_STARS,
-    Part,
     Rule,
+    Shaped,
     filled,
-    parts_of,
+    parts_by_key,
     rules_of,
     stacks_of,
     with_too_many_stars,
 )
+from .inferred_layout import inferred_layout
 from .layers import (
     cell_name,
     compound_rows,
@@ -37,17 +38,17 @@ from .layers import (
     layer_types,
     refusal,
 )
-from .layouts import known_layout, layout
+from .layouts import has_own_shape, is_pattern, known_layout, layout
 from .mapping import KeyPath, Left, Policy, Refill, Row, StateMapping, slashed
+from .parts import Part, Split, as_split, parts_of_sizes
 from .state_kinds import FlaxSide, flax_side, one_trained, same_memory, torch_kinds
-from .stated import Difference, differences, embedding_differences, linen_layers
+from .stated import Difference, dense_differences, differences, embedding_differences, linen_layers
 from .suggest import MAX_SUGGESTIONS, Nearest, collection_hint, rename_hint, split_hint, stack_hint
 from .tensors import UNINITIALIZED, Untransferable, is_uninitialized, shape_of
-from .undecided import Choice, Undecided, is_of_our_attention, matrix_layout, questions
+from .undecided import Choice, Undecided, is_of_our_attention, questions
 from .unmatched import host_values, refill_of
 from .wrappers import without_prefix, without_wrapper
 
-_PROJECTIONS = (("query",), ("key",), ("value",))
 _FOLDED = "only a part from which"
 # The names that a torch leaf may have in Flax.
 LEAVES = {
@@ -64,7 +65,7 @@ def match(
     template: Any,
     *,
     rename: Mapping[str, str] | None = None,
-    split: Mapping[str, Sequence[str]] | None = None,
+    split: Mapping[str, Sequence[str] | Split] | None = None,
     stack: Mapping[str, str] | None = None,
     fold: bool = False,
     layouts: Mapping[str, str] | None = None,
@@ -83,11 +84,13 @@ def match(
         rename: torch names to Flax names, dotted. Each is the whole name of an entry or of a module
             above it; `*` stands for one step: `{"h.*.attn": "blocks.*.attention"}`. The longest
             rule that fits wins: that of more steps, then of fewer `*`, then of more letters.
-        split: torch names, as in `rename`, to the Flax names of their equal parts along the first
-            axis: `{"h.*.qkv": ["h.*.query", "h.*.key", "h.*.value"]}`. The parts lie one after
-            another; where heads alternate, as in GPT-NeoX, this is not so.
+        split: torch names, as in `rename`, to the Flax names of their parts along the axis of the
+            outputs: `{"h.*.qkv": ["h.*.query", "h.*.key", "h.*.value"]}`. The parts lie one after
+            another, and may differ in length. Where they alternate head by head, as in GPT-NeoX,
+            or lie along another axis, pass `compare.Split` instead of the list.
         stack: numbered torch names to the Flax names of what `nn.scan` or `nnx.vmap` stacks along
-            the first axis: `{"layers.*": "layers"}`. The last `*` is the number.
+            the first axis: `{"layers.*": "layers"}`. The last `*` is the number. Parts of `split`
+            are stacked by their own names.
         fold: pair plain tensors in the place of what weight norm, spectral norm, pruning and other
             parametrizations store, as `compare.fold` makes them. The mapping is then for these.
         layouts: torch keys (patterns) to layouts of `compare.conversion.layouts`, for tensors whose
@@ -158,7 +161,7 @@ def pair(
     template: Any,
     *,
     rename: Mapping[str, str] | None = None,
-    split: Mapping[str, Sequence[str]] | None = None,
+    split: Mapping[str, Sequence[str] | Split] | None = None,
     stack: Mapping[str, str] | None = None,
     layouts: Mapping[str, str] | None = None,
     policy: Mapping[str, Policy] | None = None,
@@ -197,7 +200,7 @@ class _Matcher:
         source: torch.nn.Module | Mapping[str, Any],
         template: Any,
         rename: Mapping[str, str],
-        split: Mapping[str, Sequence[str]],
+        split: Mapping[str, Sequence[str] | Split],
         stack: Mapping[str, str],
         layouts: Mapping[str, str],
         policy: Mapping[str, Policy],
@@ -248,6 +251,7 @@ class _Matcher:
         self.rules = layouts
         self.used_layouts: set[str] = set()
         self.split, self.stack = split, stack
+        self.used_stacks: set[str] = set()
         self.part_places: set[str] = set()
         self.refused += [*unused_names, *unused_layouts]
         self.rows: list[Row] = []
@@ -292,58 +296,117 @@ class _Matcher:
         self.done |= keys | {item.torch_key for item in self.left}
 
     def pair_parts(self) -> None:
-        """Pair each part of the tensors that `split` names with the one Flax path of its name."""
-        for old, parts in self.split.items():
+        """Pair each part of the tensors that `split` names with the one Flax path of its name.
+
+        Parts of numbered modules that `stack` names are stacked.
+        """
+        names = self._names_of_parts()
+        pieces = {
+            (key, index): name for key, (_, own) in names.items() for index, name in enumerate(own)
+        }
+        stacks = [
+            (old, name, numbered)
+            for old, new in self.stack.items()
+            for name, numbered in stacks_of(pieces, old, new).items()
+        ]
+        for _, name, numbered in stacks:
+            pieces |= dict.fromkeys(numbered.values(), name)
+        parts = {
+            piece: part
+            for key, (rule, own) in names.items()
+            for piece, part in self._parts(key, rule, [pieces[key, i] for i in range(len(own))])
+        }
+        single = parts.keys() - {piece for _, _, numbered in stacks for piece in numbered.values()}
+        for piece in [piece for piece in parts if piece in single]:
+            self._add_part(piece[0], *parts[piece])
+        for old, name, numbered in stacks:
+            self.used_stacks.add(old)
+            keys = {number: piece[0] for number, piece in numbered.items() if piece in parts}
+            if keys:
+                _, part = parts[next(piece for piece in numbered.values() if piece in parts)]
+                self._pair_stack(old, name, keys, part)
+
+    def _names_of_parts(self) -> dict[str, tuple[Split, list[str]]]:
+        """Return the rule of each torch key that is split, and the Flax names of its parts."""
+        names: dict[str, tuple[Split, list[str]]] = {}
+        for old, given in self.split.items():
+            rule = as_split(given)
             keys = [key for key in self.tensors if key not in self.done]
-            found = parts_of({key: self.names[key] for key in keys}, old, parts)
+            found = parts_by_key({key: self.names[key] for key in keys}, old, rule.parts)
             if not found:
                 self._refuse_rule("split", old, keys)
-            for key, names in found.items():
-                self.done.add(key)
-                self._pair_parts_of(key, names)
+            names |= {key: (rule, parts) for key, parts in found.items()}
+            self.done |= found.keys()
+        return names
+
+    def _parts(
+        self, key: str, rule: Split, names: Sequence[str]
+    ) -> Iterator[tuple[tuple[str, int], tuple[KeyPath, Part]]]:
+        """Yield the parts of one tensor with their Flax paths, or refuse the tensor."""
+        shape = shape_of(self.tensors[key])
+        paths = [_candidates(key, name, self.flax) for name in names]
+        for name, found in zip(names, paths, strict=True):
+            if len(found) != 1:
+                choices = " or ".join(slashed(path) for path in found) or "nothing"
+                reason = f"its part {name} could be {choices} in Flax"
+                self.refused.append(MismatchEntry(key, "", shape, reason=reason))
+        if any(len(found) != 1 for found in paths):
+            return
+        sizes = [prod(self.flax.leaves[found[0]].shape) for found in paths]
+        try:
+            parts = parts_of_sizes(sizes, self._axis(key, rule), rule.groups)
+            parts[0].shape_in(shape)
+        except ValueError as error:
+            self.refused.append(MismatchEntry(key, "", shape, reason=str(error)))
+            return
+        for index, (part, found) in enumerate(zip(parts, paths, strict=True)):
+            yield (key, index), (found[0], part)
+
+    def _axis(self, key: str, rule: Split) -> int:
+        """Return the axis that is split: 0, or -1 for the last.
+
+        Raises:
+            ValueError: it lies between them.
+        """
+        rank = len(shape_of(self.tensors[key]))
+        layer, axis = self.layers.get(key.rpartition(".")[0]), rule.axis
+        if axis is None:
+            axis = -1 if layer is not None and is_conv1d_of_transformers(layer) else 0
+        if axis not in (0, -1, rank - 1) and rank > 1:
+            raise ValueError(f"axis {axis} cannot be split: pass axis=0, or -1 for the last")
+        return 0 if axis == 0 or rank < 2 else -1
+
+    def _add_part(self, key: str, path: KeyPath, part: Part) -> None:
+        """Add the row of a part, or refuse it."""
+        self.part_places.add(slashed(path))
+        try:
+            row = self._row(key, path, part=part)
+            self.rows.append(replace(row, part=part))
+        except Undecided as error:
+            self.undecided[key] = error.choice, slashed(path)
+        except ValueError as error:
+            self.refused.append(MismatchEntry(key, slashed(path), reason=str(error)))
 
     def _refuse_rule(self, rule: str, old: str, keys: Sequence[str]) -> None:
         """Refuse a split or stack whose name stands for none of the keys."""
         reason = _with_nearest(f"this {rule} fits no key", old, Nearest(keys, cutoff=0.5))
         self.refused.append(MismatchEntry(old, "", reason=reason))
 
-    def _pair_parts_of(self, key: str, names: Sequence[str]) -> None:
-        """Add a row for each part of one tensor, or refuse the tensor."""
-        shape = shape_of(self.tensors[key])
-        if not shape or shape[0] % len(names):
-            reason = f"its first axis has no {len(names)} equal parts: it is {shape}"
-            self.refused.append(MismatchEntry(key, "", shape, reason=reason))
-            return
-        part = Part((shape[0] // len(names), *shape[1:]))
-        for index, name in enumerate(names):
-            paths = _candidates(key, name, self.flax)
-            if len(paths) != 1:
-                choices = " or ".join(slashed(path) for path in paths) or "nothing"
-                reason = f"its part {name} could be {choices} in Flax"
-                self.refused.append(MismatchEntry(key, "", shape, reason=reason))
-                continue
-            self.part_places.add(slashed(paths[0]))
-            try:
-                row = self._row(key, paths[0], part)
-                self.rows.append(replace(row, part=(index, len(names))))
-            except Undecided as error:
-                self.undecided[key] = error.choice, slashed(paths[0])
-            except ValueError as error:
-                self.refused.append(MismatchEntry(key, slashed(paths[0]), reason=str(error)))
-
     def pair_stacks(self) -> None:
         """Pair each group of numbered tensors that `stack` names with the one path of its name."""
         for old, new in self.stack.items():
             keys = [key for key in self.tensors if key not in self.done]
             groups = stacks_of({key: self.names[key] for key in keys}, old, new)
-            if not groups:
+            if not groups and old not in self.used_stacks:
                 self._refuse_rule("stack", old, keys)
             for name, numbered in groups.items():
                 self.done |= {*numbered.values()}
                 self._pair_stack(old, name, numbered)
 
-    def _pair_stack(self, old: str, name: str, numbered: Mapping[int, str]) -> None:
-        """Add the row of the tensors, by their numbers, or refuse them."""
+    def _pair_stack(
+        self, old: str, name: str, numbered: Mapping[int, str], part: Part | None = None
+    ) -> None:
+        """Add the row of the tensors, or of that part of each, by their numbers, or refuse them."""
         keys = [numbered[number] for number in sorted(numbered)]
         paths = _candidates(keys[0], name, self.flax)
         kinds = {self.kinds[key] for key in keys if key in self.kinds}
@@ -355,24 +418,24 @@ class _Matcher:
         elif len(kinds) > 1:
             reason = f"they are of different kinds: {' and '.join(sorted(kinds))}"
         else:
-            self._add_stack(keys, paths[0])
+            self._add_stack(keys, paths[0], part)
             return
         self.refused.append(
             MismatchEntry(keys[0], "", shape_of(self.tensors[keys[0]]), reason=reason)
         )
 
-    def _add_stack(self, keys: Sequence[str], path: KeyPath) -> None:
+    def _add_stack(self, keys: Sequence[str], path: KeyPath, part: Part | None) -> None:
         self.part_places.add(slashed(path))
         whole = tuple(self.flax.leaves[path].shape)
         try:
-            row, *others = (self._row(key, path, shape=whole[1:]) for key in keys)
+            row, *others = (self._row(key, path, part, whole[1:]) for key in keys)
             if differing := [other for other in others if other.layout != row.layout]:
                 raise ValueError(
                     f"is laid out as {row.layout}, and {differing[0].torch_key} as "
                     f"{differing[0].layout}: state one with layouts"
                 )
             shape = whole if row.shape else None
-            self.rows.append(replace(row, shape=shape, stack=tuple(keys)))
+            self.rows.append(replace(row, shape=shape, stack=tuple(keys), part=part))
         except Undecided as error:
             self.undecided |= {key: (error.choice, slashed(path)) for key in keys}
         except ValueError as error:
@@ -420,26 +483,30 @@ class _Matcher:
         layer = self.layers.get(key.rpartition(".")[0])
         if chosen := self.layouts.get(key):
             self.used_layouts.add(key)
+        tensor = self.tensors[key]
+        if part is not None:
+            tensor = Shaped(part.shape_in(shape_of(tensor)))
         names = self.flax.names[path]
         flax_layer = self.flax_layers.get(names[:-1])
         is_matrix = layer is None and path[-1] == "kernel" and len(shape) == 2
         if not chosen and is_matrix and is_of_our_attention(key, self.tensors):
             chosen = "transposed"
-        name = chosen or _layout(
+        name = chosen or inferred_layout(
             key,
             path,
-            part or self.tensors[key],
+            tensor,
             shape,
             layer,
             flax_layer,
             self.flax_layouts.get(names),
+            self.layouts.get(f"{key.rpartition('.')[0]}.weight"),
         )
         layout(name, shape)
         if is_matrix and not chosen:
             self.decided[key] = name
         kind = {"buffer": "buffer", "statistics": "statistics"}.get(torch_kind, "parameter")
-        heads = shape if name.startswith("heads") else None
-        return Row(key, path, name, kind, shape=heads)  # type: ignore[arg-type]
+        own_shape = shape if has_own_shape(name) else None
+        return Row(key, path, name, kind, shape=own_shape)  # type: ignore[arg-type]
 
     def drop_repeated_paths(self) -> None:
         """Keep the first row of each Flax path, and refuse the others."""
@@ -540,6 +607,10 @@ class _Matcher:
         for row, key in pairs:
             prefix = key.rpartition(".")[0]
             layer = self.layers.get(prefix)
+            if is_pattern(row.layout):
+                flax_layer = self.flax_layers.get(self.flax.names[row.path][:-1])
+                for found in dense_differences(layer, flax_layer):
+                    yield prefix, row.place, found
             if isinstance(layer, torch.nn.Embedding) and row.kind != "alias":
                 for found in embedding_differences(layer):
                     yield prefix, row.place, found
@@ -757,92 +828,6 @@ def _candidates(key: str, name: str, flax: FlaxSide) -> list[KeyPath]:
     dot = f"{prefix}." if prefix else ""
     leaves = LEAVES.get(leaf, (leaf,)) if key.rpartition(".")[2] in LEAVES else (leaf,)
     return [path for other in leaves for path in flax.by_name.get(dot + other, ())]
-
-
-def _layout(
-    key: str,
-    path: KeyPath,
-    tensor: Any,
-    shape: Sequence[int],
-    layer: torch.nn.Module | None,
-    flax_layer: Any,
-    hint: str | None,
-) -> str:
-    """Return the layout that follows from the leaf's name and the layers on both sides.
-
-    Args:
-        key: the torch key.
-        path: the Flax path.
-        tensor: the torch tensor.
-        shape: the shape of the Flax array.
-        layer: the torch layer, if it is known.
-        flax_layer: the Flax layer, if it is known.
-        hint: the layout that the NNX layer requires, if any.
-
-    Raises:
-        Undecided: the kernel fits in two layouts.
-        ValueError: the layout does not follow from them.
-    """
-    leaf, rank, torch_rank = path[-1], len(shape), len(shape_of(tensor))
-    if leaf == "bias" and (rank, torch_rank) == (2, 1) and path[-2:-1] in _PROJECTIONS:
-        return "heads_bias"
-    if leaf == "negative_slope":
-        return "scalar"
-    pattern = json.dumps(glob.escape(key), ensure_ascii=False)
-    if leaf == "kernel" and key.rpartition(".")[2] != "weight" and rank > 1:
-        raise ValueError(
-            f"nothing says how this kernel is laid out, which torch calls {shown(key)}: pass "
-            f'layouts={{{pattern}: "same"}}, "transposed", or another layout'
-        )
-    if (
-        leaf != "kernel"
-        or key.rpartition(".")[2] != "weight"
-        or isinstance(layer, torch.nn.Bilinear)
-    ):
-        return "same"
-    transposed = isinstance(layer, torch.nn.modules.conv._ConvTransposeNd)
-    if hint in ("conv", "conv_transpose") and (transposed or layer is None):
-        return hint
-    if hint == "same" and layer is None:
-        return hint
-    if transposed and hint is None:
-        raise ValueError(
-            f"the layer is a {type(layer).__name__}, and Flax variables do not say whether it was "
-            f'built with transpose_kernel: pass layouts={{{pattern}: "conv"}} if True, '
-            '"conv_transpose" if False (the default)'
-        )
-    if rank == 3 and torch_rank == 2 and isinstance(layer, torch.nn.Linear | None):
-        if path[-2] in ("query", "key", "value", "out"):
-            name = "heads_out" if path[-2] == "out" else "heads_in"
-            if layer is None and len(set(shape_of(tensor))) == 1:
-                raise Undecided(name)
-            return name
-        raise ValueError(
-            "one side has two axes, the other three: if these are attention heads, pass "
-            f'layouts={{{pattern}: "heads_in"}}, or "heads_out" for the output'
-        )
-    if rank == 2 and hint in (None, "general"):
-        if isinstance(layer, torch.nn.Linear):
-            return "transposed"
-        if layer is None:
-            return matrix_layout(shape_of(tensor), shape)
-        if is_conv1d_of_transformers(layer):
-            return "same"
-    if (
-        rank >= 3
-        and isinstance(layer, torch.nn.modules.conv._ConvNd | None)
-        and hint is None
-        and not transposed
-    ):
-        is_square = torch_rank == rank and len(set(shape_of(tensor)[:2])) == 1
-        if layer is None and is_square and not isinstance(flax_layer, linen.Conv | nnx.Conv):
-            raise Undecided("conv", "conv_transpose")
-        return "conv"
-    kind = "torch" if layer is None else f"the {type(layer).__name__} in torch"
-    raise ValueError(
-        f"{kind} does not say how this kernel is laid out: pass "
-        f'layouts={{{pattern}: "transposed"}}, or another layout'
-    )
 
 
 def allowing(

@@ -66,6 +66,32 @@ def embedding_differences(layer: nn.Embedding) -> Iterator[Difference]:
             )
 
 
+def dense_differences(torch_layer: Any, flax_layer: Any) -> Iterator[Difference]:
+    """Yield what a convolution over one point says that a dense layer on the other side cannot.
+
+    Args:
+        torch_layer: the torch layer, if it is known.
+        flax_layer: the Flax layer, if it is known.
+    """
+    is_torchs, is_flaxs = isinstance(torch_layer, _CONVS), isinstance(flax_layer, _FLAX_CONVS)
+    if is_torchs and not is_flaxs and {*torch_layer.kernel_size} == {1}:
+        rank = len(torch_layer.kernel_size)
+        for fact, value, nothing in (
+            ("stride", torch_layer.stride, (1,) * rank),
+            ("padding", _torch_pads(torch_layer)[0], ((0, 0),) * rank),
+        ):
+            if value != nothing:
+                stated = f"{fact}={getattr(torch_layer, fact)!r}"
+                mend = "do the same to its input in Flax, or build a Conv there"
+                yield Difference(fact, stated, "a dense layer, which has none", mend)
+    elif is_flaxs and not is_torchs:
+        strides = _each(flax_layer.strides, len(flax_layer.kernel_size))
+        if {*strides} != {1}:
+            stated = f"strides={flax_layer.strides!r}"
+            mend = "do the same to its input in torch, or build a Conv there"
+            yield Difference("strides", "a Linear, which has none", stated, mend)
+
+
 def linen_layers(module: linen.Module, inputs: Any) -> dict[tuple[str, ...], linen.Module]:
     """Return the layers of a Linen module by path. They exist only when the module is called.
 
@@ -366,6 +392,8 @@ _PAIRS: tuple[tuple[Any, Any, Comparison], ...] = (
         _attention,
     ),
 )
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FLAX_CONVS = (linen.Conv, nnx.Conv)
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
     nn.modules.instancenorm._InstanceNorm,

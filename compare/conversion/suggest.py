@@ -151,15 +151,15 @@ def split_hint(unexpected: Mapping[str, Shape], missing: Mapping[str, Shape]) ->
         dot = f"{above}." if above else ""
         for parts in _PARTS:
             names = [f"{dot}{part}.{leaf}" for part in parts]
-            sizes = {prod(missing[each]) for each in names if each in missing}
-            if all(each in missing for each in names) and sizes == {prod(shape) / len(parts)}:
+            sizes = [prod(missing[each]) for each in names if each in missing]
+            if len(sizes) == len(parts) and sum(sizes) == prod(shape):
                 rules[_starred(module)] = [_starred(dot + part) for part in parts]
                 break
     if not rules or len(rules) > MAX_RULES:
         return ""
     return (
         f"If the parts lie one after another in this order, not head by head as in GPT-NeoX, pass "
-        f"split={json.dumps(rules)}. "
+        f"split={json.dumps(rules)}; if head by head, compare.Split([…], groups=…) for the list. "
     )
 
 

@@ -71,7 +71,7 @@ def questions(
         layouts = dict.fromkeys(patterns(names, keys), first)
         argument = json.dumps(layouts, ensure_ascii=False)
         others = f", nor {len(names) - 1:,} more" if len(names) > 1 else ""
-        meanings = [_MEANINGS[first], *(f'"{layout}" {_MEANINGS[layout]}' for layout in rest)]
+        meanings = [_meaning(first), *(f'"{layout}" {_meaning(layout)}' for layout in rest)]
         entries.append(
             MismatchEntry(
                 names[0],
@@ -82,6 +82,11 @@ def questions(
             )
         )
     return entries
+
+
+def _meaning(layout: str) -> str:
+    torch_axes, arrow, _ = layout.partition(" -> ")
+    return f"if torch's axes are ({torch_axes})" if arrow else _MEANINGS[layout]
 
 
 def _evidence(decided: Mapping[str, str]) -> str:

@@ -14,6 +14,7 @@ from compare.checkpoint.convert import _has_names_of
 from compare.checkpoint.tensors import Tensors, tensors_of
 from compare.checkpoint.transforms import _part_shape, relaid, watched
 from compare.conversion.mapping import Row, StateMapping
+from compare.conversion.parts import equal_part
 
 HERE = Path("a.pth")
 
@@ -60,7 +61,7 @@ def test_a_tied_name_of_an_entry_that_is_absent_is_absent_too() -> None:
 
 
 def test_a_part_of_a_number_is_the_number() -> None:
-    row = Row("w", ("w",), part=(1, 3))
+    row = Row("w", ("w",), part=equal_part(1, 3))
     assert _part_shape(row, ()) == ()
     assert _part_shape(row, (6, 2)) == (2, 2)
     assert _part_shape(Row("w", ("w",)), (6, 2)) == (6, 2)

@@ -403,6 +403,7 @@ def test_each_layout_is_what_its_table_says() -> None:
             there.reshape(2, 21, 5),
             there.reshape(2, 21, 5).transpose(2, 0, 1),
         ),
+        ("(h d) e -> e h d", (35, 2, 3)): (heads, np.einsum("hde->ehd", heads.reshape(2, 3, 35))),
     }
     for (name, shape), (in_torch, in_flax) in expected.items():
         chosen = layout(name, shape)
@@ -446,6 +447,7 @@ def test_a_layout_moves_every_value_to_one_place(name: str) -> None:
         },
         **{"heads_in": (5, 2, 3), "heads_out": (2, 3, 5), "heads_bias": (2, 3)},
         **{"flatten:C,H,W": (2 * 3 * 5, 7), "permuted:2,0,1": (2, 3, 5)},
+        "(h d) e -> e h d": (5, 2, 3),
     }
     chosen = layout(name.replace("C,H,W", "2,3,5"), shapes[name])
     there = np.arange(np.prod(chosen.torch_shape)).reshape(chosen.torch_shape)

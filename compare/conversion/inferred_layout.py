@@ -1,0 +1,176 @@
+"""The layout of a torch tensor in Flax, from the leaf's name and the layers on both sides."""
+
+import glob
+import json
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from flax import linen, nnx
+
+from ..files.printable import shown
+from .layers import is_conv1d_of_transformers
+from .mapping import KeyPath
+from .rearranged import fitting, of_bias, without_ones
+from .tensors import shape_of
+from .undecided import Undecided, matrix_layout
+
+_PROJECTIONS = (("query",), ("key",), ("value",))
+_MAX_PATTERNS = 4
+
+
+def inferred_layout(
+    key: str,
+    path: KeyPath,
+    tensor: Any,
+    shape: Sequence[int],
+    layer: torch.nn.Module | None,
+    flax_layer: Any,
+    hint: str | None,
+    kernel: str | None = None,
+) -> str:
+    """Return the layout that follows from the leaf's name and the layers on both sides.
+
+    Args:
+        key: the torch key.
+        path: the Flax path.
+        tensor: the torch tensor, or what has its shape.
+        shape: the shape of the Flax array.
+        layer: the torch layer, if it is known.
+        flax_layer: the Flax layer, if it is known.
+        hint: the layout that the type of the Flax layer requires, if any.
+        kernel: for a bias, the layout that the user states for the weight beside it.
+
+    Raises:
+        Undecided: the kernel fits in two layouts.
+        ValueError: the layout does not follow from them.
+    """
+    leaf, torch_shape = path[-1], shape_of(tensor)
+    rank, torch_rank = len(shape), len(torch_shape)
+    pattern = json.dumps(glob.escape(key), ensure_ascii=False)
+    is_weight = key.rpartition(".")[2] == "weight"
+    if leaf == "bias" and torch_rank == 1 and rank > 1:
+        return _bias_layout(path, torch_shape, shape, kernel, pattern)
+    if leaf == "negative_slope":
+        return "scalar"
+    if leaf == "kernel" and not is_weight and rank > 1:
+        raise ValueError(
+            f"nothing says how this kernel is laid out, which torch calls {shown(key)}: pass "
+            f'layouts={{{pattern}: "same"}}, "transposed", or another layout'
+        )
+    if leaf != "kernel" or not is_weight or isinstance(layer, torch.nn.Bilinear):
+        return (rank != torch_rank and without_ones(torch_shape, shape)) or "same"
+    transposed = isinstance(layer, torch.nn.modules.conv._ConvTransposeNd)
+    if found := _of_one_point(torch_shape, shape, layer, hint):
+        return found
+    if hint in ("conv", "conv_transpose") and (transposed or layer is None):
+        return hint
+    if hint == "same" and layer is None and rank == torch_rank:
+        return hint
+    if transposed and hint is None and rank == torch_rank:
+        raise ValueError(
+            f"the layer is a {type(layer).__name__}, and Flax variables do not say whether it was "
+            f'built with transpose_kernel: pass layouts={{{pattern}: "conv"}} if True, '
+            '"conv_transpose" if False (the default)'
+        )
+    if rank == 3 and torch_rank == 2 and isinstance(layer, torch.nn.Linear | None):
+        if path[-2] in ("query", "key", "value", "out"):
+            name = "heads_out" if path[-2] == "out" else "heads_in"
+            if layer is None and len(set(torch_shape)) == 1:
+                raise Undecided(name)
+            return name
+        raise ValueError(
+            "one side has two axes, the other three: if these are attention heads, pass "
+            f'layouts={{{pattern}: "heads_in"}}, or "heads_out" for the output'
+            f"{_patterns(torch_shape, shape)}"
+        )
+    if rank == 2 and hint in (None, "general"):
+        if isinstance(layer, torch.nn.Linear):
+            return "transposed"
+        if layer is None:
+            return matrix_layout(torch_shape, shape)
+        if is_conv1d_of_transformers(layer):
+            return "same"
+    if (
+        rank >= 3
+        and isinstance(layer, torch.nn.modules.conv._ConvNd | None)
+        and hint is None
+        and not transposed
+        and torch_rank in (rank, 0)
+    ):
+        is_square = torch_rank == rank and len(set(torch_shape[:2])) == 1
+        if layer is None and is_square and not isinstance(flax_layer, linen.Conv | nnx.Conv):
+            raise Undecided("conv", "conv_transpose")
+        return "conv"
+    kind = "torch" if layer is None else f"the {type(layer).__name__} in torch"
+    fallback = "" if rank == torch_rank else _patterns(torch_shape, shape)
+    raise ValueError(
+        f"{kind} does not say how this kernel is laid out: pass "
+        f'layouts={{{pattern}: "transposed"}}, or another layout{fallback}'
+    )
+
+
+def _bias_layout(
+    path: KeyPath,
+    torch_shape: Sequence[int],
+    shape: Sequence[int],
+    kernel: str | None,
+    pattern: str,
+) -> str:
+    """Return the layout of a bias that has more axes in Flax, as that of DenseGeneral.
+
+    Raises:
+        ValueError: nothing says the order of its axes.
+    """
+    if kernel == "heads_in" or (len(shape) == 2 and path[-2:-1] in _PROJECTIONS and not kernel):
+        return "heads_bias"
+    if kernel and "->" in kernel and (found := of_bias(kernel)):
+        return found
+    if ones := without_ones(torch_shape, shape):
+        return ones
+    weight = pattern.removesuffix('bias"') + 'weight"'
+    raise ValueError(
+        f"one side has one axis, the other {len(shape)}: state the pattern of its weight "
+        f'({weight}) with layouts, or pass layouts={{{pattern}: "(a b) -> a b"}} for it'
+        f"{_patterns(torch_shape, shape)}"
+    )
+
+
+def _of_one_point(
+    torch_shape: Sequence[int], shape: Sequence[int], layer: torch.nn.Module | None, hint: Any
+) -> str | None:
+    """Return the layout between a matrix and a convolution over one point, or None.
+
+    Raises:
+        Undecided: a square one of a state dict.
+    """
+    rank, torch_rank = len(shape), len(torch_shape)
+    if torch_rank in (3, 4, 5) and rank == 2 and {*torch_shape[2:]} == {1}:
+        ones = " ".join("1" for _ in torch_shape[2:])
+        names = {"conv": f"o i {ones} -> i o", "transpose": f"i o {ones} -> i o"}
+        if isinstance(layer, torch.nn.modules.conv._ConvTransposeNd):
+            return names["transpose"]
+        if isinstance(layer, torch.nn.modules.conv._ConvNd):
+            return names["conv"] if layer.groups == 1 else None
+        if layer is None and torch_shape[0] == torch_shape[1]:
+            raise Undecided(*names.values())
+        if layer is None:
+            return names["conv" if tuple(torch_shape[1::-1]) == tuple(shape) else "transpose"]
+    is_same_size = sorted(torch_shape) == sorted(shape[-2:])
+    if torch_rank == 2 and rank in (3, 4, 5) and {*shape[:-2]} == {1} and is_same_size and not hint:
+        ones = " ".join("1" for _ in shape[:-2])
+        if isinstance(layer, torch.nn.Linear):
+            return f"o i -> {ones} i o"
+        if layer is None and torch_shape[0] == torch_shape[1]:
+            raise Undecided(f"o i -> {ones} i o", f"i o -> {ones} i o")
+        if layer is None:
+            is_linear = tuple(torch_shape[::-1]) == tuple(shape[-2:])
+            return f"o i -> {ones} i o" if is_linear else f"i o -> {ones} i o"
+    return None
+
+
+def _patterns(torch_shape: Sequence[int], shape: Sequence[int]) -> str:
+    """Return the patterns in which the torch tensor has the shape of the Flax array, as advice."""
+    found = list(islice(fitting(torch_shape, shape), _MAX_PATTERNS))
+    return f"; these patterns fit too: {', '.join(map(json.dumps, found))}" if found else ""
