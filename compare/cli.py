@@ -133,6 +133,14 @@ StackOption = Annotated[
         help="Numbered torch names and their stack in Flax, as layers.*=layers.",
     ),
 ]
+TiedOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tied",
+        metavar="COPY=TENSOR",
+        help="Torch's names of a copy that one side alone keeps and of the tensor it equals.",
+    ),
+]
 PolicyOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -499,6 +507,7 @@ def match(
     rename: RenameOption = None,
     split: SplitOption = None,
     stack: StackOption = None,
+    tied: TiedOption = None,
     layout_of: LayoutOfOption = None,
     policy: PolicyOption = None,
     prefix: Annotated[
@@ -524,6 +533,7 @@ def match(
             for old, new in _rules("--split", split).items()
         },
         "stack": _rules("--stack", stack),
+        "tied": _rules("--tied", tied, "COPY=TENSOR"),
         "layouts": _layouts(layout_of),
         "policy": _policies(policy),
         "prefix": prefix,

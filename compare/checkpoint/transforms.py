@@ -7,7 +7,13 @@ from threading import Lock
 
 import numpy as np
 
-from ..conversion.apply_mapping import differing_dtypes, flax_values, torch_shape, unfit
+from ..conversion.apply_mapping import (
+    differing_dtypes,
+    flax_values,
+    torch_shape,
+    unequal_twin,
+    unfit,
+)
 from ..conversion.errors import ConversionError, Mismatch, MismatchEntry, dropping
 from ..conversion.layouts import flax_shape, is_pattern, layout, to_torch
 from ..conversion.mapping import KeyPath, Left, Row, StateMapping, slashed
@@ -108,6 +114,7 @@ def _to_torch(source: Tensors, mapping: StateMapping) -> Tensors:
             refused.append(
                 MismatchEntry(key, parts[0].place, spec.shape, reason=f"{parts[0].place}: {error}")
             )
+    refused += _unequal_twins(source, mapping)
     refused += _objections(source, mapping, lambda item: item.path)
     known = mapping.by_path.keys() | {item.path for item in mapping.left}
     unexpected = [
@@ -140,6 +147,22 @@ def _to_torch(source: Tensors, mapping: StateMapping) -> Tensors:
 
     copies = source.copies + _new_copies(mapping)
     return Tensors("torch", specs, pieces, kinds, aliases, mapping, copies=copies)
+
+
+def _unequal_twins(source: Tensors, mapping: StateMapping) -> list[MismatchEntry]:
+    """List the arrays that torch has once, and that have other values in the source."""
+    refused = []
+    for twin in [row for row in mapping.rows if row.twin and row.path in source.specs]:
+        first = mapping.by_key[twin.torch_key][0]
+        if first.path not in source.specs:
+            continue
+        here, there = (
+            _of_key(row.torch_key, row, _whole(source, row.path)) for row in (twin, first)
+        )
+        is_same = (here.dtype, here.shape) == (there.dtype, there.shape)
+        if not is_same or here.tobytes() != there.tobytes():
+            refused.append(unequal_twin(twin))
+    return refused
 
 
 def _of_key(key: str, row: Row, array: np.ndarray) -> np.ndarray:

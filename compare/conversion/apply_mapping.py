@@ -88,6 +88,7 @@ def torch_from_flax(
     """Convert each leaf that has a row; list the other leaves, and required rows without a leaf."""
     state: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
+    twins: list[tuple[Row, Tensor]] = []
     unexpected = []
     left_paths = {item.path for item in mapping.left if item.path is not None}
     refused = _refused_left_entries(mapping, {}, leaves)
@@ -122,7 +123,9 @@ def torch_from_flax(
                 )
                 continue
             for key, values in made.items():
-                if row.part:
+                if row.twin:
+                    twins.append((row, values))
+                elif row.part:
                     parts.setdefault(key, {})[row.part.index] = values
                     state.setdefault(key, values)  # keeps the mapping's order; joined below
                 else:
@@ -145,6 +148,11 @@ def torch_from_flax(
         except ValueError as error:
             del state[key]
             refused.append(MismatchEntry(key, first.place, reason=f"{first.place}: {error}"))
+    refused += [
+        unequal_twin(row)
+        for row, values in twins
+        if row.torch_key in state and not same_bits(values, state[row.torch_key])
+    ]
     for row in mapping.rows:
         if row.kind == "alias" and mapping.by_path[row.path].torch_key in state:
             state[row.torch_key] = state[mapping.by_path[row.path].torch_key]
@@ -274,6 +282,12 @@ def untied(
             )
         ]
     return []
+
+
+def unequal_twin(row: Row) -> MismatchEntry:
+    """Return the entry of a Flax array that differs from the one it is a copy of."""
+    reason = f"is one tensor in torch, and {row.place} has other values here"
+    return MismatchEntry(row.torch_key, row.place, reason=reason)
 
 
 def same_bits(tensor: Any, other: Any) -> bool:

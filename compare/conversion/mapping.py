@@ -55,6 +55,8 @@ class Row:
         stack: the keys of several torch tensors that are the slices of the array along its first
             axis, as `nn.scan` makes it. `torch_key` is the first of them. With `part`, the same
             part of each.
+        twin: whether another row makes an array of the same torch tensor, which is the one to take
+            on the way back. The two arrays must then hold the same values.
     """
 
     torch_key: str
@@ -66,6 +68,7 @@ class Row:
     plus: str | None = None
     shape: tuple[int, ...] | None = None
     stack: tuple[str, ...] = ()
+    twin: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -83,7 +86,7 @@ class Row:
     @property
     def how(self) -> str:
         """The layout, in words."""
-        return f"stacked {self.layout}" if self.stack else self.layout
+        return f"stacked {self.layout}" if self.stack else self.layout + ", copied" * self.twin
 
     def slice_shape(self, flax_shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape that one torch tensor has in Flax's layout.
@@ -176,9 +179,12 @@ class StateMapping:
 
     @cached_property
     def by_key(self) -> dict[str, list[Row]]:
-        """The rows of each torch key, including all keys of a row and aliases, parts in order."""
+        """The rows of each torch key, including all keys of a row and aliases, parts in order.
+
+        Twins are not among them.
+        """
         rows_by_key: dict[str, list[Row]] = {}
-        for row in self.rows:
+        for row in [row for row in self.rows if not row.twin]:
             for key in row.keys:
                 rows_by_key.setdefault(key, []).append(row)
         return {
@@ -252,6 +258,12 @@ class StateMapping:
                     "which has no row of its own"
                 )
         mapping = cls(rows, left, flax)
+        for row in rows:
+            if row.twin and row.torch_key not in mapping.by_key:
+                raise ValueError(
+                    f"not a valid mapping: {row.place} is a copy of {row.torch_key}, "
+                    "which has no row of its own"
+                )
         for key, key_rows in mapping.by_key.items():
             parts = [row.part for row in key_rows if row.kind != "alias"]
             if not _is_complete(parts):
@@ -342,6 +354,7 @@ def _row(entry: Any) -> Row:
         row.plus,
         shape,
         stack,
+        bool(row.twin),
     )
 
 

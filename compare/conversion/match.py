@@ -1,6 +1,7 @@
 """Match torch entries with Flax arrays by name. Shapes are only checked, never used to match."""
 
 import glob
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..files.memory import collector_paused
 from ..files.printable import shown
 from ..files.warn import warn
-from .apply_mapping import unfit
+from .apply_mapping import same_bits, unfit
 from .errors import ConversionError, Mismatch, MismatchEntry, TrainingDifference
 from .fold import fold as folded
 from .fold import parts_by_name
@@ -67,6 +68,7 @@ def match(
     rename: Mapping[str, str] | None = None,
     split: Mapping[str, Sequence[str] | Split] | None = None,
     stack: Mapping[str, str] | None = None,
+    tied: Mapping[str, str] | None = None,
     fold: bool = False,
     layouts: Mapping[str, str] | None = None,
     policy: Mapping[str, Policy] | None = None,
@@ -91,6 +93,9 @@ def match(
         stack: numbered torch names to the Flax names of what `nn.scan` or `nnx.vmap` stacks along
             the first axis: `{"layers.*": "layers"}`. The last `*` is the number. Parts of `split`
             are stacked by their own names.
+        tied: torch names of copies that one side alone keeps, to the names of the tensors that they
+            equal: `{"lm_head.weight": "embed_tokens.weight"}`. A copy in torch is left out if its
+            values are the same; one in Flax is made, and must have them on the way back.
         fold: pair plain tensors in the place of what weight norm, spectral norm, pruning and other
             parametrizations store, as `compare.fold` makes them. The mapping is then for these.
         layouts: torch keys (patterns) to layouts of `compare.conversion.layouts`, for tensors whose
@@ -135,6 +140,7 @@ def match(
             rename=rename,
             split=split,
             stack=stack,
+            tied=tied,
             layouts=layouts,
             policy=policy,
             prefix=prefix,
@@ -163,6 +169,7 @@ def pair(
     rename: Mapping[str, str] | None = None,
     split: Mapping[str, Sequence[str] | Split] | None = None,
     stack: Mapping[str, str] | None = None,
+    tied: Mapping[str, str] | None = None,
     layouts: Mapping[str, str] | None = None,
     policy: Mapping[str, Policy] | None = None,
     prefix: str = "",
@@ -174,6 +181,7 @@ def pair(
         rename or {},
         split or {},
         stack or {},
+        tied or {},
         layouts or {},
         policy or {},
         prefix,
@@ -185,6 +193,7 @@ def pair(
     matcher.pair_stacks()
     matcher.pair_by_name()
     matcher.drop_repeated_paths()
+    matcher.pair_copies()
     matcher.pair_aliases()
     mapping, mismatch = matcher.settle()
     if matcher.trained_differently and not mismatch:
@@ -202,6 +211,7 @@ class _Matcher:
         rename: Mapping[str, str],
         split: Mapping[str, Sequence[str] | Split],
         stack: Mapping[str, str],
+        tied: Mapping[str, str],
         layouts: Mapping[str, str],
         policy: Mapping[str, Policy],
         prefix: str,
@@ -242,6 +252,16 @@ class _Matcher:
             for name, found in parts_by_name(self.tensors).items()
             for key in found.keys.values()
         }
+        self.tied = tied
+        # A copy that torch does not keep is looked for in Flax under its name.
+        self.twins = {
+            copy: first
+            for copy, first in tied.items()
+            if copy not in self.tensors and first in self.tensors
+        }
+        for copy, first in self.twins.items():
+            self.tensors[copy] = self.tensors[first]
+            self.kinds |= {copy: self.kinds[first]} if first in self.kinds else {}
         rules = rules_of(rename)
         self.names, used = _renamed(self.tensors, rules, prefix)
         self.layer_names, _ = _renamed(self.layers, rules, prefix)
@@ -520,6 +540,33 @@ class _Matcher:
                 self.refused.append(MismatchEntry(row.torch_key, row.place, reason=reason))
         self.rows = list(first_rows.values())
 
+    def pair_copies(self) -> None:
+        """Pair what `tied` says is the same tensor, and one side has once."""
+        rows = {row.torch_key: row for row in self.rows}
+        for copy, first in self.tied.items():
+            reason = ""
+            if first not in rows or copy == first:
+                reason = f"is tied to {first}, which is no tensor that pairs"
+            elif copy in self.twins and copy not in rows:
+                is_asked = copy in self.undecided or copy in {entry.name for entry in self.refused}
+                reason = "" if is_asked else "is a copy that neither side has"
+            elif copy in self.twins:
+                at = self.rows.index(rows[copy])
+                self.rows[at] = replace(rows[copy], torch_key=first, twin=True)
+            elif copy in rows or copy not in self.tensors:
+                reason = "is no copy: both sides have it; leave it out of tied"
+            elif shape_of(self.tensors[copy]) != shape_of(self.tensors[first]):
+                shapes = [shape_of(self.tensors[key]) for key in (copy, first)]
+                reason = f"is tied to {first}, but is {shapes[0]}, not {shapes[1]}"
+            else:
+                self.rows.append(replace(rows[first], torch_key=copy, kind="alias", plus=None))
+                self.done.add(copy)
+            if reason:
+                self.refused.append(MismatchEntry(copy, "", reason=reason))
+        for copy in self.twins:
+            self.done.discard(copy)
+            del self.tensors[copy]
+
     def pair_aliases(self) -> None:
         """Pair each key without a Flax path that shares its memory with a paired one."""
         rows_by_memory: dict[Any, Row] = {}
@@ -552,7 +599,7 @@ class _Matcher:
         self.refused += [entry for entry in unfitting if entry.reason]
         misshaped = tuple(entry for entry in unfitting if not entry.reason)
         order = {key: index for index, key in enumerate(self.tensors)}
-        rows = sorted(self.rows, key=lambda row: order[row.torch_key])
+        rows = sorted(self.rows, key=lambda row: (order[row.torch_key], row.twin))
         mapping = StateMapping(tuple(rows), tuple(self.left), self.flax.kind)
         likely = self._suggestions(missing)
         entries = tuple(
@@ -560,7 +607,8 @@ class _Matcher:
                 key,
                 "",
                 shape_of(self.tensors[key]),
-                reason=self.parts.get(key) or (likely(key) if index < MAX_SUGGESTIONS else ""),
+                reason=self.parts.get(key)
+                or (self._original(key) or likely(key) if index < MAX_SUGGESTIONS else ""),
             )
             for index, key in enumerate(unexpected)
         )
@@ -611,7 +659,7 @@ class _Matcher:
                 flax_layer = self.flax_layers.get(self.flax.names[row.path][:-1])
                 for found in dense_differences(layer, flax_layer):
                     yield prefix, row.place, found
-            if isinstance(layer, torch.nn.Embedding) and row.kind != "alias":
+            if isinstance(layer, torch.nn.Embedding) and row.kind != "alias" and not row.twin:
                 for found in embedding_differences(layer):
                     yield prefix, row.place, found
 
@@ -689,7 +737,7 @@ class _Matcher:
         refused_names = {entry.place for entry in self.refused}
         refused_names |= {place for _, place in self.undecided.values()} | self.part_places
         paired = {row.path for row in self.rows}
-        missing = []
+        missing: list[MismatchEntry] = []
         for path, leaf in self.flax.leaves.items():
             name = slashed(path)
             if path in paired or name in refused_names:
@@ -698,9 +746,31 @@ class _Matcher:
             if decided in ("ignore", "verify"):
                 self.left.append(Left(name, decided, path))
             else:
-                expected = tuple(leaf.shape)
-                missing.append(MismatchEntry(torch_name(path, self.flax), name, expected=expected))
+                expected, key = tuple(leaf.shape), torch_name(path, self.flax)
+                reason = self._embedding(key, path) if len(missing) < MAX_SUGGESTIONS else ""
+                missing.append(MismatchEntry(key, name, expected=expected, reason=reason))
         return missing
+
+    def _original(self, key: str) -> str:
+        """Return the advice for a torch tensor that is an equal copy of one that pairs, or ""."""
+        tensor = self.tensors[key]
+        for row in self.rows if isinstance(tensor, Tensor) and tensor.numel() > 1 else ():
+            other = self.tensors[row.torch_key]
+            if not row.stack and shape_of(other) == shape_of(tensor) and _same_bits(tensor, other):
+                return f"it equals {shown(row.torch_key)}: {_tie(key, row.torch_key)}"
+        return ""
+
+    def _embedding(self, key: str, path: KeyPath) -> str:
+        """Return the advice for a kernel of an embedding's shape, which torch may tie, or ""."""
+        shape = tuple(self.flax.leaves[path].shape)
+        tables = [
+            row.torch_key
+            for row in self.rows
+            if row.path[-1] == "embedding" and self.flax.leaves[row.path].shape == shape[::-1]
+        ]
+        if path[-1] != "kernel" or len(shape) != 2 or len(tables) != 1:
+            return ""
+        return f"if torch uses {shown(tables[0])} there, {_tie(key, tables[0])}"
 
     def _unfitting(self, row: Row) -> Iterable[MismatchEntry]:
         for key in row.keys:
@@ -725,6 +795,19 @@ class _Matcher:
             return f"did you mean {shown(best)}?" if best else ""
 
         return suggest
+
+
+def _tie(copy: str, first: str) -> str:
+    """Return the argument that says that one is a copy of the other."""
+    return f"pass tied={json.dumps({copy: first}, ensure_ascii=False)}"
+
+
+def _same_bits(tensor: Tensor, other: Any) -> bool:
+    """Return whether both are the same bits, where their values can be read."""
+    try:
+        return same_bits(tensor, other)
+    except Untransferable:
+        return False
 
 
 def _allowing(name: str) -> str:
