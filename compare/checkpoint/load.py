@@ -120,7 +120,8 @@ def load_checkpoint(
             f"target is a {type(target).__name__}; "
             "expected a torch or NNX module, or Linen variables"
         )
-    if isinstance(target, Mapping) and target and not is_nested(target):
+    is_module = isinstance(target, nnx.Module)  # nnx.Dict is a mapping too
+    if isinstance(target, Mapping) and not is_module and target and not is_nested(target):
         raise TypeError(
             "target is a flat dict; "
             "expected Linen variables, or a torch module instead of its state dict"
@@ -327,7 +328,7 @@ def named(stored: Reader) -> KnownState:
     """Return the torch names in the file, including tied names, with their declared shapes."""
     first_names = {key: key for key in stored.specs} | dict(stored.aliases)
     tensors = {
-        str(key[0]): _Named(*stored.specs[first], first, stored.kinds.get(first, "unknown"))
+        key[0]: _Named(*stored.specs[first], first, stored.kinds.get(first, "unknown"))
         for key, first in first_names.items()
     }
     return KnownState(tensors, stored.layers)
@@ -374,7 +375,7 @@ def _into_torch(
     state = {key: tensor for key, tensor in state.items() if key not in dropped}
     if cast:
         module_state, module_kinds = module.state_dict(), torch_kinds(module)
-        for key in [key for key in state if key in module_state]:
+        for key in list(state):
             kept = state[key]
             state[key] = _cast(stored.path, key, kept, module_state[key].dtype)
             if "buffer" in (kinds.get(key), module_kinds.get(key)):

@@ -97,9 +97,9 @@ def inferred_layout(
         and isinstance(layer, torch.nn.modules.conv._ConvNd | None)
         and hint is None
         and not transposed
-        and torch_rank in (rank, 0)
+        and torch_rank == rank
     ):
-        is_square = torch_rank == rank and len(set(torch_shape[:2])) == 1
+        is_square = len(set(torch_shape[:2])) == 1
         if layer is None and is_square and not isinstance(flax_layer, linen.Conv | nnx.Conv):
             raise Undecided("conv", "conv_transpose")
         return "conv"

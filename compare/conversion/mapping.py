@@ -386,7 +386,7 @@ def _left(name: Any, policy: Any, path: Any, refill: Any = None) -> Left:
 
 
 def _refill(shape: Any, dtype: Any, pattern: Any, value: Any) -> Refill:
-    is_shape = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    is_shape = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
     if (
         not is_shape
         or dtype not in DTYPES

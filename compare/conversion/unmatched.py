@@ -53,7 +53,7 @@ def objection(policy: str, array: np.ndarray | None) -> str | None:
         size = array.shape[0] // count
         return (
             None
-            if not array[index * size : (index + 1) * size].astype(bool).any()
+            if not array[index * size : (index + 1) * size].any()
             else f"part {index} of {count} is not zero, and Flax adds nothing there"
         )
     return _mask_objection(array)

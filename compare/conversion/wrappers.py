@@ -44,7 +44,7 @@ def common_prefix(longer: Iterable[str], shorter: Iterable[str]) -> str:
     It is `module.` for `module.fc.bias` and `fc.bias`, and `_orig_mod.` for `fc._orig_mod.bias`.
     """
     names, wanted = set(longer), set(shorter)
-    if not names or not wanted:
+    if not wanted:
         return ""
     any_wanted = min(wanted)
     prefixes = {name.removesuffix(any_wanted) for name in names if name.endswith(f".{any_wanted}")}

@@ -395,6 +395,12 @@ def test_a_table_is_saved_and_read(tmp_path: Path) -> None:
             ),
             r"a mask is bool \[3\], tril of 1",
         ),
+        (
+            lambda content: content["left"].append(
+                ["m", "verify", None, dict(shape=[0, 3], dtype="bool", pattern="tril", value="1")]
+            ),
+            r"a mask is bool \[0, 3\], tril of 1",
+        ),
     ],
 )
 def test_files_that_are_no_table(change: Any, message: str, tmp_path: Path) -> None:
@@ -404,3 +410,4 @@ def test_files_that_are_no_table(change: Any, message: str, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=message) as caught:
         StateMapping.load(tmp_path / "map.json")
     assert str(tmp_path / "map.json") in str(caught.value)
+    assert "ValueError" not in str(caught.value)

@@ -533,7 +533,7 @@ def _pending_handler() -> Any:
             self, value: np.ndarray, tspec: dict[str, Any], ts_context: Any
         ) -> None:
             """Write slice by slice: TensorStore keeps all packed chunks of a write in memory."""
-            array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            array = await ts.open(tspec, create=True, open=True, context=ts_context)
             if not value.ndim:
                 await array.write(value)
                 return

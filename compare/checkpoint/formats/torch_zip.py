@@ -150,10 +150,10 @@ def write(path: Path, tensors: Tensors, rules: Rules = NO_RULES) -> None:
     with atomic_file(path, rules) as stream, ThreadPoolExecutor(WORKERS) as pool:
         arrays = {key: whole(tensors, key) for key in tensors.specs}
         state = {
-            str(key[0]): numpy_to_tensor(np.require(array, requirements="W"))
+            key[0]: numpy_to_tensor(np.require(array, requirements="W"))
             for key, array in arrays.items()
         }
-        state |= {str(key[0]): state[str(first[0])] for key, first in tensors.aliases.items()}
+        state |= {key[0]: state[first[0]] for key, first in tensors.aliases.items()}
         sums = {
             key: pool.submit(checksum, [array], tensors.specs[key]) for key, array in arrays.items()
         }

@@ -106,7 +106,7 @@ def _directory_range(file: InputFile) -> tuple[int, int, int]:
         if here != count_64 or any(value not in (long, unset) for value, long, unset in short):
             raise ValueError("its two end records differ")
         count, nbytes, begin = count_64, nbytes_64, begin_64
-    elif 0xFFFF in (count,) or 2**32 - 1 in (nbytes, begin):
+    elif count == 0xFFFF:
         raise ValueError("its end record needs a longer one")
     if begin + nbytes != end:
         raise ValueError("its directory is not right before its end record")

@@ -1,0 +1,252 @@
+"""Small rules of the files, each where it makes a difference."""
+
+import json
+import os
+import struct
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from flax.serialization import msgpack_restore, msgpack_serialize
+from safetensors.numpy import save_file
+
+import compare
+from compare.checkpoint.errors import CheckpointError
+from compare.checkpoint.formats import open_checkpoint, parts, torch_pickle, zip_directory
+from compare.checkpoint.formats.msgpack_tree import TreeReader
+from compare.checkpoint.load import _snapshot, steady
+from compare.checkpoint.reader import PART_BYTES, Reader
+from compare.checkpoint.transforms import _new_copies, relaid
+from compare.checkpoint.verify import compare_checkpoints
+from compare.conversion.errors import Mismatch, MismatchEntry
+from compare.conversion.mapping import LINEN, Row, StateMapping
+from compare.files.memory import Budget
+from compare.files.reading import InputFile
+
+from ..support import torch_module
+from .test_transforms import HERE, arrays
+
+pytestmark = pytest.mark.filterwarnings("ignore::compare.UnverifiedCheckpoint")
+ONE = np.ones(1, np.float32)
+
+
+def test_our_attention_in_a_plain_file_needs_no_mapping(tmp_path: Path) -> None:
+    module = torch_module()
+    torch.save(module.state_dict(), tmp_path / "a.pth")
+    compare.convert_checkpoint(tmp_path / "a.pth", tmp_path / "a.msgpack")
+    restored = msgpack_restore((tmp_path / "a.msgpack").read_bytes())
+    (tmp_path / "plain.msgpack").write_bytes(msgpack_serialize(restored))
+    compare.convert_checkpoint(tmp_path / "plain.msgpack", tmp_path / "b.pth")
+    state = compare.read_checkpoint(tmp_path / "b.pth")
+    assert all(torch.equal(state[key], value) for key, value in module.state_dict().items())
+
+
+def nested(depth: int) -> bytes:
+    return b"\x81\xa1a" * depth + b"\xc0"
+
+
+def test_500_levels_of_msgpack_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "deep.msgpack"
+    for depth, is_read in ((500, True), (501, False)):
+        path.write_bytes(nested(depth))
+        with closing(InputFile(path)) as file:
+            reader = TreeReader(file, Budget(None), "")
+            if is_read:
+                reader.read()
+            else:
+                with pytest.raises(ValueError, match="nested too deeply"):
+                    reader.read()
+
+
+@pytest.mark.parametrize("leaf", ["text", [1, 2]])
+def test_a_leaf_that_is_no_array_is_named(leaf: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.msgpack"
+    path.write_bytes(msgpack.packb({"params": {"a": leaf}}))
+    with pytest.raises(CheckpointError) as refused:
+        compare.read_checkpoint(path)
+    assert refused.value.key == "params/a"
+    assert refused.value.expected == "an array of values"
+
+
+def test_the_search_for_parts_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_MAX_NODES", 3)
+    tree: dict[str, Any] = {"state": {"w": 1}, "epoch": 1, "step": 2}
+    assert parts._states(tree, lambda node: "w" in node) == ["state"]
+    assert parts._states({**tree, "more": 3}, lambda node: "w" in node) == []
+
+
+def test_metadata_that_does_not_fit_is_not_read(tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "a.orbax", {"params": {"a": ONE}})
+    with (path / "more.json").open("wb") as file:
+        os.truncate(file.fileno(), 400_000_000)
+    with (
+        pytest.raises(CheckpointError, match=r"more\.json"),
+        open_checkpoint(path, 300_000_000),
+    ):
+        pass
+
+
+def test_an_index_that_is_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"index\.json is not a regular file"):
+        compare.read_checkpoint(tmp_path)
+
+
+def built(raw: bytes) -> Any:
+    return torch_pickle.build(raw, Path("a.pth"), Budget(None))[0]
+
+
+def test_an_old_pickle_has_short_texts() -> None:
+    assert built(b"\x80\x02U\x03abc.") == "abc"
+    with pytest.raises(torch_pickle.UnsafePickleError, match="UnicodeDecodeError"):
+        built(b"\x80\x02U\x01\xff")
+
+
+def test_the_copies_that_a_sum_makes_are_counted() -> None:
+    plain, plus = Row("a", ("a",)), Row("b", ("b",), plus="c")
+    counts = [_new_copies(StateMapping(rows)) for rows in ((plain,), (plain, plus))]
+    assert counts == [0, 2]
+
+
+def test_the_lists_of_an_error_do_not_change() -> None:
+    with pytest.raises(CheckpointError) as refused:
+        relaid(HERE, arrays("torch", w=np.ones(2)), StateMapping((Row("v", ("params", "v")),)))
+    cause: Any = refused.value.__cause__
+    missing, unexpected = MismatchEntry("v", "params/v"), MismatchEntry("w", "", (2,))
+    assert cause.mismatch == Mismatch((missing,), (unexpected,))
+
+
+def test_the_dtypes_that_hold_a_number_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"w": np.array([1e300])}, path)
+    with pytest.raises(CheckpointError) as refused:
+        compare.convert_checkpoint(path, tmp_path / "b.safetensors", dtype="bfloat16")
+    assert refused.value.mend == "choose float64"
+
+
+def test_both_files_claim_their_mapping_in_order(tmp_path: Path) -> None:
+    module = torch_module()
+    paths = [
+        compare.save_checkpoint(tmp_path / name, module, mapping=LINEN)
+        for name in ("a.safetensors", "b.msgpack")
+    ]
+    assert compare_checkpoints(*paths).claims == tuple(map(str, paths))
+
+
+def test_one_mapping_for_a_linen_and_an_nnx_file_is_refused(tmp_path: Path) -> None:
+    source = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 3)})
+    model = nnx.Dict(a=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    variables = {"params": nnx.to_pure_dict(nnx.state(model))}
+    mappings = [compare.match(source, template) for template in (variables, model)]
+    paths = [
+        compare.save_checkpoint(tmp_path / f"{name}.msgpack", side)
+        for name, side in (("linen", variables), ("nnx", model))
+    ]
+    assert not compare.verify_checkpoint(*paths, mapping=mappings)
+    with pytest.raises(CheckpointError) as refused:
+        compare.verify_checkpoint(*paths, mapping=mappings[0])
+    assert refused.value.expected == "no mapping, or one from torch to each"
+    assert refused.value.found == "one"
+
+
+def test_a_rule_of_the_call_sets_the_mapping_of_the_file_aside(tmp_path: Path) -> None:
+    source = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 3)})
+    model = nnx.Dict(a=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    mapping = compare.match(source, model)
+    path = compare.save_checkpoint(tmp_path / "a.safetensors", source, mapping=mapping)
+    compare.load_checkpoint(path, model)
+    with pytest.raises(CheckpointError, match=r"b\.weight: this layout fits no key"):
+        compare.load_checkpoint(path, model, layouts={"b.weight": "same"})
+
+
+def test_hooks_see_the_dtype_of_what_is_stored(tmp_path: Path) -> None:
+    class Old(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+            self._register_load_state_dict_pre_hook(self.renamed)
+
+        def renamed(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+            if f"{prefix}w" in state and state[f"{prefix}w"].dtype == torch.float64:
+                state[f"{prefix}weight"] = state.pop(f"{prefix}w")
+
+    torch.save({"w": torch.ones(2, dtype=torch.float64)}, tmp_path / "old.pth")
+    module = Old()
+    compare.load_checkpoint(tmp_path / "old.pth", module)
+    assert module.weight.tolist() == [1, 1]
+
+
+def test_what_lies_in_the_same_memory_is_named(tmp_path: Path) -> None:
+    module = torch.nn.Module()
+    whole = torch.zeros(4)
+    module.register_buffer("first", whole[:3])
+    module.register_buffer("last", whole[1:])
+    torch.save({"first": torch.ones(3), "last": torch.full((3,), 2.0)}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="! first: lies in the same memory as another"):
+        compare.load_checkpoint(tmp_path / "a.pth", module)
+
+
+def test_the_largest_tensor_is_named_where_memory_is_short(tmp_path: Path) -> None:
+    torch.save({"large": torch.ones(3_000_000), "small": torch.ones(1)}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError) as refused:
+        compare.read_checkpoint(tmp_path / "a.pth", memory=8_000_000)
+    assert refused.value.key == "large"
+
+
+def test_what_lies_aligned_is_mapped(tmp_path: Path) -> None:
+    """Mapped values take no memory of the budget."""
+    tensors = {name: np.ones(PART_BYTES // 4, np.float32) for name in "abc"}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with open_checkpoint(tmp_path / "a.safetensors") as stored:
+        reader: Any = stored
+        reader.mapped = True
+        assert [reader._is_mapped(path) for path in reader.specs] == [True] * 3
+
+
+def test_a_leaf_of_the_call_is_named_without_a_template(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as refused:
+        compare.save_checkpoint(tmp_path / "a.msgpack", {"params": {"a": object()}})
+    assert refused.value.reason == "params/a is a object; expected an array"
+
+
+def test_two_fields_of_long_numbers_are_refused() -> None:
+    field = struct.pack("<2HQ", 1, 8, 5)
+    assert zip_directory._long(field, 2**32 - 1) == (5,)
+    with pytest.raises(ValueError, match="invalid extra field"):
+        zip_directory._long(field * 2, 2**32 - 1)
+
+
+def test_a_text_is_no_array(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as refused:
+        compare.save_checkpoint(tmp_path / "a.orbax", {"params": {"a": np.array(["text"])}})
+    assert refused.value.key == "params/a"
+
+
+def test_work_on_a_file_that_changes_is_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"w": ONE}, path)
+    found = []
+
+    def work(stored: Reader) -> int:
+        found.append(sum(spec.nbytes for spec in stored.specs.values()))
+        if len(found) == 1:
+            save_file({"w": np.ones(2, np.float32)}, tmp_path / "new")
+            (tmp_path / "new").replace(path)
+        return found[-1]
+
+    assert steady(path, work) == 8
+    assert found == [4, 8]
+
+
+def test_a_folder_of_shards_that_changes_is_read_again(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {}}))
+    before = _snapshot(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": "b"}}))
+    assert not before.is_current()
+    assert _snapshot(tmp_path).is_current()
