@@ -376,13 +376,23 @@ def fuzz(
             help="Where to keep the inputs that fail. Default: ./fuzz-cases.",
         ),
     ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            "--layers",
+            metavar="N",
+            min=1,
+            help="Instead convert this many drawn pairs of layers: each must be refused or equal.",
+        ),
+    ] = None,
     json_file: JsonOption = None,
     html_file: HtmlOption = None,
 ) -> None:
     """Damage checkpoints of every format and read them: only CheckpointError may be raised."""
-    _run(
-        [Job("fuzz", {"seconds": seconds, "seed": seed, "keep": keep})], Files(json_file, html_file)
-    )
+    job = Job("fuzz", {"seconds": seconds, "seed": seed, "keep": keep})
+    if layers is not None:
+        job = Job("layers", {"pairs": layers, "seed": seed})
+    _run([job], Files(json_file, html_file))
 
 
 @bench.command("attention")

@@ -14,6 +14,7 @@ OTHER_MODULES = {
     "stream": "compare.bench.streaming",
     "kill": "compare.stress.kill",
     "fuzz": "compare.stress.fuzz",
+    "layers": "compare.stress.layer_fuzz",
 }
 
 

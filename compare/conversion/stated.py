@@ -338,11 +338,43 @@ _ACTIVATIONS: tuple[tuple[type[nn.Module], str, str, str, Any], ...] = (
 )
 
 
+# torch's activation: the names of Flax's functions that compute the same, the first the usual one.
+_FUNCTIONS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.CELU: ("celu",),
+    nn.ELU: ("elu",),
+    nn.GELU: ("gelu",),
+    nn.GLU: ("glu",),
+    nn.Hardsigmoid: ("hard_sigmoid",),
+    nn.Hardswish: ("hard_silu", "hard_swish"),
+    nn.Hardtanh: ("hard_tanh",),
+    nn.LeakyReLU: ("leaky_relu",),
+    nn.LogSigmoid: ("log_sigmoid",),
+    nn.LogSoftmax: ("log_softmax",),
+    nn.Mish: ("mish",),
+    nn.ReLU: ("relu",),
+    nn.ReLU6: ("relu6",),
+    nn.SELU: ("selu",),
+    nn.Sigmoid: ("sigmoid",),
+    nn.SiLU: ("silu", "swish"),
+    nn.Softmax: ("softmax",),
+    nn.Softplus: ("softplus",),
+    nn.Softsign: ("soft_sign",),
+    nn.Tanh: ("tanh",),
+}
+_KNOWN_FUNCTIONS = {name for names in _FUNCTIONS.values() for name in names}
+
+
 def _activation(layer: nn.Module, function: Any) -> Iterator[Difference]:
     """Compare an activation of torch with a function of Flax, or a `partial` of it."""
     keywords: Mapping[str, Any] = {}
     if isinstance(function, partial):
         function, keywords = function.func, function.keywords
+    found, wanted_names = getattr(function, "__name__", ""), _FUNCTIONS.get(type(layer))
+    if wanted_names and found in _KNOWN_FUNCTIONS and found not in wanted_names:
+        mend = f"give nnx.{wanted_names[0]} in Flax"
+        yield Difference("type", type(layer).__name__, found, mend)
+    if isinstance(layer, nn.Softplus) and found == "softplus" and layer.beta != 1:
+        yield Difference("beta", f"beta={layer.beta!r}", "softplus, of beta=1", "scale it in Flax")
     for layer_type, name, fact, flax_name, default in _ACTIVATIONS:
         if isinstance(layer, layer_type) and getattr(function, "__name__", "") == name:
             ours, theirs = getattr(layer, fact), keywords.get(flax_name, default)

@@ -68,7 +68,8 @@ def numpy_to_tensor(array: np.ndarray) -> Tensor:
     native = array.astype(array.dtype.newbyteorder("="), copy=False)
     try:
         if not is_extended(native.dtype.name):
-            return torch.from_numpy(native)
+            is_mirrored = any(stride < 0 for stride in native.strides)  # which torch does not have
+            return torch.from_numpy(native.copy() if is_mirrored else native)
         _, carrier = _CARRIERS[native.dtype.itemsize]
         return torch.from_numpy(native.view(carrier)).view(getattr(torch, native.dtype.name))
     except (TypeError, AttributeError) as error:

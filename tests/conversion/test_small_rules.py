@@ -14,6 +14,7 @@ from compare import ConversionError
 from compare.conversion.apply_mapping import same_bits
 from compare.conversion.layouts import layout, to_flax, to_torch
 from compare.conversion.state_kinds import flax_side, same_memory, torch_kinds
+from compare.conversion.tensors import numpy_to_tensor
 from compare.conversion.unmatched import objection
 from compare.conversion.wrappers import common_prefix
 
@@ -142,3 +143,8 @@ def test_a_mask_of_one_number_is_made_again() -> None:
     left = [["m", "verify", None, refill]]
     mapping = compare.StateMapping.from_json({"flax": "linen", "rows": [], "left": left})
     assert mapping.refills["m"].shape == (1,)
+
+
+def test_a_mirrored_window_becomes_a_tensor() -> None:
+    assert numpy_to_tensor(np.arange(3.0)[::-1]).tolist() == [2, 1, 0]
+    assert numpy_to_tensor(np.ones((1, 2))[::-1]).tolist() == [[1, 1]]
