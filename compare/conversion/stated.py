@@ -73,23 +73,44 @@ def dense_differences(torch_layer: Any, flax_layer: Any) -> Iterator[Difference]
         torch_layer: the torch layer, if it is known.
         flax_layer: the Flax layer, if it is known.
     """
-    is_torchs, is_flaxs = isinstance(torch_layer, _CONVS), isinstance(flax_layer, _FLAX_CONVS)
-    if is_torchs and not is_flaxs and {*torch_layer.kernel_size} == {1}:
-        rank = len(torch_layer.kernel_size)
-        for fact, value, nothing in (
-            ("stride", torch_layer.stride, (1,) * rank),
-            ("padding", _torch_pads(torch_layer)[0], ((0, 0),) * rank),
-        ):
-            if value != nothing:
-                stated = f"{fact}={getattr(torch_layer, fact)!r}"
-                mend = "do the same to its input in Flax, or build a Conv there"
-                yield Difference(fact, stated, "a dense layer, which has none", mend)
-    elif is_flaxs and not is_torchs:
-        strides = _each(flax_layer.strides, len(flax_layer.kernel_size))
-        if {*strides} != {1}:
-            stated = f"strides={flax_layer.strides!r}"
-            mend = "do the same to its input in torch, or build a Conv there"
-            yield Difference("strides", "a Linear, which has none", stated, mend)
+    is_torchs = isinstance(torch_layer, nn.modules.conv._ConvNd)
+    is_flaxs = isinstance(flax_layer, _FLAX_CONVS)
+    if is_torchs == is_flaxs:
+        return
+    layer = torch_layer if is_torchs else flax_layer
+    rank = len(layer.kernel_size) if not isinstance(layer.kernel_size, int) else 1
+    if {*_each(layer.kernel_size, rank)} != {1}:
+        return
+    for fact, value in (_torch_facts if is_torchs else _flax_facts)(layer, rank):
+        stated, nothing = f"{fact}={value!r}", "a dense layer, which has none"
+        framework = "Flax" if is_torchs else "torch"
+        mend = f"do the same to its input in {framework}, or build a convolution there"
+        yield Difference(fact, *((stated, nothing) if is_torchs else (nothing, stated)), mend)
+
+
+def _torch_facts(layer: Any, rank: int) -> Iterator[tuple[str, Any]]:
+    """Yield what makes the convolution over one point more than a dense layer."""
+    for fact, nothing in (("stride", 1), ("padding", 0), ("output_padding", 0), ("groups", 1)):
+        value = getattr(layer, fact)
+        if fact == "padding" and isinstance(value, str):  # "same" and "valid" add nothing here
+            continue
+        if {*_each(value, rank)} != {nothing}:
+            yield fact, value
+
+
+def _flax_facts(layer: Any, rank: int) -> Iterator[tuple[str, Any]]:
+    """Yield the same of a convolution of Flax."""
+    if {*_each(layer.strides, rank)} != {1}:
+        yield "strides", layer.strides
+    padding = layer.padding
+    if not isinstance(padding, str) and any(map(any, _pairs(padding, rank))):
+        yield "padding", padding
+    if getattr(layer, "feature_group_count", 1) != 1:
+        yield "feature_group_count", layer.feature_group_count
+    if {*_each(getattr(layer, "input_dilation", 1), rank)} != {1}:
+        yield "input_dilation", layer.input_dilation
+    if layer.mask is not None:
+        yield "mask", "…"
 
 
 def linen_layers(module: linen.Module, inputs: Any) -> dict[tuple[str, ...], linen.Module]:
@@ -424,8 +445,7 @@ _PAIRS: tuple[tuple[Any, Any, Comparison], ...] = (
         _attention,
     ),
 )
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_FLAX_CONVS = (linen.Conv, nnx.Conv)
+_FLAX_CONVS = (linen.Conv, nnx.Conv, linen.ConvTranspose, nnx.ConvTranspose)
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
     nn.modules.instancenorm._InstanceNorm,

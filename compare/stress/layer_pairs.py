@@ -56,7 +56,9 @@ class Pair:
         if not self.channels_first:
             return self.call_torch(self.layer, inputs)
         outputs = self.call_torch(self.layer, inputs.movedim(-1, 1).contiguous())
-        return outputs.movedim(1, -1)
+        # Contiguous: torch 2.13 ends the process in the backward pass of a GroupNorm whose gradient
+        # is strided.
+        return outputs.movedim(1, -1).contiguous()
 
 
 class Draw:
@@ -109,7 +111,9 @@ def _linear(draw: Draw) -> Pair:
     fan_in, out, bias = draw.one(1, 2, 3, 4), draw.one(1, 2, 4), draw.flag()
     rank = draw.one(0, 0, 1, 2)
     kinds = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d}
-    more = {"kernel_size": 1, "stride": draw.one(1, 1, 2)} if rank else {}
+    more: dict[str, Any] = {"kernel_size": 1, "stride": draw.one(1, 1, 2)} if rank else {}
+    if rank and draw.flag(0.2):
+        more |= {"padding": 1}
     layer = kinds[rank](fan_in, out, bias=bias, **more)
     options = draw.altered({"use_bias": bias}, use_bias=(True, False))
     kind = draw.one("Dense", "DenseGeneral", "heads", "Conv")
@@ -117,7 +121,7 @@ def _linear(draw: Draw) -> Pair:
     layouts = {}
     if kind == "Conv":
         sizes |= {"kernel_size": (1,) * max(rank, 1)}
-        options |= {"strides": draw.one(1, 1, 2)}
+        options |= {"strides": draw.one(1, 1, 2), "padding": draw.one("SAME", "SAME", 0, 1)}
     elif kind == "heads":
         sizes |= {"features": (2, out // 2) if out > 1 else (1, 1)}
         layouts = {"*.weight": f"(a b) c{' 1' * rank} -> c a b"}

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import compare
 from compare import ConversionError
 from compare.conversion.layouts import flax_shape, layout, to_flax, to_torch
-from compare.conversion.rearranged import rearrangement, without_ones
+from compare.conversion.rearranged import of_bias, rearrangement, without_ones
 
 
 def side(groups: Sequence[Sequence[str]]) -> str:
@@ -146,24 +146,80 @@ def test_a_linear_layer_is_a_convolution_over_one_point() -> None:
     assert torch.equal(back["layer.weight"], source.state_dict()["layer.weight"])
 
 
+def dense(inputs: int) -> nnx.Dict:
+    return nnx.Dict(layer=nnx.Linear(inputs, 4, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "fact"),
+    [
+        (torch.nn.Conv2d(4, 4, 1, stride=2), "stride"),
+        (torch.nn.Conv2d(4, 4, 1, padding=1), "padding"),
+        (torch.nn.ConvTranspose2d(4, 4, 1, stride=2), "stride"),
+        (torch.nn.ConvTranspose2d(4, 4, 1, padding=1), "padding"),
+        (torch.nn.ConvTranspose2d(4, 4, 1, stride=2, output_padding=1), "output_padding"),
+        (torch.nn.Conv2d(4, 4, 1, padding="same"), None),
+    ],
+)
+def test_what_a_dense_layer_cannot_say_is_refused(layer: Any, fact: str | None) -> None:
+    source, model = torch.nn.ModuleDict({"layer": layer}), dense(4)
+    if fact is None:
+        compare.match(source, model)
+        return
+    with pytest.raises(ConversionError, match=rf"layer\.{fact}: computes something el") as refused:
+        compare.match(source, model)
+    policies = re.findall(r"policy=({.*?})", str(refused.value))
+    policy = {name: rule for text in policies for name, rule in ast.literal_eval(text).items()}
+    compare.match(source, model, policy=policy)
+
+
+def test_groups_are_no_dense_layer() -> None:
+    source = torch.nn.ModuleDict({"layer": torch.nn.Conv1d(4, 4, 1, groups=2)})
+    with pytest.raises(ConversionError, match=r"layer\.groups: computes something else"):
+        compare.match(source, dense(2), layouts={"layer.weight": "o i 1 -> i o"})
+
+
 @pytest.mark.parametrize(
     ("arguments", "fact"),
-    [({"stride": 2}, r"stride=\(2, 2\)"), ({"padding": 1}, r"padding=\(1, 1\)")],
+    [
+        ({"strides": 2}, "strides"),
+        ({"padding": 1}, "padding"),
+        ({"padding": ((0, 1), (0, 0))}, "padding"),
+        ({"feature_group_count": 2}, "feature_group_count"),
+        ({"input_dilation": 2}, "input_dilation"),
+        ({"padding": "VALID"}, None),
+    ],
 )
-def test_what_a_dense_layer_cannot_say_is_refused(arguments: Any, fact: str) -> None:
-    source = torch.nn.ModuleDict({"layer": torch.nn.Conv2d(3, 5, 1, **arguments)})
-    model = nnx.Dict(layer=nnx.Linear(3, 5, rngs=nnx.Rngs(0)))
-    with pytest.raises(ConversionError, match=f"{fact} in torch, a dense layer") as refused:
+def test_a_convolution_that_does_more_is_no_linear_layer(arguments: Any, fact: str | None) -> None:
+    groups = arguments.get("feature_group_count", 1)
+    source = torch.nn.ModuleDict({"layer": torch.nn.Linear(4 // groups, 4)})
+    model = nnx.Dict(layer=nnx.Conv(4, 4, (1, 1), **arguments, rngs=nnx.Rngs(0)))
+    if fact is None:
         compare.match(source, model)
-    (policy,) = re.findall(r"policy=({.*?})", str(refused.value))
-    compare.match(source, model, policy=ast.literal_eval(policy))
+        return
+    with pytest.raises(ConversionError, match=rf"layer\.{fact}: computes something else: a dense"):
+        compare.match(source, model)
 
 
-def test_a_convolution_with_strides_is_no_linear_layer() -> None:
-    source = torch.nn.ModuleDict({"layer": torch.nn.Linear(3, 5)})
-    model = nnx.Dict(layer=nnx.Conv(3, 5, (1, 1), strides=2, rngs=nnx.Rngs(0)))
-    with pytest.raises(ConversionError, match="a Linear, which has none in torch, strides=2"):
-        compare.match(source, model)
+def test_a_transposed_convolution_that_does_more_is_no_linear_layer() -> None:
+    source = torch.nn.ModuleDict({"layer": torch.nn.Linear(3, 4)})
+    model = nnx.Dict(layer=nnx.ConvTranspose(3, 4, (1, 1), strides=2, rngs=nnx.Rngs(0)))
+    with pytest.raises(ConversionError, match=r"layer\.strides: computes something else"):
+        compare.match(source, model, layouts={"layer.weight": "o i -> 1 1 i o"})
+
+
+def test_two_convolutions_over_one_point_are_compared_as_such() -> None:
+    source = torch.nn.ModuleDict({"layer": torch.nn.Conv2d(3, 5, 1, stride=2)})
+    model = nnx.Dict(layer=nnx.Conv(3, 5, (1, 1), strides=2, padding=0, rngs=nnx.Rngs(0)))
+    layouts = {"layer.weight": "o i a b -> a b i o"}
+    rows = [compare.match(source, model, layouts=given).rows[0] for given in (layouts, None)]
+    assert [row.layout for row in rows] == ["o i a b -> a b i o", "conv"]
+
+
+def test_a_bias_has_no_pattern_where_its_axes_are_mixed_with_others() -> None:
+    assert of_bias("(h d) e -> (e h) d") is None
+    assert of_bias("1 e -> e 1") is None
+    assert of_bias("(h d) e -> e (h d), h=2") == "(h d) -> (h d), h=2"
 
 
 def test_a_square_one_of_a_state_dict_is_asked_about() -> None:
@@ -242,6 +298,7 @@ def test_the_kernels_of_gemma() -> None:
     [
         ((5, 1, 1), (5,), "a 1 1 -> a"),
         ((1, 4, 6), (4, 6), "1 a b -> a b"),
+        ((2, 1, 5), (2, 5), "a 1 b -> a b"),
         ((4, 6), (1, 4, 1, 6), "a b -> 1 a 1 b"),
         ((4, 6), (1, 6, 4), None),
         ((1,), (), "1 -> "),
