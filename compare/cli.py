@@ -538,10 +538,7 @@ def match(
         require_exists(file)
     rules = {
         "rename": _rules("--rename", rename),
-        "split": {
-            old: new.split(",") if isinstance(new, str) else new
-            for old, new in _rules("--split", split).items()
-        },
+        "split": _splits(split),
         "stack": _rules("--stack", stack),
         "tied": _rules("--tied", tied, "COPY=TENSOR"),
         "layouts": _layouts(layout_of),
@@ -703,6 +700,23 @@ def _rules(option: str, arguments: list[str] | None, metavar: str = "OLD=NEW") -
             raise typer.BadParameter(f"{option} {shown(argument)}: {shown(error)}") from error
         if not argument.startswith("{") and not (old and equals):
             raise typer.BadParameter(f"{option} {shown(argument)}: say {metavar}")
+    return rules
+
+
+def _splits(arguments: list[str] | None) -> dict[str, Any]:
+    """Return the rules of --split.
+
+    Raises:
+        BadParameter: an argument is neither OLD=A,B nor an object of such rules.
+    """
+    from .conversion.parts import as_split
+
+    rules = {}
+    for old, new in _rules("--split", arguments, "OLD=A,B").items():
+        try:
+            rules[old] = as_split(new.split(",") if isinstance(new, str) else new)
+        except ValueError as error:
+            raise typer.BadParameter(f"--split {shown(old)}: {shown(error)}") from error
     return rules
 
 

@@ -2,10 +2,12 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import jax
 import pytest
+import torch
 
 from compare.commands.run import versions
 from compare.report.machine import machine
@@ -16,7 +18,7 @@ if find_spec("hypothesis"):
     from hypothesis import settings
 
     # Every run uses the same examples. `--hypothesis-profile=wide` draws many new ones each time.
-    settings.register_profile("fixed", derandomize=True, deadline=None)
+    settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=50)
     settings.register_profile("wide", max_examples=2000, deadline=None)
     settings.load_profile("fixed")
 
@@ -66,6 +68,19 @@ def pytest_report_header() -> str:
     processor = ", ".join(machine().values())
     cuda = missing_cuda() or "seen by both frameworks"
     return f"attention-parity: {packages}; CUDA: {cuda}; {processor}"
+
+
+@pytest.fixture
+def float64_by_default() -> Iterator[None]:
+    """In both frameworks, with the promotions that Flax's own layers need."""
+    torch.set_default_dtype(torch.float64)
+    with (
+        jax.enable_x64(True),
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+    ):
+        yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

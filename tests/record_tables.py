@@ -79,15 +79,25 @@ def mutants() -> str:
 
 
 def mechanical() -> str:
-    rows = first_table(record("mechanical")["sections"][0])["rows"]
+    rows = [
+        row
+        for name in ("mechanical", "mechanical-compare")
+        for row in first_table(record(name)["sections"][0])["rows"]
+    ]
     sums = {
         folder: [
             sum(row[column] for row in rows if row[0].startswith(folder)) for column in (1, 2, 3, 4)
         ]
-        for folder in ("torch_impl", "flax_impl")
+        for folder in ("torch_impl", "flax_impl", "compare/conversion", "compare/checkpoint")
     }
     columns = ["sources", "mechanical bugs", "killed", "marked", "neither"]
     return table(columns, [[f"`{folder}`", *counts] for folder, counts in sums.items()])
+
+
+def layers() -> str:
+    section = record("layers")["sections"][0]
+    found = first_table(section)
+    return table(found["columns"], found["rows"])
 
 
 def campaigns() -> str:
@@ -135,6 +145,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bound": bound,
     "mutants": mutants,
     "mechanical": mechanical,
+    "layers": layers,
     "campaigns": campaigns,
     "streaming": streaming,
     "checkpoints": checkpoints,

@@ -114,6 +114,12 @@ def _to_torch(source: Tensors, mapping: StateMapping) -> Tensors:
             refused.append(
                 MismatchEntry(key, parts[0].place, spec.shape, reason=f"{parts[0].place}: {error}")
             )
+    twins = [row for row in mapping.rows if row.twin]
+    missing += [
+        MismatchEntry(row.torch_key, row.place)
+        for row in twins
+        if row.required and row.path not in source.specs
+    ]
     refused += _unequal_twins(source, mapping)
     refused += _objections(source, mapping, lambda item: item.path)
     known = mapping.by_path.keys() | {item.path for item in mapping.left}
@@ -153,12 +159,18 @@ def _unequal_twins(source: Tensors, mapping: StateMapping) -> list[MismatchEntry
     """List the arrays that torch has once, and that have other values in the source."""
     refused = []
     for twin in [row for row in mapping.rows if row.twin and row.path in source.specs]:
-        first = mapping.by_key[twin.torch_key][0]
-        if first.path not in source.specs:
+        key = twin.torch_key
+        if any(row.path not in source.specs for row in mapping.by_key[key]):
             continue
-        here, there = (
-            _of_key(row.torch_key, row, _whole(source, row.path)) for row in (twin, first)
-        )
+        try:
+            here = _of_key(key, twin, _whole(source, twin.path))
+            parts = [_of_key(key, row, _whole(source, row.path)) for row in mapping.by_key[key]]
+            part = mapping.by_key[key][0].part
+            whole = part.join(parts) if part else parts[0]
+            there = twin.part.of(whole) if twin.part else whole
+        except ValueError as error:
+            refused.append(MismatchEntry(key, twin.place, reason=f"{twin.place}: {error}"))
+            continue
         is_same = (here.dtype, here.shape) == (there.dtype, there.shape)
         if not is_same or here.tobytes() != there.tobytes():
             refused.append(unequal_twin(twin))

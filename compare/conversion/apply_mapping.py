@@ -151,7 +151,9 @@ def torch_from_flax(
     refused += [
         unequal_twin(row)
         for row, values in twins
-        if row.torch_key in state and not same_bits(values, state[row.torch_key])
+        for whole in [state.get(row.torch_key)]
+        if row.torch_key in state
+        and not same_bits(values, row.part.of(whole) if row.part else whole)
     ]
     for row in mapping.rows:
         if row.kind == "alias" and mapping.by_path[row.path].torch_key in state:
@@ -287,7 +289,8 @@ def untied(
 def unequal_twin(row: Row) -> MismatchEntry:
     """Return the entry of a Flax array that differs from the one it is a copy of."""
     reason = f"is one tensor in torch, and {row.place} has other values here"
-    return MismatchEntry(row.torch_key, row.place, reason=reason)
+    mend = "give both the same values, or keep both in torch"
+    return MismatchEntry(row.torch_key, row.place, reason=reason, mend=mend)
 
 
 def same_bits(tensor: Any, other: Any) -> bool:

@@ -11,6 +11,7 @@ from flax import linen, nnx
 
 from ..files.printable import shown
 from .layers import is_conv1d_of_transformers
+from .layouts import is_pattern, layout
 from .mapping import KeyPath
 from .rearranged import fitting, of_bias, without_ones
 from .tensors import shape_of
@@ -50,6 +51,8 @@ def inferred_layout(
     rank, torch_rank = len(shape), len(torch_shape)
     pattern = json.dumps(glob.escape(key), ensure_ascii=False)
     is_weight = key.rpartition(".")[2] == "weight"
+    if leaf == "bias" and torch_rank == 1 and kernel and is_pattern(kernel):
+        return _bias_beside(kernel, torch_shape, shape, layer, pattern)
     if leaf == "bias" and torch_rank == 1 and rank > 1:
         return _bias_layout(path, torch_shape, shape, kernel, pattern)
     if leaf == "negative_slope":
@@ -104,10 +107,10 @@ def inferred_layout(
             raise Undecided("conv", "conv_transpose")
         return "conv"
     kind = "torch" if layer is None else f"the {type(layer).__name__} in torch"
-    fallback = "" if rank == torch_rank else _patterns(torch_shape, shape)
+    usual = '"transposed"' if rank == torch_rank == 2 else '"…", a layout or a pattern'
     raise ValueError(
-        f"{kind} does not say how this kernel is laid out: pass "
-        f'layouts={{{pattern}: "transposed"}}, or another layout{fallback}'
+        f"{kind} does not say how this kernel is laid out: pass layouts={{{pattern}: {usual}}}"
+        + (", or another layout" if rank == torch_rank == 2 else _patterns(torch_shape, shape))
     )
 
 
@@ -125,8 +128,6 @@ def _bias_layout(
     """
     if kernel == "heads_in" or (len(shape) == 2 and path[-2:-1] in _PROJECTIONS and not kernel):
         return "heads_bias"
-    if kernel and "->" in kernel and (found := of_bias(kernel)):
-        return found
     if ones := without_ones(torch_shape, shape):
         return ones
     weight = pattern.removesuffix('bias"') + 'weight"'
@@ -135,6 +136,46 @@ def _bias_layout(
         f'({weight}) with layouts, or pass layouts={{{pattern}: "(a b) -> a b"}} for it'
         f"{_patterns(torch_shape, shape)}"
     )
+
+
+def _bias_beside(
+    kernel: str,
+    torch_shape: Sequence[int],
+    shape: Sequence[int],
+    layer: torch.nn.Module | None,
+    pattern: str,
+) -> str:
+    """Return the layout of a bias whose weight has a pattern: that of the weight's outputs.
+
+    Raises:
+        ValueError: nothing says which axis of the weight are the outputs, or they are not alone.
+    """
+    axes = [0, 1]
+    if isinstance(layer, torch.nn.Linear | torch.nn.modules.conv._ConvNd):
+        axes = [int(isinstance(layer, torch.nn.modules.conv._ConvTransposeNd))]
+    elif layer is not None and is_conv1d_of_transformers(layer):
+        axes = [1]
+    found = [name for axis in axes if (name := of_bias(kernel, axis))]
+    fits = {_plain(name) for name in found if _has_shapes(name, torch_shape, shape)}
+    if len(fits) != 1:
+        raise ValueError(
+            f'say how its axes are ordered: layouts={{{pattern}: "(a b) -> a b"}}, or "same"'
+            + (f"; {' and '.join(map(json.dumps, sorted(fits)))} fit" if fits else "")
+        )
+    return fits.pop()
+
+
+def _plain(pattern: str) -> str:
+    """Return "same" for a pattern whose two sides are the same."""
+    torch_axes, _, flax_axes = pattern.partition(",")[0].partition(" -> ")
+    return "same" if torch_axes == flax_axes else pattern
+
+
+def _has_shapes(name: str, torch_shape: Sequence[int], shape: Sequence[int]) -> bool:
+    try:
+        return layout(name, shape).torch_shape == tuple(torch_shape)
+    except ValueError:
+        return False
 
 
 def _of_one_point(

@@ -136,6 +136,8 @@ def known_layout(name: str) -> tuple[str, Shape]:
     Raises:
         ValueError: the layout does not exist.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"a layout is a name or a pattern: {name!r}")
     if is_pattern(name):
         rearrangement(name)
         return name, ()

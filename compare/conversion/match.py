@@ -392,7 +392,7 @@ class _Matcher:
         layer, axis = self.layers.get(key.rpartition(".")[0]), rule.axis
         if axis is None:
             axis = -1 if layer is not None and is_conv1d_of_transformers(layer) else 0
-        if axis not in (0, -1, rank - 1) and rank > 1:
+        if axis not in (0, -1, max(rank - 1, 1)):
             raise ValueError(f"axis {axis} cannot be split: pass axis=0, or -1 for the last")
         return 0 if axis == 0 or rank < 2 else -1
 
@@ -542,30 +542,43 @@ class _Matcher:
 
     def pair_copies(self) -> None:
         """Pair what `tied` says is the same tensor, and one side has once."""
-        rows = {row.torch_key: row for row in self.rows}
         for copy, first in self.tied.items():
-            reason = ""
-            if first not in rows or copy == first:
-                reason = f"is tied to {first}, which is no tensor that pairs"
-            elif copy in self.twins and copy not in rows:
-                is_asked = copy in self.undecided or copy in {entry.name for entry in self.refused}
-                reason = "" if is_asked else "is a copy that neither side has"
-            elif copy in self.twins:
-                at = self.rows.index(rows[copy])
-                self.rows[at] = replace(rows[copy], torch_key=first, twin=True)
-            elif copy in rows or copy not in self.tensors:
-                reason = "is no copy: both sides have it; leave it out of tied"
-            elif shape_of(self.tensors[copy]) != shape_of(self.tensors[first]):
-                shapes = [shape_of(self.tensors[key]) for key in (copy, first)]
-                reason = f"is tied to {first}, but is {shapes[0]}, not {shapes[1]}"
-            else:
-                self.rows.append(replace(rows[first], torch_key=copy, kind="alias", plus=None))
-                self.done.add(copy)
+            own = [row for row in self.rows if copy in row.keys]
+            firsts = [row for row in self.rows if first in row.keys and row.kind != "alias"]
+            reason = self._no_copy(copy, first, own, firsts)
             if reason:
-                self.refused.append(MismatchEntry(copy, "", reason=reason))
+                is_asked = copy in self.undecided or copy in {entry.name for entry in self.refused}
+                if not is_asked:
+                    self.refused.append(MismatchEntry(copy, "", reason=reason))
+            elif copy in self.twins:
+                twins = {id(row): replace(row, torch_key=first, twin=True) for row in own}
+                self.rows = [twins.get(id(row), row) for row in self.rows]
+            else:
+                self.rows.append(replace(firsts[-1], torch_key=copy, kind="alias", plus=None))
+                self.done.add(copy)
+        self.rows = [row for row in self.rows if not self.twins.keys() & {*row.keys}]
         for copy in self.twins:
             self.done.discard(copy)
             del self.tensors[copy]
+
+    def _no_copy(
+        self, copy: str, first: str, own: Sequence[Row], firsts: Sequence[Row]
+    ) -> str | None:
+        """Return why the rows of the two tensors cannot be those of a copy, or None."""
+        if first not in self.tensors or first in self.twins:
+            return f"is tied to {first}, which torch does not have"
+        if copy == first or not firsts:
+            return f"is tied to {first}, which is no tensor that pairs"
+        if any(row.stack or row.plus for row in (*own, *firsts)):
+            return f"is tied to {first}, and one of them is stacked, or added to another tensor"
+        if copy in self.twins:
+            return None if own else "is a copy that neither side has"
+        if own or copy not in self.tensors:
+            return "is no copy: both sides have it; leave it out of tied"
+        if shape_of(self.tensors[copy]) != shape_of(self.tensors[first]):
+            shapes = [shape_of(self.tensors[key]) for key in (copy, first)]
+            return f"is tied to {first}, but is {shapes[0]}, not {shapes[1]}"
+        return None
 
     def pair_aliases(self) -> None:
         """Pair each key without a Flax path that shares its memory with a paired one."""

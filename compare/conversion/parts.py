@@ -114,7 +114,8 @@ class Part:
         axis = self.axis % len(shape)
         unit = tensor.shape[axis] // (self.groups * sum(self.sizes))
         begin = sum(self.sizes[: self.index]) * unit
-        grouped = tensor.reshape(*shape[:axis], self.groups, -1, *shape[axis + 1 :])
+        length = tensor.shape[axis] // self.groups
+        grouped = tensor.reshape(*shape[:axis], self.groups, length, *shape[axis + 1 :])
         taken = (slice(None),) * (axis + 1) + (slice(begin, begin + self.sizes[self.index] * unit),)
         return grouped[taken].reshape(shape)
 
@@ -130,7 +131,10 @@ class Part:
             raise ValueError(f"its parts imply different shapes: {' and '.join(map(str, shapes))}")
         axis = self.axis % len(shape)
         grouped = [
-            part.reshape(*shape[:axis], self.groups, -1, *shape[axis + 1 :]) for part in parts
+            part.reshape(
+                *shape[:axis], self.groups, part.shape[axis] // self.groups, *shape[axis + 1 :]
+            )
+            for part in parts
         ]
         is_torch = isinstance(grouped[0], Tensor)
         joined = torch.cat(grouped, axis + 1) if is_torch else np.concatenate(grouped, axis + 1)
@@ -175,9 +179,15 @@ def equal_part(index: int, count: int) -> Part:
 
 
 def parts_of_sizes(sizes: Sequence[int], axis: int, groups: int) -> list[Part]:
-    """Return the parts whose arrays have these numbers of elements."""
+    """Return the parts whose arrays have these numbers of elements.
+
+    Raises:
+        ValueError: one of them is empty.
+    """
+    if not all(sizes):
+        raise ValueError("a part of it is empty in Flax, which does not say how long the parts are")
     divisor = gcd(*sizes)
-    ratio = tuple(size // divisor for size in sizes) if divisor else (1,) * len(sizes)
+    ratio = tuple(size // divisor for size in sizes)
     return [Part(index, ratio, axis, groups) for index in range(len(sizes))]
 
 
@@ -196,10 +206,11 @@ def part_from_json(content: Any) -> Part | None:
     if isinstance(content, dict) and content.keys() == {*_FIELDS}:
         index, sizes, axis, groups = (content[name] for name in _FIELDS)
         are_sizes = isinstance(sizes, list | tuple) and all(
-            type(size) is int and size >= 0 for size in sizes
+            type(size) is int and size > 0 for size in sizes
         )
-        is_place = type(index) is int and type(groups) is int and groups > 0 and axis in (0, -1)
-        if are_sizes and sum(sizes) and is_place and 0 <= index < len(sizes) and sizes[index]:
+        is_place = type(index) is int and type(groups) is int and groups > 0
+        is_place = is_place and type(axis) is int and axis in (0, -1)
+        if are_sizes and is_place and 0 <= index < len(sizes):
             return Part(index, tuple(sizes), axis, groups)
     raise ValueError(
         f"the part {content}; expected [i, n] with 0 <= i < n, or its index, sizes, axis and groups"

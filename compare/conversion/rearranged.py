@@ -14,7 +14,7 @@ from .errors import Shape
 
 _AXIS = re.compile(r"\(([^()]*)\)|([^\s()]+)")
 _NAME = re.compile(r"[A-Za-z_]\w*")
-_SIZES = re.compile(r"([A-Za-z_]\w*)=([1-9]\d*)")
+_SIZES = re.compile(r"([A-Za-z_]\w*)=([1-9]\d{0,17})")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 Axes = tuple[tuple[str, ...], ...]  # the names in each axis, from the outermost
@@ -58,8 +58,8 @@ class Rearrangement(NamedTuple):
             known = prod(lengths[name] for name in axis if name in lengths)
             if len(unknown) > 1:
                 raise ValueError(
-                    f"does not show the length of {unknown[0]}: write it after the pattern, as in "
-                    f'", {unknown[0]}=4"'
+                    f"does not show the length of {unknown[0]}: write it after the pattern, "
+                    f'", {unknown[0]}=…"'
                 )
             if unknown and known and length % known == 0:
                 lengths[unknown[0]] = length // known
@@ -83,7 +83,7 @@ def rearrangement(pattern: str) -> Rearrangement:
     sizes: dict[str, int] = {}
     for text in stated:
         fit = _SIZES.fullmatch(text)
-        if not fit or fit[1] not in chain(*torch):
+        if not fit or fit[1] not in chain(*torch) or fit[1] in sizes:
             raise ValueError(f"{pattern!r}: {text!r} is not the length of one of its axes")
         sizes[fit[1]] = int(fit[2])
     names = [*chain(*torch)]
@@ -113,23 +113,26 @@ def text(torch: Axes, flax: Axes) -> str:
     return " -> ".join(" ".join(map(_axis_text, axes)) for axes in (torch, flax))
 
 
-def of_bias(pattern: str) -> str | None:
+def of_bias(pattern: str, outputs_axis: int = 0) -> str | None:
     """Return the pattern of the bias beside a kernel of this pattern, or None if it has none.
 
-    The bias has the axes of the outputs: those in the first axis of torch's weight.
+    The bias has the axes of the outputs, which are one axis of torch's weight.
     """
     found = rearrangement(pattern)
-    outputs = {*found.torch[0]} if found.torch else {*()}
+    torch = found.torch[outputs_axis : outputs_axis + 1]
+    outputs = {*chain(*torch)}
     flax = tuple(axis for axis in found.flax if {*axis} & outputs)
     if not outputs or not all({*axis} <= outputs for axis in flax):
         return None
     sizes = "".join(f", {name}={size}" for name, size in found.sizes.items() if name in outputs)
-    return text(found.torch[:1], flax) + sizes
+    return text(torch, flax) + sizes
 
 
 def without_ones(torch_shape: Sequence[int], flax_shape: Sequence[int]) -> str | None:
     """Return the pattern of two shapes that are the same but for axes of length 1, or None."""
     if [size for size in torch_shape if size != 1] != [size for size in flax_shape if size != 1]:
+        return None
+    if len([size for size in torch_shape if size != 1]) > len(_LETTERS):
         return None
     letters = iter(_LETTERS)
     names = [next(letters) for size in torch_shape if size != 1]

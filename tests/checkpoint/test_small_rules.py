@@ -109,8 +109,9 @@ def test_an_old_pickle_has_short_texts() -> None:
 
 def test_the_copies_that_a_sum_makes_are_counted() -> None:
     plain, plus = Row("a", ("a",)), Row("b", ("b",), plus="c")
-    counts = [_new_copies(StateMapping(rows)) for rows in ((plain,), (plain, plus))]
-    assert counts == [0, 2]
+    flat, pattern = Row("d", ("d",), "flatten:1,1,1"), Row("e", ("e",), "a b -> b a")
+    counts = [_new_copies(StateMapping((plain, more))) for more in (plus, flat, pattern)]
+    assert [_new_copies(StateMapping((plain,))), *counts] == [0, 2, 1, 1]
 
 
 def test_the_lists_of_an_error_do_not_change() -> None:

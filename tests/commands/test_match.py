@@ -112,3 +112,11 @@ def test_what_cannot_be_matched_is_named(
     monkeypatch.chdir(files[0].parent)
     found, printed = run("match", *arguments)
     assert (found, message in printed) == (code, True), printed
+
+
+def test_a_split_that_is_none_is_wrong_usage(tmp_path: Path) -> None:
+    for name in ("a.pth", "b.msgpack"):
+        (tmp_path / name).write_bytes(b"")
+    code, output = run("match", tmp_path / "a.pth", tmp_path / "b.msgpack", "--split", '{"w": 3}')
+    assert code == 2
+    assert "is no list of Flax names" in output

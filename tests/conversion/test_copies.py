@@ -117,14 +117,15 @@ def test_a_square_copy_is_asked_about() -> None:
 @pytest.mark.parametrize(
     ("tied", "message"),
     [
-        ({"head.weight": "wte.weight"}, "is tied to wte.weight, which is no tensor that pairs"),
+        ({"head.weight": "wte.weight"}, "is tied to wte.weight, which torch does not have"),
         ({"lm_head.weight": "embed.weight"}, "is a copy that neither side has"),
         ({"embed.weight": "embed.weight"}, "is tied to embed.weight, which is no tensor"),
     ],
 )
 def test_a_rule_that_does_not_fit_is_refused(tied: dict[str, str], message: str) -> None:
-    with pytest.raises(ConversionError, match=re.escape(message)):
+    with pytest.raises(ConversionError, match=re.escape(message)) as refused:
         compare.match(Torch(False), One(), tied=tied)
+    assert not refused.value.mismatch.unexpected
 
 
 def test_a_copy_of_another_shape_is_refused() -> None:
@@ -155,3 +156,113 @@ def test_linen_variables() -> None:
     expected = weight @ weight.T
     outputs: Any = Model().apply(made, tokens)
     np.testing.assert_allclose(outputs, expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def variables(**modules: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    return {
+        "params": {
+            name: {leaf: np.zeros(shape, np.float32) for leaf, shape in leaves.items()}
+            for name, leaves in modules.items()
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("state", "template", "rules", "message"),
+    [
+        (
+            {"emb.weight": (5, 3)},
+            variables(head={"kernel": (3, 5)}),
+            {"tied": {"head.weight": "emb.weight"}},
+            "is tied to emb.weight, which is no tensor that pairs",
+        ),
+        (
+            {"layers.0.weight": (5, 3)},
+            variables(layers={"kernel": (2, 3, 5)}),
+            {"stack": {"layers.*": "layers"}, "tied": {"layers.1.weight": "layers.0.weight"}},
+            "one of them is stacked",
+        ),
+        (
+            {"a.weight": (5, 3)},
+            variables(a={"kernel": (3, 5)}),
+            {"tied": {"b.weight": "c.weight", "c.weight": "a.weight"}},
+            "b.weight: is tied to c.weight, which torch does not have",
+        ),
+    ],
+)
+def test_a_copy_that_cannot_be_said_is_refused(
+    state: Any, template: Any, rules: Any, message: str
+) -> None:
+    source = {key: torch.ones(shape) for key, shape in state.items()}
+    with pytest.raises(ConversionError, match=re.escape(message)):
+        compare.match(source, template, **rules)
+
+
+@pytest.mark.parametrize("tied", ["l.0.weight", "l.1.weight"])
+def test_a_copy_of_a_slice_is_refused(tied: str) -> None:
+    source = {key: torch.ones(8, 4) for key in ("l.0.weight", "l.1.weight", "h.weight")}
+    template = variables(l={"kernel": (2, 4, 8)})
+    with pytest.raises(ConversionError, match="one of them is stacked"):
+        compare.match(source, template, stack={"l.*": "l"}, tied={"h.weight": tied})
+
+
+def both_files(mapping: Any, made: Any, state: Any, folder: Path) -> None:
+    back = compare.linen_to_torch(made, mapping=mapping)
+    assert back.keys() == state.keys()
+    path = compare.save_checkpoint(folder / "x.msgpack", made, mapping=mapping)
+    compare.convert_checkpoint(path, folder / "y.pth", mapping=mapping)
+    stored = compare.read_checkpoint(folder / "y.pth")
+    for values in (back, stored):
+        assert all(torch.equal(values[key], state[key]) for key in state)
+
+
+def test_a_copy_of_a_tensor_in_parts_and_parts_of_a_copy(tmp_path: Path) -> None:
+    state = {"a.weight": torch.randn(8, 4)}
+    modules: Any = {"q": {"kernel": (4, 4)}, "k": {"kernel": (4, 4)}, "h": {"kernel": (4, 8)}}
+    template = variables(**modules)
+    weight = state["a.weight"].numpy()
+    for rules in (
+        {"split": {"a": ["q", "k"]}, "tied": {"h.weight": "a.weight"}},
+        {"split": {"b": ["q", "k"]}, "tied": {"b.weight": "a.weight"}, "rename": {"a": "h"}},
+    ):
+        layouts = {"*.weight": "transposed"}
+        mapping = compare.match(state, template, layouts=layouts, **rules)  # type: ignore[arg-type]
+        made = compare.torch_to_linen(state, template, mapping=mapping)
+        for name, expected in (("q", weight[:4].T), ("k", weight[4:].T), ("h", weight.T)):
+            np.testing.assert_array_equal(made["params"][name]["kernel"], expected)
+        both_files(mapping, made, state, tmp_path)
+        made["params"]["k"]["kernel"] = made["params"]["k"]["kernel"] + 1
+        with pytest.raises(ConversionError, match="is one tensor in torch"):
+            compare.linen_to_torch(made, mapping=mapping)
+        compare.save_checkpoint(tmp_path / "x.msgpack", made, mapping=mapping)
+        with pytest.raises(compare.CheckpointError, match="is one tensor in torch"):
+            compare.convert_checkpoint(tmp_path / "x.msgpack", tmp_path / "z.pth")
+
+
+def test_attention_may_be_a_copy() -> None:
+    def flax() -> nnx.MultiHeadAttention:
+        return nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0))
+
+    attention = torch.nn.MultiheadAttention(4, 2)
+    source = torch.nn.ModuleDict({"a": attention})
+    model = nnx.Dict(a=flax(), b=flax())
+    tied = {f"b.{key}": f"a.{key}" for key in attention.state_dict()}
+    mapping = compare.match(source, model, tied=tied)
+    made = compare.torch_to_nnx(source, model, mapping=mapping)
+    np.testing.assert_array_equal(made["a"].key.kernel, made["b"].key.kernel)
+    back = compare.nnx_to_torch(made, mapping=mapping)
+    assert all(torch.equal(back[key], value) for key, value in source.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"), [(None, "missing"), ((4, 7, 1), "h/kernel: the layout transposed")]
+)
+def test_a_file_without_the_copy_or_with_another_is_refused(
+    shape: tuple[int, ...] | None, message: str, tmp_path: Path
+) -> None:
+    template = variables(e={"embedding": (7, 4)}, h={"kernel": (4, 7)})
+    mapping = compare.match({"e.weight": torch.ones(7, 4)}, template, tied={"h.weight": "e.weight"})
+    other = variables(e={"embedding": (7, 4)}, **({"h": {"kernel": shape}} if shape else {}))
+    compare.save_checkpoint(tmp_path / "x.msgpack", other)
+    with pytest.raises(compare.CheckpointError, match=message):
+        compare.convert_checkpoint(tmp_path / "x.msgpack", tmp_path / "y.pth", mapping=mapping)

@@ -28,17 +28,7 @@ LAPACK_THRESHOLD = 30.0
 U32, U64 = np.finfo(np.float32).eps / 2, np.finfo(np.float64).eps / 2
 
 
-@pytest.fixture(autouse=True)
-def _x64() -> Any:
-    torch.set_default_dtype(torch.float64)
-    with (
-        jax.enable_x64(True),
-        jax.numpy_rank_promotion("allow"),
-        jax.numpy_dtype_promotion("standard"),
-    ):
-        yield
-    torch.set_default_dtype(torch.float32)
-
+pytestmark = pytest.mark.usefixtures("float64_by_default")
 
 # A plain run takes each layer in one of the two APIs, in turn.
 FLAVORS = [

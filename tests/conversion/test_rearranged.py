@@ -81,6 +81,7 @@ def test_a_pattern_moves_each_value_where_einsum_does(drawn: Any) -> None:
         ("(a b -> a b", "has a bracket that does not close"),
         ("a 2 -> 2 a", "'2' is no name of an axis"),
         ("(a b) -> a b, c=2", "'c=2' is not the length of one of its axes"),
+        ("(a b) -> a b, a=3, a=2", "'a=2' is not the length of one of its axes"),
         ("(a b) -> a b, a=0", "'a=0' is not the length of one of its axes"),
     ],
 )
@@ -92,7 +93,7 @@ def test_what_is_no_pattern_is_refused(pattern: str, message: str) -> None:
 
 
 def test_a_length_that_is_not_shown_is_asked_for() -> None:
-    with pytest.raises(ValueError, match=r'write it after the pattern, as in ", c=4"'):
+    with pytest.raises(ValueError, match=r'write it after the pattern, ", c=…"'):
         layout("o (c h) -> (c h) o", (6, 2))
     assert layout("o (c h) -> (c h) o, c=2", (6, 2)).split == (2, 2, 3)
     with pytest.raises(ValueError, match=r"needs an array \(c h\) o; this one is \(7, 2\)"):
@@ -261,6 +262,41 @@ def test_a_fused_projection_in_one_dense_general(torch_axes: str) -> None:
     assert all(torch.equal(back[key], value) for key, value in source.state_dict().items())
 
 
+def test_the_bias_is_reordered_with_the_outputs() -> None:
+    torch.manual_seed(0)
+    source = torch.nn.ModuleDict({"qkv": torch.nn.Linear(5, 12)})
+    model = nnx.Dict(qkv=nnx.Linear(5, 12, rngs=nnx.Rngs(0)))
+    layouts = {"qkv.weight": "(q h d) e -> e (h q d), q=3, h=2"}
+    mapping = compare.match(source, model, layouts=layouts)
+    compare.torch_to_nnx(source, model, mapping=mapping)
+    inputs = torch.randn(2, 5)
+    expected = source["qkv"](inputs).detach().numpy().reshape(2, 3, 2, 2).swapaxes(1, 2)
+    outputs = model["qkv"](jnp.asarray(inputs.numpy()))
+    np.testing.assert_allclose(outputs, expected.reshape(2, 12), rtol=1e-5, atol=1e-6)
+
+
+def test_the_outputs_of_a_conv1d_are_its_last_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Conv1D(torch.nn.Module):
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(inputs, outputs))
+            self.bias = torch.nn.Parameter(torch.randn(outputs))
+
+    monkeypatch.setattr(Conv1D, "__module__", "transformers.pytorch_utils")
+    source = torch.nn.ModuleDict({"a": Conv1D(4, 6)})
+    model = nnx.Dict(a=nnx.LinearGeneral(4, (2, 3), rngs=nnx.Rngs(0)))
+    layouts = {"a.weight": "e (h d) -> e h d"}
+    for side in (source, source.state_dict()):
+        mapping = compare.match(side, model, layouts=layouts)
+        assert mapping.rows[1].layout == "(h d) -> h d"
+    square = torch.nn.ModuleDict({"a": Conv1D(4, 4)})
+    other = nnx.Dict(a=nnx.LinearGeneral((2, 2), (2, 2), axis=(-2, -1), rngs=nnx.Rngs(0)))
+    layouts = {"a.weight": "(a b) (h d) -> a b d h"}
+    assert compare.match(square, other, layouts=layouts).rows[1].layout == "(h d) -> d h"
+    with pytest.raises(ConversionError, match=r'"\(a b\) -> a b" and "\(h d\) -> d h" fit'):
+        compare.match(square.state_dict(), other, layouts=layouts)
+
+
 def test_the_patterns_that_fit_are_named() -> None:
     source = torch.nn.ModuleDict({"qkv": torch.nn.Linear(6, 3 * 2 * 4)})
     with pytest.raises(ConversionError) as refused:
@@ -319,3 +355,13 @@ def test_axes_of_length_one(
     assert made["params"]["table"].shape == flax_shape
     assert made["params"]["table"].ravel().tolist() == source["table"].ravel().tolist()
     assert torch.equal(compare.linen_to_torch(made, mapping=mapping)["table"], source["table"])
+
+
+def test_more_axes_than_letters_are_no_pattern() -> None:
+    assert without_ones((2,) * 27, (*(2,) * 27, 1)) is None
+
+
+def test_a_layout_is_a_text() -> None:
+    wrong: Any = {"weight": 3}
+    with pytest.raises(ValueError, match="a layout is a name or a pattern: 3"):
+        compare.match(torch.nn.Linear(1, 1), {}, layouts=wrong)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import compare
 from compare import ConversionError, Split
+from compare.conversion.parts import Part, equal_part, part_from_json
 
 SPLIT = {"blocks.*.qkv": ["blocks.*.query", "blocks.*.key", "blocks.*.value"]}
 
@@ -295,6 +296,13 @@ def test_what_is_no_split_is_refused(rule: Any, message: str) -> None:
         compare.match(torch_model(), Flax(), split={"blocks.*.qkv": rule})
 
 
+def test_equal_parts_are_written_as_before() -> None:
+    assert equal_part(1, 3).as_json() == [1, 3]
+    assert equal_part(1, 3).lies_in_pieces
+    other = Part(0, (2, 1), -1, 4)
+    assert part_from_json(other.as_json()) == other and not other.lies_in_pieces
+
+
 def test_a_split_may_be_an_object_of_json() -> None:
     rule: Any = {"parts": SPLIT["blocks.*.qkv"], "axis": 0}
     assert compare.match(torch_model(), Flax(), split={"blocks.*.qkv": rule}) == compare.match(
@@ -307,6 +315,8 @@ def test_a_split_may_be_an_object_of_json() -> None:
     [
         {"index": 2, "sizes": [1, 1], "axis": 0, "groups": 1},
         {"index": 0, "sizes": [1, 1], "axis": 1, "groups": 1},
+        {"index": 0, "sizes": [1, 1], "axis": -1.0, "groups": 1},
+        {"index": 0, "sizes": [1, 0], "axis": 0, "groups": 1},
         {"index": 0, "sizes": [0, 1], "axis": 0, "groups": 1},
         {"index": 0, "sizes": [1, 1], "axis": 0, "groups": 0},
         {"index": 0, "sizes": [1, 1], "axis": 0},
@@ -317,3 +327,18 @@ def test_a_part_that_is_none_is_no_mapping(part: Any) -> None:
     row = {"torch_key": "a", "path": ["params", "a"], "part": part}
     with pytest.raises(ValueError, match="a has the part"):
         compare.StateMapping.from_json({"flax": "linen", "rows": [row], "left": []})
+
+
+@pytest.mark.parametrize(("torch_shape", "kernels"), [((6, 0), (0, 3)), ((6, 3), (3, 0))])
+def test_empty_parts_are_refused(torch_shape: Any, kernels: Any) -> None:
+    template = {name: {"kernel": np.zeros(kernels, np.float32)} for name in ("q", "k")}
+    with pytest.raises(ConversionError, match="a part of it is empty in Flax"):
+        compare.match(
+            {"a.weight": torch.ones(torch_shape)}, {"params": template}, split={"a": ["q", "k"]}
+        )
+
+
+def test_an_axis_that_is_none_is_refused() -> None:
+    rule = {"blocks.*.qkv": Split(SPLIT["blocks.*.qkv"], axis=7)}
+    with pytest.raises(ConversionError, match="axis 7 cannot be split: pass axis=0, or -1"):
+        compare.match(torch_model(), Flax(), split=rule)

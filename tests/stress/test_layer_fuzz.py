@@ -1,12 +1,9 @@
 """Drawn pairs of layers are refused or equal; a silent difference would be seen."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
-import torch
 
 from compare.conversion.errors import ConversionError
 from compare.conversion.match import match
@@ -17,18 +14,6 @@ from compare.stress.layer_pairs import FAMILIES
 GOOD = {"refused", "equal", "warned"}
 
 
-@pytest.fixture
-def wide() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    with (
-        jax.enable_x64(True),
-        jax.numpy_rank_promotion("allow"),
-        jax.numpy_dtype_promotion("standard"),
-    ):
-        yield
-    torch.set_default_dtype(torch.float32)
-
-
 QUICK = ("norms", "linear and one-point convolutions")
 
 
@@ -36,7 +21,7 @@ QUICK = ("norms", "linear and one-point convolutions")
     "family",
     [pytest.param(name, marks=() if name in QUICK else pytest.mark.again) for name in FAMILIES],
 )
-@pytest.mark.usefixtures("wide")
+@pytest.mark.usefixtures("float64_by_default")
 def test_no_pair_differs_silently(family: str, tmp_path: Path) -> None:
     verdicts = [judge(number, family, tmp_path) for number in range(12)]
     assert not [verdict for verdict in verdicts if verdict.outcome not in GOOD]
@@ -53,7 +38,7 @@ def test_no_pair_differs_silently(family: str, tmp_path: Path) -> None:
         ),
     ],
 )
-@pytest.mark.usefixtures("wide")
+@pytest.mark.usefixtures("float64_by_default")
 def test_a_difference_that_is_let_through_is_seen(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
