@@ -91,7 +91,7 @@ def dense_differences(torch_layer: Any, flax_layer: Any) -> Iterator[Difference]
 def _torch_facts(layer: Any, rank: int) -> Iterator[tuple[str, Any]]:
     """Yield what makes the convolution over one point more than a dense layer."""
     for fact, nothing in (("stride", 1), ("padding", 0), ("output_padding", 0), ("groups", 1)):
-        value = getattr(layer, fact)
+        value = getattr(layer, fact, nothing)
         if fact == "padding" and isinstance(value, str):  # "same" and "valid" add nothing here
             continue
         if {*_each(value, rank)} != {nothing}:

@@ -6,13 +6,15 @@ agree within rounding; everything else must be an error of the project's own.
 """
 
 import copy
+import json
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +32,13 @@ from ..conversion.errors import ConversionError, TrainingDifference
 from ..conversion.match import match
 from ..files.printable import shown
 from ..report.model import Cell, Check, Section, Table
+from ..subprocesses import ON_CPU, ChildError, child_environment
 from .layer_pairs import FAMILIES, Draw, Pair
 
-_CHUNK = 100
+_CHUNK = 500
 _PROCESSES = 2
+# How often torch's own rounding is measured, each time with numbers that are rounded otherwise.
+_RUNS = 3
 # LAPACK's tests call an error above 30 roundings a bug (TESTING/dtest.in).
 _THRESHOLD = 30.0
 _U32, _U64 = np.finfo(np.float32).eps / 2, np.finfo(np.float64).eps / 2
@@ -44,7 +49,8 @@ class Verdict(NamedTuple):
     """What became of one pair.
 
     Attributes:
-        outcome: `refused`, `equal`, `warned` (equal, but trained in another way), or what is bad.
+        outcome: `refused`, `equal`, `warned` (equal, but trained in another way), `ended` (the
+            process ended within a library), or what is bad.
         entry: the entry point.
         name: both layers.
     """
@@ -54,7 +60,7 @@ class Verdict(NamedTuple):
     name: str
 
 
-_GOOD = ("refused", "equal", "warned")
+_GOOD = ("refused", "equal", "warned", "ended")
 
 
 @dataclass
@@ -68,17 +74,16 @@ class Counts:
 def sections(pairs: int, seed: int = 0) -> Iterator[Section | str]:
     """Yield the progress, then one section with a row for each family of layers."""
     counts = {family: Counts() for family in FAMILIES}
-    done = 0
-    with ProcessPoolExecutor(_PROCESSES, get_context("spawn")) as pool:
-        first = seed * 10**9
+    done, first = 0, seed * 10**9
+    with ThreadPoolExecutor(_PROCESSES) as pool:
         futures = [
             pool.submit(judged, begin, min(_CHUNK, first + pairs - begin))
             for begin in range(first, first + pairs, _CHUNK)
         ]
         for future in as_completed(futures):
-            for number, family, verdict in future.result():
+            for number, verdict in future.result():
                 done += 1
-                is_bad = verdict.outcome not in _GOOD
+                family, is_bad = _family(number), verdict.outcome not in _GOOD
                 counts[family].outcomes["bad" if is_bad else verdict.outcome] += 1
                 if is_bad:
                     text = f"{verdict.entry}: {verdict.name}: {verdict.outcome}"
@@ -86,6 +91,10 @@ def sections(pairs: int, seed: int = 0) -> Iterator[Section | str]:
             bad = sum(len(one.bad) for one in counts.values())
             yield f"{done:,} of {pairs:,} pairs, {bad} bad"
     yield _section(pairs, seed, counts)
+
+
+def _family(number: int) -> str:
+    return list(FAMILIES)[number % len(FAMILIES)]
 
 
 def _section(pairs: int, seed: int, counts: dict[str, Counts]) -> Section:
@@ -105,7 +114,8 @@ def _section(pairs: int, seed: int, counts: dict[str, Counts]) -> Section:
         [
             f"Seed {seed}. In a third of the pairs one argument differs. Equal: converted, and the "
             "same in float64, outputs and gradients, there and back. Warned: the same but for "
-            "gradients, which TrainingDifference says. Bad: anything else that was not refused.",
+            "gradients, which TrainingDifference says. Ended: a library ended the process. Bad: "
+            "anything else that was not refused.",
             Table(columns, rows),
             *(f"Pair {number}: {shown(bad[number])}" for number in sorted(bad)[:_MAX_SHOWN]),
         ],
@@ -116,16 +126,38 @@ def _section(pairs: int, seed: int, counts: dict[str, Counts]) -> Section:
     return section
 
 
-def judged(begin: int, count: int) -> list[tuple[int, str, Verdict]]:
-    """Judge the pairs of these numbers."""
+def judged(begin: int, count: int) -> list[tuple[int, Verdict]]:
+    """Judge the pairs of these numbers in another process, which is replaced if it ends.
+
+    Raises:
+        ChildError: it ends before it judges any.
+    """
+    verdicts: list[tuple[int, Verdict]] = []
+    while len(verdicts) < count:
+        at = begin + len(verdicts)
+        command = [sys.executable, "-P", "-m", __name__, str(at), str(count - len(verdicts))]
+        done = subprocess.run(
+            command, env=child_environment(ON_CPU), capture_output=True, text=True, check=False
+        )
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        if not lines:
+            raise ChildError(done.stderr[-2000:])
+        verdicts += [(number, Verdict(*verdict)) for number, verdict in lines if verdict]
+        if len(verdicts) < count:
+            verdicts.append((begin + len(verdicts), Verdict("ended", "", "")))
+    return verdicts
+
+
+def main() -> None:
+    """Judge as many pairs as the second argument says, from the number of the first on."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    verdicts = []
+    begin, count = map(int, sys.argv[1:])
+    print(json.dumps([begin, None]), flush=True)
     with jax.enable_x64(True), tempfile.TemporaryDirectory() as folder:
         for number in range(begin, begin + count):
-            family = list(FAMILIES)[number % len(FAMILIES)]
-            verdicts.append((number, family, judge(number, family, Path(folder))))
-    return verdicts
+            verdict = judge(number, _family(number), Path(folder))
+            print(json.dumps([number, verdict]), flush=True)
 
 
 def judge(number: int, family: str, folder: Path) -> Verdict:
@@ -322,17 +354,26 @@ def _compared(
     exact = _torch_results(pair, cotangent, torch.float64)
     if exact["outputs"].size != outputs.size:
         return f"the outputs have the shape {outputs.shape}, in torch {exact['outputs'].shape}"
-    single = _torch_results(pair, cotangent, torch.float32)
+    singles = [
+        _torch_results(pair, cotangent, torch.float32, np.random.default_rng(seed))
+        for seed in range(_RUNS)
+    ]
     found = {"outputs": outputs.reshape(exact["outputs"].shape)}
     found |= {
         key: tensor.detach().numpy()
         for key, tensor in gradients_of(cotangent).items()
         if key in exact
     }
+    # torch's own rounding in float32, relative to the largest number of each array.
+    roundings = [
+        np.abs(single[name] - values).max(initial=0) / np.abs(values).max()
+        for single in singles
+        for name, values in exact.items()
+        if values.any()
+    ]
+    relative = _THRESHOLD * max([_U64, *(rounding * (_U64 / _U32) for rounding in roundings)])
     for name, values in exact.items():
-        rounding = np.abs(single[name] - values).max(initial=0) * (_U64 / _U32)
-        least = _U64 * np.abs(values).max(initial=0)
-        limit = _THRESHOLD * max(rounding, least, np.finfo(np.float64).tiny)
+        limit = relative * max(np.abs(values).max(initial=0), np.finfo(np.float64).tiny)
         error = np.abs(found[name] - values).max(initial=0)
         if not error <= limit and name != "outputs" and pair.warned():
             return "warned"
@@ -341,12 +382,23 @@ def _compared(
     return "equal"
 
 
-def _torch_results(pair: Pair, cotangent: np.ndarray, dtype: torch.dtype) -> dict[str, np.ndarray]:
-    """Return the outputs, and the gradients by the names of the held layer's parameters."""
+def _torch_results(
+    pair: Pair,
+    cotangent: np.ndarray,
+    dtype: torch.dtype,
+    random: np.random.Generator | None = None,
+) -> dict[str, np.ndarray]:
+    """Return the outputs, and the gradients by the names of the held layer's parameters.
+
+    With `random`, each number is one rounding larger or smaller.
+    """
     saved = {key: tensor.clone() for key, tensor in pair.layer.state_dict().items()}
     pair.layer.to(dtype)
     inputs = torch.from_numpy(pair.inputs)
-    inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+    inputs = inputs.to(dtype, copy=True) if inputs.is_floating_point() else inputs
+    if random is not None:
+        for values in (*pair.layer.parameters(), inputs):
+            _round_otherwise(values, random)
     pair.layer.zero_grad()
     outputs = pair.torch_outputs(inputs)
     if outputs.numel() == cotangent.size and outputs.requires_grad:
@@ -358,3 +410,16 @@ def _torch_results(pair: Pair, cotangent: np.ndarray, dtype: torch.dtype) -> dic
             results[f"layer.{key}"] = parameter.grad.double().numpy().copy()
     pair.layer.to(torch.float64).load_state_dict(saved)
     return results
+
+
+def _round_otherwise(values: torch.Tensor, random: np.random.Generator) -> None:
+    if values.is_floating_point():
+        signs = random.choice([-1.0, 1.0], tuple(values.shape))
+        with torch.no_grad():
+            values.mul_(
+                1 + torch.finfo(values.dtype).eps * torch.from_numpy(signs).to(values.dtype)
+            )
+
+
+if __name__ == "__main__":
+    main()
