@@ -14,7 +14,8 @@ from ..conversion.convert import StateDict, Variables
 from ..conversion.errors import ConversionError, next_step
 from ..conversion.layers import KnownState
 from ..conversion.mapping import LINEN, NNX, KeyPath, Policy, StateMapping
-from ..conversion.match import allowing, match
+from ..conversion.match import match
+from ..conversion.policies import allowing
 from ..conversion.state_kinds import FlaxSide, flax_side, specs_side, torch_kinds
 from ..conversion.tensors import is_uninitialized, numpy_to_tensor, tensor_to_numpy
 from ..conversion.trees import is_nested

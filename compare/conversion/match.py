@@ -21,18 +21,13 @@ from .errors import ConversionError, Mismatch, MismatchEntry, TrainingDifference
 from .fold import fold as folded
 from .fold import parts_by_name
 from .groups import (
-    MAX_STARS,
-    Rule,
     Shaped,
-    filled,
     parts_by_key,
     rules_of,
     stacks_of,
-    with_too_many_stars,
 )
 from .inferred_layout import inferred_layout
 from .layers import (
-    cell_name,
     compound_rows,
     flax_layouts,
     is_conv1d_of_transformers,
@@ -42,13 +37,15 @@ from .layers import (
 from .layouts import has_own_shape, is_pattern, known_layout, layout
 from .mapping import KeyPath, Left, Policy, Refill, Row, StateMapping, slashed
 from .parts import Part, Split, as_split, parts_of_sizes
+from .policies import decide, require_policy
+from .renamed import chosen_layouts, renamed, unused_names, with_nearest
 from .state_kinds import FlaxSide, flax_side, one_trained, same_memory, torch_kinds
 from .stated import Difference, dense_differences, differences, embedding_differences, linen_layers
 from .suggest import MAX_SUGGESTIONS, Nearest, collection_hint, rename_hint, split_hint, stack_hint
 from .tensors import UNINITIALIZED, Untransferable, is_uninitialized, shape_of
 from .undecided import Choice, Undecided, is_of_our_attention, questions
 from .unmatched import host_values, refill_of
-from .wrappers import without_prefix, without_wrapper
+from .wrappers import without_wrapper
 
 _FOLDED = "only a part from which"
 # The names that a torch leaf may have in Flax.
@@ -242,7 +239,7 @@ class _Matcher:
         for name in layouts.values():
             known_layout(name)
         for rule, decided in policy.items():
-            _require_policy(rule, decided)
+            require_policy(rule, decided)
         unnamed = [key for key in self.tensors if not isinstance(key, str)]
         self.refused = [_unnamed(key) for key in unnamed]
         for key in unnamed:
@@ -263,17 +260,17 @@ class _Matcher:
             self.tensors[copy] = self.tensors[first]
             self.kinds |= {copy: self.kinds[first]} if first in self.kinds else {}
         rules = rules_of(rename)
-        self.names, used = _renamed(self.tensors, rules, prefix)
-        self.layer_names, _ = _renamed(self.layers, rules, prefix)
-        unused_names = _unused_names(self.tensors, rename, used, prefix)
+        self.names, used = renamed(self.tensors, rules, prefix)
+        self.layer_names, _ = renamed(self.layers, rules, prefix)
+        unfitting_names = unused_names(self.tensors, rename, used, prefix)
         self.trained_differently: list[str] = []
-        self.layouts, unused_layouts = _chosen_layouts(self.tensors, layouts)
+        self.layouts, unused_layouts = chosen_layouts(self.tensors, layouts)
         self.rules = layouts
         self.used_layouts: set[str] = set()
         self.split, self.stack = split, stack
         self.used_stacks: set[str] = set()
         self.part_places: set[str] = set()
-        self.refused += [*unused_names, *unused_layouts]
+        self.refused += [*unfitting_names, *unused_layouts]
         self.rows: list[Row] = []
         self.left: list[Left] = []
         self.done: set[str] = set()
@@ -409,7 +406,7 @@ class _Matcher:
 
     def _refuse_rule(self, rule: str, old: str, keys: Sequence[str]) -> None:
         """Refuse a split or stack whose name stands for none of the keys."""
-        reason = _with_nearest(f"this {rule} fits no key", old, Nearest(keys, cutoff=0.5))
+        reason = with_nearest(f"this {rule} fits no key", old, Nearest(keys, cutoff=0.5))
         self.refused.append(MismatchEntry(old, "", reason=reason))
 
     def pair_stacks(self) -> None:
@@ -636,7 +633,7 @@ class _Matcher:
             if not isinstance(layer, torch.nn.MultiheadAttention) or row.shape is None:
                 continue
             name = ".".join(filter(None, (prefix, "num_heads")))
-            is_allowed = _decide(name, self.policy, used_rules) in ("ignore", "verify")
+            is_allowed = decide(name, self.policy, used_rules) in ("ignore", "verify")
             heads = row.slice_shape(row.shape)[1]
             if layer.num_heads != heads and not is_allowed:
                 reason = f"has {layer.num_heads} heads in torch and {heads} in Flax"
@@ -647,7 +644,7 @@ class _Matcher:
         """Refuse layers that compute something else, and keep what is trained in another way."""
         for prefix, place, found in self._layer_differences():
             name = ".".join(filter(None, (prefix, found.fact)))
-            decided = _decide(name, self.policy, used_rules)
+            decided = decide(name, self.policy, used_rules)
             if decided in ("ignore", "verify"):
                 continue
             where = f"{found.torch} in torch, {found.flax} in Flax"
@@ -702,7 +699,7 @@ class _Matcher:
             if row.kind == "parameter" and self.flax.kinds[row.path] == "parameter"
             for key in (row.stack or (row.torch_key,))
             if _is_frozen(self.tensors[key])
-            and _decide(f"{key}.requires_grad", self.policy, used_rules) is None
+            and decide(f"{key}.requires_grad", self.policy, used_rules) is None
         ]
         if frozen:
             others = f" and {len(frozen) - 1:,} others" if len(frozen) > 1 else ""
@@ -717,7 +714,7 @@ class _Matcher:
         """Leave the torch entries that the policy allows; return the others."""
         unexpected = []
         for key in [key for key in self.tensors if key not in self.done]:
-            decided = _decide(key, self.policy, used_rules)
+            decided = decide(key, self.policy, used_rules)
             if decided is None and self._is_counter(key):
                 decided = "ignore"
             elif decided is None and LEGACY.search(key):
@@ -755,7 +752,7 @@ class _Matcher:
             name = slashed(path)
             if path in paired or name in refused_names:
                 continue
-            decided = _decide(name, self.policy, used_rules)
+            decided = decide(name, self.policy, used_rules)
             if decided in ("ignore", "verify"):
                 self.left.append(Left(name, decided, path))
             else:
@@ -844,80 +841,6 @@ def _unnamed(key: Any) -> MismatchEntry:
     return MismatchEntry(repr(key), "", reason=reason)
 
 
-def _renamed(
-    names: Iterable[str], rules: Sequence[Rule], prefix: str
-) -> tuple[dict[str, str], set[str]]:
-    """Return the dotted Flax name of every torch name, and the old names of the rules used."""
-    renamed, used = {}, set()
-    names = list(names)
-    plain = {without_prefix(name, prefix) for name in names}
-    for name in names:
-        bare = without_prefix(name, prefix)
-        renamed[name] = cell = cell_name(bare, plain)
-        for pattern, old, new in rules:
-            if found := pattern.match(cell) or pattern.match(bare):
-                used.add(old)
-                rest = found.string[found.end() :]
-                renamed[name] = (
-                    filled(new, found.groups()) + rest if new else rest.removeprefix(".")
-                )
-                break
-    return renamed, used
-
-
-def _unused_names(
-    tensors: Iterable[str], rename: Mapping[str, str], used: set[str], prefix: str
-) -> list[MismatchEntry]:
-    """Return an entry for each rename rule that cannot be used or was not, and for the prefix."""
-    if too_many := with_too_many_stars(rename):
-        reason = f"has more than {MAX_STARS} * between two dots"
-        return [MismatchEntry(old, "", reason=reason) for old in too_many]
-    unused = [
-        MismatchEntry(
-            old,
-            "",
-            reason=f"renames to {new}, with another number of *",
-            mend=f"to stack them, pass stack={{{old!r}: {new!r}}} instead"
-            if old.count("*") == new.count("*") + 1
-            else "",
-        )
-        for old, new in rename.items()
-        if old.count("*") != new.count("*")
-    ]
-    keys = list(tensors)
-    if prefix and keys and all(without_prefix(key, prefix) == key for key in keys):
-        unused.append(MismatchEntry(prefix, "", reason="no torch name has this prefix"))
-    nearest = Nearest(keys, cutoff=0.5)
-    unused += [
-        MismatchEntry(old, "", reason=_with_nearest("this rename rule fits no key", old, nearest))
-        for old in rename.keys() - used
-    ]
-    return unused
-
-
-def _chosen_layouts(
-    tensors: Iterable[str], layouts: Mapping[str, str]
-) -> tuple[dict[str, str], list[MismatchEntry]]:
-    chosen: dict[str, str] = {}
-    unused = []
-    nearest = Nearest(tensors, cutoff=0.5)
-    for pattern, name in layouts.items():
-        fitting = [key for key in tensors if fnmatchcase(key, pattern)]
-        chosen |= dict.fromkeys(fitting, name)
-        if not fitting:
-            unused.append(
-                MismatchEntry(
-                    pattern, "", reason=_with_nearest("this layout fits no key", pattern, nearest)
-                )
-            )
-    return chosen, unused
-
-
-def _with_nearest(reason: str, name: str, nearest: Nearest) -> str:
-    best = nearest.to(name)
-    return f"{reason}; did you mean {best}?" if best else reason
-
-
 def _candidates(key: str, name: str, flax: FlaxSide) -> list[KeyPath]:
     """Return the Flax paths that the torch key may belong to."""
     prefix, _, leaf = name.rpartition(".")
@@ -926,70 +849,9 @@ def _candidates(key: str, name: str, flax: FlaxSide) -> list[KeyPath]:
     return [path for other in leaves for path in flax.by_name.get(dot + other, ())]
 
 
-def allowing(
-    mapping: StateMapping,
-    tensors: Iterable[str],
-    leaves: Mapping[KeyPath, Any],
-    policy: Mapping[str, Policy],
-) -> StateMapping:
-    """Return the mapping without the pairs that one side lacks and the policy allows to leave out.
-
-    Args:
-        mapping: how the names pair.
-        tensors: the torch names that are there.
-        leaves: the Flax paths that are there.
-        policy: what happens to an entry that exists on one side only.
-    """
-    if not policy:
-        return mapping
-    keys = dict.fromkeys(tensors)
-    used: set[str] = set()
-
-    def allowed(name: str) -> Policy | None:
-        decided = _decide(name, policy, used)
-        return decided if decided in ("ignore", "verify") else None
-
-    left = [item for item in mapping.left if _decide(item.torch_key, policy, used) != "refuse"]
-    rows = []
-    for row in mapping.rows:
-        here, there = all(key in keys for key in row.stack or (row.torch_key,)), row.path in leaves
-        if here and not there and (decided := allowed(row.torch_key)):
-            left.append(Left(row.torch_key, decided))
-        elif there and not here and (decided := allowed(row.place) or allowed(row.torch_key)):
-            left.append(Left(row.place, decided, row.path))
-        else:
-            rows.append(row)
-    known = {*mapping.by_key, *(item.torch_key for item in left)}
-    for key in [key for key in keys if key not in known]:
-        if decided := allowed(key):
-            left.append(Left(key, decided))
-    for path in [path for path in leaves if path not in mapping.by_path]:
-        name = slashed(path)
-        if name not in known and (decided := allowed(name)):
-            left.append(Left(name, decided, path))
-    return StateMapping(tuple(rows), tuple(left), mapping.flax)
-
-
 def _memory(tensor: Any) -> Any:
     """Return a key that is the same for all names of one tensor, or None."""
     return same_memory(tensor) if isinstance(tensor, Tensor) else getattr(tensor, "memory", None)
-
-
-def _decide(name: str, policy: Mapping[str, Policy], used: set[str]) -> Policy | None:
-    for pattern, decided in policy.items():
-        if fnmatchcase(name, pattern):
-            used.add(pattern)
-            _require_policy(pattern, decided)
-            return decided
-    return None
-
-
-def _require_policy(pattern: str, decided: str) -> None:
-    """Raise ValueError for a policy that does not exist."""
-    if decided not in ("ignore", "verify", "refuse"):
-        raise ValueError(
-            f"policy {pattern}: there is no {decided!r}; there are ignore, verify and refuse"
-        )
 
 
 def torch_name(path: KeyPath, flax: FlaxSide) -> str:
