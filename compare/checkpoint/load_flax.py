@@ -14,10 +14,11 @@ from flax.traverse_util import unflatten_dict
 from ..conversion.apply_mapping import place_like
 from ..conversion.errors import ConversionError, Mismatch, MismatchEntry, dropping
 from ..conversion.mapping import KeyPath, Policy, dotted, slashed
+from ..conversion.policies import decided
 from ..conversion.state_kinds import FlaxSide, linen_entries, one_trained, specs_side
 from ..conversion.tensors import Untransferable, numpy_to_tensor, to_jax
 from ..conversion.trees import with_leaves
-from ..conversion.unmatched import decided, lacking, objection
+from ..conversion.unmatched import lacking, objection
 from ..dtypes import FLOATING
 from ..files.interrupts import uninterrupted
 from .manifest import is_cast

@@ -11,9 +11,10 @@ from ..conversion.apply_mapping import same_bits
 from ..conversion.convert import StateDict
 from ..conversion.errors import ConversionError, Mismatch, MismatchEntry, dropping
 from ..conversion.mapping import Policy
+from ..conversion.policies import decided
 from ..conversion.state_kinds import one_trained, same_memory, torch_kinds
 from ..conversion.tensors import UNINITIALIZED, is_uninitialized
-from ..conversion.unmatched import decided, host_values, lacking, objection
+from ..conversion.unmatched import host_values, lacking, objection
 from ..dtypes import FLOATING
 from ..files.interrupts import uninterrupted
 from .tensors import Spec

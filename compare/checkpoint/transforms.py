@@ -15,7 +15,7 @@ from ..conversion.apply_mapping import (
     unfit,
 )
 from ..conversion.errors import ConversionError, Mismatch, MismatchEntry, dropping
-from ..conversion.layouts import flax_shape, is_pattern, layout, to_torch
+from ..conversion.layouts import flax_shape, is_one_of, layout, to_torch
 from ..conversion.mapping import KeyPath, Left, Row, StateMapping, slashed
 from ..conversion.unmatched import objection, refill_of, refilled
 from ..dtypes import FLOATING, FLOATS, numpy_dtype
@@ -114,11 +114,10 @@ def _to_torch(source: Tensors, mapping: StateMapping) -> Tensors:
             refused.append(
                 MismatchEntry(key, parts[0].place, spec.shape, reason=f"{parts[0].place}: {error}")
             )
-    twins = [row for row in mapping.rows if row.twin]
     missing += [
         MismatchEntry(row.torch_key, row.place)
-        for row in twins
-        if row.required and row.path not in source.specs
+        for row in mapping.rows
+        if row.twin and row.required and row.path not in source.specs
     ]
     refused += _unequal_twins(source, mapping)
     refused += _objections(source, mapping, lambda item: item.path)
@@ -144,8 +143,9 @@ def _to_torch(source: Tensors, mapping: StateMapping) -> Tensors:
         if path[0] in mapping.refills:
             yield refilled(mapping.refills[path[0]])
             return
-        made = (_of_key(path[0], row, _whole(source, row.path)) for row in mapping.by_key[path[0]])
-        part = mapping.by_key[path[0]][0].part
+        rows = mapping.by_key[path[0]]
+        made = (_of_key(path[0], row, _whole(source, row.path)) for row in rows)
+        part = rows[0].part
         if part is None or part.lies_in_pieces:
             yield from made
         else:
@@ -159,20 +159,17 @@ def _unequal_twins(source: Tensors, mapping: StateMapping) -> list[MismatchEntry
     """List the arrays that torch has once, and that have other values in the source."""
     refused = []
     for twin in [row for row in mapping.rows if row.twin and row.path in source.specs]:
-        key = twin.torch_key
-        if any(row.path not in source.specs for row in mapping.by_key[key]):
+        key, rows = twin.torch_key, mapping.by_key[twin.torch_key]
+        if any(row.path not in source.specs for row in rows):
             continue
         try:
             here = _of_key(key, twin, _whole(source, twin.path))
-            parts = [_of_key(key, row, _whole(source, row.path)) for row in mapping.by_key[key]]
-            part = mapping.by_key[key][0].part
-            whole = part.join(parts) if part else parts[0]
-            there = twin.part.of(whole) if twin.part else whole
+            parts = [_of_key(key, row, _whole(source, row.path)) for row in rows]
+            there = twin.part_of(rows[0].part.join(parts) if rows[0].part else parts[0])
         except ValueError as error:
             refused.append(MismatchEntry(key, twin.place, reason=f"{twin.place}: {error}"))
             continue
-        is_same = (here.dtype, here.shape) == (there.dtype, there.shape)
-        if not is_same or here.tobytes() != there.tobytes():
+        if not _same_bits(here, there):
             refused.append(unequal_twin(twin))
     return refused
 
@@ -190,12 +187,7 @@ def _new_copies(mapping: StateMapping) -> int:
         row.plus or row.stack or (row.part and not row.part.lies_in_pieces) for row in mapping.rows
     ):
         return 2
-    return int(
-        any(
-            row.layout.partition(":")[0] in _COPIED or is_pattern(row.layout)
-            for row in mapping.rows
-        )
-    )
+    return int(any(is_one_of(row.layout, _COPIED) for row in mapping.rows))
 
 
 def _with_refills(source: Tensors, mapping: StateMapping) -> StateMapping:
@@ -230,8 +222,7 @@ def _objections(
 def _differing(source: Tensors, row: Row, first_key: str) -> list[MismatchEntry]:
     """Return an entry if the alias and its first key have different values."""
     alias, first = _whole(source, (row.torch_key,)), _whole(source, (first_key,))
-    same_type = alias.dtype == first.dtype and alias.shape == first.shape
-    if same_type and alias.tobytes() == first.tobytes():
+    if _same_bits(alias, first):
         return []
     return [
         MismatchEntry(
@@ -240,6 +231,12 @@ def _differing(source: Tensors, row: Row, first_key: str) -> list[MismatchEntry]
             reason=f"is tied to {first_key} in Flax, and has other values here",
         )
     ]
+
+
+def _same_bits(array: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether both have the same dtype, shape and bits."""
+    is_same_type = (array.dtype, array.shape) == (other.dtype, other.shape)
+    return is_same_type and array.tobytes() == other.tobytes()
 
 
 def _flax_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import Mismatch, MismatchEntry, Shape, dropping
-from .layouts import Layout, is_pattern, layout, to_flax
+from .layouts import Layout, is_one_of, layout, to_flax
 from .layouts import to_torch as torch_layout
 from .mapping import KeyPath, Left, Row, StateMapping, slashed
 from .tensors import (
@@ -139,21 +139,18 @@ def torch_from_flax(
             unjoined.append(MismatchEntry(key, first.place, reason=reason))
         refused += unjoined
         assert first.part is not None
-        whole = first.part.whole
-        if len(joined) < whole.count or unjoined:
+        if len(joined) < first.part.count or unjoined:
             del state[key]
             continue
         try:
-            state[key] = whole.join(joined)
+            state[key] = first.part.join(joined)
         except ValueError as error:
             del state[key]
             refused.append(MismatchEntry(key, first.place, reason=f"{first.place}: {error}"))
     refused += [
         unequal_twin(row)
         for row, values in twins
-        for whole in [state.get(row.torch_key)]
-        if row.torch_key in state
-        and not same_bits(values, row.part.of(whole) if row.part else whole)
+        if row.torch_key in state and not same_bits(values, row.part_of(state[row.torch_key]))
     ]
     for row in mapping.rows:
         if row.kind == "alias" and mapping.by_path[row.path].torch_key in state:
@@ -241,7 +238,7 @@ def flax_values(row: Row, flax_shape: Sequence[int], tensors: Sequence[Any], cop
     dtypes = [str(tensor.dtype) for tensor in tensors]
     if different := differing_dtypes(row.torch_key, row.place, dtypes):
         raise Untransferable(different[0].reason)
-    slices = [to_flax(chosen, row.part.of(each) if row.part else each) for each in tensors]
+    slices = [to_flax(chosen, row.part_of(each)) for each in tensors]
     return torch.stack(slices) if isinstance(slices[0], Tensor) else np.stack(slices)
 
 
@@ -355,7 +352,7 @@ def _shareable(row: Row, copy: bool) -> bool:
         raise Untransferable(
             "several tensors make one array, so memory cannot be shared; use copy=True"
         )
-    if not copy and (row.layout.partition(":")[0] in _COPIED or is_pattern(row.layout)):
+    if not copy and is_one_of(row.layout, _COPIED):
         raise Untransferable(
             "this layout makes a new tensor, so memory cannot be shared; use copy=True"
         )

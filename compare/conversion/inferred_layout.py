@@ -187,28 +187,27 @@ def _of_one_point(
         Undecided: a square one of a state dict.
     """
     rank, torch_rank = len(shape), len(torch_shape)
-    if torch_rank in (3, 4, 5) and rank == 2 and {*torch_shape[2:]} == {1}:
-        ones = " ".join("1" for _ in torch_shape[2:])
-        names = {"conv": f"o i {ones} -> i o", "transpose": f"i o {ones} -> i o"}
-        if isinstance(layer, torch.nn.modules.conv._ConvTransposeNd):
-            return names["transpose"]
-        if isinstance(layer, torch.nn.modules.conv._ConvNd):
-            return names["conv"] if layer.groups == 1 else None
-        if layer is None and torch_shape[0] == torch_shape[1]:
-            raise Undecided(*names.values())
-        if layer is None:
-            return names["conv" if tuple(torch_shape[1::-1]) == tuple(shape) else "transpose"]
-    is_same_size = sorted(torch_shape) == sorted(shape[-2:])
-    if torch_rank == 2 and rank in (3, 4, 5) and {*shape[:-2]} == {1} and is_same_size and not hint:
-        ones = " ".join("1" for _ in shape[:-2])
-        if isinstance(layer, torch.nn.Linear):
-            return f"o i -> {ones} i o"
-        if layer is None and torch_shape[0] == torch_shape[1]:
-            raise Undecided(f"o i -> {ones} i o", f"i o -> {ones} i o")
-        if layer is None:
-            is_linear = tuple(torch_shape[::-1]) == tuple(shape[-2:])
-            return f"o i -> {ones} i o" if is_linear else f"i o -> {ones} i o"
-    return None
+    behind, before = " 1" * (torch_rank - 2), "1 " * (rank - 2)
+    if torch_rank in (3, 4, 5) and rank == 2:
+        is_point = {*torch_shape[2:]} == {1}
+    elif torch_rank == 2 and rank in (3, 4, 5) and not hint:
+        is_point = {*shape[:-2]} == {1} and sorted(torch_shape) == sorted(shape[-2:])
+    else:
+        return None
+    if not is_point:
+        return None
+    usual, turned = (f"{axes}{behind} -> {before}i o" for axes in ("o i", "i o"))
+    if isinstance(layer, torch.nn.modules.conv._ConvTransposeNd):
+        return turned
+    if isinstance(layer, torch.nn.modules.conv._ConvNd):
+        return usual if layer.groups == 1 else None
+    if isinstance(layer, torch.nn.Linear):
+        return usual
+    if layer is not None:
+        return None
+    if torch_shape[0] == torch_shape[1]:
+        raise Undecided(usual, turned)
+    return usual if tuple(torch_shape[1::-1]) == tuple(shape[-2:]) else turned
 
 
 def _patterns(torch_shape: Sequence[int], shape: Sequence[int]) -> str:

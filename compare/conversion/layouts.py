@@ -114,6 +114,11 @@ def is_pattern(name: str) -> bool:
     return "->" in name
 
 
+def is_one_of(name: str, kinds: Sequence[str]) -> bool:
+    """Return whether the layout is of one of these kinds, or a pattern."""
+    return is_pattern(name) or name.partition(":")[0] in kinds
+
+
 def has_own_shape(name: str) -> bool:
     """Return whether the Flax shape does not follow from torch's, so that the mapping gives it."""
     return name.startswith("heads") or is_pattern(name)

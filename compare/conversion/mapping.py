@@ -83,6 +83,14 @@ class Row:
             return f"{self.stack[0]}{part} … {self.stack[-1]}{part}"
         return " + ".join(f"{key}{part}" for key in self.keys)
 
+    def part_of(self, tensor: Any) -> Any:
+        """Return the row's part of a torch tensor or array, or all of it.
+
+        Raises:
+            ValueError: the tensor has no such part.
+        """
+        return tensor if self.part is None else self.part.of(tensor)
+
     @property
     def how(self) -> str:
         """The layout, in words."""

@@ -20,12 +20,7 @@ from .apply_mapping import same_bits, unfit
 from .errors import ConversionError, Mismatch, MismatchEntry, TrainingDifference
 from .fold import fold as folded
 from .fold import parts_by_name
-from .groups import (
-    Shaped,
-    parts_by_key,
-    rules_of,
-    stacks_of,
-)
+from .groups import Shaped, parts_by_key, rules_of, stacks_of
 from .inferred_layout import inferred_layout
 from .layers import (
     compound_rows,
@@ -548,8 +543,10 @@ class _Matcher:
                 if not is_asked:
                     self.refused.append(MismatchEntry(copy, "", reason=reason))
             elif copy in self.twins:
-                twins = {id(row): replace(row, torch_key=first, twin=True) for row in own}
-                self.rows = [twins.get(id(row), row) for row in self.rows]
+                self.rows = [
+                    replace(row, torch_key=first, twin=True) if copy in row.keys else row
+                    for row in self.rows
+                ]
             else:
                 self.rows.append(replace(firsts[-1], torch_key=copy, kind="alias", plus=None))
                 self.done.add(copy)

@@ -62,11 +62,6 @@ class Part:
         return len(self.sizes)
 
     @property
-    def whole(self) -> "Part":
-        """The same for all parts of one tensor."""
-        return replace(self, index=0)
-
-    @property
     def lies_in_pieces(self) -> bool:
         """Whether the tensor's memory is that of one part after another."""
         return self.axis == 0 and self.groups == 1

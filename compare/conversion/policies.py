@@ -7,18 +7,28 @@ from typing import Any
 from .mapping import KeyPath, Left, Policy, StateMapping, slashed
 
 
+def decided(name: str, policy: Mapping[str, Policy]) -> Policy | None:
+    """Return the decision of the first pattern that fits the name, or None."""
+    pattern = _pattern_of(name, policy)
+    return None if pattern is None else policy[pattern]
+
+
 def decide(name: str, policy: Mapping[str, Policy], used: set[str]) -> Policy | None:
-    """Return the decision of the first pattern that fits the name, and note the pattern as used.
+    """Return the same, and note the pattern as used.
 
     Raises:
         ValueError: there is no such policy.
     """
-    for pattern, decided in policy.items():
-        if fnmatchcase(name, pattern):
-            used.add(pattern)
-            require_policy(pattern, decided)
-            return decided
-    return None
+    pattern = _pattern_of(name, policy)
+    if pattern is None:
+        return None
+    used.add(pattern)
+    require_policy(pattern, policy[pattern])
+    return policy[pattern]
+
+
+def _pattern_of(name: str, policy: Iterable[str]) -> str | None:
+    return next((pattern for pattern in policy if fnmatchcase(name, pattern)), None)
 
 
 def require_policy(pattern: str, decided: str) -> None:

@@ -15,6 +15,7 @@ from .errors import Shape
 _AXIS = re.compile(r"\(([^()]*)\)|([^\s()]+)")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _SIZES = re.compile(r"([A-Za-z_]\w*)=([1-9]\d{0,17})")
+_MAX_AXES = 6  # the patterns of more are too many to try
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 Axes = tuple[tuple[str, ...], ...]  # the names in each axis, from the outermost
@@ -130,15 +131,12 @@ def of_bias(pattern: str, outputs_axis: int = 0) -> str | None:
 
 def without_ones(torch_shape: Sequence[int], flax_shape: Sequence[int]) -> str | None:
     """Return the pattern of two shapes that are the same but for axes of length 1, or None."""
-    if [size for size in torch_shape if size != 1] != [size for size in flax_shape if size != 1]:
+    sizes = [size for size in torch_shape if size != 1]
+    if sizes != [size for size in flax_shape if size != 1] or len(sizes) > len(_LETTERS):
         return None
-    if len([size for size in torch_shape if size != 1]) > len(_LETTERS):
-        return None
-    letters = iter(_LETTERS)
-    names = [next(letters) for size in torch_shape if size != 1]
     sides = []
     for shape in (torch_shape, flax_shape):
-        following = iter(names)
+        following = iter(_LETTERS)
         sides.append(tuple((next(following),) if size != 1 else () for size in shape))
     return text(*sides)
 
@@ -148,6 +146,8 @@ def fitting(torch_shape: Sequence[int], flax_shape: Sequence[int]) -> Iterator[s
 
     Each of torch's axes holds one or more of Flax's, in any order that Flax's names allow.
     """
+    if len(flax_shape) > _MAX_AXES:
+        return
     names = tuple(_LETTERS[: len(flax_shape)])
     lengths = dict(zip(names, flax_shape, strict=True))
 
@@ -163,6 +163,5 @@ def fitting(torch_shape: Sequence[int], flax_shape: Sequence[int]) -> Iterator[s
                     for following in axes(others, sizes[1:]):
                         yield (chosen, *following)
 
-    if len(names) <= len(_LETTERS) and len(flax_shape) <= 6:
-        for torch in axes(names, tuple(torch_shape)):
-            yield text(torch, tuple((name,) for name in names))
+    for torch in axes(names, tuple(torch_shape)):
+        yield text(torch, tuple((name,) for name in names))

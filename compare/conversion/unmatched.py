@@ -1,14 +1,12 @@
 """Rules for entries that exist on one side only: ignore, verify, or require zeros."""
 
-from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..dtypes import numpy_dtype
-from .mapping import Policy, Refill
+from .mapping import Refill
 from .tensors import tensor_to_numpy
 
 # Values of a legacy `masked_bias`: the number that blocked scores were set to.
@@ -20,11 +18,6 @@ _FILL_VALUES = (
     float(np.finfo(np.float16).min),
     -np.inf,
 )
-
-
-def decided(name: str, policy: Mapping[str, Policy]) -> Policy | None:
-    """Return the decision of the first pattern that matches the name, or None."""
-    return next((rule for pattern, rule in policy.items() if fnmatchcase(name, pattern)), None)
 
 
 def lacking(own: Any, rule: str | None) -> str | None:

@@ -65,7 +65,7 @@ _GOOD = ("refused", "equal", "warned", "ended")
 
 @dataclass
 class Counts:
-    """The pairs of one family, and the bad ones by seed."""
+    """The pairs of one family, and the bad ones by number."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     bad: dict[int, str] = field(default_factory=dict)
@@ -237,27 +237,27 @@ class _Made:
 
 def by_mapping(pair: Pair, made: _Made, folder: Path) -> str:
     """Match, then convert with the mapping."""
-    mapping = match(made.torch, made.flax, layouts=_used(pair))
+    mapping = match(made.torch, made.flax, layouts=pair.layouts)
     return _compared_nnx(pair, made, torch_to_nnx(made.torch, made.flax, mapping=mapping), mapping)
 
 
 def directly(pair: Pair, made: _Made, folder: Path) -> str:
     """Convert without a mapping of one's own."""
-    model = torch_to_nnx(made.torch, made.flax, layouts=_used(pair))
-    return _compared_nnx(pair, made, model, match(made.torch, model, layouts=_used(pair)))
+    model = torch_to_nnx(made.torch, made.flax, layouts=pair.layouts)
+    return _compared_nnx(pair, made, model, match(made.torch, model, layouts=pair.layouts))
 
 
 def through_a_file(pair: Pair, made: _Made, folder: Path) -> str:
     """Save the torch layer and load the file into the NNX model."""
     path = save_checkpoint(folder / "a.safetensors", made.torch)
-    model = load_checkpoint(path, made.flax, layouts=_used(pair))
-    mapping = match(made.torch, model, layouts=_used(pair))
+    model = load_checkpoint(path, made.flax, layouts=pair.layouts)
+    mapping = match(made.torch, model, layouts=pair.layouts)
     return _compared_nnx(pair, made, model, mapping, folder)
 
 
 def through_a_converted_file(pair: Pair, made: _Made, folder: Path) -> str:
     """Save the torch layer, convert the file to Flax's format, and load that."""
-    mapping = match(made.torch, made.flax, layouts=_used(pair))
+    mapping = match(made.torch, made.flax, layouts=pair.layouts)
     path = save_checkpoint(folder / "b.safetensors", made.torch, mapping=mapping)
     convert_checkpoint(path, folder / "b.msgpack")
     model = load_checkpoint(folder / "b.msgpack", made.flax)
@@ -271,7 +271,7 @@ def by_mapping_to_linen(pair: Pair, made: _Made, folder: Path) -> str:
         made.template,
         module=made.flax,
         inputs=(jnp.asarray(pair.inputs),),
-        layouts=_used(pair),
+        layouts=pair.layouts,
     )
     variables = torch_to_linen(made.torch, made.template, mapping=mapping)
     return _compared_linen(pair, made, variables, mapping)
@@ -279,10 +279,6 @@ def by_mapping_to_linen(pair: Pair, made: _Made, folder: Path) -> str:
 
 _NNX = (by_mapping, directly, through_a_file, through_a_converted_file)
 _LINEN = (by_mapping_to_linen,)
-
-
-def _used(pair: Pair) -> dict[str, str]:
-    return dict(pair.layouts)
 
 
 def _compared_nnx(
@@ -293,13 +289,11 @@ def _compared_nnx(
     def outputs_of(model: Any) -> jax.Array:
         return pair.call_flax(model.layer, inputs)
 
-    def back(gradients: Any) -> dict[str, torch.Tensor]:
+    def gradients_of(cotangent: np.ndarray) -> dict[str, torch.Tensor]:
         holder = nnx.clone(model)
+        gradients = nnx.grad(lambda model: (outputs_of(model) * cotangent).sum())(model)
         nnx.update(holder, gradients)
         return nnx_to_torch(holder, mapping=mapping)
-
-    def gradients_of(cotangent: np.ndarray) -> dict[str, torch.Tensor]:
-        return back(nnx.grad(lambda model: (outputs_of(model) * cotangent).sum())(model))
 
     if folder is None:
         state = nnx_to_torch(model, mapping=mapping)
