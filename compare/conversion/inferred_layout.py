@@ -199,9 +199,7 @@ def _of_one_point(
     usual, turned = (f"{axes}{behind} -> {before}i o" for axes in ("o i", "i o"))
     if isinstance(layer, torch.nn.modules.conv._ConvTransposeNd):
         return turned
-    if isinstance(layer, torch.nn.modules.conv._ConvNd):
-        return usual if layer.groups == 1 else None
-    if isinstance(layer, torch.nn.Linear):
+    if isinstance(layer, torch.nn.Linear | torch.nn.modules.conv._ConvNd):
         return usual
     if layer is not None:
         return None

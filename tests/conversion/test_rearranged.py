@@ -176,8 +176,9 @@ def test_what_a_dense_layer_cannot_say_is_refused(layer: Any, fact: str | None) 
 
 def test_groups_are_no_dense_layer() -> None:
     source = torch.nn.ModuleDict({"layer": torch.nn.Conv1d(4, 4, 1, groups=2)})
-    with pytest.raises(ConversionError, match=r"layer\.groups: computes something else"):
-        compare.match(source, dense(2), layouts={"layer.weight": "o i 1 -> i o"})
+    for layouts in ({"layer.weight": "o i 1 -> i o"}, None):
+        with pytest.raises(ConversionError, match=r"layer\.groups: computes something else"):
+            compare.match(source, dense(2), layouts=layouts)
 
 
 @pytest.mark.parametrize(
