@@ -16,7 +16,15 @@ from ..proof import tolerances
 from ..proof.agreement import Finding, agreement, identical
 from ..proof.cases import Framework, Trial
 from ..proof.parity import exact_and_limit
-from ..runners.run import compiled, flax_forward, flax_state, jax_on, ready_torch, run
+from ..runners.run import (
+    compiled,
+    flax_forward,
+    flax_state,
+    flax_template,
+    jax_on,
+    ready_torch,
+    run,
+)
 
 
 def check_determinism(framework: Framework, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
@@ -93,7 +101,7 @@ def _flax_transforms(framework: Framework, trial: Trial, device: str) -> dict[st
         return jax.vmap(lambda entry: forward(params, buffers, None, entry[None])[0])(inputs)
 
     with jax_on(device):
-        state = flax_state(framework, trial.config, trial.state)
+        state = flax_state(trial.state, flax_template(framework, trial.config))
         return {
             "jit as eager": np.asarray(jax.jit(forward)(*state, None, trial.inputs)),
             "vmap as the batch": np.asarray(jax.jit(batched)(*state, trial.inputs)),

@@ -15,7 +15,15 @@ import torch
 from ..conversion.convert import linen_to_torch, torch_to_linen
 from ..conversion.tensors import numpy_state, numpy_to_tensor, torch_state
 from ..proof.cases import Config, Framework, State
-from .run import flax_forward, flax_state, jax_on, linen_template, ready_torch
+from .run import (
+    NnxAttention,
+    flax_forward,
+    flax_state,
+    flax_template,
+    jax_on,
+    linen_template,
+    ready_torch,
+)
 
 
 class Derivatives(NamedTuple):
@@ -81,10 +89,11 @@ def compiled_gradient(
     if framework == "torch":
         return lambda problem: gradient("torch", problem, device)
     compiled = jax.jit(_flax_gradient(framework, config))
+    template = flax_template(framework, config)
 
     def call(problem: DerivativeProblem) -> dict[str, np.ndarray]:
         with jax_on(device, problem.inputs.dtype):
-            point, constants = _flax_arguments(framework, problem)
+            point, constants = _flax_arguments(problem, template)
             return _by_torch_name(*compiled(*point, *constants))
 
     return call
@@ -159,7 +168,7 @@ def _flax(framework: Framework, problem: DerivativeProblem) -> Derivatives:
     )
     tangents = flax_direction["params"], jnp.asarray(problem.direction["inputs"])
     gradient = _flax_gradient(framework, problem.config)
-    point, constants = _flax_arguments(framework, problem)
+    point, constants = _flax_arguments(problem, flax_template(framework, problem.config))
 
     def derivatives(point: Any, tangents: Any, constants: Any) -> Any:
         return jax.jvp(lambda params, inputs: gradient(params, inputs, *constants), point, tangents)
@@ -179,10 +188,10 @@ def _flax_gradient(framework: Framework, config: Config) -> Callable[..., Any]:
 
 
 def _flax_arguments(
-    framework: Framework, problem: DerivativeProblem
+    problem: DerivativeProblem, template: dict[str, Any] | NnxAttention
 ) -> tuple[tuple[Any, Any], tuple[Any, Any, Any]]:
     """Return the params and inputs of the problem, and its constants."""
-    params, buffers = flax_state(framework, problem.config, problem.state)
+    params, buffers = flax_state(problem.state, template)
     point = params, jnp.asarray(problem.inputs)
     return point, (buffers, problem.keep, jnp.asarray(problem.cotangent))
 

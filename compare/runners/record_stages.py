@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from ..proof.cases import Framework, Trial
 from ..proof.reference import Stages
-from .run import NnxFunction, flax_forward, flax_state, jax_on, ready_torch
+from .run import NnxFunction, flax_forward, flax_state, flax_template, jax_on, ready_torch
 
 # The stage that each child module outputs. The scores are recorded as the input of the softmax.
 PRODUCERS = {
@@ -74,7 +74,7 @@ def _linen(trial: Trial, recorded: dict[str, list[Any]]) -> None:
             recorded[PRODUCERS[context.module.name]].append(output)
         return output
 
-    state = flax_state("linen", trial.config, trial.state)
+    state = flax_state(trial.state, flax_template("linen", trial.config))
     # Without dropout, no child module outputs the weights: record those of the softmax.
     with (
         linen.intercept_methods(intercept),
@@ -92,7 +92,7 @@ def _nnx(trial: Trial, recorded: dict[str, list[Any]]) -> None:
                 NnxFunction(_recording(getattr(model, name), recorded[PRODUCERS[name]])),
             )
 
-    state = flax_state("nnx", trial.config, trial.state)
+    state = flax_state(trial.state, flax_template("nnx", trial.config))
     with _recorded_softmax(recorded):
         _run_compiled(flax_forward("nnx", trial.config, record), state, trial, recorded)
 

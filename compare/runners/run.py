@@ -162,20 +162,26 @@ def compiled(
 
         return call_torch
     forward = jax.jit(flax_forward(framework, config))
+    template = flax_template(framework, config)
 
     def call(state: State, inputs: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
         with jax_on(device, inputs.dtype):
-            return np.asarray(forward(*flax_state(framework, config, state), keep, inputs))
+            return np.asarray(forward(*flax_state(state, template), keep, inputs))
 
     return call
 
 
-def flax_state(framework: Framework, config: Config, state: State) -> tuple[Any, Any]:
+def flax_template(framework: Framework, config: Config) -> dict[str, Any] | NnxAttention:
+    """Return the Linen variables or the NNX model, with shapes instead of arrays."""
+    return linen_template(config, buffer=True) if framework == "linen" else _abstract_nnx(config)
+
+
+def flax_state(state: State, template: dict[str, Any] | NnxAttention) -> tuple[Any, Any]:
     """Return the trees of params and buffers that the function of `flax_forward` takes."""
-    if framework == "linen":
-        variables = torch_to_linen(torch_state(state), linen_template(config, buffer=True))
+    if isinstance(template, dict):
+        variables = torch_to_linen(torch_state(state), template)
         return variables.pop("params"), variables
-    model = torch_to_nnx(torch_state(state), _abstract_nnx(config))
+    model = torch_to_nnx(torch_state(state), template)
     return nnx.to_pure_dict(nnx.state(model, nnx.Param)), nnx.state(model, flax_impl.nnx.Buffer)
 
 
