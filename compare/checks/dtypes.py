@@ -47,8 +47,8 @@ def check_dtypes(framework: Framework, trial: Trial, device: str = "cpu") -> Ite
                 for dtype in DTYPES:
                     trial = masked.rounded(dtype)
                     yield from _in(dtype, framework, trial, differentiate, device)
-            if framework != "torch":  # whose layers refuse them
-                yield from _narrower_inputs(framework, causal, device)
+        if framework != "torch":  # whose layers refuse them
+            yield from _narrower_inputs(framework, causal, device)
 
 
 def _narrower_inputs(framework: Framework, trial: Trial, device: str) -> Iterator[Finding]:
