@@ -62,8 +62,10 @@ def run(limits: dict[str, str], *arguments: str) -> str:
         "not gpu",
         *arguments,
     ]
+    environment = {**os.environ, **limits}
+    del environment["TORCHINDUCTOR_CACHE_DIR"]  # its programs are for other instructions
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **limits}, capture_output=True, text=True, timeout=900
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     return done.stdout.splitlines()[-1]

@@ -26,6 +26,8 @@ from ..runners.run import (
     run,
 )
 
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
 
 def check_determinism(framework: Framework, trial: Trial, device: str = "cpu") -> Iterator[Finding]:
     """Run the program twice and transformed, in float32.
@@ -76,7 +78,7 @@ def _torch_compile(trial: Trial, device: str) -> np.ndarray:
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         # Inductor's default cache may hold kernels compiled for another instruction set.
-        patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder),
+        patch.dict(os.environ, {CACHE: os.environ.get(CACHE, folder)}),
         torch.no_grad(),
         warnings.catch_warnings(),
     ):

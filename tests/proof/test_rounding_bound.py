@@ -160,7 +160,7 @@ def _row(
 
 
 # Each size is compiled again, so there are few examples. `python -m compare bound` draws thousands.
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     sizes=st.tuples(*(st.integers(1, 17) for _ in range(3))),
     batch=st.integers(1, 3),
