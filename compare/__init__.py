@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .conversion.mapping import Mapping, StateMapping
     from .conversion.match import match
     from .conversion.parts import Split
+    from .conversion.proposal import Proposal, suggest
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _HOMES = {
     "Mapping": ".conversion.mapping",
     "MappingError": ".conversion.errors",
     "Mismatch": ".conversion.errors",
+    "Proposal": ".conversion.proposal",
     "Split": ".conversion.parts",
     "StateMapping": ".conversion.mapping",
     "TrainingDifference": ".conversion.errors",
@@ -39,6 +41,7 @@ _HOMES = {
     "open_checkpoint": ".checkpoint",
     "read_checkpoint": ".checkpoint",
     "save_checkpoint": ".checkpoint",
+    "suggest": ".conversion.proposal",
     "torch_to_linen": ".conversion.convert",
     "torch_to_nnx": ".conversion.convert",
     "verify_checkpoint": ".checkpoint.verify",
@@ -50,6 +53,7 @@ __all__ = [
     "Mapping",
     "MappingError",
     "Mismatch",
+    "Proposal",
     "Split",
     "StateMapping",
     "TrainingDifference",
@@ -63,6 +67,7 @@ __all__ = [
     "open_checkpoint",
     "read_checkpoint",
     "save_checkpoint",
+    "suggest",
     "torch_to_linen",
     "torch_to_nnx",
     "verify_checkpoint",

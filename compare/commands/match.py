@@ -1,5 +1,7 @@
 """Pair the names of a torch and a Flax model, and save the mapping for `convert` and `verify`."""
 
+import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,10 +12,12 @@ import torch
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.formats import open_checkpoint
 from ..checkpoint.load import named, side_of
-from ..conversion.errors import ConversionError
+from ..conversion.errors import ConversionError, Mismatch
 from ..conversion.layers import KnownState
 from ..conversion.mapping import StateMapping
 from ..conversion.match import match
+from ..conversion.proposal import suggest
+from ..conversion.suggest import MAX_RULES
 from ..report.model import Block, Cell, Check, Section, Table
 from .inspect_module import imported
 
@@ -54,8 +58,9 @@ def sections(
     try:
         mapping = match(torch_sides[0], flax_side, **(rules or {}))
     except ConversionError as error:
+        hint = error.hint + _proposed(error.mismatch, torch_sides[0], flax_side, rules or {})
         raise CheckpointError.unfit(
-            source, f"does not pair with {like}", error.mismatch, error.hint
+            source, f"does not pair with {like}", error.mismatch, hint
         ) from error
     if save is not None:
         mapping.save(save)
@@ -68,6 +73,18 @@ def _side(name: str, select: Sequence[str], memory: int | None, opened: ExitStac
         return imported(name)
     stored = opened.enter_context(open_checkpoint(name, memory, select=select))
     return named(stored) if stored.layout == "torch" else side_of(stored)
+
+
+def _proposed(mismatch: Mismatch, torch_side: Any, flax_side: Any, rules: Mapping[str, Any]) -> str:
+    """Return the proposal of `compare.suggest` where names are missing, as an option to paste."""
+    if rules.get("rename") or not (mismatch.missing and mismatch.unexpected):
+        return ""
+    proposal = suggest(torch_side, flax_side, prefix=rules.get("prefix", ""))
+    if not 0 < len(proposal.rename) <= MAX_RULES:
+        return ""
+    rename = json.dumps(proposal.rename, ensure_ascii=False)
+    _, *open_lines = str(proposal).split("}\n", 1)
+    return "\n".join(("", f"Proposed, to look at: --rename {shlex.quote(rename)}", *open_lines))
 
 
 def _is_torch(side: Any) -> bool:

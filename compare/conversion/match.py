@@ -151,7 +151,10 @@ def _advice(mismatch: Mismatch) -> str:
     missing = {entry.name: entry.expected or () for entry in mismatch.missing}
     hint = split_hint(unexpected, missing) or stack_hint(unexpected, missing)
     hint = hint or rename_hint(unexpected, missing)
-    return hint or 'Pair names that differ with rename={"torch.name": "Flax.name"}.'
+    return hint or (
+        'Pair names that differ with rename={"torch.name": "Flax.name"}; '
+        "compare.suggest(source, template) proposes rules to look at."
+    )
 
 
 def pair(
