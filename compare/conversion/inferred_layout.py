@@ -15,7 +15,7 @@ from .layouts import is_pattern, layout
 from .mapping import KeyPath
 from .rearranged import fitting, of_bias, without_ones
 from .tensors import shape_of
-from .undecided import Undecided, matrix_layout
+from .undecided import TURNED, Undecided, matrix_layout
 
 _PROJECTIONS = (("query",), ("key",), ("value",))
 _MAX_PATTERNS = 4
@@ -30,6 +30,8 @@ def inferred_layout(
     flax_layer: Any,
     hint: str | None,
     kernel: str | None = None,
+    *,
+    turned: bool = False,
 ) -> str:
     """Return the layout that follows from the leaf's name and the layers on both sides.
 
@@ -42,6 +44,7 @@ def inferred_layout(
         flax_layer: the Flax layer, if it is known.
         hint: the layout that the type of the Flax layer requires, if any.
         kernel: for a bias, the layout that the user states for the weight beside it.
+        turned: whether kernels of Flax are (out, in) where torch has transformers' Conv1D.
 
     Raises:
         Undecided: the kernel fits in two layouts.
@@ -94,7 +97,7 @@ def inferred_layout(
         if layer is None:
             return matrix_layout(torch_shape, shape)
         if is_conv1d_of_transformers(layer):
-            return "same"
+            return _conv1d_layout(torch_shape, shape, flax_layer, turned)
     if (
         rank >= 3
         and isinstance(layer, torch.nn.modules.conv._ConvNd | None)
@@ -112,6 +115,26 @@ def inferred_layout(
         f"{kind} does not say how this kernel is laid out: pass layouts={{{pattern}: {usual}}}"
         + (", or another layout" if rank == torch_rank == 2 else _patterns(torch_shape, shape))
     )
+
+
+def is_turned(torch_shape: Sequence[int], shape: Sequence[int]) -> bool:
+    """Return whether a matrix fits only if its axes are exchanged."""
+    return tuple(torch_shape) == tuple(shape)[::-1] != tuple(shape)
+
+
+def _conv1d_layout(
+    torch_shape: Sequence[int], shape: Sequence[int], flax_layer: Any, turned: bool
+) -> str:
+    """Return the layout of the (in, out) kernel of transformers' Conv1D.
+
+    Raises:
+        Undecided: it, or another one, fits only if Flax's is (out, in), as in FlaxConv1D.
+    """
+    if isinstance(flax_layer, linen.Dense | nnx.Linear):
+        return "same"
+    if is_turned(torch_shape, shape) or (turned and torch_shape[0] == torch_shape[1]):
+        raise Undecided(TURNED, "same")
+    return "same"
 
 
 def _bias_layout(

@@ -77,7 +77,7 @@ def layer_types(source: Any) -> dict[str, nn.Module]:
     return source.layers if isinstance(source, KnownState) else {}
 
 
-def is_conv1d_of_transformers(layer: nn.Module) -> bool:
+def is_conv1d_of_transformers(layer: nn.Module | None) -> bool:
     """Return whether the layer is GPT-2's linear layer, which is stored as (in, out)."""
     kinds = [(kind.__module__, kind.__name__) for kind in type(layer).__mro__]
     return ("transformers.pytorch_utils", "Conv1D") in kinds

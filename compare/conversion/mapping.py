@@ -17,6 +17,7 @@ from ..files.writing import atomic_file
 from .errors import MappingError
 from .layouts import known_layout
 from .parts import Part, part_from_json
+from .tables import PATTERNS, require_table
 
 KeyPath = tuple[Any, ...]  # names, or integers for positions in an NNX list
 Kind = Literal["parameter", "buffer", "statistics", "alias"]
@@ -116,19 +117,19 @@ class Row:
 
 
 class Refill(NamedTuple):
-    """How to make a causal mask that was left out again: it is a constant in a triangle.
+    """How to make a causal mask or a table that was left out again.
 
     Attributes:
         shape: the shape.
         dtype: the name of the dtype.
         pattern: where the constant is: "tril" (on and below the diagonal of the last two axes),
-            "triu" (above it) or "full". It is 0 elsewhere.
-        value: the constant, as Python writes a float.
+            "triu" (above it) or "full"; it is 0 elsewhere. Or a rule of `tables`.
+        value: the constant, as Python writes a float, or what the rule takes besides the shape.
     """
 
     shape: tuple[int, ...]
     dtype: str
-    pattern: Literal["tril", "triu", "full"]
+    pattern: str
     value: str
 
 
@@ -138,8 +139,8 @@ class Left(NamedTuple):
     Attributes:
         torch_key: the name in the torch state dict, or the Flax name if `path` is given.
         policy: `ignore` always leaves it out. `verify` leaves it out only if it is the standard
-            causal mask. `zero:2/3` leaves it out only if the third of its three parts is all zeros,
-            because Flax has no bias there.
+            causal mask, or a table of `tables`. `zero:2/3` leaves it out only if the third of its
+            three parts is all zeros, because Flax has no bias there.
         path: the path in Flax, if torch is the side that lacks it. The target keeps its own value.
         refill: how to make it again on the way back to torch, if that is known.
     """
@@ -395,6 +396,9 @@ def _left(name: Any, policy: Any, path: Any, refill: Any = None) -> Left:
 
 def _refill(shape: Any, dtype: Any, pattern: Any, value: Any) -> Refill:
     is_shape = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
+    if is_shape and dtype in DTYPES and pattern in PATTERNS and isinstance(value, str):
+        require_table(pattern, tuple(shape), value)
+        return Refill(tuple(shape), dtype, pattern, value)
     if (
         not is_shape
         or dtype not in DTYPES

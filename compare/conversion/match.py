@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -21,7 +22,7 @@ from .errors import ConversionError, Mismatch, MismatchEntry, TrainingDifference
 from .fold import fold as folded
 from .fold import parts_by_name
 from .groups import Shaped, parts_by_key, rules_of, stacks_of
-from .inferred_layout import inferred_layout
+from .inferred_layout import inferred_layout, is_turned
 from .layers import (
     compound_rows,
     flax_layouts,
@@ -37,6 +38,7 @@ from .renamed import chosen_layouts, renamed, unused_names, with_nearest
 from .state_kinds import FlaxSide, flax_side, one_trained, same_memory, torch_kinds
 from .stated import Difference, dense_differences, differences, embedding_differences, linen_layers
 from .suggest import MAX_SUGGESTIONS, Nearest, collection_hint, rename_hint, split_hint, stack_hint
+from .tables import table_of
 from .tensors import UNINITIALIZED, Untransferable, is_uninitialized, shape_of
 from .undecided import Choice, Undecided, is_of_our_attention, questions
 from .unmatched import host_values, refill_of
@@ -94,9 +96,11 @@ def match(
             layout neither side shows: `{"head.weight": "flatten:8,4,4"}` for a Linear that follows
             a flattened image.
         policy: torch keys or Flax paths (patterns) to what happens to an entry that exists on one
-            side only: `ignore`, `verify` (allow it only if it is the causal mask) or `refuse`, the
+            side only: `ignore`, `verify` (allow it only if it is the causal mask, or a table of
+            positions, sinusoids, rotary frequencies or relative positions) or `refuse`, the
             default. GPT-2's `attn.bias` and `attn.masked_bias` are verified by default. Likewise
-            for what two layers say differently: `{"conv.padding": "ignore"}` allows it.
+            for what two layers say differently: `{"conv.padding": "ignore"}` allows it, and
+            `{"scale.kind": "ignore"}` that one side alone trains it.
         prefix: what the torch names begin with and the Flax names do not: "module." for a state
             dict of DataParallel. Rules of `rename` see the names without it.
         module: the Linen module of the variables, so that its layers can be compared with torch's.
@@ -233,7 +237,7 @@ class _Matcher:
             }
         self.flax_layers = self.flax.layers()
         self.flax_layouts = flax_layouts(self.flax_layers)
-        self.policy = policy
+        self.policy, self.used_policies = policy, set[str]()
         for name in layouts.values():
             known_layout(name)
         for rule, decided in policy.items():
@@ -304,8 +308,7 @@ class _Matcher:
         for row in self.rows:
             flax_kind = self.flax.kinds[row.path]
             torch_kind = self.kinds.get(row.torch_key, flax_kind)
-            if one_trained(torch_kind, flax_kind):
-                reason = _trained(torch_kind, flax_kind)
+            if reason := self._trained_on_one_side(row.torch_key, torch_kind, flax_kind):
                 self.refused.append(MismatchEntry(row.torch_key, row.place, reason=reason))
         keys = {key for row in self.rows for key in (row.torch_key, row.plus) if key}
         self.done |= keys | {item.torch_key for item in self.left}
@@ -492,8 +495,8 @@ class _Matcher:
         torch_kind = self.kinds.get(key, flax_kind)
         if key in self.parts and path[-1] != key.rpartition(".")[2]:
             raise ValueError(self.parts[key])
-        if one_trained(torch_kind, flax_kind):
-            raise ValueError(_trained(torch_kind, flax_kind))
+        if reason := self._trained_on_one_side(key, torch_kind, flax_kind):
+            raise ValueError(reason)
         shape = tuple(self.flax.leaves[path].shape) if shape is None else shape
         layer = self.layers.get(key.rpartition(".")[0])
         if chosen := self.layouts.get(key):
@@ -515,6 +518,7 @@ class _Matcher:
             flax_layer,
             self.flax_layouts.get(names),
             self.layouts.get(f"{key.rpartition('.')[0]}.weight"),
+            turned=self._is_conv1d_turned,
         )
         layout(name, shape)
         if is_matrix and not chosen:
@@ -522,6 +526,27 @@ class _Matcher:
         kind = {"buffer": "buffer", "statistics": "statistics"}.get(torch_kind, "parameter")
         own_shape = shape if has_own_shape(name) else None
         return Row(key, path, name, kind, shape=own_shape)  # type: ignore[arg-type]
+
+    def _trained_on_one_side(self, key: str, torch_kind: str, flax_kind: str) -> str | None:
+        """Return why the kinds may not differ, or None if they do not, or the policy allows it."""
+        name = f"{key}.kind"
+        if not one_trained(torch_kind, flax_kind):
+            return None
+        if decide(name, self.policy, self.used_policies) in ("ignore", "verify"):
+            return None
+        kinds = f"is a {torch_kind} in torch and a {flax_kind} in Flax"
+        return f"{kinds}: one is trained, the other is not; {_allowing(name)}"
+
+    @cached_property
+    def _is_conv1d_turned(self) -> bool:
+        """Whether a Conv1D of transformers fits its Flax kernel only with its axes exchanged."""
+        return any(
+            is_turned(shape_of(tensor), self.flax.leaves[path].shape)
+            for key, tensor in self.tensors.items()
+            if key.endswith(".weight")
+            and is_conv1d_of_transformers(self.layers.get(key.rpartition(".")[0]))
+            for path in _candidates(key, self.names[key], self.flax)
+        )
 
     def drop_repeated_paths(self) -> None:
         """Keep the first row of each Flax path, and refuse the others."""
@@ -595,7 +620,7 @@ class _Matcher:
         """Apply the policy to entries without a counterpart, and list the remaining ones."""
         self.refuse_unused_layouts()
         self.refused += questions(self.undecided, self.decided, self.tensors)
-        used_rules: set[str] = set()
+        used_rules = self.used_policies
         self._compare_heads(used_rules)
         self._compare_layers(used_rules)
         self._name_frozen(used_rules)
@@ -618,7 +643,7 @@ class _Matcher:
                 "",
                 shape_of(self.tensors[key]),
                 reason=self.parts.get(key)
-                or (self._original(key) or likely(key) if index < MAX_SUGGESTIONS else ""),
+                or (self._advice_on(key) or likely(key) if index < MAX_SUGGESTIONS else ""),
             )
             for index, key in enumerate(unexpected)
         )
@@ -761,6 +786,19 @@ class _Matcher:
                 missing.append(MismatchEntry(key, name, expected=expected, reason=reason))
         return missing
 
+    def _advice_on(self, key: str) -> str:
+        """Return what to do about a torch tensor that Flax does not need, or ""."""
+        tensor = self.tensors[key]
+        try:
+            array = host_values(tensor) if isinstance(tensor, Tensor) else None
+        except Untransferable:
+            return ""
+        table = None if array is None else table_of(array)
+        if table is None:
+            return self._original(key)
+        argument = json.dumps({glob.escape(key): "verify"}, ensure_ascii=False)
+        return f"its values are a table of {table.pattern}: pass policy={argument} to leave it out"
+
     def _original(self, key: str) -> str:
         """Return the advice for a torch tensor that is an equal copy of one that pairs, or ""."""
         tensor = self.tensors[key]
@@ -829,11 +867,6 @@ def _allowing(name: str) -> str:
 def _is_frozen(tensor: Any) -> bool:
     """Return whether it is a torch parameter that is not trained."""
     return isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
-
-
-def _trained(torch_kind: str, flax_kind: str) -> str:
-    kinds = f"is a {torch_kind} in torch and a {flax_kind} in Flax"
-    return f"{kinds}: one is trained, the other is not"
 
 
 def _unnamed(key: Any) -> MismatchEntry:

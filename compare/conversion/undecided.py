@@ -15,6 +15,7 @@ _MEANINGS = {
     "conv": "if they are of a convolution",
     "conv_transpose": "if of a ConvTranspose, and Flax's has transpose_kernel=False",
 }
+TURNED = "i o -> o i"
 Choice = tuple[str, ...]
 OURS = ("W_query.weight", "W_key.weight", "W_value.weight")
 
@@ -66,6 +67,7 @@ def questions(
     for choice in dict.fromkeys(choice for choice, _ in asked.values()):
         names = [key for key, (one, _) in asked.items() if one == choice]
         known = _evidence(decided) if "same" in choice else ""
+        teller = "the Flax side" if TURNED in choice else "a state dict"
         # The layout of all other matrices is given first.
         first, *rest = reversed(choice) if known and {*decided.values()} == {"same"} else choice
         layouts = dict.fromkeys(patterns(names, keys), first)
@@ -76,7 +78,7 @@ def questions(
             MismatchEntry(
                 names[0],
                 asked[names[0]][1],
-                reason=f"a state dict does not say how this kernel is laid out{others}{known}",
+                reason=f"{teller} does not say how this kernel is laid out{others}{known}",
                 mend=f"pass layouts={argument} (convert and verify: --layout-of NAME=LAYOUT) "
                 + "; ".join(meanings),
             )
@@ -85,8 +87,10 @@ def questions(
 
 
 def _meaning(layout: str) -> str:
-    torch_axes, arrow, _ = layout.partition(" -> ")
-    return f"if torch's axes are ({torch_axes})" if arrow else _MEANINGS[layout]
+    torch_axes, _, flax_axes = layout.partition(" -> ")
+    if layout == TURNED:
+        return "if Flax's are (out, in), as those of transformers' FlaxConv1D"
+    return f"if torch's axes are ({torch_axes})" if flax_axes else _MEANINGS[layout]
 
 
 def _evidence(decided: Mapping[str, str]) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..dtypes import numpy_dtype
 from .mapping import Refill
+from .tables import PATTERNS, computed, table_of
 from .tensors import tensor_to_numpy
 
 # Values of a legacy `masked_bias`: the number that blocked scores were set to.
@@ -49,7 +50,13 @@ def objection(policy: str, array: np.ndarray | None) -> str | None:
             if not array[index * size : (index + 1) * size].any()
             else f"part {index} of {count} is not zero, and Flax adds nothing there"
         )
-    return _mask_objection(array)
+    reason = _mask_objection(array)
+    return None if reason and (_is_zeros(array) or table_of(array)) else reason
+
+
+def _is_zeros(array: np.ndarray) -> bool:
+    """Return whether the array holds integers that are all 0, as token types do."""
+    return array.dtype.kind in "iu" and array.ndim > 0 and not array.any()
 
 
 def _mask_objection(array: np.ndarray) -> str | None:
@@ -67,7 +74,9 @@ def _mask_objection(array: np.ndarray) -> str | None:
         else None
     )
     if square is None or len(set(square.shape)) != 1:
-        return f"has shape {array.shape}; a causal mask is square"
+        return (
+            f"has shape {array.shape}; a causal mask is square, and no known table has its values"
+        )
     blocked = np.triu(np.ones(square.shape, dtype=bool), 1)
     nonzero = square.astype(bool)
     different = min(int((nonzero != blocked).sum()), int((nonzero == blocked).sum()))
@@ -86,22 +95,36 @@ def _mask_objection(array: np.ndarray) -> str | None:
 
 
 def refill_of(array: np.ndarray | None) -> Refill | None:
-    """Return how to make the causal mask again, bit for bit, or None if it is another array."""
-    if array is None or array.dtype.kind == "c" or not array.size or _mask_objection(array):
+    """Return how to make the mask or table again, bit for bit, or None if it is another array."""
+    if array is None or array.dtype.kind == "c" or not array.size:
         return None
+    if _mask_objection(array) and not _is_zeros(array):
+        return _refill_of_table(array)
     nonzero = array[array.astype(bool)]
     convert = int if array.dtype.kind in "iub" else float
     value = repr(convert(nonzero.flat[0])) if nonzero.size else "0"
-    for pattern in ("full",) if array.ndim < 2 else ("tril", "triu"):
-        refill = Refill(array.shape, array.dtype.name, pattern, value)  # type: ignore[arg-type]
+    for pattern in ("full",) if array.ndim < 2 or not nonzero.size else ("tril", "triu"):
+        refill = Refill(array.shape, array.dtype.name, pattern, value)
         if refilled(refill).tobytes() == np.ascontiguousarray(array).tobytes():
             return refill
     return None
 
 
+def _refill_of_table(array: np.ndarray) -> Refill | None:
+    """Return how to make the table again, or None if that gives other bits."""
+    found = table_of(array)
+    if found is None:
+        return None
+    refill = Refill(array.shape, array.dtype.name, found.pattern, found.value)
+    is_same = refilled(refill).tobytes() == np.ascontiguousarray(array).tobytes()
+    return refill if is_same else None
+
+
 def refilled(refill: Refill) -> np.ndarray:
     """Return the array that the refill describes."""
     dtype = numpy_dtype(refill.dtype)
+    if refill.pattern in PATTERNS:
+        return computed(refill.pattern, refill.shape, refill.value).astype(dtype)
     number = int(refill.value) if dtype.kind in "iub" else float(refill.value)
     if refill.pattern == "full":
         return np.full(refill.shape, np.array(number).astype(dtype))
