@@ -51,6 +51,11 @@ LEAVES = {
     "running_mean": ("mean", "running_mean"),
     "running_var": ("var", "running_var"),
 }
+_ADAPTER = (
+    "is of a LoRA adapter, which is added to a weight: convert the state of PEFT's "
+    "model.merge_and_unload()"
+)
+LORA = re.compile(r"(^|\.)lora_((embedding_)?[AB]|magnitude_vector)(\.|$)")
 # Old GPT-2 files store the causal mask. It may be dropped only if it is the standard causal mask.
 LEGACY = re.compile(r"(^|\.)attn\.(bias|masked_bias)$")
 
@@ -251,6 +256,7 @@ class _Matcher:
             for name, found in parts_by_name(self.tensors).items()
             for key in found.keys.values()
         }
+        self.parts |= {key: _ADAPTER for key in self.tensors if LORA.search(key)}
         self.tied = tied
         # A copy that torch does not keep is looked for in Flax under its name.
         self.twins = {

@@ -177,6 +177,35 @@ def test_transformers_conv1d_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mapping.rows[0].layout == "same"
 
 
+def test_conv1d_beside_kernels_that_lie_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlaxConv1D of transformers stores (out, in); a square kernel does not show it."""
+
+    class Conv1D(torch.nn.Module):
+        def __init__(self, outer: int) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4, outer))
+
+    Conv1D.__module__ = "transformers.pytorch_utils"
+    module = torch.nn.ModuleDict({"c_attn": Conv1D(12), "c_proj": Conv1D(4)})
+    shapes = {"c_attn": {"kernel": (12, 4)}, "c_proj": {"kernel": (4, 4)}}
+    template = zeros({"params": shapes})
+    with pytest.raises(compare.ConversionError, match="as those of transformers' FlaxConv1D") as e:
+        compare.match(module, template)
+    (asked,) = e.value.mismatch.refused
+    argument = json.loads(asked.mend.split("layouts=")[1].split(" (convert")[0])
+    assert argument == {"c_attn.weight": "i o -> o i", "c_proj.weight": "i o -> o i"}
+    variables = compare.torch_to_linen(
+        module, template, mapping=compare.match(module, template, layouts=argument)
+    )
+    for name in shapes:
+        kernel = np.asarray(variables["params"][name]["kernel"])
+        assert np.array_equal(kernel, module.state_dict()[f"{name}.weight"].numpy().T)
+    with pytest.raises(compare.ConversionError, match="c_proj"):  # one alone leaves the other open
+        compare.match(module, template, layouts={"c_attn.weight": "transposed"})
+    known = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(0))
+    assert compare.match(module["c_proj"], known).rows[0].layout == "same"
+
+
 def test_patterns_fit_these_names_alone() -> None:
     names = [f"h.{block}.attn.proj.weight" for block in range(12)]
     assert patterns(names, names) == ["*.attn.proj.weight".replace("attn.", "")]

@@ -130,3 +130,19 @@ def test_two_names_do_not_become_one_without_their_prefix(tmp_path: Path) -> Non
 )
 def test_which_prefix_all_have(longer: list[str], shorter: list[str], prefix: str) -> None:
     assert common_prefix(longer, shorter) == prefix
+
+
+def test_an_adapter_is_named_with_the_way_to_merge_it() -> None:
+    """As PEFT names what LoRA adds; it is not installed here."""
+    source = {
+        "base_model.model.fc.base_layer.weight": torch.zeros(4, 3),
+        "base_model.model.fc.lora_A.default.weight": torch.zeros(2, 3),
+        "base_model.model.fc.lora_B.default.weight": torch.zeros(4, 2),
+    }
+    template = {"params": {"fc": {"kernel": jnp.zeros((3, 4))}}}
+    rename = {"fc.base_layer": "fc"}
+    with pytest.raises(compare.ConversionError, match=r"model\.merge_and_unload") as caught:
+        compare.match(source, template, prefix="base_model.model.", rename=rename)
+    assert len(caught.value.mismatch.unexpected) == 2
+    merged = {"fc.weight": torch.zeros(4, 3)}
+    assert len(compare.match(merged, template).rows) == 1

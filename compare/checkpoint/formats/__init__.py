@@ -13,7 +13,7 @@ from ...files.writing import Rules
 from ..errors import CheckpointError, naming
 from ..reader import Reader
 from ..tensors import Tensors
-from . import msgpack, orbax, safetensors, shards, torch_zip
+from . import foreign, msgpack, orbax, safetensors, shards, torch_zip
 from .parts import as_select, require_none
 
 _LEGACY_FLAX = re.compile(r"checkpoint_\d+")  # of flax.training.checkpoints
@@ -152,6 +152,8 @@ def open_checkpoint(
             mend="check the name, or save the checkpoint first",
             is_usage=True,
         )
+    if path.is_file():
+        foreign.require_own(path)
     if shards.index_in(path) is not None:
         require_none(path, parts, "shards hold only state")
         return _opened(path, shards.open_, budget)
