@@ -149,6 +149,9 @@ PolicyOption = Annotated[
         help="What exists on one side only: ignore or verify, as *.counter=ignore.",
     ),
 ]
+PrefixOption = Annotated[
+    str, typer.Option("--prefix", help="What the torch names begin with, as module.")
+]
 LayoutOfOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -385,13 +388,28 @@ def fuzz(
             help="Instead convert this many drawn pairs of layers: each must be refused or equal.",
         ),
     ] = None,
+    libraries: Annotated[
+        bool,
+        typer.Option(
+            "--libraries",
+            help="Instead convert models of transformers, and propose names for torchvision's.",
+        ),
+    ] = False,
     json_file: JsonOption = None,
     html_file: HtmlOption = None,
 ) -> None:
     """Damage checkpoints of every format and read them: only CheckpointError may be raised."""
     job = Job("fuzz", {"seconds": seconds, "seed": seed, "keep": keep})
+    if layers is not None and libraries:
+        raise typer.BadParameter("--libraries has no effect beside --layers: leave one out")
     if layers is not None:
         job = Job("layers", {"pairs": layers, "seed": seed})
+    if libraries:
+        require_packages(
+            *("transformers", "torchvision", "jax_resnet", "flaxmodels"),
+            install="transformers==4.57.1 torchvision jax-resnet flaxmodels",
+        )
+        job = Job("libraries")
     _run([job], Files(json_file, html_file))
 
 
@@ -520,9 +538,7 @@ def match(
     tied: TiedOption = None,
     layout_of: LayoutOfOption = None,
     policy: PolicyOption = None,
-    prefix: Annotated[
-        str, typer.Option("--prefix", help="What the torch names begin with, as module.")
-    ] = "",
+    prefix: PrefixOption = "",
     select: SelectOption = None,
     memory: MemoryOption = None,
     shows_all: AllOption = False,
@@ -536,15 +552,8 @@ def match(
     files = [Path(name) for name in (source, like) if ":" not in name or Path(name).exists()]
     for file in files:
         require_exists(file)
-    rules = {
-        "rename": _rules("--rename", rename),
-        "split": _splits(split),
-        "stack": _rules("--stack", stack),
-        "tied": _rules("--tied", tied, "COPY=TENSOR"),
-        "layouts": _layouts(layout_of),
-        "policy": _policies(policy),
-        "prefix": prefix,
-    }
+    rules = _given_rules(rename, split, stack, tied, policy, prefix)
+    rules |= {"layouts": _layouts(layout_of)}
     options = {
         "source": source,
         "like": like,
@@ -574,7 +583,13 @@ def convert(
         ),
     ] = None,
     select: SelectOption = None,
+    rename: RenameOption = None,
+    split: SplitOption = None,
+    stack: StackOption = None,
+    tied: TiedOption = None,
     layout_of: LayoutOfOption = None,
+    policy: PolicyOption = None,
+    prefix: PrefixOption = "",
     layout: Annotated[
         Literal["torch", "flax"] | None,
         typer.Option(
@@ -603,6 +618,11 @@ def convert(
     require_exists(source, mapping, like)
     if dry_run and not verify:
         raise typer.BadParameter("--no-verify has no effect beside --dry-run: leave it out")
+    rules = _given_rules(rename, split, stack, tied, policy, prefix)
+    if rules and (mapping is not None or like is None):
+        raise typer.BadParameter(
+            f"{_options(rules)} needs --like, with the names of the other framework, and no --map"
+        )
     options = {
         "source": source,
         "target": target,
@@ -610,6 +630,7 @@ def convert(
         "like": like,
         "select": select or (),
         "layouts": _layouts(layout_of),
+        "rules": rules,
         "layout": layout,
         "dtype": dtype,
         "dry_run": dry_run,
@@ -645,7 +666,13 @@ def verify(
         ),
     ] = None,
     select: SelectOption = None,
+    rename: RenameOption = None,
+    split: SplitOption = None,
+    stack: StackOption = None,
+    tied: TiedOption = None,
     layout_of: LayoutOfOption = None,
+    policy: PolicyOption = None,
+    prefix: PrefixOption = "",
     dtype: DtypeOption = None,
     ignore: Annotated[
         list[str] | None,
@@ -664,6 +691,9 @@ def verify(
     it is compared with that pairing.
     """
     require_exists(source, target, like, *(mappings or ()))
+    rules = _given_rules(rename, split, stack, tied, policy, prefix)
+    if rules and mappings:
+        raise typer.BadParameter(f"{_options(rules)} has no effect beside --map: leave one out")
     options = {
         "source": source,
         "target": target,
@@ -671,6 +701,7 @@ def verify(
         "like": like,
         "select": select or (),
         "layouts": _layouts(layout_of),
+        "rules": rules,
         "dtype": dtype,
         "ignore": ignore or (),
         "memory": _bytes(memory),
@@ -681,6 +712,30 @@ def verify(
         Files(json_file, html_file, [*inputs, *(mappings or ())]),
         shows_all=shows_all,
     )
+
+
+def _given_rules(
+    rename: list[str] | None,
+    split: list[str] | None,
+    stack: list[str] | None,
+    tied: list[str] | None,
+    policy: list[str] | None,
+    prefix: str,
+) -> dict[str, Any]:
+    """Return the rules of `compare.match` that were given."""
+    rules = {
+        "rename": _rules("--rename", rename),
+        "split": _splits(split),
+        "stack": _rules("--stack", stack),
+        "tied": _rules("--tied", tied, "COPY=TENSOR"),
+        "policy": _policies(policy),
+        "prefix": prefix,
+    }
+    return {name: rule for name, rule in rules.items() if rule}
+
+
+def _options(rules: dict[str, Any]) -> str:
+    return " and ".join(f"--{name}" for name in rules)
 
 
 def _rules(option: str, arguments: list[str] | None, metavar: str = "OLD=NEW") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.convert import Conversion, Line, Wanted, convert_checkpoint
 from ..checkpoint.transforms import Progress, silent
@@ -9,6 +10,7 @@ from ..checkpoint.verify import compare_checkpoints
 from ..conversion.mapping import StateMapping
 from ..files.printable import shown
 from ..report.model import Block, Cell, Check, Section, Table
+from .match import mapping_of
 from .verify import comparison_check
 
 
@@ -19,6 +21,7 @@ def sections(
     like: Path | None = None,
     select: Sequence[str] = (),
     layouts: Mapping[str, str] | None = None,
+    rules: Mapping[str, Any] | None = None,
     layout: Wanted | None = None,
     dtype: str | None = None,
     shard_bytes: int | None = None,
@@ -28,8 +31,12 @@ def sections(
     progress: Progress = silent,
 ) -> Iterator[Section | str]:
     """Yield progress messages, then one section with the table of tensors and the comparison."""
-    table = StateMapping.load(mapping, memory) if mapping else None
     yield f"converting {source}"
+    pairing = _pairing(mapping, like)
+    table = StateMapping.load(mapping, memory) if mapping else None
+    if rules and like is not None:
+        table = mapping_of(str(source), str(like), {**rules, "layouts": layouts}, select, memory)
+        like = layouts = None
     conversion = convert_checkpoint(
         source,
         target,
@@ -46,7 +53,7 @@ def sections(
     )
     section = _section(source, target, conversion, dry_run)
     if conversion.mapping is not None:
-        section.blocks.append(f"The tensors were paired {_pairing(mapping, like)}.")
+        section.blocks.append(f"The tensors were paired {pairing}.")
     if not dry_run and verify:
         yield f"comparing {target}"
         comparison = compare_checkpoints(

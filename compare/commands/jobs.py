@@ -15,6 +15,7 @@ OTHER_MODULES = {
     "kill": "compare.stress.kill",
     "fuzz": "compare.stress.fuzz",
     "layers": "compare.stress.layer_fuzz",
+    "libraries": "compare.stress.libraries",
 }
 
 

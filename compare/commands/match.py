@@ -41,8 +41,35 @@ def sections(
         memory: the most bytes that what is read and held at once may take.
     """
     yield f"matching {source} and {like}"
+    mapping = mapping_of(source, like, rules or {}, select, memory, imports=True)
+    if save is not None:
+        mapping.save(save)
+    yield _section(source, like, mapping, save)
+
+
+def mapping_of(
+    source: str,
+    like: str,
+    rules: Mapping[str, Any],
+    select: Sequence[str] = (),
+    memory: int | None = None,
+    *,
+    imports: bool = False,
+) -> StateMapping:
+    """Pair two checkpoints, or also modules if `imports`.
+
+    The other arguments are those of `sections`.
+
+    Raises:
+        CheckpointError: both are of one framework, or they do not pair under these rules.
+    """
     with ExitStack() as opened:
-        sides = [_side(name, part, memory, opened) for name, part in ((source, select), (like, ()))]
+        sides = [
+            imported(name)
+            if imports and ":" in name and not Path(name).exists()
+            else _side(name, part, memory, opened)
+            for name, part in ((source, select), (like, ()))
+        ]
     torch_sides = [side for side in sides if _is_torch(side)]
     if len(torch_sides) != 1:
         found = "two of torch" if torch_sides else "two of Flax"
@@ -56,21 +83,16 @@ def sections(
         )
     (flax_side,) = (side for side in sides if not _is_torch(side))
     try:
-        mapping = match(torch_sides[0], flax_side, **(rules or {}))
+        return match(torch_sides[0], flax_side, **rules)
     except ConversionError as error:
-        hint = error.hint + _proposed(error.mismatch, torch_sides[0], flax_side, rules or {})
+        hint = error.hint + _proposed(error.mismatch, torch_sides[0], flax_side, rules)
         raise CheckpointError.unfit(
             source, f"does not pair with {like}", error.mismatch, hint
         ) from error
-    if save is not None:
-        mapping.save(save)
-    yield _section(source, like, mapping, save)
 
 
 def _side(name: str, select: Sequence[str], memory: int | None, opened: ExitStack) -> Any:
-    """Return what `compare.match` takes: a module, or the names and shapes of a checkpoint."""
-    if ":" in name and not Path(name).exists():
-        return imported(name)
+    """Return what `compare.match` takes: the names and shapes of a checkpoint."""
     stored = opened.enter_context(open_checkpoint(name, memory, select=select))
     return named(stored) if stored.layout == "torch" else side_of(stored)
 

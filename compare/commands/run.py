@@ -189,13 +189,16 @@ class UnsoundError(ClickError):
         print(f"Error: {readable(str(self))}", file=sys.stderr if file is None else file)
 
 
-def require_packages(*packages: str, extra: str = "all") -> None:
-    """Refuse the command if a package that it needs, which the extra installs, is missing."""
+def require_packages(*packages: str, extra: str = "all", install: str = "") -> None:
+    """Refuse the command if a package that it needs is missing.
+
+    The extra installs it, or what follows `pip install`.
+    """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise typer.BadParameter(
             f"{' and '.join(missing)} cannot be imported, and this needs it: "
-            f"pip install 'attention-parity[{extra}]'"
+            + (f"pip install {install}" if install else f"pip install 'attention-parity[{extra}]'")
         )
 
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.transforms import Progress, silent
 from ..checkpoint.verify import Comparison, compare_checkpoints
 from ..conversion.mapping import StateMapping
 from ..report.model import Block, Cell, Check, Section, Table
+from .match import mapping_of
 
 
 def sections(
@@ -16,6 +18,7 @@ def sections(
     like: Path | None = None,
     select: Sequence[str] = (),
     layouts: Mapping[str, str] | None = None,
+    rules: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     ignore: Sequence[str] = (),
     memory: int | None = None,
@@ -23,10 +26,15 @@ def sections(
 ) -> Iterator[Section | str]:
     """Yield a progress message, then one section with the differences."""
     yield f"comparing {source} and {target}"
+    mappings = [StateMapping.load(file, memory) for file in mapping]
+    if rules:
+        every = {**rules, "layouts": layouts}
+        mappings = [mapping_of(str(source), str(like or target), every, select, memory)]
+        like = layouts = None
     comparison = compare_checkpoints(
         source,
         target,
-        mapping=[StateMapping.load(file, memory) for file in mapping],
+        mapping=mappings,
         like=like,
         select=select,
         layouts=layouts,

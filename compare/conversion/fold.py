@@ -6,7 +6,7 @@ Sources: `torch.nn.utils.parametrize`, `parametrizations`, `weight_norm`, `spect
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 from .tensors import shape_of
 
+_SCALED = {"original0": "g", "original1": "v"}
 _PARAMETRIZED = re.compile(r"(?P<prefix>(?:.*\.)?)parametrizations\.(?P<leaf>[^.]+)\.(?P<part>.+)")
 
 
@@ -48,6 +49,30 @@ def parts_by_name(state: Mapping[str, Any]) -> dict[str, Parts]:
         if what := _what({part: shape_of(state[key]) for part, key in parts.items()}):
             by_name[name] = Parts(what, parts)
     return by_name
+
+
+def names_of_shared_parts(
+    stored: Mapping[str, Parts], names: Mapping[str, str], flax: Container[str]
+) -> dict[str, str]:
+    """Return the Flax names of the parts of weight norm that Flax stores as well, by torch key.
+
+    Args:
+        stored: the parts of each tensor.
+        names: the dotted Flax name of each torch key, with the parts as torch calls them.
+        flax: the dotted names in Flax. The parts are called `weight_g` and `weight_v` there.
+    """
+    shared: dict[str, str] = {}
+    for parts in stored.values():
+        if parts.what == "weight norm":
+            own = {key: _as_before(names[key]) for key in parts.keys.values()}
+            shared |= own if all(name in flax for name in own.values()) else {}
+    return shared
+
+
+def _as_before(name: str) -> str:
+    """Return the name that torch gave a part of weight norm before it had parametrizations."""
+    fit = _PARAMETRIZED.fullmatch(name)
+    return name if fit is None else f"{fit['prefix']}{fit['leaf']}_{_SCALED[fit['part']]}"
 
 
 def _what(parts: Mapping[str, tuple[int, ...]]) -> str:

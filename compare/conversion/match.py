@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from flax import linen
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..files.memory import collector_paused
 from ..files.printable import shown
@@ -20,7 +21,7 @@ from ..files.warn import warn
 from .apply_mapping import same_bits, unfit
 from .errors import ConversionError, Mismatch, MismatchEntry, TrainingDifference
 from .fold import fold as folded
-from .fold import parts_by_name
+from .fold import names_of_shared_parts, parts_by_name
 from .groups import Shaped, parts_by_key, rules_of, stacks_of
 from .inferred_layout import inferred_layout, is_turned
 from .layers import (
@@ -251,9 +252,10 @@ class _Matcher:
         self.refused = [_unnamed(key) for key in unnamed]
         for key in unnamed:
             del self.tensors[key]
+        stored_parts = parts_by_name(self.tensors)
         self.parts = {
             key: f"{_FOLDED} {name} is computed ({found.what}): pass fold=True"
-            for name, found in parts_by_name(self.tensors).items()
+            for name, found in stored_parts.items()
             for key in found.keys.values()
         }
         self.parts |= {key: _ADAPTER for key in self.tensors if LORA.search(key)}
@@ -269,6 +271,9 @@ class _Matcher:
             self.kinds |= {copy: self.kinds[first]} if first in self.kinds else {}
         rules = rules_of(rename)
         self.names, used = renamed(self.tensors, rules, prefix)
+        shared = names_of_shared_parts(stored_parts, self.names, self.flax.by_name)
+        self.names |= shared
+        self.parts = {key: reason for key, reason in self.parts.items() if key not in shared}
         self.layer_names, _ = renamed(self.layers, rules, prefix)
         unfitting_names = unused_names(self.tensors, rename, used, prefix)
         self.trained_differently: list[str] = []
@@ -296,6 +301,9 @@ class _Matcher:
     def refuse_layers(self) -> None:
         """Refuse the layers that Flax does not have."""
         for prefix, layer in self.layers.items():
+            dot = f"{prefix}." if prefix else ""
+            if is_parametrized(layer) and not any(key.startswith(dot) for key in self.parts):
+                continue  # Flax stores the parts, too
             if reason := refusal(layer):
                 self.refused.append(MismatchEntry(prefix or "the module", "", reason=reason))
 

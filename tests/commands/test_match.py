@@ -58,6 +58,46 @@ def test_a_saved_mapping_converts(files: tuple[Path, Path], tmp_path: Path) -> N
     assert jnp.array_equal(model.key.kernel[...], jnp.asarray(state["module.qk.weight"][3:].T))
 
 
+def test_convert_and_verify_take_the_rules_themselves(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, like = files
+    target = tmp_path / "state.msgpack"
+    code, printed = run("convert", source, target, "--like", like, *RULES)
+    assert code == 0, printed
+    assert f"paired with those of {like}"[:20] in printed
+    assert run("verify", source, target, *RULES)[0] == 0
+    assert run("verify", source, target, "--like", like, *RULES)[0] == 0
+    exchanged = ["qk=key,query" if rule == "qk=query,key" else rule for rule in RULES]
+    code, printed = run("verify", source, target, *exchanged)
+    assert code == 1 and "NOT everything held" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "last.ckpt", "b.msgpack", "--rename", "a=b"], "--rename needs --like"),
+        (
+            ["convert", "last.ckpt", "b.msgpack", "--tied", "a=b", "--map", "like.msgpack"],
+            "--tied needs --like, with the names of the other framework, and no --map",
+        ),
+        (
+            ["verify", "last.ckpt", "like.msgpack", "--prefix", "a.", "--map", "like.msgpack"],
+            "--prefix has no effect beside --map: leave one out",
+        ),
+    ],
+)
+def test_rules_that_would_do_nothing(
+    arguments: list[str],
+    message: str,
+    files: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(files[0].parent)
+    code, printed = run(*arguments)
+    assert code == 2 and message in printed
+
+
 def test_what_an_error_suggests_can_be_pasted(tmp_path: Path) -> None:
     stacked = {"layers": {"fc": {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones((2, 4))}}}
     like = compare.save_checkpoint(tmp_path / "like.msgpack", {"params": stacked})

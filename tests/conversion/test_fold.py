@@ -140,3 +140,29 @@ def test_a_flax_layer_with_the_same_parts_is_paired() -> None:
     made = compare.torch_to_linen(source, {"params": {"fc": own}})
     expected = source.state_dict()["fc.weight_v"].numpy()
     np.testing.assert_array_equal(made["params"]["fc"]["weight_v"], expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("is_old", [False, True])
+def test_weight_norm_that_flax_stores_as_well(is_old: bool) -> None:
+    """As transformers' FlaxWav2Vec2 does; the scale may lack the axes of length 1."""
+    convolution = torch.nn.Conv1d(4, 6, 3)
+    old: Any = torch.nn.utils.weight_norm
+    layer = old(convolution) if is_old else torch.nn.utils.parametrizations.weight_norm(convolution)
+    for shape in ((6, 1, 1), (6,)):
+        parts = {
+            "weight_g": jnp.zeros(shape),
+            "weight_v": jnp.zeros((6, 4, 3)),
+            "bias": jnp.zeros(6),
+        }
+        template = {"params": {"conv": parts}}
+        module = torch.nn.ModuleDict({"conv": layer})
+        mapping = compare.match(module, template)
+        variables = compare.torch_to_linen(module, template, mapping=mapping)
+        state = module.state_dict()
+        keys = sorted(key for key in state if "bias" not in key)
+        for key, name in zip(keys, ("weight_g", "weight_v"), strict=True):
+            found = np.asarray(variables["params"]["conv"][name])
+            assert np.array_equal(found, state[key].numpy().reshape(found.shape))
+        back = compare.linen_to_torch(variables, mapping=mapping)
+        assert all(torch.equal(back[key], state[key]) for key in state)
