@@ -100,6 +100,23 @@ def layers() -> str:
     return table(found["columns"], found["rows"])
 
 
+def libraries() -> str:
+    classes, names = (first_table(section) for section in record("libraries")["sections"])
+    built, same = (sum(row[column] for row in classes["rows"]) for column in (2, 3))
+    told = sum(bool(row[-1]) for row in classes["rows"])
+    modules, right = (sum(row[column] for row in names["rows"]) for column in (1, 2))
+    architectures = len(classes["rows"])
+    rows = [
+        [
+            f"classes of {architectures} architectures, {told} of which need an argument",
+            built,
+            same,
+        ],
+        [f"modules of {len(names['rows'])} pairs of models", f"{modules:,}", f"{right:,}"],
+    ]
+    return table(["what was tried", "how many", "right"], rows)
+
+
 def campaigns() -> str:
     killed, fuzzed = record("kill"), record("fuzz")
     rows = first_table(killed["sections"][0])["rows"]
@@ -146,6 +163,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mutants": mutants,
     "mechanical": mechanical,
     "layers": layers,
+    "libraries": libraries,
     "campaigns": campaigns,
     "streaming": streaming,
     "checkpoints": checkpoints,
