@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...files.memory import Budget, collector_paused
+from ...files.printable import shown
 from ...files.writing import Rules
 from ..errors import CheckpointError, naming
 from ..reader import Reader
@@ -16,6 +17,7 @@ from ..tensors import Tensors
 from . import foreign, msgpack, orbax, safetensors, shards, torch_zip
 from .parts import as_select, require_none
 
+HUB_FILES = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
 _LEGACY_FLAX = re.compile(r"checkpoint_\d+")  # of flax.training.checkpoints
 
 
@@ -94,6 +96,26 @@ def format_of(path: str | PathLike[str]) -> Format:
     raise _unknown_suffix(path, suffix, KNOWN)
 
 
+def _only_file_of_hub(folder: Path) -> Path | None:
+    """Return the file with the weights in a folder that is laid out as on the Hugging Face Hub.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    files = [folder / name for name in HUB_FILES if (folder / name).is_file()]
+    if len(files) > 1:
+        listed = ", ".join(file.name for file in files)
+        raise CheckpointError(
+            folder,
+            f"holds {len(files)} checkpoints: {listed}",
+            expected="one checkpoint",
+            found=listed,
+            mend=f"give one, as {shown(files[0])}",
+            is_usage=True,
+        )
+    return files[0] if files else None
+
+
 def _unknown_suffix(
     path: str | PathLike[str], suffix: str, known: Sequence[str]
 ) -> CheckpointError:
@@ -128,8 +150,8 @@ def open_checkpoint(
 ) -> Reader:
     """Open a checkpoint of any format. Names and shapes are read now, values on demand.
 
-    Use it in a `with` block. A folder without a suffix is an Orbax checkpoint, or shards with an
-    index.
+    Use it in a `with` block. A folder without a suffix is an Orbax checkpoint, shards with an
+    index, or laid out as on the Hugging Face Hub with one file of weights.
 
     Args:
         path: the file or folder.
@@ -159,6 +181,8 @@ def open_checkpoint(
         return _opened(path, shards.open_, budget)
     if path.is_dir():
         shards.require_one_index(path)
+        if file := _only_file_of_hub(path):
+            return open_checkpoint(file, memory, select=select)
     is_legacy = path.is_file() and _LEGACY_FLAX.fullmatch(path.name)
     if path.is_file() and not is_legacy and not path.suffix and path.name.lower() not in KNOWN:
         raise _unknown_suffix(path, "", FILE_SUFFIXES)
