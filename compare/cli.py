@@ -680,6 +680,15 @@ def verify(
             "--ignore", metavar="PATTERN", help="Names that may be on one side only, as *.counter."
         ),
     ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            "--tolerance",
+            min=0.0,
+            max=0.999,
+            help="How far floating entries, but of buffers, may be apart, relative to the largest.",
+        ),
+    ] = None,
     memory: MemoryOption = None,
     shows_all: AllOption = False,
     json_file: JsonOption = None,
@@ -704,6 +713,7 @@ def verify(
         "rules": rules,
         "dtype": dtype,
         "ignore": ignore or (),
+        "tolerance": tolerance,
         "memory": _bytes(memory),
     }
     inputs = [path for path in (source, target, like) if path is not None]

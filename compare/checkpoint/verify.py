@@ -7,12 +7,14 @@ them. A mapping that a file carries is a claim, and is compared with that pairin
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from math import inf
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 
 from ..conversion.mapping import KeyPath, Left, Row, StateMapping, slashed, words
+from ..dtypes import FLOATING
 from ..files.memory import collector_paused
 from ..files.printable import shown
 from .blocks import blocks
@@ -77,6 +79,7 @@ def verify_checkpoint(
     layouts: Mapping[str, str] | None = None,
     dtype: str | None = None,
     ignore: Sequence[str] = (),
+    tolerance: float | None = None,
     memory: int | None = None,
     progress: Progress = silent,
 ) -> list[Difference]:
@@ -94,6 +97,8 @@ def verify_checkpoint(
             them, where names pair by themselves.
         dtype: the dtype that the source's floating tensors were cast to.
         ignore: patterns of the names that may be on one side only.
+        tolerance: how far entries of floating tensors may be apart, relative to the largest entry
+            of their tensor. Default: every bit must be the same, as those of buffers must.
         memory: the most bytes that what is read and held at once may take. Default: the memory that
             is free.
         progress: called with the bytes done and the total bytes.
@@ -105,6 +110,7 @@ def verify_checkpoint(
     Raises:
         CheckpointError: a checkpoint cannot be read, their names do not pair, or there was nothing
             to compare.
+        ValueError: the tolerance is negative, 1 or more, or no number.
     """
     comparison = compare_checkpoints(
         source,
@@ -115,6 +121,7 @@ def verify_checkpoint(
         layouts=layouts,
         dtype=dtype,
         ignore=ignore,
+        tolerance=tolerance,
         memory=memory,
         progress=progress,
     )
@@ -139,10 +146,13 @@ def compare_checkpoints(
     layouts: Mapping[str, str] | None = None,
     dtype: str | None = None,
     ignore: Sequence[str] = (),
+    tolerance: float | None = None,
     memory: int | None = None,
     progress: Progress = silent,
 ) -> Comparison:
     """Compare as `verify_checkpoint` does, and say also what was compared and how."""
+    if tolerance is not None and not 0.0 <= tolerance < 1.0:
+        raise ValueError(f"tolerance is {tolerance}; expected a number from 0 to below 1")
     tables = [mapping] if isinstance(mapping, StateMapping) else list(mapping or ())
 
     def with_target(written: Reader) -> Comparison:
@@ -153,7 +163,7 @@ def compare_checkpoints(
             is_view = pairing.target.layout != written.layout
             held = pairing.source.largest_bytes + is_view * pairing.target.largest_bytes
             written.require_copies(pairing.target, held=held)
-            return _compared(stored, written, pairing, ignore, progress)
+            return _compared(stored, written, pairing, ignore, tolerance, progress)
 
         return steady(source, with_source, memory, select=select)
 
@@ -330,6 +340,7 @@ def _compared(
     written: Reader,
     pairing: _Pairing,
     ignore: Sequence[str],
+    tolerance: float | None,
     progress: Progress,
 ) -> Comparison:
     def is_ignored(name: str) -> bool:
@@ -341,7 +352,7 @@ def _compared(
     # Between the frameworks, a tied Flax array has several torch names but no further Flax names.
     has_ties = table is None
     alone, differences, tensors, nbytes = _differences(
-        pairing.source, pairing.target, has_ties, progress
+        pairing.source, pairing.target, has_ties, tolerance, progress
     )
     differences = [
         *(one for one in alone if one.name not in accepted and not is_ignored(one.name)),
@@ -398,7 +409,11 @@ def _rule_text(row: Row) -> str:
 
 
 def _differences(
-    source: Tensors, target: Tensors, has_ties: bool, progress: Progress
+    source: Tensors,
+    target: Tensors,
+    has_ties: bool,
+    tolerance: float | None,
+    progress: Progress,
 ) -> tuple[list[Difference], list[Difference], int, int]:
     """Return the tensors of one side only, the other differences, and what both sides have.
 
@@ -428,8 +443,11 @@ def _differences(
             differences.append(Difference("/".join(name), what))
             continue
         array = whole(target, target_path)
-        if differing := _differing_bytes(source.pieces(source_path), array):
-            what = f"differs in {differing:,} of its {array.nbytes:,} bytes"
+        differing, distance = _apart(source.pieces(source_path), array)
+        is_exact = tolerance is None or target.kinds.get(target_path) == "buffer"
+        if differing and (is_exact or not distance <= (tolerance or 0.0)):
+            by = f", by up to {distance:.2g} of its largest entry" if distance < inf else ""
+            what = f"differs in {differing:,} of its {array.nbytes:,} bytes{by}"
             differences.append(Difference("/".join(name), what))
         done += array.nbytes
         progress(done, total)
@@ -478,11 +496,36 @@ def _others(group: set[tuple[str, ...]], name: tuple[str, ...]) -> str:
     return "nothing" if other is None else shown("/".join(other)) + more
 
 
-def _differing_bytes(pieces: Iterable[np.ndarray], array: np.ndarray) -> int:
+def _apart(pieces: Iterable[np.ndarray], array: np.ndarray) -> tuple[int, float]:
+    """Return how many bytes differ, and how far entries are apart relative to the largest.
+
+    The latter is inf for other dtypes than floating ones, and where only one side is finite.
+    """
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    begin, differing = 0, 0
+    is_floating = array.dtype.name in (*FLOATING, "complex64", "complex128")
+    wide = np.complex128 if array.dtype.kind == "c" else np.float64
+    begin, differing, farthest, largest = 0, 0, 0.0, 0.0
     for piece in pieces:
         for block in blocks(piece):
-            differing += int((block != flat[begin : begin + block.nbytes]).sum())
+            other = flat[begin : begin + block.nbytes]
+            count = int((block != other).sum())
+            if count and is_floating:
+                one, two = (each.view(array.dtype).astype(wide) for each in (block, other))
+                with np.errstate(invalid="ignore"):
+                    apart = np.where(one == two, 0.0, np.abs(one - two))
+                apart[np.isnan(one) & np.isnan(two)] = 0.0
+                largest = max(largest, _largest(one))
+                farthest = max(farthest, float(np.nan_to_num(apart, nan=inf, posinf=inf).max()))
+            differing += count
             begin += block.nbytes
-    return differing
+    if not differing or not is_floating:
+        return differing, inf if differing else 0.0
+    for block in blocks(array):
+        largest = max(largest, _largest(block.view(array.dtype).astype(wide)))
+    return differing, farthest / largest if farthest else 0.0
+
+
+def _largest(array: np.ndarray) -> float:
+    """Return the largest absolute value that is finite."""
+    sizes = np.abs(array)
+    return float(sizes[np.isfinite(sizes)].max(initial=0.0))

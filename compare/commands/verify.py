@@ -21,6 +21,7 @@ def sections(
     rules: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     ignore: Sequence[str] = (),
+    tolerance: float | None = None,
     memory: int | None = None,
     progress: Progress = silent,
 ) -> Iterator[Section | str]:
@@ -40,14 +41,21 @@ def sections(
         layouts=layouts,
         dtype=dtype,
         ignore=ignore,
+        tolerance=tolerance,
         memory=memory,
         progress=progress,
     )
     section = Section(f"{source} and {target}", described(comparison))
-    section.checks.append(comparison_check(comparison))
-    if not comparison.differences and comparison.tensors:
+    section.checks.append(comparison_check(comparison, tolerance))
+    if not comparison.differences and comparison.tensors and tolerance is None:
         cast = f", after the cast to {dtype}" if dtype else ""
         section.blocks.append(f"All {comparison.tensors} tensors are the same, bit for bit{cast}.")
+    elif not comparison.differences and comparison.tensors:
+        section.blocks.append(
+            f"All {comparison.tensors} tensors have the same names, shapes and dtypes. Floating "
+            f"entries are within {tolerance:g} of the largest of their tensor; buffers and other "
+            "tensors are the same, bit for bit."
+        )
     elif comparison.differences:
         rows: list[list[Cell]] = [
             [difference.name, difference.what] for difference in comparison.differences
@@ -67,8 +75,8 @@ def described(comparison: Comparison) -> list[Block]:
     return blocks
 
 
-def comparison_check(comparison: Comparison) -> Check:
-    """Return the check that every element is the same on both sides."""
+def comparison_check(comparison: Comparison, tolerance: float | None = None) -> Check:
+    """Return the check that every element is the same on both sides, or within the tolerance."""
     differences = comparison.differences
     if differences:
         measured = f"{len(differences)} differ; {differences[0].name} {differences[0].what}"
@@ -77,9 +85,11 @@ def comparison_check(comparison: Comparison) -> Check:
     else:
         measured = "there are no tensors"
     return Check(
-        "every element, bit for bit",
+        "every element, bit for bit" if tolerance is None else "every element",
         "all",
         None if not differences and not comparison.tensors else not differences,
         measured,
-        "the same names, shapes, dtypes and bits",
+        "the same names, shapes, dtypes and bits"
+        if tolerance is None
+        else f"floating entries within {tolerance:g} of the largest of their tensor; else the same",
     )

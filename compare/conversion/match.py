@@ -19,6 +19,7 @@ from ..files.memory import collector_paused
 from ..files.printable import shown
 from ..files.warn import warn
 from .apply_mapping import same_bits, unfit
+from .arguments import require_rules
 from .errors import ConversionError, Mismatch, MismatchEntry, TrainingDifference
 from .fold import fold as folded
 from .fold import names_of_shared_parts, parts_by_name
@@ -121,6 +122,7 @@ def match(
             something else; entries that are missing, unexpected, ambiguous, or differ in shape or
             kind; unused rules.
         ValueError: a layout or a policy that does not exist; a module without inputs.
+        TypeError: a rule that is no dict of names; a source or template that is none.
 
     Warns:
         TrainingDifference: layers that compute the same but are trained in another way.
@@ -180,6 +182,15 @@ def pair(
     prefix: str = "",
 ) -> tuple[StateMapping, Mismatch]:
     """Return the mapping and the list of what does not fit. The arguments are those of `match`."""
+    require_rules(
+        prefix,
+        rename=rename,
+        split=split,
+        stack=stack,
+        tied=tied,
+        layouts=layouts,
+        policy=policy,
+    )
     matcher = _Matcher(
         source,
         template,

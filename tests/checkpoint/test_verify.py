@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import pytest
 import torch
 from flax import nnx
+from typer.testing import CliRunner
 
 import compare
 from compare.checkpoint.verify import compare_checkpoints
+from compare.cli import app
 
 from ..support import torch_module
 
@@ -169,3 +171,63 @@ def test_what_is_on_one_side_is_said_of_that_side(tmp_path: Path) -> None:
         "is bfloat16 (4, 3) in the source, float32 (4, 3) in the target",
         "is bfloat16 (4,) in the source, float32 (4,) in the target",
     }
+
+
+def slipped(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
+    """A state, and the same with 1e-3 added to an entry of 1 beside one of 10, and to a buffer."""
+    state = {"a": torch.tensor([1.0, -10.0], dtype=dtype), "steps": torch.tensor([3])}
+    other = {**state, "a": state["a"] + torch.tensor([1e-3, 0.0], dtype=dtype)}
+    one = compare.save_checkpoint(folder / "one.safetensors", state)
+    return one, compare.save_checkpoint(folder / "two.safetensors", other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_a_tolerance_where_it_is_asked_for(dtype: torch.dtype, tmp_path: Path) -> None:
+    paths = slipped(tmp_path, dtype)
+    (found,) = compare.verify_checkpoint(*paths)
+    assert found.name == "a" and found.what.endswith(", by up to 0.0001 of its largest entry")
+    assert compare.verify_checkpoint(*paths, tolerance=1.1e-4) == []
+    assert compare.verify_checkpoint(*paths, tolerance=0.9e-4) == [found]
+    for wrong in (-1.0, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="expected a number from 0 to below 1"):
+            compare.verify_checkpoint(*paths, tolerance=wrong)
+    run = CliRunner().invoke(app, ["verify", *map(str, paths), "--tolerance", "1e-3"])
+    assert run.exit_code == 0 and "within 0.001 of the largest" in " ".join(run.output.split())
+    assert CliRunner().invoke(app, ["verify", *map(str, paths)]).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.tensor([1, 2]), torch.tensor([1, 3])),
+        (torch.tensor([1.0, torch.inf]), torch.tensor([1.0, 5.0])),
+        (torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 5.0])),
+        (torch.tensor([1.0, torch.inf]), torch.tensor([1.0, -torch.inf])),
+        (torch.tensor([True]), torch.tensor([False])),
+        (torch.tensor([0.0]), torch.tensor([1e-9])),
+    ],
+)
+def test_no_tolerance_covers_these(one: torch.Tensor, other: torch.Tensor, tmp_path: Path) -> None:
+    paths = [
+        compare.save_checkpoint(tmp_path / f"{index}.pth", {"a": tensor})
+        for index, tensor in enumerate((one, other))
+    ]
+    (found,) = compare.verify_checkpoint(*paths, tolerance=0.9)
+    assert found.name == "a"
+
+
+def test_a_tolerance_does_not_cover_buffers(tmp_path: Path) -> None:
+    source = torch_module()
+    one = compare.save_checkpoint(tmp_path / "one.pth", source)
+    source.mask[0, 1] += 1e-6
+    two = compare.save_checkpoint(tmp_path / "two.pth", source)
+    (found,) = compare.verify_checkpoint(one, two, tolerance=0.9)
+    assert found.name == "mask"
+
+
+def test_what_is_nan_on_both_sides_is_not_apart(tmp_path: Path) -> None:
+    values = torch.tensor([torch.nan, 1.0, -0.0])
+    one = compare.save_checkpoint(tmp_path / "one.pth", {"a": values})
+    two = compare.save_checkpoint(tmp_path / "two.pth", {"a": torch.tensor([-torch.nan, 1.0, 0.0])})
+    assert len(compare.verify_checkpoint(one, two)) == 1
+    assert compare.verify_checkpoint(one, two, tolerance=0.0) == []

@@ -150,3 +150,22 @@ def test_a_mask_of_one_number_is_made_again() -> None:
 def test_a_mirrored_window_becomes_a_tensor() -> None:
     assert numpy_to_tensor(np.arange(3.0)[::-1]).tolist() == [2, 1, 0]
     assert numpy_to_tensor(np.ones((1, 2))[::-1]).tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"rename": ["a"]}, r"rename is \['a'\]; expected a dict, as rename=\{\"h"),
+        ({"rename": {"a": 1}}, "rename has 'a': 1; expected two names"),
+        ({"rename": {1: "a"}}, "rename has 1: 'a'; expected two names"),
+        ({"tied": {"a.weight": None}}, "tied has 'a.weight': None"),
+        ({"stack": [("a", "b")]}, "stack is .* expected a dict"),
+        ({"split": {3: ["a"]}}, "split has 3; expected a name"),
+        ({"layouts": "same"}, "layouts is 'same'; expected a dict"),
+        ({"policy": ["a"]}, "policy is .* expected a dict"),
+        ({"prefix": None}, "prefix is None; expected text"),
+    ],
+)
+def test_rules_of_another_type(rules: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        compare.match({"a.weight": torch.zeros(3, 2)}, {"params": {}}, **rules)

@@ -1,0 +1,37 @@
+"""The types of the rules that `compare.match` takes, checked before any is used."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_EXAMPLES = {
+    "rename": '{"h.*.attn": "blocks.*.attention"}',
+    "split": '{"qkv": ["query", "key", "value"]}',
+    "stack": '{"layers.*": "layers"}',
+    "tied": '{"lm_head.weight": "wte.weight"}',
+    "layouts": '{"fc.weight": "transposed"}',
+    "policy": '{"attn.bias": "verify"}',
+}
+# Of the others, whoever uses a value refuses what it does not know.
+_NAMES = ("rename", "stack", "tied")
+
+
+def require_rules(prefix: Any, **rules: Any) -> None:
+    """Raise TypeError for a prefix that is no text, or a rule that is no dict of names.
+
+    Args:
+        prefix: the prefix.
+        rules: what was passed, by the names of the arguments; None is no rule.
+    """
+    if not isinstance(prefix, str):
+        raise TypeError(f'prefix is {prefix!r}; expected text, as prefix="module."')
+    for argument, rule in rules.items():
+        example = f"{argument}={_EXAMPLES[argument]}"
+        if rule is not None and not isinstance(rule, Mapping):
+            raise TypeError(f"{argument} is {rule!r}; expected a dict, as {example}")
+        for old, new in (rule or {}).items():
+            if not isinstance(old, str) or (argument in _NAMES and not isinstance(new, str)):
+                raise TypeError(
+                    f"{argument} has {old!r}: {new!r}; expected two names, as {example}"
+                    if argument in _NAMES
+                    else f"{argument} has {old!r}; expected a name, as {example}"
+                )
