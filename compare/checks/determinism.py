@@ -74,6 +74,9 @@ def compiled_by_torch(trial: Trial, device: str = "cpu") -> Finding:
 
 
 def _torch_compile(trial: Trial, device: str) -> np.ndarray:
+    from torch._dynamo.exc import BackendCompilerFailed  # these take a second to import
+    from torch._inductor import config as inductor_config
+
     module = ready_torch(trial.config, trial.state, device, trial.keep)
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
@@ -86,7 +89,14 @@ def _torch_compile(trial: Trial, device: str) -> np.ndarray:
         warnings.filterwarnings(
             "ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning
         )
-        return tensor_to_numpy(torch.compile(module)(numpy_to_tensor(trial.inputs).to(device)))
+        inputs = numpy_to_tensor(trial.inputs).to(device)
+        try:
+            # Else Inductor first tries each instruction set of the processor, for eight seconds.
+            with inductor_config.patch({"cpp.vec_isa_ok": True}):
+                return tensor_to_numpy(torch.compile(module)(inputs))
+        except BackendCompilerFailed:  # the C++ compiler may lack one of them
+            torch.compiler.reset()
+            return tensor_to_numpy(torch.compile(module)(inputs))
 
 
 def _torch_vmap(trial: Trial, device: str) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Every check holds for every implementation and device; a check of nothing is an error."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -143,3 +145,24 @@ def test_a_crash_is_the_finding_of_its_row(monkeypatch: pytest.MonkeyPatch) -> N
     (torch_row,) = [check for check in section.checks if not check.held]
     assert "raised RuntimeError: as planted" in torch_row.measured
     assert torch_row.count == "0/6", "one finding for each trial"
+
+
+@pytest.mark.again
+@pytest.mark.slow
+def test_a_compiler_that_lacks_an_instruction_set_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import CppBuilder
+
+    build, refused = CppBuilder.build, []
+
+    def lacking(self: Any) -> Any:
+        if config.cpp.vec_isa_ok:
+            refused.append(self)
+            raise RuntimeError("unrecognized option")
+        return build(self)
+
+    monkeypatch.setattr(CppBuilder, "build", lacking)
+    finding = compiled_by_torch(TRIALS[0])
+    assert finding.agreement.held and refused
