@@ -32,13 +32,14 @@ from .layers import (
     layer_types,
     refusal,
 )
-from .layouts import has_own_shape, is_pattern, known_layout, layout
+from .layouts import has_own_shape, known_layout, layout
 from .mapping import KeyPath, Left, Policy, Refill, Row, StateMapping, slashed
+from .paired_layers import PairedLayers, allowing_of, is_frozen
 from .parts import Part, Split, as_split, parts_of_sizes
 from .policies import decide, require_policy
 from .renamed import chosen_layouts, renamed, unused_names, with_nearest
 from .state_kinds import FlaxSide, flax_side, one_trained, same_memory, torch_kinds
-from .stated import Difference, dense_differences, differences, embedding_differences, linen_layers
+from .stated import linen_layers
 from .suggest import MAX_SUGGESTIONS, Nearest, collection_hint, rename_hint, split_hint, stack_hint
 from .tables import table_of
 from .tensors import UNINITIALIZED, Untransferable, is_uninitialized, shape_of
@@ -250,7 +251,7 @@ class _Matcher:
             kinds = torch_kinds(source)
             # A frozen parameter may pair with either kind, and is then of that kind.
             self.kinds |= {
-                key: kind for key, kind in kinds.items() if not _is_frozen(self.tensors.get(key))
+                key: kind for key, kind in kinds.items() if not is_frozen(self.tensors.get(key))
             }
         self.flax_layers = self.flax.layers()
         self.flax_layouts = flax_layouts(self.flax_layers)
@@ -560,7 +561,7 @@ class _Matcher:
         if decide(name, self.policy, self.used_policies) in ("ignore", "verify"):
             return None
         kinds = f"is a {torch_kind} in torch and a {flax_kind} in Flax"
-        return f"{kinds}: one is trained, the other is not; {_allowing(name)}"
+        return f"{kinds}: one is trained, the other is not; {allowing_of(name)}"
 
     @cached_property
     def _is_conv1d_turned(self) -> bool:
@@ -646,9 +647,10 @@ class _Matcher:
         self.refuse_unused_layouts()
         self.refused += questions(self.undecided, self.decided, self.tensors)
         used_rules = self.used_policies
-        self._compare_heads(used_rules)
-        self._compare_layers(used_rules)
-        self._name_frozen(used_rules)
+        layers = PairedLayers(self.rows, self.layers, self.layer_names, self.flax, self.flax_layers)
+        refused, self.trained_differently = layers.judged(self.policy, used_rules)
+        self.refused += refused
+        self.trained_differently += layers.frozen(self.tensors, self.policy, used_rules)
         unexpected = self._leave_torch_entries(used_rules)
         missing = self._leave_flax_entries(used_rules)
         self.refused += [
@@ -673,92 +675,6 @@ class _Matcher:
             for index, key in enumerate(unexpected)
         )
         return mapping, Mismatch(tuple(missing), entries, misshaped, tuple(self.refused))
-
-    def _compare_heads(self, used_rules: set[str]) -> None:
-        """Refuse attention whose number of heads differs: no shape in torch shows that number."""
-        rows = {row.torch_key: row for row in self.rows if row.layout == "heads_in" and row.shape}
-        for key, row in rows.items():
-            prefix = key.rpartition(".")[0]
-            layer = self.layers.get(prefix)
-            if not isinstance(layer, torch.nn.MultiheadAttention) or row.shape is None:
-                continue
-            name = ".".join(filter(None, (prefix, "num_heads")))
-            is_allowed = decide(name, self.policy, used_rules) in ("ignore", "verify")
-            heads = row.slice_shape(row.shape)[1]
-            if layer.num_heads != heads and not is_allowed:
-                reason = f"has {layer.num_heads} heads in torch and {heads} in Flax"
-                mend = _allowing(name)
-                self.refused.append(MismatchEntry(key, row.place, reason=reason, mend=mend))
-
-    def _compare_layers(self, used_rules: set[str]) -> None:
-        """Refuse layers that compute something else, and keep what is trained in another way."""
-        for prefix, place, found in self._layer_differences():
-            name = ".".join(filter(None, (prefix, found.fact)))
-            decided = decide(name, self.policy, used_rules)
-            if decided in ("ignore", "verify"):
-                continue
-            where = f"{found.torch} in torch, {found.flax} in Flax"
-            mend = f"{found.mend}; {_allowing(name)}"
-            if found.trains_alone and decided is None:
-                self.trained_differently.append(f"{name}: trained differently: {where}: {mend}")
-            else:
-                reason = f"computes something else: {where}"
-                self.refused.append(MismatchEntry(name, place, reason=reason, mend=mend))
-
-    def _layer_differences(self) -> Iterator[tuple[str, str, Difference]]:
-        """Yield the name of the torch layer, the place of the Flax layer, and what differs."""
-        for prefix, path in self._paired_layers():
-            for found in differences(self.layers[prefix], self.flax_layers[path]):
-                if found.fact != "num_heads":  # the shapes show it, also where there is no layer
-                    yield prefix, slashed(path), found
-        pairs = [(row, key) for row in self.rows for key in row.keys]
-        for row, key in pairs:
-            prefix = key.rpartition(".")[0]
-            layer = self.layers.get(prefix)
-            if is_pattern(row.layout):
-                flax_layer = self.flax_layers.get(self.flax.names[row.path][:-1])
-                for found in dense_differences(layer, flax_layer):
-                    yield prefix, row.place, found
-            if isinstance(layer, torch.nn.Embedding) and row.kind != "alias" and not row.twin:
-                for found in embedding_differences(layer):
-                    yield prefix, row.place, found
-
-    def _paired_layers(self) -> Iterable[tuple[str, tuple[str, ...]]]:
-        """Return the names of the layers that have the same name, or a tensor in common."""
-        pairs = {
-            (prefix, tuple(name.split(".")) if name else ())
-            for prefix, name in self.layer_names.items()
-        }
-        pairs |= {
-            (key.rpartition(".")[0], self.flax.names[row.path][:-1])
-            for row in self.rows
-            if row.kind != "alias"
-            for key in row.keys
-        }
-        return sorted(
-            (prefix, path)
-            for prefix, path in pairs
-            if prefix in self.layers and path in self.flax_layers
-        )
-
-    def _name_frozen(self, used_rules: set[str]) -> None:
-        """Keep which frozen torch parameters become parameters that Flax trains."""
-        frozen = [
-            key
-            for row in self.rows
-            if row.kind == "parameter" and self.flax.kinds[row.path] == "parameter"
-            for key in (row.stack or (row.torch_key,))
-            if _is_frozen(self.tensors[key])
-            and decide(f"{key}.requires_grad", self.policy, used_rules) is None
-        ]
-        if frozen:
-            others = f" and {len(frozen) - 1:,} others" if len(frozen) > 1 else ""
-            name = f"{frozen[0] if len(frozen) == 1 else '*'}.requires_grad"
-            self.trained_differently.append(
-                f"{frozen[0]}{others}: requires_grad=False in torch, trained as a parameter in "
-                f"Flax: keep it in another collection, or leave it to optax.set_to_zero; "
-                f"{_allowing(name)}"
-            )
 
     def _leave_torch_entries(self, used_rules: set[str]) -> list[str]:
         """Leave the torch entries that the policy allows; return the others."""
@@ -881,17 +797,6 @@ def _same_bits(tensor: Tensor, other: Any) -> bool:
         return same_bits(tensor, other)
     except Untransferable:
         return False
-
-
-def _allowing(name: str) -> str:
-    """Return what allows a difference between two layers."""
-    pattern = name if name.startswith("*") else glob.escape(name)
-    return f"compare.match(…, policy={{{pattern!r}: 'ignore'}}) allows it"
-
-
-def _is_frozen(tensor: Any) -> bool:
-    """Return whether it is a torch parameter that is not trained."""
-    return isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
 
 
 def _unnamed(key: Any) -> MismatchEntry:
