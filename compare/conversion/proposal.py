@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..files.printable import shown
+from .arguments import require_rules
 from .errors import TrainingDifference
 from .match import LEGACY, pair, torch_name
 from .propose import proposed_rules
@@ -63,12 +64,17 @@ def suggest(
         prefix: what the torch names begin with and the Flax names do not.
 
     Raises:
-        TypeError: the template is neither.
+        TypeError: the source or the template is neither, or the prefix is no text.
     """
+    require_rules(prefix)
     side = flax_side(template)
     if isinstance(source, torch.nn.Module):
         source = without_wrapper(source, (prefix,))
-    tensors = source.state_dict() if isinstance(source, torch.nn.Module) else source
+    elif not isinstance(source, Mapping):
+        kind = source.__name__ if isinstance(source, type) else type(source).__name__
+        raise TypeError(f"source is {kind}; expected a torch module or a state dict")
+    every = source.state_dict() if isinstance(source, torch.nn.Module) else source
+    tensors = {key: tensor for key, tensor in every.items() if isinstance(key, str)}
     names, _ = renamed(tensors, [], prefix)
     shapes = {names[key]: shape_of(tensor) for key, tensor in tensors.items() if _pairs(key)}
     rules, in_order = proposed_rules(shapes, *_flax_shapes(side))

@@ -24,12 +24,17 @@ def proposed_rules(
         flax: the shapes of the Flax entries, by the names that torch would give them.
         names: the dotted Flax name of each of these.
     """
-    pairs = pair_units(*with_compound(units_of(torch), units_of(flax)))
+    # What the torch model itself holds has no module whose name a rule could give.
+    own = [unit for unit in units_of(torch) if unit.steps]
+    pairs = pair_units(*with_compound(own, units_of(flax)))
     twins = [units for pair in pairs for units in pair.units()]
     left = _left(torch, [one for one, _ in twins])
     others = _left(flax, [other for _, other in twins])
     # The size of a bias alone says too little.
     left = {name: shape for name, shape in left.items() if not name.endswith(".bias")}
+    for name in left.keys() & others.keys():  # these pair by themselves
+        if prod(left[name]) == prod(others[name]):
+            del left[name], others[name]
     pairs += pair_units(_alone(left), _alone({names[name]: others[name] for name in others}))
     unsure = [
         _dotted(unit.steps)
@@ -56,6 +61,7 @@ def _alone(entries: Mapping[str, Shape]) -> list[Unit]:
     return [
         Unit(tuple(name.split(".")), frozenset({("", prod(shape))}))
         for name, shape in entries.items()
+        if "*" not in name
     ]
 
 

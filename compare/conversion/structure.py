@@ -91,16 +91,16 @@ class Pair(NamedTuple):
 def units_of(entries: Mapping[str, Shape]) -> list[Unit]:
     """Return the units of the dotted names of entries, in order; leaves are as torch calls them.
 
-    What the model itself holds is not in a module, so it is in no unit.
+    A name with a star is in none: a rule cannot say it.
     """
     leaves: dict[str, list[tuple[str, int]]] = {}
     for name, shape in entries.items():
         prefix, _, leaf = name.rpartition(".")
         leaves.setdefault(prefix, []).append((leaf, prod(shape)))
     return [
-        Unit(tuple(prefix.split(".")), frozenset(items))
+        Unit(tuple(prefix.split(".")) if prefix else (), frozenset(items))
         for prefix, items in leaves.items()
-        if prefix
+        if "*" not in prefix
     ]
 
 
@@ -228,7 +228,7 @@ def _all_words(series: Series) -> set[str]:
 
 def _last_words(series: Series) -> set[str]:
     """Return the words of the last step. "norm1" is the first norm, but "Dense_1" the second."""
-    fit = re.fullmatch(r"[a-z_]+([12])", series.steps[-1])
+    fit = re.fullmatch(r"[a-z_]+([12])", "".join(series.steps[-1:]))
     return _words(series.steps[-1:]) | ({_ORDINALS[fit[1]]} if fit else set())
 
 

@@ -223,3 +223,39 @@ def test_the_command_prints_an_option_to_paste(
     assert json.loads(rename) == RULES
     done = CliRunner().invoke(cli.app, ["match", "a.pth", "b.msgpack", "--rename", rename])
     assert done.exit_code == 0, done.output
+
+
+DENSE = {"params": {"b": {"kernel": jnp.zeros((2, 3))}}}
+
+
+@pytest.mark.parametrize(
+    ("source", "template", "rules"),
+    [
+        ({}, DENSE, {}),
+        ({1: torch.zeros(3, 2)}, DENSE, {}),
+        ({"a*b.weight": torch.zeros(3, 2)}, DENSE, {}),
+        ({"a[0].weight": torch.zeros(3, 2)}, DENSE, {"a[0]": "b"}),
+        (T.Linear(2, 3, bias=False), DENSE, {"weight": "b.kernel"}),
+        (T.Linear(2, 3), nnx.Linear(2, 3, rngs=nnx.Rngs(0)), {}),
+        (T.ModuleDict({"a": T.Linear(2, 3)}), nnx.Linear(2, 3, rngs=nnx.Rngs(0)), {"a": ""}),
+    ],
+)
+def test_names_at_the_edge(source: Any, template: Any, rules: dict[str, str]) -> None:
+    proposal = compare.suggest(source, template)
+    assert proposal.rename == rules
+    if not proposal.open_torch and not proposal.open_flax:
+        layouts = {} if isinstance(source, T.Module) else {"*": "transposed"}
+        assert compare.match(source, template, rename=rules, layouts=layouts).rows
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (5, {}, "source is int; expected a torch module or a state dict"),
+        (T.Linear, {}, "source is Linear; expected"),
+        ({}, {"prefix": 3}, "prefix is 3; expected text"),
+    ],
+)
+def test_what_is_no_model(source: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        compare.suggest(source, DENSE, **options)
