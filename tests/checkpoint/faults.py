@@ -603,7 +603,7 @@ TORCH = [
         torch_saved(lambda: {**state(), "options": argparse.Namespace(a=1)}),
         r"more than a state dict .* was not run",
     ),
-    Fault("tar", _tar, r"it begins with"),
+    Fault("tar", _tar, r"is a tar file"),
     Fault("TorchScript", _script, r"is a TorchScript archive: a program with its state"),
     Fault("a list", torch_saved(lambda: [torch.zeros(2)]), r"holds a list; expected a state dict"),
     Fault(

@@ -562,8 +562,10 @@ def test_float8_is_cast_like_any_float(name: str, tmp_path: Path) -> None:
 def test_what_users_try_first_is_told_the_way(tmp_path: Path) -> None:
     (tmp_path / "hub").mkdir()
     path = compare.save_checkpoint(tmp_path / "hub/model.safetensors", {"x": torch.ones(3)})
-    with pytest.raises(CheckpointError, match=r"no _METADATA.*give .*hub/model.safetensors"):
-        compare.read_checkpoint(tmp_path / "hub")
+    (tmp_path / "other").mkdir()
+    compare.save_checkpoint(tmp_path / "other/mine.safetensors", {"x": torch.ones(3)})
+    with pytest.raises(CheckpointError, match=r"no _METADATA.*give .*other/mine.safetensors"):
+        compare.read_checkpoint(tmp_path / "other")
     with ocp.CheckpointManager(tmp_path / "manager") as manager:
         for step in (9, 10):
             manager.save(step, args=ocp.args.StandardSave({"params": {"x": np.ones(3)}}))
