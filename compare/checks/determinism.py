@@ -3,8 +3,8 @@
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import jax
@@ -26,6 +26,7 @@ from ..runners.run import (
     run,
 )
 
+Result = TypeVar("Result")
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -74,10 +75,8 @@ def compiled_by_torch(trial: Trial, device: str = "cpu") -> Finding:
 
 
 def _torch_compile(trial: Trial, device: str) -> np.ndarray:
-    from torch._dynamo.exc import BackendCompilerFailed  # these take a second to import
-    from torch._inductor import config as inductor_config
-
     module = ready_torch(trial.config, trial.state, device, trial.keep)
+    inputs = numpy_to_tensor(trial.inputs).to(device)
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         # Inductor's default cache may hold kernels compiled for another instruction set.
@@ -89,14 +88,24 @@ def _torch_compile(trial: Trial, device: str) -> np.ndarray:
         warnings.filterwarnings(
             "ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning
         )
-        inputs = numpy_to_tensor(trial.inputs).to(device)
-        try:
-            # Else Inductor first tries each instruction set of the processor, for eight seconds.
-            with inductor_config.patch({"cpp.vec_isa_ok": True}):
-                return tensor_to_numpy(torch.compile(module)(inputs))
-        except BackendCompilerFailed:  # the C++ compiler may lack one of them
-            torch.compiler.reset()
-            return tensor_to_numpy(torch.compile(module)(inputs))
+        return with_inductor(lambda: tensor_to_numpy(torch.compile(module)(inputs)))
+
+
+def with_inductor(call: Callable[[], Result]) -> Result:
+    """Return what a call returns that compiles with Inductor.
+
+    Inductor first tries each instruction set of the processor, for eight seconds. It is only asked
+    to if the C++ compiler lacks one of them, and the call is then made again.
+    """
+    from torch._dynamo.exc import BackendCompilerFailed  # these take a second to import
+    from torch._inductor import config as inductor_config
+
+    try:
+        with inductor_config.patch({"cpp.vec_isa_ok": True}):
+            return call()
+    except BackendCompilerFailed:
+        torch.compiler.reset()
+        return call()
 
 
 def _torch_vmap(trial: Trial, device: str) -> np.ndarray:

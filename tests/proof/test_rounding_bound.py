@@ -171,6 +171,7 @@ def _row(
     dtype=st.sampled_from(list(PRECISIONS)),
     seed=st.integers(0, 2**16),
 )
+@pytest.mark.again
 @pytest.mark.slow
 def test_no_implementation_exceeds_the_bound(
     sizes: tuple[int, int, int],
