@@ -530,7 +530,10 @@ def match(
     ],
     like: Annotated[str, typer.Argument(help="One of the other framework.")],
     save: Annotated[
-        Path | None, typer.Option("--save", metavar="FILE", help="Write the mapping, for --map.")
+        Path | None,
+        typer.Option(
+            "--save", metavar="FILE", dir_okay=False, help="Write the mapping, for --map."
+        ),
     ] = None,
     rename: RenameOption = None,
     split: SplitOption = None,
@@ -765,6 +768,9 @@ def _rules(option: str, arguments: list[str] | None, metavar: str = "OLD=NEW") -
             raise typer.BadParameter(f"{option} {shown(argument)}: {shown(error)}") from error
         if not argument.startswith("{") and not (old and equals):
             raise typer.BadParameter(f"{option} {shown(argument)}: say {metavar}")
+    wrong = [new for new in rules.values() if not isinstance(new, str)]
+    if wrong and option != "--split":
+        raise typer.BadParameter(f"{option}: {shown(wrong[0])} is no name: say {metavar}")
     return rules
 
 

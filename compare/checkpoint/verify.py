@@ -151,7 +151,8 @@ def compare_checkpoints(
     progress: Progress = silent,
 ) -> Comparison:
     """Compare as `verify_checkpoint` does, and say also what was compared and how."""
-    if tolerance is not None and not 0.0 <= tolerance < 1.0:
+    is_number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
+    if tolerance is not None and not (is_number and 0.0 <= tolerance < 1.0):
         raise ValueError(f"tolerance is {tolerance}; expected a number from 0 to below 1")
     tables = [mapping] if isinstance(mapping, StateMapping) else list(mapping or ())
 
@@ -444,7 +445,7 @@ def _differences(
             continue
         array = whole(target, target_path)
         differing, distance = _apart(source.pieces(source_path), array)
-        is_exact = tolerance is None or target.kinds.get(target_path) == "buffer"
+        is_exact = tolerance is None or _is_buffer(source, source_path, target, target_path)
         if differing and (is_exact or not distance <= (tolerance or 0.0)):
             by = f", by up to {distance:.2g} of its largest entry" if distance < inf else ""
             what = f"differs in {differing:,} of its {array.nbytes:,} bytes{by}"
@@ -454,6 +455,12 @@ def _differences(
     if has_ties:
         differences += _tie_differences(here, there, both)
     return alone, differences, len(both), total
+
+
+def _is_buffer(source: Tensors, path: KeyPath, target: Tensors, other: KeyPath) -> bool:
+    """Return whether one side says that the entry is a buffer; if neither says, by its name."""
+    kinds = {source.kinds.get(path, "unknown"), target.kinds.get(other, "unknown")}
+    return "buffer" in kinds or (kinds == {"unknown"} and words(other)[-1] == "mask")
 
 
 def _by_name(tensors: Tensors, other: FileLayout, has_ties: bool) -> dict[tuple[str, ...], KeyPath]:

@@ -154,6 +154,20 @@ def dropping(name: str, policy: str = "verify") -> str:
     return f"policy={{{glob.escape(name)!r}: 'ignore'}} drops it"
 
 
+class Refused(ValueError):
+    """One entry is refused, with the next step."""
+
+    def __init__(self, reason: str, mend: str) -> None:
+        super().__init__(reason)
+        self.mend = mend
+
+
+def entry_of(name: str, place: str, error: ValueError, found: Shape | None = None) -> MismatchEntry:
+    """Return the entry that was refused with this error, and the next step if the error has it."""
+    mend = error.mend if isinstance(error, Refused) else ""
+    return MismatchEntry(name, place, found, reason=str(error), mend=mend)
+
+
 def next_step(mismatch: Mismatch, *, is_torch: bool = True) -> str:
     """Return what to do about a checkpoint that does not fit the target, by its first entry."""
     if mismatch.misshaped:

@@ -10,6 +10,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from flax import linen
 from torch import Tensor
@@ -20,7 +21,14 @@ from ..files.printable import shown
 from ..files.warn import warn
 from .apply_mapping import same_bits, unfit
 from .arguments import require_rules
-from .errors import ConversionError, Mismatch, MismatchEntry, TrainingDifference
+from .errors import (
+    ConversionError,
+    Mismatch,
+    MismatchEntry,
+    Refused,
+    TrainingDifference,
+    entry_of,
+)
 from .fold import fold as folded
 from .fold import names_of_shared_parts, parts_by_name
 from .groups import Shaped, parts_by_key, rules_of, stacks_of
@@ -130,6 +138,8 @@ def match(
     """
     side = flax_side(template)
     source = folded(source) if fold else source
+    if module is None and inputs is not None:
+        raise ValueError("inputs has no effect without module: give the Linen module, too")
     if module is not None:
         if inputs is None:
             raise ValueError(
@@ -334,8 +344,8 @@ class _Matcher:
         for row in self.rows:
             flax_kind = self.flax.kinds[row.path]
             torch_kind = self.kinds.get(row.torch_key, flax_kind)
-            if reason := self._trained_on_one_side(row.torch_key, torch_kind, flax_kind):
-                self.refused.append(MismatchEntry(row.torch_key, row.place, reason=reason))
+            if error := self._trained_on_one_side(row.torch_key, torch_kind, flax_kind):
+                self.refused.append(entry_of(row.torch_key, row.place, error))
         keys = {key for row in self.rows for key in (row.torch_key, row.plus) if key}
         self.done |= keys | {item.torch_key for item in self.left}
 
@@ -401,7 +411,7 @@ class _Matcher:
             parts = parts_of_sizes(sizes, self._axis(key, rule), rule.groups)
             parts[0].shape_in(shape)
         except ValueError as error:
-            self.refused.append(MismatchEntry(key, "", shape, reason=str(error)))
+            self.refused.append(entry_of(key, "", error, shape))
             return
         for index, (part, found) in enumerate(zip(parts, paths, strict=True)):
             yield (key, index), (found[0], part)
@@ -429,7 +439,7 @@ class _Matcher:
         except Undecided as error:
             self.undecided[key] = error.choice, slashed(path)
         except ValueError as error:
-            self.refused.append(MismatchEntry(key, slashed(path), reason=str(error)))
+            self.refused.append(entry_of(key, slashed(path), error))
 
     def _refuse_rule(self, rule: str, old: str, keys: Sequence[str]) -> None:
         """Refuse a split or stack whose name stands for none of the keys."""
@@ -483,7 +493,7 @@ class _Matcher:
         except Undecided as error:
             self.undecided |= {key: (error.choice, slashed(path)) for key in keys}
         except ValueError as error:
-            self.refused.append(MismatchEntry(keys[0], slashed(path), reason=str(error)))
+            self.refused.append(entry_of(keys[0], slashed(path), error))
 
     def pair_by_name(self) -> None:
         """Pair every other tensor with the one Flax path of its name."""
@@ -502,7 +512,7 @@ class _Matcher:
             except Undecided as error:
                 self.undecided[key] = error.choice, slashed(paths[0])
             except ValueError as error:
-                self.refused.append(MismatchEntry(key, slashed(paths[0]), reason=str(error)))
+                self.refused.append(entry_of(key, slashed(paths[0]), error))
 
     def _row(
         self,
@@ -521,8 +531,8 @@ class _Matcher:
         torch_kind = self.kinds.get(key, flax_kind)
         if key in self.parts and path[-1] != key.rpartition(".")[2]:
             raise ValueError(self.parts[key])
-        if reason := self._trained_on_one_side(key, torch_kind, flax_kind):
-            raise ValueError(reason)
+        if error := self._trained_on_one_side(key, torch_kind, flax_kind):
+            raise error
         shape = tuple(self.flax.leaves[path].shape) if shape is None else shape
         layer = self.layers.get(key.rpartition(".")[0])
         if chosen := self.layouts.get(key):
@@ -543,17 +553,18 @@ class _Matcher:
             layer,
             flax_layer,
             self.flax_layouts.get(names),
-            self.layouts.get(f"{key.rpartition('.')[0]}.weight"),
+            self.layouts.get("".join(key.rpartition(".")[:2]) + "weight"),
             turned=self._is_conv1d_turned,
         )
         layout(name, shape)
         if is_matrix and not chosen:
             self.decided[key] = name
-        kind = {"buffer": "buffer", "statistics": "statistics"}.get(torch_kind, "parameter")
+        known = flax_kind if torch_kind == "unknown" else torch_kind
+        kind = {"buffer": "buffer", "statistics": "statistics"}.get(known, "parameter")
         own_shape = shape if has_own_shape(name) else None
         return Row(key, path, name, kind, shape=own_shape)  # type: ignore[arg-type]
 
-    def _trained_on_one_side(self, key: str, torch_kind: str, flax_kind: str) -> str | None:
+    def _trained_on_one_side(self, key: str, torch_kind: str, flax_kind: str) -> Refused | None:
         """Return why the kinds may not differ, or None if they do not, or the policy allows it."""
         name = f"{key}.kind"
         if not one_trained(torch_kind, flax_kind):
@@ -561,7 +572,7 @@ class _Matcher:
         if decide(name, self.policy, self.used_policies) in ("ignore", "verify"):
             return None
         kinds = f"is a {torch_kind} in torch and a {flax_kind} in Flax"
-        return f"{kinds}: one is trained, the other is not; {allowing_of(name)}"
+        return Refused(f"{kinds}: one is trained, the other is not", allowing_of(name))
 
     @cached_property
     def _is_conv1d_turned(self) -> bool:
@@ -683,7 +694,7 @@ class _Matcher:
             decided = decide(key, self.policy, used_rules)
             if decided is None and self._is_counter(key):
                 decided = "ignore"
-            elif decided is None and LEGACY.search(key):
+            elif decided is None and is_legacy_mask(key, self.tensors[key]):
                 decided = "verify"
             if decided in ("ignore", "verify"):
                 self.left.append(Left(key, decided, None, self._refill(key, decided)))
@@ -701,7 +712,7 @@ class _Matcher:
     def _refill(self, key: str, decided: str) -> Refill | None:
         """Return how to make the entry again on the way back, if its values are known."""
         tensor = self.tensors[key]
-        if decided != "verify" or not isinstance(tensor, Tensor):
+        if decided != "verify" or not isinstance(tensor, Tensor | np.ndarray):
             return None
         try:
             return refill_of(host_values(tensor))
@@ -815,6 +826,11 @@ def _candidates(key: str, name: str, flax: FlaxSide) -> list[KeyPath]:
 def _memory(tensor: Any) -> Any:
     """Return a key that is the same for all names of one tensor, or None."""
     return same_memory(tensor) if isinstance(tensor, Tensor) else getattr(tensor, "memory", None)
+
+
+def is_legacy_mask(key: str, tensor: Any) -> bool:
+    """Return whether it is the mask of GPT-2's old attention, not the bias of a layer `attn`."""
+    return LEGACY.search(key) is not None and len(shape_of(tensor)) != 1
 
 
 def torch_name(path: KeyPath, flax: FlaxSide) -> str:

@@ -11,7 +11,7 @@ import torch
 from ..files.printable import shown
 from .arguments import require_rules
 from .errors import TrainingDifference
-from .match import LEGACY, pair, torch_name
+from .match import is_legacy_mask, pair, torch_name
 from .propose import proposed_rules
 from .renamed import renamed
 from .state_kinds import FlaxSide, flax_side
@@ -76,7 +76,9 @@ def suggest(
     every = source.state_dict() if isinstance(source, torch.nn.Module) else source
     tensors = {key: tensor for key, tensor in every.items() if isinstance(key, str)}
     names, _ = renamed(tensors, [], prefix)
-    shapes = {names[key]: shape_of(tensor) for key, tensor in tensors.items() if _pairs(key)}
+    shapes = {
+        names[key]: shape_of(tensor) for key, tensor in tensors.items() if _pairs(key, tensor)
+    }
     rules, in_order = proposed_rules(shapes, *_flax_shapes(side))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TrainingDifference)
@@ -89,9 +91,9 @@ def suggest(
     )
 
 
-def _pairs(key: str) -> bool:
+def _pairs(key: str, tensor: Any) -> bool:
     """Return whether the torch entry has a counterpart in Flax: a counter or old mask has none."""
-    return not key.endswith("num_batches_tracked") and not LEGACY.search(key)
+    return not key.endswith("num_batches_tracked") and not is_legacy_mask(key, tensor)
 
 
 def _flax_shapes(side: FlaxSide) -> tuple[dict[str, Shape], dict[str, str]]:

@@ -8,13 +8,14 @@ BEiT (2021).
 
 import re
 from collections.abc import Callable, Iterator
-from math import log
+from math import exp, log
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 SINUSOID_BASE = 10_000.0
+MAX_BASE = 1e9
 MIN_BASE = 10.0  # of rotary frequencies; with a base of 1, all of them would be 1
 _U32 = 2.0**-24  # the unit roundoff of float32
 
@@ -39,7 +40,7 @@ def table_of(array: np.ndarray) -> Computed | None:
     """Return the table that the array is, up to rounding, or None if it is no known one."""
     if not array.size or not jnp.issubdtype(array.dtype, jnp.number) or array.dtype.kind == "c":
         return None
-    candidates = _integers if array.dtype.kind in "iu" else _floats
+    candidates = _integers if jnp.issubdtype(array.dtype, jnp.integer) else _floats
     return next((found for found in candidates(array) if _is_close(array, found)), None)
 
 
@@ -55,7 +56,7 @@ def computed(pattern: str, shape: tuple[int, ...], value: str) -> np.ndarray:
 
 def _is_close(array: np.ndarray, found: Computed) -> bool:
     """Return whether the array is the table, but for a rounding to its dtype and the slack."""
-    if array.dtype.kind in "iu":
+    if jnp.issubdtype(array.dtype, jnp.integer):
         return bool((array == found.array).all())
     limit = float(jnp.finfo(array.dtype).eps) / 2 * np.abs(found.array) + found.slack
     return bool((np.abs(array.astype(np.float64) - found.array) <= limit).all())
@@ -73,22 +74,18 @@ def _integers(array: np.ndarray) -> Iterator[Computed]:
 
 
 def _floats(array: np.ndarray) -> Iterator[Computed]:
-    if array.ndim == 1 and len(array) > 2 and array[-1] > 0:
+    if array.ndim == 1 and len(array) > 2 and 0 < array[-1] < 1:
         # The last entry is base to the power of (1 - n) / n.
-        base = float(array[-1]) ** (len(array) / (1 - len(array)))
-        if base >= MIN_BASE:
-            yield _frequencies(array.shape, repr(float(f"{base:.4g}")))
-    matrix = array.reshape(array.shape[-2:]) if array.ndim > 2 and _is_matrix(array) else array
+        exponent = -log(float(array[-1])) * len(array) / (len(array) - 1)
+        if log(MIN_BASE) <= exponent <= log(MAX_BASE):
+            yield _frequencies(array.shape, repr(float(f"{exp(exponent):.4g}")))
+    matrix = array.squeeze()
     if matrix.ndim == 2 and matrix.shape[0] > 2 and matrix.shape[1] > 3:
         padding = np.flatnonzero(~matrix.any(axis=1))
         rows = "" if len(padding) != 1 else str(padding[0])
         for order in ("sin cos", "cos sin", "pairs"):
             for exponents in ("half", "whole"):
                 yield _sinusoids(array.shape, f"{order},{exponents},{rows}")
-
-
-def _is_matrix(array: np.ndarray) -> bool:
-    return array.size == array.shape[-1] * array.shape[-2]
 
 
 def _positions(shape: tuple[int, ...], value: str) -> Computed:
@@ -123,7 +120,7 @@ def _frequencies(shape: tuple[int, ...], value: str) -> Computed:
 def _sinusoids(shape: tuple[int, ...], value: str) -> Computed:
     """Return the sines and cosines of positions: "sin cos,half,", and the row that is 0, if any."""
     order, denominator, zero = value.split(",")
-    tokens, width = shape[-2:]
+    tokens, width = (size for size in shape if size > 1)
     half = width // 2
     exponents = np.arange(half) / (half - 1 if denominator == "whole" else width / 2)
     angles = np.arange(tokens)[:, None] * SINUSOID_BASE**-exponents
@@ -164,7 +161,8 @@ def require_table(pattern: str, shape: tuple[int, ...], value: str) -> None:
     fits = re.fullmatch(_VALUES[pattern], value) is not None
     if pattern == "sinusoids":
         row = value.rpartition(",")[2]
-        fits = fits and len(shape) > 1 and shape[-1] > 3 and int(row or 0) < shape[-2]
+        sizes = [size for size in shape if size > 1]
+        fits = fits and len(sizes) == 2 and sizes[1] > 3 and int(row or 0) < sizes[0]
     if pattern == "relative positions" and fits:
         height, width, extra = map(int, re.findall(r"\d+", value))
         fits = shape == (height * width + extra,) * 2

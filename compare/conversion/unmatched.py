@@ -65,7 +65,8 @@ def _mask_objection(array: np.ndarray) -> str | None:
         value = float(array.astype(np.float64))
         return (
             None
-            if any(value == float(np.array(fill).astype(array.dtype)) for fill in _FILL_VALUES)
+            if array.dtype.kind not in "biu"
+            and any(value == float(np.array(fill).astype(array.dtype)) for fill in _FILL_VALUES)
             else f"is {value:g}, which is not a fill value of causal masks"
         )
     square = (

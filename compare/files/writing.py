@@ -163,8 +163,18 @@ def atomic_file(path: Path, rules: Rules = NO_RULES) -> Iterator[BinaryIO]:
         rules: what must hold before it is replaced.
 
     Raises:
-        FileError: another program created or changed the file meanwhile; its version stays.
+        FileError: it is a folder; or another program created or changed the file meanwhile; its
+            version stays.
     """
+    if path.is_dir() and not path.is_symlink():
+        raise FileError(
+            path,
+            "is a folder",
+            expected="the name of a file",
+            found="a folder",
+            mend="name a file in it",
+            is_usage=True,
+        )
     sweep(path)
     forget(path)
     before = _state(path)

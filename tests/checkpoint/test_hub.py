@@ -55,3 +55,13 @@ def test_of_several_files_one_must_be_named(tmp_path: Path) -> None:
         compare.read_checkpoint(folder)
     assert caught.value.mend == f"give one, as {folder / 'model.safetensors'}"
     assert compare.read_checkpoint(folder / "model.safetensors").keys() == STATE.keys()
+
+
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+    blob = compare.save_checkpoint(tmp_path / "blob.safetensors", STATE)
+    folder = folder_with(tmp_path)
+    (folder / "model.safetensors").symlink_to(blob)
+    with pytest.raises(compare.CheckpointError, match="link out of it") as caught:
+        compare.read_checkpoint(folder)
+    assert str(blob) in caught.value.mend
+    assert compare.read_checkpoint(blob).keys() == STATE.keys()

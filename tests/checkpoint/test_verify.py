@@ -231,3 +231,22 @@ def test_what_is_nan_on_both_sides_is_not_apart(tmp_path: Path) -> None:
     two = compare.save_checkpoint(tmp_path / "two.pth", {"a": torch.tensor([-torch.nan, 1.0, 0.0])})
     assert len(compare.verify_checkpoint(one, two)) == 1
     assert compare.verify_checkpoint(one, two, tolerance=0.0) == []
+
+
+@pytest.mark.filterwarnings("ignore::compare.UnverifiedCheckpoint")
+def test_what_one_side_says_is_a_buffer_has_no_tolerance(tmp_path: Path) -> None:
+    module = torch.nn.Module()
+    module.register_buffer("table", torch.tensor([1.0, 1e-7]))
+    says = compare.save_checkpoint(tmp_path / "says.pth", module)
+    torch.save({"table": torch.tensor([1.0, 0.0])}, tmp_path / "plain.pth")
+    for paths in ((says, tmp_path / "plain.pth"), (tmp_path / "plain.pth", says)):
+        assert len(compare.verify_checkpoint(*paths, tolerance=1e-3)) == 1
+    for index, value in enumerate((1e-7, 0.0)):
+        torch.save({"mask": torch.tensor([1.0, value])}, tmp_path / f"mask{index}.pth")
+    masks = tmp_path / "mask0.pth", tmp_path / "mask1.pth"
+    assert len(compare.verify_checkpoint(*masks, tolerance=1e-3)) == 1
+    variables = {"params": {}, "buffers": {"table": jnp.asarray([1.0, 0.0])}}
+    flax = compare.save_checkpoint(tmp_path / "flax.msgpack", variables)
+    torch.save({"table": torch.tensor([1.0, 1e-7])}, tmp_path / "torch.pth")
+    for paths in ((flax, tmp_path / "torch.pth"), (tmp_path / "torch.pth", flax)):
+        assert len(compare.verify_checkpoint(*paths, tolerance=1e-3)) == 1

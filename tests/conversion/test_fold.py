@@ -166,3 +166,14 @@ def test_weight_norm_that_flax_stores_as_well(is_old: bool) -> None:
             assert np.array_equal(found, state[key].numpy().reshape(found.shape))
         back = compare.linen_to_torch(variables, mapping=mapping)
         assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_a_parametrization_of_ones_own_is_folded_as_a_module() -> None:
+    class Twice(torch.nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 2 * weight
+
+    module = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 3))
+    torch.nn.utils.parametrize.register_parametrization(module, "weight", Twice())
+    folded = compare.fold(module)
+    assert torch.equal(folded.weight, module.weight)

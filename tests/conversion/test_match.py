@@ -15,6 +15,7 @@ from flax import nnx
 import compare
 from compare.conversion.errors import ConversionError
 from compare.conversion.mapping import LINEN, NNX, Row, StateMapping
+from compare.files.errors import FileError
 from compare.proof.cases import PRIME_BIAS
 from compare.runners.run import build_nnx, linen_template
 
@@ -411,3 +412,18 @@ def test_files_that_are_no_table(change: Any, message: str, tmp_path: Path) -> N
         StateMapping.load(tmp_path / "map.json")
     assert str(tmp_path / "map.json") in str(caught.value)
     assert "ValueError" not in str(caught.value)
+
+
+def test_a_mapping_does_not_replace_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious").write_text("x")
+    layer = torch.nn.Linear(3, 2, bias=False)
+    mapping = compare.match(layer, {"params": {"kernel": jnp.zeros((3, 2))}})
+    with pytest.raises(FileError, match="is a folder: name a file in it"):
+        mapping.save(tmp_path / "mine")
+    assert (tmp_path / "mine" / "precious").read_text() == "x"
+
+
+def test_inputs_without_a_module_are_refused() -> None:
+    with pytest.raises(ValueError, match="inputs has no effect without module"):
+        compare.match(torch.nn.Linear(3, 2), {"params": {}}, inputs=(1,))

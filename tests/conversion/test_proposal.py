@@ -259,3 +259,9 @@ def test_names_at_the_edge(source: Any, template: Any, rules: dict[str, str]) ->
 def test_what_is_no_model(source: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         compare.suggest(source, DENSE, **options)
+
+
+def test_a_layer_called_attn_is_no_old_mask() -> None:
+    source = T.ModuleDict({"attn": T.Linear(4, 6)})
+    template = {"params": {"mha": {"kernel": jnp.zeros((4, 6)), "bias": jnp.zeros(6)}}}
+    assert compare.suggest(source, template) == compare.Proposal({"attn": "mha"}, (), (), ())

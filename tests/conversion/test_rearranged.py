@@ -366,3 +366,10 @@ def test_a_layout_is_a_text() -> None:
     wrong: Any = {"weight": 3}
     with pytest.raises(ValueError, match="a layout is a name or a pattern: 3"):
         compare.match(torch.nn.Linear(1, 1), {}, layouts=wrong)
+
+
+def test_the_bias_of_a_layer_that_is_the_model_follows_its_weight() -> None:
+    template = {"params": {"kernel": jnp.zeros((4, 3, 2, 4)), "bias": jnp.zeros((3, 2, 4))}}
+    pattern = "(qkv h d) e -> e qkv h d"
+    mapping = compare.match(torch.nn.Linear(4, 24), template, layouts={"weight": pattern})
+    assert {row.torch_key for row in mapping.rows} == {"weight", "bias"}

@@ -12,6 +12,7 @@ import torch
 import compare
 from compare.conversion.tables import table_of
 from compare.conversion.tensors import tensor_to_numpy
+from compare.conversion.unmatched import objection
 
 
 def rotary(width: int, base: float) -> torch.Tensor:
@@ -162,6 +163,8 @@ def test_what_is_no_table() -> None:
         random.standard_normal(5),
         np.array([1.0, 0.5, 0.4]),
         np.array([1.0, np.nan, 0.25]),
+        np.array([1.0, 1.0, 1e-300]),
+        1e16 ** -(np.arange(16) / 16),
         np.arange(4) + 0j,
         np.array([True, False]),
     ):
@@ -174,8 +177,36 @@ def test_a_kind_that_differs_is_allowed_by_name() -> None:
     template = {"params": {"scale": jnp.zeros(3)}}
     with pytest.raises(compare.ConversionError, match="one is trained") as caught:
         compare.match(module, template)
-    assert "policy={'scale.kind': 'ignore'}" in str(caught.value)
+    (refused,) = caught.value.mismatch.refused
+    assert refused.mend == "compare.match(…, policy={'scale.kind': 'ignore'}) allows it"
     mapping = compare.match(module, template, policy={"scale.kind": "ignore"})
     variables = compare.torch_to_linen(module, template, mapping=mapping)
     assert np.asarray(variables["params"]["scale"]).tolist() == [1.0, 1.0, 1.0]
     assert compare.linen_to_torch(variables, mapping=mapping)["scale"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_value_of_integers_or_bool_is_no_fill_value() -> None:
+    """Numbers that -1e4 wraps to, and True, may be state."""
+    for array in (np.int8(-16), np.uint8(240), np.bool_(True), np.int64(np.iinfo(np.int64).min)):
+        assert objection("verify", np.asarray(array)) is not None
+    assert objection("verify", np.asarray(-1e4, np.float32)) is None
+
+
+def test_tables_with_axes_of_length_one_between() -> None:
+    """As PyTorch's own tutorial stores it: (tokens, 1, width)."""
+    table = annotated(20, 8).transpose(0, 1)
+    assert table.shape == (20, 1, 8)
+    state = state_with(table)
+    mapping = compare.match(state, TEMPLATE, policy={"table": "verify"})
+    compare.torch_to_linen(state, TEMPLATE, mapping=mapping)
+
+
+def test_values_of_numpy_are_made_again() -> None:
+    state: Any = {"fc.weight": np.zeros((2, 3), np.float32), "steps": np.arange(5)}
+    policy: Any = {"steps": "verify"}
+    layouts = {"fc.weight": "transposed"}
+    mapping = compare.match(state, TEMPLATE, policy=policy, layouts=layouts)
+    back = compare.linen_to_torch(
+        compare.torch_to_linen(state, TEMPLATE, mapping=mapping), mapping=mapping
+    )
+    assert back["steps"].tolist() == [0, 1, 2, 3, 4]

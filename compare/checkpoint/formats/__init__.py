@@ -100,7 +100,7 @@ def _only_file_of_hub(folder: Path) -> Path | None:
     """Return the file with the weights in a folder that is laid out as on the Hugging Face Hub.
 
     Raises:
-        CheckpointError: there are several.
+        CheckpointError: there are several, or it is a link out of the folder.
     """
     files = [folder / name for name in HUB_FILES if (folder / name).is_file()]
     if len(files) > 1:
@@ -113,6 +113,16 @@ def _only_file_of_hub(folder: Path) -> Path | None:
             mend=f"give one, as {shown(files[0])}",
             is_usage=True,
         )
+    for file in files:
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(
+                folder,
+                f"has a link out of it, which is not followed: {file.name}",
+                expected="the file itself",
+                found="a link",
+                mend=f"give {shown(file.resolve())}, or download the model with local_dir=",
+                is_usage=True,
+            )
     return files[0] if files else None
 
 

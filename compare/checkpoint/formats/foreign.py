@@ -20,10 +20,10 @@ _KINDS = {
     b"\x89HDF\r\n\x1a\n": _Kind(
         "an HDF5 file, as Keras and h5py write", f"read its arrays {_SAVE}"
     ),
-    b"\x1f\x8b": _Kind("a gzip file", "unpack it: gunzip --keep {path}"),
-    b"\x28\xb5\x2f\xfd": _Kind("a Zstandard file", "unpack it: unzstd {path}"),
-    b"\xfd7zXZ\0": _Kind("an xz file", "unpack it: unxz --keep {path}"),
-    b"BZh": _Kind("a bzip2 file", "unpack it: bunzip2 --keep {path}"),
+    b"\x1f\x8b": _Kind("a gzip file", "unpack it: gunzip --stdout {path} > NEW"),
+    b"\x28\xb5\x2f\xfd": _Kind("a Zstandard file", "unpack it: unzstd --stdout {path} > NEW"),
+    b"\xfd7zXZ\0": _Kind("an xz file", "unpack it: unxz --stdout {path} > NEW"),
+    b"BZh": _Kind("a bzip2 file", "unpack it: bunzip2 --stdout {path} > NEW"),
     b"7z\xbc\xaf\x27\x1c": _Kind("a 7z file", "unpack it: 7z x {path}"),
     b"version https://git-lfs": _Kind("a pointer of Git LFS", "fetch the file: git lfs pull"),
     b"<!DOCTYPE html": _Kind("a web page", "download the file itself"),
