@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..conversion.errors import Mismatch
-from ..conversion.mapping import LINEN, NNX, KeyPath, Left, StateMapping, slashed
+from ..conversion.mapping import LINEN, NNX, KeyPath, Left, StateMapping, require_mapping, slashed
 from ..conversion.match import pair
 from ..files import writing
 from ..files.memory import collector_paused
@@ -114,6 +114,7 @@ def convert_checkpoint(
         CheckpointError: the source cannot be read or does not fit the mapping, an argument has no
             effect, or the target cannot be written. The target is then unchanged.
     """
+    require_mapping(mapping)
     path = Path(target)
     if str(target).endswith("/") and not path.is_dir():
         raise CheckpointError(

@@ -10,10 +10,11 @@ import torch
 from flax import nnx
 
 from ..conversion.apply_mapping import flax_from_torch
+from ..conversion.arguments import require_rules
 from ..conversion.convert import StateDict, Variables
 from ..conversion.errors import ConversionError, next_step
 from ..conversion.layers import KnownState
-from ..conversion.mapping import LINEN, NNX, KeyPath, Policy, StateMapping
+from ..conversion.mapping import LINEN, NNX, KeyPath, Policy, StateMapping, require_mapping
 from ..conversion.match import match
 from ..conversion.policies import allowing
 from ..conversion.state_kinds import FlaxSide, flax_side, specs_side, torch_kinds
@@ -127,10 +128,8 @@ def load_checkpoint(
             "target is a flat dict; "
             "expected Linen variables, or a torch module instead of its state dict"
         )
-    if mapping is not None and not isinstance(mapping, StateMapping):
-        raise TypeError(
-            f"mapping is a {type(mapping).__name__}; expected what `compare.match` returns"
-        )
+    require_mapping(mapping)
+    require_rules(prefix, policy=policy, layouts=layouts)
     for pattern, decided in (policy or {}).items():
         if decided not in get_args(Policy):
             raise ValueError(

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..conversion.convert import StateDict, linen_to_torch, nnx_to_torch
 from ..conversion.errors import ConversionError
 from ..conversion.layer_facts import facts_of
-from ..conversion.mapping import LINEN, NNX, StateMapping, slashed
+from ..conversion.mapping import LINEN, NNX, StateMapping, require_mapping, slashed
 from ..conversion.state_kinds import FlaxSide, entries, flax_side, same_memory, torch_kinds
 from ..conversion.tensors import Untransferable, dense, tensor_to_numpy, to_host
 from ..conversion.trees import is_nested
@@ -57,6 +57,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: the path cannot be written, or the format cannot store the state.
     """
+    require_mapping(mapping)
     path = Path(path)
     chosen = format_of(path)
     target = writable(path, chosen)

@@ -10,10 +10,19 @@ from fnmatch import fnmatchcase
 from math import inf
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..conversion.mapping import KeyPath, Left, Row, StateMapping, slashed, words
+from ..conversion.mapping import (
+    KeyPath,
+    Left,
+    Row,
+    StateMapping,
+    require_mapping,
+    slashed,
+    words,
+)
 from ..dtypes import FLOATING
 from ..files.memory import collector_paused
 from ..files.printable import shown
@@ -154,7 +163,12 @@ def compare_checkpoints(
     is_number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
     if tolerance is not None and not (is_number and 0.0 <= tolerance < 1.0):
         raise ValueError(f"tolerance is {tolerance}; expected a number from 0 to below 1")
-    tables = [mapping] if isinstance(mapping, StateMapping) else list(mapping or ())
+    is_one = isinstance(mapping, StateMapping) or not isinstance(mapping, Sequence)
+    tables: list[Any] = [mapping] if is_one and mapping is not None else list(mapping or ())  # type: ignore[arg-type]
+    for table in tables:
+        require_mapping(table)
+    if isinstance(ignore, str):
+        raise TypeError(f"ignore is {ignore!r}; expected a list of patterns, as [{ignore!r}]")
 
     def with_target(written: Reader) -> Comparison:
         def with_source(stored: Reader) -> Comparison:

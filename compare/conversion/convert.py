@@ -22,7 +22,7 @@ from ..files.interrupts import uninterrupted
 from .apply_mapping import flax_from_torch, torch_from_flax
 from .errors import ConversionError, Mismatch
 from .fold import fold as folded
-from .mapping import LINEN, NNX, KeyPath, StateMapping
+from .mapping import LINEN, NNX, KeyPath, StateMapping, require_mapping
 from .match import pair
 from .state_kinds import SAVED, FlaxSide, flax_side, linen_entries, linen_kind
 from .tensors import as_tensor
@@ -96,6 +96,7 @@ def torch_to_linen(
         ValueError: a mapping that was made for Flax's other API.
         ConversionError: entries are missing, unexpected, of another shape, or not representable.
     """
+    require_mapping(mapping)
     leaves = _linen_leaves(template)
     side = flax_side(template)
     arrays, mismatch = _to_flax(
@@ -171,6 +172,7 @@ def torch_to_nnx(
         ValueError: a mapping that was made for Flax's other API.
         ConversionError: entries are missing, unexpected, of another shape, or not representable.
     """
+    require_mapping(mapping)
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected an nnx.Module")
     arrays, mismatch = _to_flax(
@@ -224,6 +226,7 @@ def linen_to_torch(
         ValueError: a mapping that was made for Flax's other API.
         ConversionError: entries are missing, unexpected, of a wrong rank, or not representable.
     """
+    require_mapping(mapping)
     leaves = {
         path: leaf for path, leaf in _linen_leaves(variables).items() if linen_kind(path) in SAVED
     }
@@ -277,6 +280,7 @@ def nnx_to_torch(
         ValueError: a mapping that was made for Flax's other API.
         ConversionError: entries are missing, unexpected, of a wrong rank, or not representable.
     """
+    require_mapping(mapping)
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected an nnx.Module")
     _require_api(mapping or NNX, "nnx")

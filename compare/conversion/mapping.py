@@ -473,3 +473,12 @@ NNX = StateMapping(
 
 
 Mapping = StateMapping  # an alias for one release
+
+
+def require_mapping(mapping: Any) -> None:
+    """Raise TypeError for what is no mapping; None is the default of each function."""
+    if mapping is not None and not isinstance(mapping, StateMapping):
+        raise TypeError(
+            f"mapping is a {type(mapping).__name__}; expected what `compare.match` or "
+            "`compare.StateMapping.load(file)` returns"
+        )

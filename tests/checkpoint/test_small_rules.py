@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import msgpack
 import numpy as np
 import pytest
@@ -251,3 +252,32 @@ def test_a_folder_of_shards_that_changes_is_read_again(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"a": "b"}}))
     assert not before.is_current()
     assert _snapshot(tmp_path).is_current()
+
+
+def test_a_mapping_of_another_type(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(3, 2)
+    path = compare.save_checkpoint(tmp_path / "a.pth", layer)
+    wrong: Any = {"a": "b"}
+    variables = {"params": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}
+    for call in (
+        lambda: compare.torch_to_linen(layer, variables, mapping=wrong),
+        lambda: compare.torch_to_nnx(layer, nnx.Linear(3, 2, rngs=nnx.Rngs(0)), mapping=wrong),
+        lambda: compare.linen_to_torch(variables, mapping=wrong),
+        lambda: compare.nnx_to_torch(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), mapping=wrong),
+        lambda: compare.save_checkpoint(tmp_path / "b.pth", layer, mapping=wrong),
+        lambda: compare.load_checkpoint(path, layer, mapping=wrong),
+        lambda: compare.convert_checkpoint(path, tmp_path / "b.pth", mapping=wrong),
+        lambda: compare.verify_checkpoint(path, path, mapping=wrong),
+    ):
+        with pytest.raises(TypeError, match=r"mapping is a dict; expected what `compare\.match`"):
+            call()
+    with pytest.raises(TypeError, match=r"ignore is 'a'; expected a list of patterns, as \['a'\]"):
+        compare.verify_checkpoint(path, path, ignore="a")
+    rules: Any = ["fc"]
+    with pytest.raises(TypeError, match=r"policy is .* expected a dict"):
+        compare.load_checkpoint(path, layer, policy=rules)
+
+
+def test_a_part_whose_name_has_a_slash(tmp_path: Path) -> None:
+    torch.save({"a/b": {"w": torch.ones(1)}, "epoch": 1}, tmp_path / "a.pth")
+    assert compare.read_checkpoint(tmp_path / "a.pth", select="a/b")["w"].tolist() == [1.0]

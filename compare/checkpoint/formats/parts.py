@@ -50,6 +50,8 @@ def inner(path: Path, tree: Any, name: str) -> Any:
     Raises:
         CheckpointError: there is no such part.
     """
+    if isinstance(tree, dict) and name in tree:  # a name with a slash of its own
+        return tree[name]
     node, above = tree, ""
     for step in name.split("/"):
         if not isinstance(node, dict) or step not in node:
