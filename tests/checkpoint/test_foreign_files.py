@@ -583,7 +583,5 @@ def test_what_users_try_first_is_told_the_way(tmp_path: Path) -> None:
         CheckpointError, match=r"would be a folder of shards.*name it without a suffix"
     ):
         convert_checkpoint(path, tmp_path / "new.msgpack", shard_bytes=8)
-    with pytest.raises(
-        TypeError, match=r"mapping is a dict; expected what `compare.match` or"
-    ):
+    with pytest.raises(TypeError, match=r"mapping is a dict; expected what `compare.match` or"):
         compare.load_checkpoint(path, torch.nn.Linear(2, 3), mapping={"a": "b"})  # type: ignore[call-overload]
