@@ -10,7 +10,6 @@ from fnmatch import fnmatchcase
 from math import inf
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -163,10 +162,10 @@ def compare_checkpoints(
     is_number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
     if tolerance is not None and not (is_number and 0.0 <= tolerance < 1.0):
         raise ValueError(f"tolerance is {tolerance}; expected a number from 0 to below 1")
-    is_one = isinstance(mapping, StateMapping) or not isinstance(mapping, Sequence)
-    tables: list[Any] = [mapping] if is_one and mapping is not None else list(mapping or ())  # type: ignore[arg-type]
-    for table in tables:
+    given = mapping if isinstance(mapping, Sequence) else [mapping]
+    for table in given:
         require_mapping(table)
+    tables = [table for table in given if table is not None]
     if isinstance(ignore, str):
         raise TypeError(f"ignore is {ignore!r}; expected a list of patterns, as [{ignore!r}]")
 

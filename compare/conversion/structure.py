@@ -215,11 +215,11 @@ def likeness(torch: Sequence[Series], flax: Sequence[Series], pairs: Sequence[Pa
 
     The words of the last step, those of all steps, and the neighbors, near and far, count alike.
     """
-    scores = [
-        np.array([[_overlap(words(one), words(other)) for other in flax] for one in torch])
-        for words in (_last_words, _all_words)
-    ]
-    return sum(scores) + _beside(torch, flax, pairs)
+    scores = _beside(torch, flax, pairs)
+    for words in (_last_words, _all_words):
+        own, others = list(map(words, torch)), list(map(words, flax))
+        scores = scores + np.array([[_overlap(one, other) for other in others] for one in own])
+    return scores
 
 
 def _all_words(series: Series) -> set[str]:
@@ -266,7 +266,7 @@ def _shared(one: Sequence[str], other: Sequence[str]) -> float:
     above = one[:-1]
     same = 0
     for step, twin in zip(above, other[:-1], strict=False):
-        if _all_numbers(step) != _all_numbers(twin) and step != twin:
+        if step != twin:
             break
         same += 1
     return same / len(above) if above else 0.0

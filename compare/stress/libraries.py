@@ -24,7 +24,7 @@ from ..conversion.match import match
 from ..conversion.proposal import suggest
 from ..conversion.renamed import renamed
 from ..report.model import Block, Cell, Check, Section, Table
-from .library_names import PAIRS, NamedPair
+from .library_names import PAIRS, NamedPair, variables_of
 
 _AUTO = "transformers.models.auto.modeling_flax_auto"
 # These combine two models of the others.
@@ -141,7 +141,7 @@ def _converted(name: str, architecture: str) -> Head:
         return Head(architecture, 0, {}, f"cannot be built: {type(error).__name__}")
     if "final_logits_bias" in source.state_dict():
         arguments["policy"] = {**arguments.get("policy", {}), **_BIAS}
-    variables = {"params": model.params} if "params" not in model.params else dict(model.params)
+    variables = variables_of(model)
     expected = loader.convert_pytorch_state_dict_to_flax(source.state_dict(), model)
     wanted = flatten_dict(expected if "params" in expected else {"params": expected})
     try:

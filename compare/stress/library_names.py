@@ -67,7 +67,11 @@ def _shapes(init: Any, *inputs: Any, **options: Any) -> Any:
 def _flax_of_transformers(name: str, **sizes: Any) -> Any:
     library = import_module("transformers")
     flax_class = getattr(library, name)
-    model = flax_class(flax_class.config_class(**sizes))
+    return variables_of(flax_class(flax_class.config_class(**sizes)))
+
+
+def variables_of(model: Any) -> Any:
+    """Return the variables of a Flax model of transformers, which may hold its params alone."""
     return model.params if "params" in model.params else {"params": model.params}
 
 
