@@ -180,6 +180,23 @@ _MASKING = [
     ),
 ]
 
+_SHAPES = [
+    *_attention(
+        "fewer queries are the first tokens",
+        (r"num_tokens - queries\.shape\[-2\] :\]", ": queries.shape[-2]]"),
+    ),
+    *_attention(
+        "heads alternate between their keys",
+        (r"repeat_interleave\(groups, dim=-3\)", "repeat(1, groups, 1, 1)"),
+        only="torch",
+    ),
+    *_flax(
+        "heads alternate between their keys",
+        "flax_impl.attention",
+        (r"jnp\.repeat\(keys, groups, axis=-3\)", "jnp.tile(keys, (groups, 1, 1))"),
+    ),
+]
+
 _MIXING = [
     *_attention("softmax over the queries", (r"(dim|axis)=-1", r"\1=-2")),
     *_attention("softmax over the batch", (r"(dim|axis)=-1", r"\1=0")),
@@ -694,6 +711,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *_OPTIMIZING,
     *_HEADS,
     *_FUSED,
+    *_SHAPES,
 )
 
 READERS: tuple[Mutant, ...] = tuple(_readers())
