@@ -7,12 +7,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Literal
 
+from ..conversion.arguments import require_flags
 from ..conversion.errors import Mismatch
 from ..conversion.mapping import LINEN, NNX, KeyPath, Left, StateMapping, require_mapping, slashed
 from ..conversion.match import pair
 from ..files import writing
 from ..files.memory import collector_paused
 from ..files.printable import shown
+from ..files.reading import as_path
 from .errors import CheckpointError, naming
 from .formats import KNOWN, exists, format_of, shards
 from .load import named, side_of, steady
@@ -115,7 +117,18 @@ def convert_checkpoint(
             effect, or the target cannot be written. The target is then unchanged.
     """
     require_mapping(mapping)
-    path = Path(target)
+    require_flags(dry_run=dry_run)
+    as_path(source)
+    path = as_path(target)
+    if shard_bytes is not None and (type(shard_bytes) is not int or shard_bytes < 1):
+        raise CheckpointError(
+            path,
+            f"shard_bytes={shard_bytes!r} is no size",
+            expected="a whole number of bytes, at least 1",
+            found=repr(shard_bytes),
+            mend="give one, as 2_000_000_000",
+            is_usage=True,
+        )
     if str(target).endswith("/") and not path.is_dir():
         raise CheckpointError(
             target,

@@ -10,21 +10,29 @@ import torch
 from flax import nnx
 
 from ..conversion.apply_mapping import flax_from_torch
-from ..conversion.arguments import require_rules
+from ..conversion.arguments import require_flags, require_rules
 from ..conversion.convert import StateDict, Variables
 from ..conversion.errors import ConversionError, next_step
 from ..conversion.layers import KnownState
-from ..conversion.mapping import LINEN, NNX, KeyPath, Policy, StateMapping, require_mapping
+from ..conversion.mapping import (
+    LINEN,
+    NNX,
+    KeyPath,
+    Policy,
+    StateMapping,
+    require_mapping,
+    slashed,
+)
 from ..conversion.match import match
-from ..conversion.policies import allowing
+from ..conversion.policies import allowing, decided
 from ..conversion.state_kinds import FlaxSide, flax_side, specs_side, torch_kinds
 from ..conversion.tensors import is_uninitialized, numpy_to_tensor, tensor_to_numpy
 from ..conversion.trees import is_nested
 from ..conversion.wrappers import without_prefix
 from ..dtypes import FLOATING, numpy_dtype
 from ..files.memory import collector_paused
-from ..files.printable import shown
-from ..files.reading import Snapshot
+from ..files.printable import kind_of, shown
+from ..files.reading import Snapshot, as_path
 from ..files.warn import warn
 from .errors import CheckpointError, UnverifiedCheckpoint
 from .formats import open_checkpoint
@@ -119,8 +127,7 @@ def load_checkpoint(
         target, nnx.State
     ):
         raise TypeError(
-            f"target is a {type(target).__name__}; "
-            "expected a torch or NNX module, or Linen variables"
+            f"target is {kind_of(target)}; expected a torch or NNX module, or Linen variables"
         )
     is_module = isinstance(target, nnx.Module)  # nnx.Dict is a mapping too
     if isinstance(target, Mapping) and not is_module and target and not is_nested(target):
@@ -130,11 +137,11 @@ def load_checkpoint(
         )
     require_mapping(mapping)
     require_rules(prefix, policy=policy, layouts=layouts)
-    for pattern, decided in (policy or {}).items():
-        if decided not in get_args(Policy):
+    require_flags(cast=cast)
+    for pattern, value in (policy or {}).items():
+        if value not in get_args(Policy):
             raise ValueError(
-                f"policy {pattern}: there is no {decided!r}; "
-                f"there are {', '.join(get_args(Policy))}"
+                f"policy {pattern}: there is no {value!r}; there are {', '.join(get_args(Policy))}"
             )
 
     def prepare(stored: Reader) -> Callable[[], Any]:
@@ -229,7 +236,7 @@ def steady(
         CheckpointError: opening or the work failed, or the checkpoint was changed too often.
     """
     for _ in range(_MAX_TRIES):
-        before = _snapshot(Path(path))
+        before = _snapshot(as_path(path))
         try:
             with open_checkpoint(path, memory, select=select) as stored:
                 result = work(stored)
@@ -275,6 +282,34 @@ def _require_asked(stored: Reader, target: Any, mapping: StateMapping | None) ->
             expected="no layouts",
             found="layouts",
             mend="leave it out",
+            is_usage=True,
+        )
+
+
+def _require_fitting(
+    stored: Reader,
+    target: Iterable[str],
+    policy: Mapping[str, Policy],
+    table: StateMapping | None = None,
+) -> None:
+    """Raise CheckpointError if a policy is for a name that neither side has."""
+    names = {*map(slashed, stored.specs), *map(slashed, stored.aliases), *target}
+    if table is not None:
+        names.update(table.by_key, map(slashed, table.by_path), table.left_keys())
+    unfitting = {
+        pattern
+        for pattern in policy
+        if not any(decided(name, {pattern: "ignore"}) for name in names)
+    }
+    if unfitting:
+        pattern = min(unfitting)
+        raise CheckpointError(
+            stored.path,
+            f"neither it nor the target has a name that fits policy {shown(pattern)}",
+            key=pattern,
+            expected="names or patterns of what one side lacks",
+            found=f"policy={{{pattern!r}: {policy[pattern]!r}}}",
+            mend="leave it out, or correct the name",
             is_usage=True,
         )
 
@@ -344,6 +379,7 @@ def _into_torch(
 ) -> Callable[[], torch.nn.Module]:
     stored.mapped = True  # the values are copied into the module
     if stored.layout == "torch":
+        _require_fitting(stored, module.state_dict(keep_vars=True), policy)
         tensors = stored.tensors()
     else:
         table = mapping or _stored_mapping(stored, stored.layout)
@@ -351,6 +387,7 @@ def _into_torch(
             keys = [
                 key for key, value in module.state_dict().items() if not is_uninitialized(value)
             ]
+            _require_fitting(stored, keys, policy, table)
             table = allowing(stored.spell(table), keys, stored.specs, policy)
         try:
             table = table or match(module, side_of(stored), policy=policy)
@@ -394,6 +431,8 @@ def _torch_into_flax(
 ) -> Callable[[], Any]:
     side, names = flax_side(target), named(stored)
     table = mapping or (None if prefix or layouts else _stored_mapping(stored, side.kind))
+    if table:
+        _require_fitting(stored, map(slashed, side.leaves), policy, table)
     table = (
         allowing(table, names, side.leaves, policy)
         if table
@@ -418,6 +457,7 @@ def _flax_into_flax(
     stored: Reader, target: Any, policy: Mapping[str, Policy], cast: bool
 ) -> Callable[[], Any]:
     side = flax_side(target)
+    _require_fitting(stored, map(slashed, side.leaves), policy)
     leaves = flax_leaves(stored, side, policy, cast)
     return lambda: install(target, leaves)
 

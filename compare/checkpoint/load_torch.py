@@ -14,9 +14,10 @@ from ..conversion.mapping import Policy
 from ..conversion.policies import decided
 from ..conversion.state_kinds import one_trained, same_memory, torch_kinds
 from ..conversion.tensors import UNINITIALIZED, is_uninitialized
-from ..conversion.unmatched import host_values, lacking, objection
+from ..conversion.unmatched import lacking, objection_to
 from ..dtypes import FLOATING
 from ..files.interrupts import uninterrupted
+from ..files.printable import kind_of
 from .tensors import Spec
 
 
@@ -61,7 +62,7 @@ def require_fit(
         MismatchEntry(
             key,
             "the module",
-            reason=f"is a {type(entry).__name__} in the module; only tensors are stored",
+            reason=f"is {kind_of(entry)} in the module; only tensors are stored",
             mend="keep it as a buffer, or leave get_extra_state out",
         )
         for key, entry in module_state.items()
@@ -172,7 +173,7 @@ def fill_torch(module: torch.nn.Module, state: StateDict) -> Callable[[], torch.
             )
     refused += _overwritten(wanted, state) if not refused else []
     for key in [key for key in state if key not in wanted]:
-        if reason := objection("verify", host_values(state[key])):
+        if reason := objection_to(state[key], "verify"):
             shape, mend = tuple(state[key].shape), dropping(key)
             refused.append(MismatchEntry(key, "", shape, reason=reason, mend=mend))
     if refused:

@@ -23,7 +23,8 @@ from ..conversion.tensors import Untransferable, dense, tensor_to_numpy, to_host
 from ..conversion.trees import is_nested
 from ..files.errors import FileError
 from ..files.memory import Budget
-from ..files.printable import shown
+from ..files.printable import kind_of, shown
+from ..files.reading import as_path
 from ..files.writing import Rules
 from .errors import CheckpointError
 from .formats import Format, exists, format_of
@@ -58,7 +59,7 @@ def save_checkpoint(
         CheckpointError: the path cannot be written, or the format cannot store the state.
     """
     require_mapping(mapping)
-    path = Path(path)
+    path = as_path(path)
     chosen = format_of(path)
     target = writable(path, chosen)
     try:
@@ -262,10 +263,11 @@ def _from_torch(path: Path, source: Any, mapping: StateMapping | None) -> Tensor
     if not isinstance(tensors, Mapping) or not tensors:
         raise CheckpointError(
             path,
-            f"there is no state in a {type(source).__name__}",
+            f"there is no state in {kind_of(source)}",
             expected="state",
-            found=f"a {type(source).__name__}",
-            mend="give a torch or NNX module, a state dict or Linen variables",
+            found=kind_of(source),
+            mend="give a torch or NNX module, a state dict or Linen variables"
+            + (', as {"params": state.params}' if hasattr(source, "params") else ""),
         )
     if not isinstance(source, torch.nn.Module):
         return _torch_tensors(path, tensors, {}, mapping)
@@ -300,7 +302,7 @@ def _host_tensor(path: Path, key: Any, value: Any) -> np.ndarray:
     if not isinstance(key, str):
         raise CheckpointError(
             path,
-            f"the key {shown(repr(key))} is a {type(key).__name__}; a state dict has names",
+            f"the key {shown(repr(key))} is {kind_of(key)}; a state dict has names",
             key=shown(repr(key)),
             expected="a name",
             found=type(key).__name__,
@@ -309,10 +311,10 @@ def _host_tensor(path: Path, key: Any, value: Any) -> np.ndarray:
     if not isinstance(value, Tensor):
         raise CheckpointError(
             path,
-            f"{shown(key)} is a {type(value).__name__}; expected a tensor",
+            f"{shown(key)} is {kind_of(value)}; expected a tensor",
             key=key,
             expected="a tensor",
-            found=f"a {type(value).__name__}",
+            found=kind_of(value),
             mend="give a state dict of tensors only",
         )
     try:
@@ -366,10 +368,10 @@ def _host_leaf(path: Path, key: tuple[Any, ...], leaf: Any) -> np.ndarray:
     if not isinstance(leaf, jax.Array | np.ndarray):
         raise CheckpointError(
             path,
-            f"{shown(name)}: is a {type(leaf).__name__}, not an array of values",
+            f"{shown(name)}: is {kind_of(leaf)}, not an array of values",
             key=name,
             expected="an array of values",
-            found=f"a {type(leaf).__name__}",
+            found=kind_of(leaf),
             mend="give variables with values, as model.init returns them",
         )
     try:

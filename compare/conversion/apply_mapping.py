@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files.printable import kind_of
 from .errors import Mismatch, MismatchEntry, Shape, dropping
 from .layouts import Layout, is_one_of, layout, to_flax
 from .layouts import to_torch as torch_layout
@@ -26,7 +27,7 @@ from .tensors import (
     to_jax,
     to_torch,
 )
-from .unmatched import host_values, objection, refilled
+from .unmatched import objection_to, refilled
 
 _COPIED = ("conv_transpose", "flatten")  # layouts that no view can show
 
@@ -105,7 +106,7 @@ def torch_from_flax(
                 MismatchEntry(
                     row.torch_key,
                     flax_name,
-                    reason=f"is a {type(leaf).__name__}, not an array of values",
+                    reason=f"is {kind_of(leaf)}, not an array of values",
                 )
             )
         else:
@@ -181,7 +182,7 @@ def unfit(row: Row, key: str, tensor: Any, flax_shape: Sequence[int]) -> Mismatc
     if is_nested(tensor):
         return MismatchEntry(key, row.place, reason=NESTED)
     if not hasattr(tensor, "shape"):
-        return MismatchEntry(key, row.place, reason=f"is a {type(tensor).__name__}, not a tensor")
+        return MismatchEntry(key, row.place, reason=f"is {kind_of(tensor)}, not a tensor")
     if row.shape is not None and row.shape != tuple(flax_shape):
         return MismatchEntry(
             key,
@@ -308,22 +309,12 @@ def _refused_left_entries(
     refused = []
     for item in mapping.left:
         value = _left_value(item, tensors, leaves)
-        if value is not None and (reason := _objection_to(value, item.policy)):
+        if value is not None and (reason := objection_to(value, item.policy)):
             mend = dropping(item.torch_key, item.policy)
             refused.append(
                 MismatchEntry(item.torch_key, "", shape_of(value), reason=reason, mend=mend)
             )
     return refused
-
-
-def _objection_to(value: Any, policy: str) -> str | None:
-    """Return why the value may not be left out under this policy, or None."""
-    if policy != "ignore" and not hasattr(value, "shape"):
-        return f"is a {type(value).__name__}, not a tensor"
-    try:
-        return objection(policy, host_values(value))
-    except Untransferable as error:
-        return str(error)
 
 
 def _left_value(item: Left, tensors: Mapping[str, Any], leaves: Mapping[KeyPath, Any]) -> Any:

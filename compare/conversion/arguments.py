@@ -1,4 +1,4 @@
-"""The types of the rules that `compare.match` takes, checked before any is used."""
+"""The types of the arguments that `compare.match` and others take, checked before any is used."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +13,13 @@ _EXAMPLES = {
 }
 # Of the others, whoever uses a value refuses what it does not know.
 _NAMES = ("rename", "stack", "tied")
+
+
+def require_flags(**flags: Any) -> None:
+    """Raise TypeError for an argument that is not True or False: `cast="float16"` is not."""
+    for argument, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{argument} is {flag!r}; expected True or False")
 
 
 def require_rules(prefix: Any, **rules: Any) -> None:

@@ -19,15 +19,17 @@ from flax.traverse_util import unflatten_dict
 from torch import Tensor
 
 from ..files.interrupts import uninterrupted
+from ..files.printable import kind_of
 from .apply_mapping import flax_from_torch, torch_from_flax
-from .errors import ConversionError, Mismatch
+from .arguments import require_flags
+from .errors import ConversionError, Mismatch, MismatchEntry
 from .fold import fold as folded
 from .mapping import LINEN, NNX, KeyPath, StateMapping, require_mapping
 from .match import pair
 from .state_kinds import SAVED, FlaxSide, flax_side, linen_entries, linen_kind
-from .tensors import as_tensor
+from .tensors import Untransferable, as_shared_tensor, as_tensor
 from .trees import with_leaves
-from .wrappers import without_wrapper
+from .wrappers import require_torch, without_wrapper
 
 StateDict = dict[str, Tensor]
 Variables = dict[str, Any]
@@ -97,6 +99,7 @@ def torch_to_linen(
         ConversionError: entries are missing, unexpected, of another shape, or not representable.
     """
     require_mapping(mapping)
+    require_flags(fold=fold, copy=copy, strict=strict)
     leaves = _linen_leaves(template)
     side = flax_side(template)
     arrays, mismatch = _to_flax(
@@ -173,8 +176,9 @@ def torch_to_nnx(
         ConversionError: entries are missing, unexpected, of another shape, or not representable.
     """
     require_mapping(mapping)
+    require_flags(fold=fold, copy=copy, strict=strict)
     if not isinstance(model, nnx.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected an nnx.Module")
+        raise TypeError(f"model is {kind_of(model)}; expected an nnx.Module")
     arrays, mismatch = _to_flax(
         folded(source) if fold else source, flax_side(model), mapping, prefix, layouts, copy
     )
@@ -227,6 +231,7 @@ def linen_to_torch(
         ConversionError: entries are missing, unexpected, of a wrong rank, or not representable.
     """
     require_mapping(mapping)
+    require_flags(copy=copy, strict=strict)
     leaves = {
         path: leaf for path, leaf in _linen_leaves(variables).items() if linen_kind(path) in SAVED
     }
@@ -281,8 +286,9 @@ def nnx_to_torch(
         ConversionError: entries are missing, unexpected, of a wrong rank, or not representable.
     """
     require_mapping(mapping)
+    require_flags(copy=copy, strict=strict)
     if not isinstance(model, nnx.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected an nnx.Module")
+        raise TypeError(f"model is {kind_of(model)}; expected an nnx.Module")
     _require_api(mapping or NNX, "nnx")
     state, mismatch = torch_from_flax(flax_side(model).leaves, mapping or NNX, copy)
     if mismatch and strict:
@@ -290,23 +296,27 @@ def nnx_to_torch(
     return state if strict else (state, mismatch)
 
 
-def _state_dict(source: Source, mapping: StateMapping | None) -> Mapping[str, Any]:
-    if isinstance(source, type):
-        raise TypeError(f"source is the class {source.__name__}; give an instance of it")
+def _state_dict(source: Source, mapping: StateMapping | None, copy: bool) -> Mapping[str, Any]:
+    require_torch(source)
     if isinstance(source, torch.nn.Module):
         return without_wrapper(source, mapping.by_key if mapping else ()).state_dict()
-    if isinstance(source, Mapping):
+    if copy:
         return {key: as_tensor(value) for key, value in source.items()}
-    raise TypeError(
-        f"source is a {type(source).__name__}; expected a torch.nn.Module or its state dict"
-    )
+    tensors, refused = dict[str, Any](), []
+    for key, value in source.items():
+        try:
+            tensors[key] = as_shared_tensor(value)
+        except Untransferable as error:
+            refused.append(MismatchEntry(key, "", np.shape(value), reason=str(error)))
+    if refused:
+        raise ConversionError(Mismatch(refused=tuple(refused)))
+    return tensors
 
 
 def _linen_leaves(variables: Mapping[str, Any]) -> dict[KeyPath, Any]:
     if not isinstance(variables, Mapping) or isinstance(variables, nnx.State):
         raise TypeError(
-            f"got a {type(variables).__name__}; "
-            "expected Linen variables, as `model.init` returns them"
+            f"got {kind_of(variables)}; expected Linen variables, as `model.init` returns them"
         )
     return {entry.path: entry.value for entry in linen_entries(variables)}
 
@@ -319,7 +329,7 @@ def _to_flax(
     layouts: Mapping[str, str] | None,
     copy: bool,
 ) -> tuple[dict[KeyPath, jax.Array], Mismatch]:
-    tensors = _state_dict(source, mapping)
+    tensors = _state_dict(source, mapping, copy)
     if mapping is not None:
         for name, value in (("prefix", prefix), ("layouts", layouts)):
             if value:

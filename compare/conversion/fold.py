@@ -16,6 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 from .tensors import shape_of
+from .wrappers import require_torch
 
 _SCALED = {"original0": "g", "original1": "v"}
 _PARAMETRIZED = re.compile(r"(?P<prefix>(?:.*\.)?)parametrizations\.(?P<leaf>[^.]+)\.(?P<part>.+)")
@@ -106,8 +107,10 @@ def fold(source: Any) -> Any:
         source: a torch module, which stays as it is, or its state dict.
 
     Raises:
+        TypeError: the source is neither.
         ValueError: a state dict does not say how a tensor is computed from its parts.
     """
+    require_torch(source)
     if isinstance(source, nn.Module):
         return _folded_module(source)
     state = dict(source)

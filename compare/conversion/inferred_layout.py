@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from flax import linen, nnx
 
-from ..files.printable import shown
+from ..files.printable import kind_of, shown
 from .layers import is_conv1d_of_transformers
 from .layouts import is_pattern, layout
 from .mapping import KeyPath
@@ -76,7 +76,7 @@ def inferred_layout(
         return hint
     if transposed and hint is None and rank == torch_rank:
         raise ValueError(
-            f"the layer is a {type(layer).__name__}, and Flax variables do not say whether it was "
+            f"the layer is {kind_of(layer)}, and Flax variables do not say whether it was "
             f'built with transpose_kernel: pass layouts={{{pattern}: "conv"}} if True, '
             '"conv_transpose" if False (the default)'
         )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files.printable import kind_of
 from .layers import SUPPORTED
 
 Facts = dict[str, Any]
@@ -65,7 +66,7 @@ def _facts(layer: Any, layer_type: type[nn.Module]) -> Facts:
 def require_valid(stored: Any) -> None:
     """Raise ValueError unless this is what `facts_of` returns, from JSON. No layer is made."""
     if not isinstance(stored, Mapping):
-        raise ValueError(f"its layers are a {type(stored).__name__}, not names with facts")
+        raise ValueError(f"its layers are {kind_of(stored)}, not names with facts")
     for name, facts in stored.items():
         kind = str(facts.get("type")) if isinstance(facts, Mapping) else ""
         layer_type = _TYPES.get(kind)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from ..dtypes import DTYPES, INTEGERS
 from ..files.errors import FileError
 from ..files.memory import Budget
+from ..files.printable import kind_of
 from ..files.reading import parse_json, read_file
 from ..files.writing import atomic_file
 from .errors import MappingError
@@ -479,6 +480,6 @@ def require_mapping(mapping: Any) -> None:
     """Raise TypeError for what is no mapping; None is the default of each function."""
     if mapping is not None and not isinstance(mapping, StateMapping):
         raise TypeError(
-            f"mapping is a {type(mapping).__name__}; expected what `compare.match` or "
+            f"mapping is {kind_of(mapping)}; expected what `compare.match` or "
             "`compare.StateMapping.load(file)` returns"
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..files.memory import collector_paused
-from ..files.printable import shown
+from ..files.printable import kind_of, shown
 from ..files.warn import warn
 from .apply_mapping import same_bits, unfit
 from .arguments import require_rules
@@ -53,7 +53,7 @@ from .tables import table_of
 from .tensors import UNINITIALIZED, Untransferable, is_uninitialized, shape_of
 from .undecided import Choice, Undecided, is_of_our_attention, questions
 from .unmatched import host_values, refill_of
-from .wrappers import without_wrapper
+from .wrappers import require_torch, without_wrapper
 
 _FOLDED = "only a part from which"
 # The names that a torch leaf may have in Flax.
@@ -243,8 +243,7 @@ class _Matcher:
         policy: Mapping[str, Policy],
         prefix: str,
     ) -> None:
-        if isinstance(source, type):
-            raise TypeError(f"source is the class {source.__name__}; give an instance of it")
+        require_torch(source)
         if isinstance(source, torch.nn.Module):
             source = without_wrapper(source, (*rename, *split, *stack, *layouts, *policy, prefix))
         self.flax = flax_side(template)
@@ -811,7 +810,7 @@ def _same_bits(tensor: Tensor, other: Any) -> bool:
 
 
 def _unnamed(key: Any) -> MismatchEntry:
-    reason = f"the key is a {type(key).__name__}; a state dict has names: write {str(key)!r}"
+    reason = f"the key is {kind_of(key)}; a state dict has names: write {str(key)!r}"
     return MismatchEntry(repr(key), "", reason=reason)
 
 

@@ -17,7 +17,7 @@ from .renamed import renamed
 from .state_kinds import FlaxSide, flax_side
 from .structure import Shape
 from .tensors import shape_of
-from .wrappers import without_wrapper
+from .wrappers import require_torch, without_wrapper
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,18 @@ def suggest(
 
     Raises:
         TypeError: the source or the template is neither, or the prefix is no text.
+        ValueError: no torch name has the prefix.
     """
     require_rules(prefix)
+    require_torch(source)
     side = flax_side(template)
     if isinstance(source, torch.nn.Module):
         source = without_wrapper(source, (prefix,))
-    elif not isinstance(source, Mapping):
-        kind = source.__name__ if isinstance(source, type) else type(source).__name__
-        raise TypeError(f"source is {kind}; expected a torch module or a state dict")
     every = source.state_dict() if isinstance(source, torch.nn.Module) else source
     tensors = {key: tensor for key, tensor in every.items() if isinstance(key, str)}
     names, _ = renamed(tensors, [], prefix)
+    if prefix and all(old == new for old, new in names.items()):
+        raise ValueError(f"no torch name has the prefix {prefix!r}: leave it out")
     shapes = {
         names[key]: shape_of(tensor) for key, tensor in tensors.items() if _pairs(key, tensor)
     }

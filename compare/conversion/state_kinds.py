@@ -27,6 +27,7 @@ from flax import nnx
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from ..files.printable import kind_of
 from .mapping import KeyPath, slashed, words
 from .trees import is_nested, leaves_of
 
@@ -75,9 +76,7 @@ def entries(source: Any) -> list[StateEntry]:
         return list(_nnx(source))
     if isinstance(source, Mapping) and not isinstance(source, nnx.State):
         return linen_entries(source)
-    raise TypeError(
-        f"got a {type(source).__name__}; expected a torch or NNX module, or Linen variables"
-    )
+    raise TypeError(f"got {kind_of(source)}; expected a torch or NNX module, or Linen variables")
 
 
 def linen_entries(variables: Mapping[str, Any]) -> list[StateEntry]:
@@ -255,7 +254,7 @@ def flax_side(template: Any) -> FlaxSide:
     if isinstance(template, type):
         raise TypeError(f"template is the class {template.__name__}; give an instance of it")
     raise TypeError(
-        f"template is a {type(template).__name__}; expected Linen variables, as "
+        f"template is {kind_of(template)}; expected Linen variables, as "
         "`jax.eval_shape(module.init, key, inputs)` gives them, or an NNX model"
         + (': give {"params": state.params}' if hasattr(template, "params") else "")
     )
@@ -283,9 +282,7 @@ def _side(kind: FlaxKind, saved: list[StateEntry]) -> FlaxSide:
     leaves = {entry.path: entry.value for entry in saved}
     for path, leaf in leaves.items():
         if not hasattr(leaf, "shape"):
-            raise TypeError(
-                f"template {slashed(path)} is a {type(leaf).__name__}; expected an array"
-            )
+            raise TypeError(f"template {slashed(path)} is {kind_of(leaf)}; expected an array")
     names = {path: words(path[1:] if kind == "linen" else path) for path in leaves}
     by_name: dict[str, list[KeyPath]] = {}
     for path, name in names.items():

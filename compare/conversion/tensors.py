@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..dtypes import is_extended, numpy_dtype
+from ..files.printable import kind_of
 
 # Dtypes that NumPy lacks are viewed as unsigned integers of the same width.
 _CARRIERS = {1: (torch.uint8, np.uint8), 2: (torch.uint16, np.uint16)}
@@ -57,6 +58,29 @@ def as_tensor(value: Any) -> Any:
     except Untransferable:
         return value
     return value
+
+
+def as_shared_tensor(value: Any) -> Any:
+    """Return a NumPy or JAX array as a tensor that shares its memory, and anything else as it is.
+
+    Raises:
+        Untransferable: the memory cannot be shared.
+    """
+    if isinstance(value, jax.Array):
+        return to_torch(value, copy=False)
+    if not isinstance(value, np.ndarray):
+        return value
+    is_mirrored = any(stride < 0 for stride in value.strides)
+    if is_mirrored or not value.flags.writeable or not value.dtype.isnative:
+        what = (
+            "is read-only"
+            if not value.flags.writeable
+            else "has negative strides"
+            if is_mirrored
+            else "has a foreign byte order"
+        )
+        raise Untransferable(f"the array {what}, so memory cannot be shared; use copy=True")
+    return numpy_to_tensor(value)
 
 
 def numpy_to_tensor(array: np.ndarray) -> Tensor:
@@ -164,15 +188,13 @@ def dense(tensor: Tensor, *, copy: bool = True) -> Tensor:
             with `copy=False`, a conjugated or negated view, whose values are not in memory.
     """
     if not isinstance(tensor, Tensor):
-        raise Untransferable(
-            f"is a {type(tensor).__name__}, not a tensor; give torch.as_tensor(...)"
-        )
+        raise Untransferable(f"is {kind_of(tensor)}, not a tensor; give torch.as_tensor(...)")
     if is_lazy(tensor):
         raise Untransferable(UNINITIALIZED)
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         mend = "tensor.full_tensor()" if hasattr(tensor, "full_tensor") else "a plain tensor"
         raise Untransferable(
-            f"is a {type(tensor).__name__}, which decides itself what its values are; give {mend}"
+            f"is {kind_of(tensor)}, which decides itself what its values are; give {mend}"
         )
     if tensor.is_nested:
         raise Untransferable(NESTED)

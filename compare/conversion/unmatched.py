@@ -2,13 +2,15 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 from torch import Tensor
 
 from ..dtypes import numpy_dtype
+from ..files.printable import kind_of
 from .mapping import Refill
 from .tables import PATTERNS, computed, table_of
-from .tensors import tensor_to_numpy
+from .tensors import Untransferable, tensor_to_numpy, to_host
 
 # Values of a legacy `masked_bias`: the number that blocked scores were set to.
 _FILL_VALUES = (
@@ -26,9 +28,21 @@ def lacking(own: Any, rule: str | None) -> str | None:
 
     If it may, the target keeps its own value.
     """
-    if rule == "verify" and (reason := objection("verify", host_values(own))):
+    if rule == "verify" and (reason := objection_to(own, "verify")):
         return f"the target's own {reason.removesuffix(' and would be lost')}"
     return None if rule in ("ignore", "verify") else ""
+
+
+def objection_to(value: Any, policy: str) -> str | None:
+    """Return why the value of an entry may not be left out under this policy, or None."""
+    if policy == "ignore":
+        return None
+    if not hasattr(value, "shape"):
+        return f"is {kind_of(value)}, not a tensor"
+    try:
+        return objection(policy, host_values(value))
+    except Untransferable as error:
+        return str(error)
 
 
 def objection(policy: str, array: np.ndarray | None) -> str | None:
@@ -137,7 +151,13 @@ def refilled(refill: Refill) -> np.ndarray:
 
 
 def host_values(value: Any) -> np.ndarray | None:
-    """Return the values of a leaf or tensor, or None if it is abstract."""
+    """Return the values of a leaf or tensor, or None if it is abstract.
+
+    Raises:
+        Untransferable: it has no plain values, as typed random keys.
+    """
     if isinstance(value, Tensor):
         return None if value.is_meta else tensor_to_numpy(value)
+    if isinstance(value, jax.Array):
+        return to_host(value)
     return np.asarray(value) if hasattr(value, "__array__") else None

@@ -1,10 +1,14 @@
 """Wrappers that put a step before the names of a module: torch.compile, DataParallel and others."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
+from flax import nnx
 from torch import nn
+
+from ..files.printable import kind_of
 
 _WRAPPERS = (
     nn.DataParallel,
@@ -13,6 +17,14 @@ _WRAPPERS = (
 )
 # Steps that torch.compile, FSDP and activation checkpointing put before the names of any layer.
 INNER_STEPS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def require_torch(source: Any) -> None:
+    """Raise TypeError for what is neither a torch module nor its state dict."""
+    if isinstance(source, type):
+        raise TypeError(f"source is the class {source.__name__}; give an instance of it")
+    if isinstance(source, nnx.Module) or not isinstance(source, nn.Module | Mapping):
+        raise TypeError(f"source is {kind_of(source)}; expected a torch module or its state dict")
 
 
 def without_wrapper(module: nn.Module, names: Iterable[str] = ()) -> nn.Module:

@@ -56,3 +56,9 @@ def _escaped(text: str) -> str:
         else character
         for character in text
     )
+
+
+def kind_of(value: Any) -> str:
+    """Return the name of the value's class with its article: "an int", "a TrainState"."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

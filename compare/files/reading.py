@@ -16,13 +16,21 @@ from typing import Any
 
 from .errors import FileError
 from .memory import Budget
-from .printable import shown
+from .printable import kind_of, shown
 
 # A Python object takes at most so many bytes for each opening bracket and comma of its JSON.
 _BYTES_PER_OBJECT, _BYTES_PER_ITEM = 400, 100
 
 Identity = tuple[int, int]  # the device and the inode
 State = tuple[int, ...]
+
+
+def as_path(path: Any) -> Path:
+    """Return the path of a file, or raise TypeError for what names none."""
+    try:
+        return Path(path)
+    except TypeError:
+        raise TypeError(f"path is {kind_of(path)}; expected the name of a file or folder") from None
 
 
 def open_regular(path: Path) -> int:

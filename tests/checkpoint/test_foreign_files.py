@@ -574,7 +574,7 @@ def test_what_users_try_first_is_told_the_way(tmp_path: Path) -> None:
     (tmp_path / "state.msgpack").write_bytes(
         serialization.to_bytes({"step": 3, "params": {"x": np.ones(3)}})
     )
-    with pytest.raises(CheckpointError, match=r"step: is a int.*pass select='params'"):
+    with pytest.raises(CheckpointError, match=r"step: is an int.*pass select='params'"):
         compare.read_checkpoint(tmp_path / "state.msgpack")
     torch.save({"model": {"x": torch.ones(3)}, "epoch": 3}, tmp_path / "training.pth")
     with pytest.raises(CheckpointError, match=r"model is a dict.*pass select='model'"):

@@ -441,7 +441,7 @@ def test_weights_without_a_mask_do_not_load_into_the_class_with_one(tmp_path: Pa
             "state.pth",
             lambda: {1: torch.zeros(2)},
             CheckpointError,
-            "the key 1 is a int; a state dict has names",
+            "the key 1 is an int; a state dict has names",
         ),
         ("state.pth", lambda: nnx.state(nnx_model()), CheckpointError, "give the NNX model"),
         (
@@ -451,8 +451,8 @@ def test_weights_without_a_mask_do_not_load_into_the_class_with_one(tmp_path: Pa
             "is a folder that Orbax did not write; it was not changed",
         ),
         ("state.pth", dict, CheckpointError, "there is no state in a dict"),
-        ("state.pth", lambda: 3, CheckpointError, "there is no state in a int"),
-        ("state.pth", lambda: {"mask": 3}, CheckpointError, "mask is a int; expected a tensor"),
+        ("state.pth", lambda: 3, CheckpointError, "there is no state in an int"),
+        ("state.pth", lambda: {"mask": 3}, CheckpointError, "mask is an int; expected a tensor"),
         (
             "state.pth",
             lambda: {"mask": torch.zeros(2, device="meta")},

@@ -2,18 +2,21 @@
 
 import json
 import os
+import re
 import struct
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import msgpack
 import numpy as np
+import optax
 import pytest
 import torch
 from flax import nnx
 from flax.serialization import msgpack_restore, msgpack_serialize
+from flax.training import train_state
 from safetensors.numpy import save_file
 
 import compare
@@ -213,7 +216,7 @@ def test_what_lies_aligned_is_mapped(tmp_path: Path) -> None:
 def test_a_leaf_of_the_call_is_named_without_a_template(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as refused:
         compare.save_checkpoint(tmp_path / "a.msgpack", {"params": {"a": object()}})
-    assert refused.value.reason == "params/a is a object; expected an array"
+    assert refused.value.reason == "params/a is an object; expected an array"
 
 
 def test_two_fields_of_long_numbers_are_refused() -> None:
@@ -278,6 +281,68 @@ def test_a_mapping_of_another_type(tmp_path: Path) -> None:
         compare.load_checkpoint(path, layer, policy=rules)
 
 
-def test_a_part_whose_name_has_a_slash(tmp_path: Path) -> None:
-    torch.save({"a/b": {"w": torch.ones(1)}, "epoch": 1}, tmp_path / "a.pth")
-    assert compare.read_checkpoint(tmp_path / "a.pth", select="a/b")["w"].tolist() == [1.0]
+@pytest.mark.parametrize(
+    ("content", "select"),
+    [
+        ({"a/b": {"w": torch.ones(1)}, "epoch": 1}, "a/b"),
+        ({"models": [{"w": torch.ones(1)}], "epoch": 1}, "models/0"),
+        (({"w": torch.ones(1)}, 3), "0"),
+        ({"a": ({"b": [1, {"w": torch.ones(1)}]},)}, "a/0/b"),
+    ],
+)
+def test_a_state_with_a_slash_in_its_name_or_in_a_list(
+    content: Any, select: str, tmp_path: Path
+) -> None:
+    torch.save(content, tmp_path / "a.pth")
+    if select == "a/0/b":  # deeper than the search goes
+        select += "/1"
+    else:
+        with pytest.raises(CheckpointError, match=re.escape(f"pass select={select!r} (--select")):
+            compare.read_checkpoint(tmp_path / "a.pth")
+    assert compare.read_checkpoint(tmp_path / "a.pth", select=select)["w"].tolist() == [1.0]
+
+
+def test_a_file_of_one_tensor_is_named_for_it(tmp_path: Path) -> None:
+    torch.save(torch.ones(2), tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="holds a tensor; expected a state dict"):
+        compare.read_checkpoint(tmp_path / "a.pth")
+
+
+def test_a_train_state_is_no_state_but_its_params_are(tmp_path: Path) -> None:
+    state = train_state.TrainState.create(
+        apply_fn=print, params={"w": jnp.ones(1)}, tx=optax.sgd(0.1)
+    )
+    wrong: Any = state
+    with pytest.raises(CheckpointError, match=r'variables, as {"params": state\.params}'):
+        compare.save_checkpoint(tmp_path / "a.msgpack", wrong)
+    compare.save_checkpoint(tmp_path / "a.msgpack", {"params": state.params})
+
+
+def test_arguments_of_another_type(tmp_path: Path) -> None:
+    layer, anything = torch.nn.Linear(3, 2), cast("Any", compare)
+    path = compare.save_checkpoint(tmp_path / "a.pth", layer)
+    for call, message in (
+        (lambda: anything.load_checkpoint(path, layer, cast="float16"), "cast is 'float16'; exp"),
+        (lambda: anything.save_checkpoint(layer, path), "path is a Linear; expected the name of"),
+        (lambda: anything.read_checkpoint(5), "path is an int; expected the name of a file"),
+        (lambda: anything.convert_checkpoint(5, path), "path is an int; expected the name of"),
+        (lambda: anything.fold(5), "source is an int; expected a torch module or its state dict"),
+        (lambda: anything.match(None, {}), "source is a NoneType; expected a torch module or its"),
+        (lambda: anything.torch_to_linen(layer, {"params": {}}, copy=5), "copy is 5; expected Tr"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    with pytest.raises(CheckpointError, match="shard_bytes=0 is no size: give one, as 2_000_000"):
+        compare.convert_checkpoint(path, tmp_path / "shards", shard_bytes=0)
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.msgpack"])
+def test_a_policy_for_no_name_is_refused(name: str, tmp_path: Path) -> None:
+    layer = torch.nn.ModuleDict({"fc": torch.nn.Linear(3, 2)})
+    template = {"params": {"fc": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}}
+    mapping = compare.match(layer, template)
+    path = compare.save_checkpoint(tmp_path / name, layer, mapping=mapping)
+    targets: tuple[Any, ...] = (layer, template)
+    for target in targets:
+        with pytest.raises(CheckpointError, match="fits policy mask: leave it out, or correct"):
+            compare.load_checkpoint(path, target, mapping=mapping, policy={"mask": "ignore"})

@@ -305,7 +305,7 @@ def test_flax_values_that_torch_cannot_hold_are_refused() -> None:
 def test_wrong_kinds_of_argument() -> None:
     variables, model = linen_variables(PRIME), nnx_model(PRIME)
     with pytest.raises(
-        TypeError, match=r"source is a list; expected a torch.nn.Module or its state dict"
+        TypeError, match=r"source is a list; expected a torch module or its state dict"
     ):
         compare.torch_to_linen([1], variables)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="expected Linen variables"):

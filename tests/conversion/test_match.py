@@ -315,7 +315,7 @@ def test_a_lazy_layer_is_refused_by_name(kind: Any) -> None:
 
 def test_a_key_that_is_no_name_is_refused() -> None:
     template = shapes({"params": {"3": (2,)}})
-    message = "3: the key is a int; a state dict has names: write '3'"
+    message = "3: the key is an int; a state dict has names: write '3'"
     state: Any = {3: torch.zeros(2)}
     for work in (compare.match, compare.torch_to_linen):
         with pytest.raises(ConversionError, match=message):

@@ -251,14 +251,19 @@ def test_names_at_the_edge(source: Any, template: Any, rules: dict[str, str]) ->
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        (5, {}, "source is int; expected a torch module or a state dict"),
-        (T.Linear, {}, "source is Linear; expected"),
+        (5, {}, "source is an int; expected a torch module or its state dict"),
+        (T.Linear, {}, "source is the class Linear; give an instance"),
         ({}, {"prefix": 3}, "prefix is 3; expected text"),
     ],
 )
 def test_what_is_no_model(source: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         compare.suggest(source, DENSE, **options)
+
+
+def test_a_prefix_that_no_name_has_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no torch name has the prefix .model\..: leave it"):
+        compare.suggest({"fc.weight": torch.zeros(6, 4)}, DENSE, prefix="model.")
 
 
 def test_a_layer_called_attn_is_no_old_mask() -> None:

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -150,6 +151,52 @@ def test_a_mask_of_one_number_is_made_again() -> None:
 def test_a_mirrored_window_becomes_a_tensor() -> None:
     assert numpy_to_tensor(np.arange(3.0)[::-1]).tolist() == [2, 1, 0]
     assert numpy_to_tensor(np.ones((1, 2))[::-1]).tolist() == [[1, 1]]
+
+
+def test_memory_of_arrays_is_shared_or_the_reason_is_named() -> None:
+    template = {"params": {"fc": {"bias": jnp.zeros(3)}}}
+    read_only = np.ones(3, np.float32)
+    read_only.flags.writeable = False
+    for array, reason in (
+        (np.ones(3, np.float32)[::-1], "has negative strides"),
+        (np.ones(3, ">f4"), "has a foreign byte order"),
+        (read_only, "is read-only"),
+    ):
+        state: Any = {"fc.bias": array}
+        with pytest.raises(ConversionError, match=f"{reason}, so memory cannot be shared; use cop"):
+            compare.torch_to_linen(state, template, copy=False)
+        assert compare.torch_to_linen(state, template)["params"]["fc"]["bias"].tolist() == [1] * 3
+    shared: Any = torch.ones(16).numpy()  # which torch aligns, as XLA requires
+    variables = compare.torch_to_linen(
+        {"fc.bias": shared}, {"params": {"fc": {"bias": jnp.zeros(16)}}}, copy=False
+    )
+    shared[0] = 5.0
+    assert variables["params"]["fc"]["bias"][0] == 5.0
+    ones = jnp.ones(16)
+    again = compare.torch_to_linen({"fc.bias": ones}, variables, copy=False)
+    pointers = {one.unsafe_buffer_pointer() for one in (ones, again["params"]["fc"]["bias"])}
+    assert len(pointers) == 1
+
+
+def test_random_keys_are_ignored_but_not_verified() -> None:
+    module = torch.nn.ModuleDict({"fc": torch.nn.Linear(3, 2)})
+    variables: dict[str, Any] = {
+        "params": {"fc": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}},
+        "buffers": {"key": jax.random.key(0), "positions": jnp.arange(8, dtype=jnp.int4)},
+    }
+    policy: dict[str, Any] = {"buffers/key": "ignore", "buffers/positions": "verify"}
+    mapping = compare.match(module, variables, policy=policy)
+    assert compare.linen_to_torch(variables, mapping=mapping).keys() == module.state_dict().keys()
+    assert compare.torch_to_linen(module, variables, mapping=mapping)["buffers"].keys() == {
+        *variables["buffers"]
+    }
+    mapping = compare.match(module, variables, policy={"buffers/*": "verify"})
+    for call in (
+        lambda: compare.linen_to_torch(variables, mapping=mapping),
+        lambda: compare.torch_to_linen(module, variables, mapping=mapping),
+    ):
+        with pytest.raises(ConversionError, match="buffers/key: dtype key<fry> has no torch"):
+            call()
 
 
 @pytest.mark.parametrize(

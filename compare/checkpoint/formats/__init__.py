@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ...files.memory import Budget, collector_paused
 from ...files.printable import shown
+from ...files.reading import as_path
 from ...files.writing import Rules
 from ..errors import CheckpointError, naming
 from ..reader import Reader
@@ -174,7 +175,7 @@ def open_checkpoint(
         CheckpointError: the path does not exist, is not a checkpoint of the format that its suffix
             selects, has no such part, or needs more memory.
     """
-    path, budget, parts = Path(path), Budget(memory), as_select(select)
+    path, budget, parts = as_path(path), Budget(memory), as_select(select)
     if not exists(path):
         raise CheckpointError(
             path,

@@ -45,7 +45,7 @@ def require_none(path: Path, select: Select, reason: str, mend: str = "leave it 
 
 
 def inner(path: Path, tree: Any, name: str) -> Any:
-    """Return what lies in nested dicts under names joined by slashes.
+    """Return what lies in nested dicts and lists under names and indices joined by slashes.
 
     Raises:
         CheckpointError: there is no such part.
@@ -54,20 +54,27 @@ def inner(path: Path, tree: Any, name: str) -> Any:
         return tree[name]
     node, above = tree, ""
     for step in name.split("/"):
-        if not isinstance(node, dict) or step not in node:
-            has = list(node) if isinstance(node, dict) else []
+        has = _children(node)
+        if step not in has:
             where = f"{shown(above)} in it" if above else "it"
             raise CheckpointError(
                 path,
                 f"{where} has no part {shown(step)}",
                 key=name,
-                expected=f"one of {_listed(has)}" if has else "a part of a dict",
+                expected=f"one of {_listed(has)}" if has else "a part of a dict or list",
                 found=f"select={name!r}",
                 mend=f"select one of {_listed(has)}" if has else "leave select out",
                 is_usage=True,
             )
-        node, above = node[step], f"{above}{step}/"
+        node, above = has[step], f"{above}{step}/"
     return node
+
+
+def _children(node: Any) -> dict[Any, Any]:
+    """Return the parts of a dict by name, or of a list by index; nothing for other things."""
+    if type(node) in (list, tuple):
+        return {str(index): child for index, child in enumerate(node)}
+    return node if isinstance(node, dict) else {}
 
 
 def flax_part(
@@ -117,9 +124,9 @@ def flax_part(
     return Part(kept, (*not_selected(tree, select), *names))
 
 
-def not_selected(tree: dict[Any, Any], select: Select, above: str = "") -> Iterator[str]:
+def not_selected(tree: Any, select: Select, above: str = "") -> Iterator[str]:
     """Yield the names of what lies beside the selected parts; nothing if none is selected."""
-    for key, child in tree.items() if select else ():
+    for key, child in _children(tree).items() if select else ():
         name = f"{above}{key}"
         if any(part.startswith(f"{name}/") for part in select):
             yield from not_selected(child, select, f"{name}/")
@@ -170,19 +177,24 @@ def collections_alone(stored: Reader) -> str:
 def _states(tree: Any, is_state: Callable[[dict[Any, Any]], bool]) -> list[str]:
     """Return the names of the outermost parts that are states."""
     level, nodes = [("", tree)], 0
-    for _ in range(_MAX_LEVELS):
+    for depth in range(_MAX_LEVELS):
         below = []
         for above, node in level:
-            for name, child in node.items() if isinstance(node, dict) else ():
+            for name, child in _children(node).items():
                 nodes += 1
-                if isinstance(name, str) and "/" not in name and isinstance(child, dict):
+                is_name = isinstance(name, str) and ("/" not in name or not above)
+                if is_name and isinstance(child, dict | list | tuple):
                     below.append((above + name, child))
             if nodes > _MAX_NODES:
                 return []
-        if found := [name for name, child in below if child and is_state(child)]:
+        if found := [name for name, child in below if _is_state(child, is_state)]:
             return found
-        level = [(f"{name}/", child) for name, child in below]
+        level = [(f"{name}/", child) for name, child in below if name.count("/") == depth]
     return []
+
+
+def _is_state(node: Any, is_state: Callable[[dict[Any, Any]], bool]) -> bool:
+    return isinstance(node, dict) and bool(node) and is_state(node)
 
 
 def _collection(steps: KeyPath, node: Mapping[Any, Any], select: Select) -> KeyPath:

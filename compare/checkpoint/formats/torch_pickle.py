@@ -19,6 +19,7 @@ import torch
 
 from ...files.errors import FileError
 from ...files.memory import Budget
+from ...files.printable import kind_of
 
 # No opcode makes an object that takes more.
 _BYTES_PER_OPCODE = 250
@@ -241,7 +242,7 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             # Others can be made to have one hash, or a hash that takes for ever.
             if type(key) is not str and not (type(key) is int and abs(key) < 2**31):
-                raise UnsafePickleError(f"a key that is a {type(key).__name__}")
+                raise UnsafePickleError(f"a key that is {kind_of(key)}")
             target[key] = value
 
     def set_item(self) -> None:

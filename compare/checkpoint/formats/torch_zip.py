@@ -19,7 +19,7 @@ from ...conversion.tensors import numpy_to_tensor
 from ...dtypes import DTYPES
 from ...files.memory import Budget
 from ...files.page_cache import read_ahead
-from ...files.printable import shown
+from ...files.printable import kind_of, shown
 from ...files.reading import InputFile, Snapshot
 from ...files.writing import NO_RULES, Rules, atomic_file
 from ..blocks import WORKERS, contiguous
@@ -326,9 +326,9 @@ def _views(path: Path, state: Any, content: Content) -> dict[str, View]:
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(
             path,
-            f"holds a {type(state).__name__}; expected a state dict: names and tensors",
+            f"holds {_kind_of(state)}; expected a state dict: names and tensors",
             expected="a state dict: names and tensors",
-            found=f"a {type(state).__name__}",
+            found=_kind_of(state),
             mend=advice(content.state, _is_state) or _STATE_DICT_ONLY,
         )
     for key, value in state.items():
@@ -340,10 +340,10 @@ def _views(path: Path, state: Any, content: Content) -> dict[str, View]:
             state_dict_only = advice(content.state, _is_state) or _STATE_DICT_ONLY
             raise CheckpointError(
                 path,
-                f"{shown(key)} is a {type(value).__name__}; expected a tensor",
+                f"{shown(key)} is {kind_of(value)}; expected a tensor",
                 key=key,
                 expected="a tensor",
-                found=f"a {type(value).__name__}",
+                found=kind_of(value),
                 mend=_TENSORS_ONLY if key.endswith("_extra_state") else state_dict_only,
             )
         if value.dtype.startswith("q"):
@@ -351,6 +351,10 @@ def _views(path: Path, state: Any, content: Content) -> dict[str, View]:
         if value.dtype in DTYPES:
             _require_stored(path, key, value, content)
     return dict(state)
+
+
+def _kind_of(state: Any) -> str:
+    return "a tensor" if isinstance(state, View) else kind_of(state)
 
 
 def _no_plain_tensor(path: Path, key: str, what: str) -> CheckpointError:
