@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .conversion.match import match
     from .conversion.parts import Split
     from .conversion.proposal import Proposal, suggest
+    from .ports.check import assert_port, check_port
+    from .ports.errors import PortDiffers, PortError
+    from .ports.report import PortReport
 
 __version__ = "0.1.0"
 
@@ -27,11 +30,16 @@ _HOMES = {
     "Mapping": ".conversion.mapping",
     "MappingError": ".conversion.errors",
     "Mismatch": ".conversion.errors",
+    "PortDiffers": ".ports.errors",
+    "PortError": ".ports.errors",
+    "PortReport": ".ports.report",
     "Proposal": ".conversion.proposal",
     "Split": ".conversion.parts",
     "StateMapping": ".conversion.mapping",
     "TrainingDifference": ".conversion.errors",
     "UnverifiedCheckpoint": ".checkpoint.errors",
+    "assert_port": ".ports.check",
+    "check_port": ".ports.check",
     "convert_checkpoint": ".checkpoint.convert",
     "fold": ".conversion.fold",
     "linen_to_torch": ".conversion.convert",
@@ -53,11 +61,16 @@ __all__ = [
     "Mapping",
     "MappingError",
     "Mismatch",
+    "PortDiffers",
+    "PortError",
+    "PortReport",
     "Proposal",
     "Split",
     "StateMapping",
     "TrainingDifference",
     "UnverifiedCheckpoint",
+    "assert_port",
+    "check_port",
     "convert_checkpoint",
     "fold",
     "linen_to_torch",

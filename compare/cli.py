@@ -570,6 +570,29 @@ def match(
 
 
 @app.command()
+def port(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE.py",
+            dir_okay=False,
+            help="A Python file, whose code is run. It defines torch_module(), flax_module() and "
+            "inputs().",
+        ),
+    ],
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
+) -> None:
+    """Check a port of your own: same function, same gradients; else the first lines that differ.
+
+    The file may also define flax_inputs() or to_flax(), from_flax(), from_torch(), train_kwargs and
+    the rules of compare.match: rename, split, stack, tied, layouts, policy.
+    """
+    require_exists(file)
+    _run([Job("port", {"file": file})], Files(json_file, html_file, [file]))
+
+
+@app.command()
 def convert(
     source: Checkpoint,
     target: Annotated[str, typer.Argument(help="What to write; its suffix names the format.")],

@@ -175,6 +175,15 @@ def _tensors(row: Row, chosen: Layout, leaf: Any, copy: bool) -> dict[str, Tenso
     return {row.torch_key: tensor} | ({row.plus: torch.zeros_like(tensor)} if row.plus else {})
 
 
+def torch_tensors(row: Row, leaf: Any) -> dict[str, Tensor]:
+    """Return copies of the torch tensors that a row makes of a Flax array, or its part of them.
+
+    Raises:
+        ValueError: the array does not fit the row's layout.
+    """
+    return _tensors(row, layout(row.layout, row.slice_shape(leaf.shape)), leaf, True)
+
+
 def unfit(row: Row, key: str, tensor: Any, flax_shape: Sequence[int]) -> MismatchEntry | None:
     """Return why the torch tensor cannot become the row's Flax array of that shape, or None."""
     if is_uninitialized(tensor):

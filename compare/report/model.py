@@ -99,12 +99,16 @@ Block = str | Table | Panels | Curves | Histogram | Grid
 
 @dataclass
 class Section:
-    """A title, the blocks below it in order, its checks, and every finding behind the checks."""
+    """A title, the blocks below it in order, its checks, and every finding behind the checks.
+
+    `facts` stand at the top of the JSON report.
+    """
 
     title: str
     blocks: list[Block] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -160,7 +164,10 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON values, verdict first; NaN and infinities become strings."""
-        return _json({"held": self.held if self.claims else None, **asdict(self)})
+        content = {"held": self.held if self.claims else None, **asdict(self)}
+        for section in content["sections"]:
+            content |= section.pop("facts")
+        return _json(content)
 
 
 def _json(value: Any) -> Any:

@@ -1,0 +1,124 @@
+"""Check the port that a file defines: `torch_module()`, `flax_module()` and `inputs()`."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..conversion.errors import ConversionError
+from ..files.errors import FileError
+from ..files.printable import shown
+from ..ports.check import check_port
+from ..ports.errors import PortError
+from ..ports.report import PortReport
+from ..report.model import Block, Section, Table
+from ..report.verdicts import settle
+
+_NEEDED = ("torch_module", "flax_module", "inputs")
+# The names of what a file may also define, and the arguments of `check_port` that these are.
+_FUNCTIONS = {"flax_inputs": "flax_inputs", "to_flax": "flax_inputs"}
+_VALUES = {
+    "rename": "rename",
+    "split": "split",
+    "stack": "stack",
+    "tied": "tied",
+    "layouts": "layouts",
+    "policy": "policy",
+    "train_kwargs": "train",
+    "method": "method",
+    "dtypes": "dtypes",
+}
+
+
+def sections(file: Path) -> Iterator[Section | str]:
+    """Yield a progress message, then one section with the report.
+
+    Args:
+        file: the Python file, whose code is run.
+    """
+    yield f"checking the port of {file.name}"
+    yield section_of(report_of(file), file.name)
+
+
+def report_of(file: Path) -> PortReport:
+    """Return the report on the port that the file defines.
+
+    Raises:
+        FileError: the file does not define a port, or it cannot be compared.
+    """
+    module = _imported(file)
+    if missing := [name for name in _NEEDED if not callable(getattr(module, name, None))]:
+        raise _unusable(file, f"defines no function {missing[0]}()", "define it")
+    options = {
+        argument: getattr(module, name)
+        for name, argument in _FUNCTIONS.items()
+        if hasattr(module, name)
+    }
+    for name, argument in _VALUES.items():
+        if hasattr(module, name):
+            value = getattr(module, name)
+            options[argument] = value() if callable(value) else value
+    outputs = [getattr(module, name, None) for name in ("from_torch", "from_flax")]
+    if any(outputs):
+        options["outputs"] = outputs
+    try:
+        made = [getattr(module, name)() for name in _NEEDED]
+        return check_port(*made, **options)
+    except (PortError, ConversionError) as error:
+        raise _unusable(file, f"cannot be compared: {error}", "see above") from error
+    except Exception as error:  # the user's code may raise anything
+        reason = f"raised {type(error).__name__}: {shown(error)}"
+        raise _unusable(file, reason, "run the two modules by themselves first") from error
+
+
+def _imported(file: Path) -> ModuleType:
+    """Import the file, whose folder it may import from."""
+    name = f"port_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise _unusable(file, "is not a Python file", "name a file that ends with .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(file.resolve().parent))
+    sys.modules[name] = module  # dataclasses look themselves up, and Linen modules are some
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        reason = f"cannot be imported ({type(error).__name__}: {shown(error)})"
+        raise _unusable(file, reason, "run it with python first") from error
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _unusable(file: Path, reason: str, mend: str) -> FileError:
+    expected = "a file that defines torch_module(), flax_module() and inputs()"
+    return FileError(file, reason, expected=expected, found=reason, mend=mend, is_usage=True)
+
+
+def section_of(report: PortReport, name: str) -> Section:
+    """Return the report as a section."""
+    checks = dict.fromkeys(finding.check for finding in report.findings)
+    verdicts = [
+        verdict
+        for check in checks
+        for verdict in settle([one for one in report.findings if one.check == check], check)
+    ]
+    blocks: list[Block] = [report.verdict]
+    if report.divergence:
+        parted = report.divergence
+        blocks.append(f"The {parted.what} part first here. {parted.hint}")
+        rows = [
+            (side, str(rank), f"{source.file}:{source.line}", source.code, source.operation)
+            for side, sources in (
+                ("torch", report.divergence.torch_source),
+                ("Flax", report.divergence.flax_source),
+            )
+            for rank, source in enumerate(sources, 1)
+        ]
+        blocks.append(Table(("side", "rank", "line", "code", "operation"), rows))
+        blocks += [f"Equal before: {line}" for line in parted.last_equal]
+    blocks += [f"Note: {note}" for note in report.notes]
+    facts: Mapping[str, Any] = report.as_json()
+    return Section(f"Port: {name}", blocks, verdicts, list(report.findings), dict(facts))

@@ -1,0 +1,72 @@
+"""The calls that both modules are given: inputs as torch takes them, kept as NumPy arrays."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..conversion.tensors import tensor_to_numpy, to_host
+from .errors import PortError
+from .trees import Arrays, is_array, is_float, mapped, named_arrays
+
+
+class Call(NamedTuple):
+    """One call: its positional arguments and its keywords, with NumPy arrays."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def arrays(self) -> Arrays:
+        """The arrays in it by name: "0" for the first argument, "mask" for a keyword."""
+        return {
+            name: array
+            for name, array in named_arrays(self._named()).items()
+            if isinstance(array, np.ndarray)
+        }
+
+    @property
+    def floats(self) -> dict[str, np.ndarray]:
+        """The floating arrays in it, by name: what gradients are taken by."""
+        return {name: array for name, array in self.arrays.items() if is_float(array)}
+
+    def replaced(self, arrays: Mapping[str, Any]) -> "Call":
+        """Return the call with other arrays in the place of those of these names."""
+        tree = mapped(lambda name, array: arrays.get(name, array), self._named())
+        return Call(tuple(tree[str(index)] for index in range(len(self.args))), _keywords(tree))
+
+    def _named(self) -> dict[str, Any]:
+        return {str(index): value for index, value in enumerate(self.args)} | self.kwargs
+
+
+def _keywords(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in tree.items() if not name.isdigit()}
+
+
+def calls_of(inputs: Any) -> list[Call]:
+    """Return the calls: a list has several; a tuple has arguments, a dict keywords, of one.
+
+    Raises:
+        PortError: there is no call.
+    """
+    calls = [_call(one) for one in (inputs if isinstance(inputs, list) else [inputs])]
+    if not calls:
+        raise PortError("inputs is an empty list: give at least one call")
+    return calls
+
+
+def _call(one: Any) -> Call:
+    host = mapped(lambda _, array: to_numpy(array), one)
+    if isinstance(host, dict):
+        if wrong := [key for key in host if not isinstance(key, str)]:
+            raise PortError(f"inputs has the keyword {wrong[0]!r}: keywords are names")
+        return Call((), host)
+    return Call(host, {}) if isinstance(host, tuple) else Call((host,), {})
+
+
+def to_numpy(array: Any) -> np.ndarray:
+    """Return a tensor or array as a NumPy array of its own memory."""
+    if isinstance(array, torch.Tensor):
+        return tensor_to_numpy(array).copy()
+    return np.array(to_host(array)) if is_array(array) else np.asarray(array)

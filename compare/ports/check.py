@@ -1,0 +1,394 @@
+"""Check that a Flax module is the same function as a torch module."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from torch import Tensor, nn
+
+from ..conversion.mapping import KeyPath, StateMapping, require_mapping
+from ..conversion.tensors import numpy_to_tensor
+from ..proof.agreement import Agreement, Finding, agreement
+from ..proof.cases import Framework
+from .calls import Call, calls_of
+from .errors import PortDiffers, PortError
+from .flax_side import Adapters, Leaves, Port, cast, cast_call, gradients_of, named, port_of
+from .perturbed import FACTOR, SAMPLES, Perturbed, deviations
+from .report import Divergence, PortReport
+from .result import NamedArrays, Result
+from .torch_side import TorchSide
+from .trace import divergence
+from .trees import is_float
+from .weights import differs_after_a_file, drawn_again, leaves_for, paired, pulled_back
+
+FLOAT64 = (
+    f"{FACTOR:g} times the farthest that torch's own values moved in {SAMPLES} runs in which each "
+    "result moved by one unit in the last place (compare/ports/perturbed.py)"
+)
+WORKING = (
+    "the float64 limit times the roundoff of the dtype over that of float64, or four times torch's "
+    "own error in that dtype, whichever is larger"
+)
+EQUAL = "exact equality"
+_BIASED = (
+    "in training, torch's BatchNorm keeps the unbiased variance of a batch of n entries and Flax's "
+    "the biased one, (n-1)/n of it; everything else of the running variances agrees"
+)
+_TRAINED_DIFFERENTLY = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+
+
+def check_port(
+    torch_module: nn.Module,
+    flax_module: Any,
+    inputs: Any,
+    *,
+    flax_inputs: Callable[..., Any] | None = None,
+    outputs: Callable[[Any], Any] | Sequence[Callable[[Any], Any] | None] | None = None,
+    method: str | None = None,
+    train: Mapping[str, Any] | None = None,
+    dtypes: Sequence[str] = ("float32",),
+    mapping: StateMapping | None = None,
+    **rules: Any,
+) -> PortReport:
+    """Check that a Flax module computes the same as a torch module, and is trained the same.
+
+    The state of the torch module is converted, and both are run in float64 on the same inputs: with
+    the weights as they are, and with weights drawn again. Outputs, the gradients by each parameter
+    and each floating input, and the state after the call are compared. The limit is how far torch's
+    own values move if each of its results moves by one unit in the last place. Then both are run in
+    the working dtypes. Neither module is changed.
+
+    Args:
+        torch_module: the module that was ported.
+        flax_module: a Linen module, or an NNX model, whose own weights do not matter.
+        inputs: one call, as torch takes it: an array, a tuple of arguments, or a dict of keywords;
+            or a list of calls.
+        flax_inputs: a function from torch's arguments to those of Flax (one, a tuple, or a dict of
+            keywords), for other layouts: `lambda images: images.transpose(0, 2, 3, 1)`. It is
+            given JAX arrays that may be traced.
+        outputs: a function from what the Flax module returns to what the torch module returns. A
+            pair has one for torch and one for Flax.
+        method: the method to call in place of the module itself.
+        train: the keywords that make the Flax module train: `{"train": True}`. By default they are
+            found by their usual names. An NNX model is also told by `model.train()`.
+        dtypes: the working dtypes: "float32", "bfloat16", "float16".
+        mapping: how the state pairs, from `compare.match`. By default it is paired here.
+        rules: `rename`, `layouts`, `policy` and the other rules of `compare.match`.
+
+    Returns:
+        The report: whether the port holds, each comparison, and what the pass is worth.
+
+    Raises:
+        PortError: the modules cannot be compared.
+        ConversionError: the state does not pair.
+    """
+    require_mapping(mapping)
+    if not isinstance(torch_module, nn.Module):
+        raise PortError(
+            f"torch_module is of type {type(torch_module).__name__}; expected a torch module"
+        )
+    ours, theirs = outputs if isinstance(outputs, Sequence) else (None, outputs)
+    side = TorchSide(torch_module, ours, method)
+    port = port_of(flax_module, Adapters(flax_inputs, theirs, method, train))
+    calls = calls_of(inputs)
+    with _plain_jax(x64=True):
+        template = port.template(cast_call(calls[0], "float64"))
+        differing: list[str] = []
+        if mapping is None:
+            mapping, differing = paired(side.module("float64"), template, rules)
+        elif rules:
+            raise PortError(f"{min(rules)} has no effect beside mapping: give it to compare.match")
+        judge = _Judge(side, port, template, mapping, dtypes)
+        findings: list[Finding] = []
+        parted: Divergence | None = None
+        for label, state in _states(side):
+            for index, call in enumerate(calls):
+                case = label if len(calls) == 1 else f"{label}, call {index}"
+                findings += judge.findings(state, call, index, case)
+                if parted is None and judge.differs:
+                    parted = judge.divergence(state, call)
+    notes = [f"the layers say it differently: {line}" for line in differing]
+    notes += judge.notes
+    return PortReport(tuple(findings), parted, tuple(notes), judge.slip, judge.ulps)
+
+
+def assert_port(torch_module: nn.Module, flax_module: Any, inputs: Any, **options: Any) -> None:
+    """Raise PortDiffers with the report's text unless the port holds; see `check_port`.
+
+    Raises:
+        PortDiffers: something differs. It is an AssertionError.
+    """
+    report = check_port(torch_module, flax_module, inputs, **options)
+    if not report.held:
+        raise PortDiffers(str(report))
+
+
+def _states(side: TorchSide) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield the state dicts to try, in float64, with what they are."""
+    yield "as given", _tensors(side.module("float64"))
+    yield "drawn again", _tensors(drawn_again(side.module("float64")))
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        key: tensor.detach()
+        for key, tensor in module.state_dict().items()
+        if isinstance(tensor, Tensor)
+    }
+
+
+class _Judge:
+    """Compares the two modules on one state and one call after another."""
+
+    def __init__(
+        self,
+        side: TorchSide,
+        port: Port,
+        template: Any,
+        mapping: StateMapping,
+        dtypes: Sequence[str],
+    ) -> None:
+        self.side, self.port, self.template, self.mapping = side, port, template, mapping
+        self.dtypes = dtypes
+        self.slip = self.ulps = 0.0
+        self.differs = self.trained_when_differing = False
+        self.notes: dict[str, None] = {}
+        self._compiled: dict[tuple[int, bool], Callable[..., Any]] = {}
+        self._number = 0  # of the call
+        module = side.module("float64")
+        self.modes = (False, True) if _trains(module) else (False,)
+        self.trained: list[KeyPath] = [
+            row.path for row in mapping.rows if row.torch_key in side.parameters
+        ]
+
+    def findings(
+        self, state: Mapping[str, Tensor], call: Call, number: int, label: str
+    ) -> Iterator[Finding]:
+        """Yield what was found with these weights and the inputs of the call of this number."""
+        self._number = number
+        leaves = leaves_for(self.port, self.template, state, self.mapping)
+        lost = differs_after_a_file(state, self.port, self.template, self.mapping, leaves)
+        yield _equal(self.port.api, "checkpoint", label, len(lost), f"lost: {', '.join(lost)}")
+        for train in self.modes:
+            case = f"{label}, {'training' if train else 'inference'}"
+            for finding in self._in_float64(state, leaves, call, case, train=train):
+                if finding.check == "outputs" and not finding.held and not self.differs:
+                    self.differs, self.trained_when_differing = True, train
+                yield finding
+
+    def divergence(self, state: Mapping[str, Tensor], call: Call) -> Divergence:
+        """Return where the outputs part first."""
+        leaves = cast(leaves_for(self.port, self.template, state, self.mapping), "float64")
+        double = cast_call(call, "float64")
+        train = self.trained_when_differing
+        return divergence(self.side, self.port, state, leaves, double, train=train)
+
+    def _in_float64(
+        self, state: Mapping[str, Tensor], leaves: Leaves, call: Call, case: str, *, train: bool
+    ) -> Iterator[Finding]:
+        cotangents = _cotangents(self.side.run(state, call, train=train).outputs)
+        exact = self.side.run(state, call, train=train, cotangents=cotangents)
+
+        def perturbed(mode: Perturbed) -> Result:
+            moved = {
+                key: mode.moved(tensor) if key in self.side.parameters else tensor
+                for key, tensor in state.items()
+            }
+            inputs = {
+                name: mode.moved(numpy_to_tensor(array.astype(np.float64))).numpy()
+                for name, array in call.floats.items()
+            }
+            return self.side.run(
+                moved,
+                call.replaced(inputs),
+                train=train,
+                cotangents=cotangents,
+                within=lambda: mode,
+            )
+
+        moved = deviations(perturbed, exact)
+        found = self._flax(cast(leaves, "float64"), cast_call(call, "float64"), cotangents, train)
+        expected = replace(exact, state=self._variances(exact, found, moved))
+        for what in ("outputs", "gradients", "state"):
+            limits = {name: FACTOR * size for name, size in getattr(moved, what).items()}
+            yield from compared(
+                self.port.api,
+                what,
+                case,
+                getattr(found, what),
+                getattr(expected, what),
+                limits,
+                FLOAT64,
+            )
+        self._measure(found.outputs, exact.outputs, moved.outputs)
+        eager = self._eager(cast(leaves, "float64"), cast_call(call, "float64"), train)
+        limits = {name: FACTOR * size for name, size in moved.outputs.items()}
+        yield from compared(self.port.api, "jit", case, eager, found.outputs, limits, FLOAT64)
+        for dtype in self.dtypes:
+            yield from self._in_dtype(dtype, state, leaves, call, case, exact, moved, train=train)
+
+    def _variances(self, exact: Result, found: Result, moved: Result) -> NamedArrays:
+        """Return the state that is expected, with Flax's running variances where Flax has them.
+
+        Of a batch, torch's BatchNorm keeps the unbiased variance, and Flax's the biased one. No
+        argument of either changes that, so it is a note and not a difference.
+        """
+        state = dict(exact.state)
+        for name, biased in exact.biased.items():
+            other = found.state.get(name)
+            limit = FACTOR * moved.state[name]
+            if (
+                other is not None
+                and other.shape == biased.shape
+                and not agreement(other, state[name], limit).held
+                and agreement(other, biased, limit).held
+            ):
+                state[name] = biased
+                self.notes[_BIASED] = None
+        return state
+
+    def _in_dtype(
+        self,
+        dtype: str,
+        state: Mapping[str, Tensor],
+        leaves: Leaves,
+        call: Call,
+        case: str,
+        exact: Result,
+        moved: Result,
+        *,
+        train: bool,
+    ) -> Iterator[Finding]:
+        own = self.side.run(state, call, dtype=dtype, train=train)
+        with _plain_jax(x64=False):
+            outputs = self._eager(cast(leaves, dtype), cast_call(call, dtype), train)
+        growth = float(jax.numpy.finfo(dtype).eps) / float(np.finfo(np.float64).eps)
+        limits = {}
+        for name, array in exact.outputs.items():
+            limit = FACTOR * float(moved.outputs[name]) * growth
+            if name in own.outputs and own.outputs[name].shape == array.shape:
+                error = np.abs(own.outputs[name].astype(np.float64) - array)
+                limit = max(
+                    limit, 4.0 * float(np.where(np.isfinite(error), error, 0.0).max(initial=0.0))
+                )
+            limits[name] = np.array(limit)
+        yield from compared(
+            self.port.api, f"outputs in {dtype}", case, outputs, exact.outputs, limits, WORKING
+        )
+
+    def _flax(self, leaves: Leaves, call: Call, cotangents: NamedArrays, train: bool) -> Result:
+        def run(leaves: Leaves, arrays: dict[str, Any], cotangents: dict[str, Any]) -> Any:
+            floats = {name: arrays[name] for name in call.floats}
+            placed = call.replaced(arrays)
+            return gradients_of(
+                self.port, leaves, self.trained, placed, floats, cotangents, train=train
+            )
+
+        compiled = self._compiled.setdefault((self._number, train), jax.jit(run))
+        outputs, after, by_params, by_inputs = compiled(leaves, call.arrays, cotangents)
+        gradients = pulled_back(self.mapping, by_params) | {
+            f"input {name}": np.asarray(gradient) for name, gradient in by_inputs.items()
+        }
+        state = {path: leaf for path, leaf in after.items() if path not in self.trained}
+        return Result(_host(outputs), gradients, pulled_back(self.mapping, state))
+
+    def _eager(self, leaves: Leaves, call: Call, train: bool) -> NamedArrays:
+        raw, _ = self.port.apply(leaves, call.replaced(_device(call.arrays)), train=train)
+        return _host(named(raw))
+
+    def _measure(self, found: NamedArrays, exact: NamedArrays, moved: NamedArrays) -> None:
+        for name, array in exact.items():
+            if name not in found or found[name].shape != array.shape or not is_float(array):
+                continue
+            largest = float(np.abs(array[np.isfinite(array)]).max(initial=0.0))
+            if not largest:
+                continue
+            unit = largest * float(np.finfo(np.float64).eps)
+            with np.errstate(invalid="ignore"):
+                difference = np.abs(found[name].astype(np.float64) - array)
+            self.ulps = max(self.ulps, float(np.nanmax(difference, initial=0.0)) / unit)
+            self.slip = max(self.slip, FACTOR * float(moved[name]) / largest)
+
+
+def compared(
+    api: Framework,
+    what: str,
+    case: str,
+    found: NamedArrays,
+    expected: NamedArrays,
+    limits: NamedArrays,
+    why: str,
+) -> Iterator[Finding]:
+    """Yield a finding for each array: entry by entry, with names and shapes."""
+    if what.startswith("outputs") and found.keys() != expected.keys():
+        if len(found) != len(expected):
+            raise PortError(
+                f"torch returns {len(expected)} arrays ({', '.join(expected)}), and Flax "
+                f"{len(found)} ({', '.join(found)}): pass outputs=, a function from what Flax "
+                "returns to what torch returns"
+            )
+        found = dict(zip(expected, found.values(), strict=True))
+    for name, array in expected.items():
+        title = f"{case}{f', {name}' if name else ''}"
+        if name not in found:
+            if what == "outputs" or name.startswith("input ") or what == "gradients":
+                yield _failed(api, what, title, "Flax has none")
+            continue
+        other = found[name]
+        if other.shape != array.shape:
+            yield _failed(
+                api, what, title, f"the shape is {other.shape} in Flax and {array.shape} in torch"
+            )
+        elif array.size:
+            limit = limits.get(name) if is_float(array) else None
+            agreed = agreement(other, array, 0.0 if limit is None else float(limit))
+            yield Finding(what, api, title, agreed, EQUAL if limit is None else why)
+
+
+def _failed(api: Framework, check: str, case: str, reason: str) -> Finding:
+    nothing = Agreement(np.inf, np.inf, np.inf, (), np.nan, np.nan, 0.0)
+    return Finding(check, api, case, nothing, "", reason)
+
+
+def _equal(api: Framework, check: str, case: str, count: int, reason: str) -> Finding:
+    if count:
+        return _failed(api, check, case, reason)
+    return Finding(check, api, case, agreement(np.zeros(1), np.zeros(1), 0.0), EQUAL)
+
+
+def _cotangents(outputs: NamedArrays) -> NamedArrays:
+    random = np.random.default_rng(1)
+    return {
+        name: random.standard_normal(array.shape)
+        for name, array in outputs.items()
+        if is_float(array)
+    }
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(isinstance(layer, _TRAINED_DIFFERENTLY) for layer in module.modules())
+
+
+def _host(arrays: Mapping[str, Any]) -> NamedArrays:
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+def _device(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: jax.numpy.asarray(array) for name, array in arrays.items()}
+
+
+def _plain_jax(*, x64: bool) -> Any:
+    """Return a context of JAX on the CPU, with or without float64, without TF32.
+
+    A module that is run in another dtype than its own needs JAX's usual promotions.
+    """
+    stack = ExitStack()
+    stack.enter_context(jax.enable_x64(x64))
+    stack.enter_context(jax.default_matmul_precision("highest"))
+    stack.enter_context(jax.numpy_dtype_promotion("standard"))
+    stack.enter_context(jax.numpy_rank_promotion("allow"))
+    stack.enter_context(jax.default_device(jax.devices("cpu")[0]))
+    return stack

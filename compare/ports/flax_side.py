@@ -1,0 +1,226 @@
+"""Run the Flax module, Linen or NNX, as a pure function of its state: outputs, gradients, state."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ..conversion.mapping import KeyPath
+from ..conversion.state_kinds import flax_side
+from ..proof.cases import Framework
+from .calls import Call
+from .errors import PortError
+from .trees import named_arrays
+
+Leaves = dict[KeyPath, Any]
+# What the arguments of a call that say whether it trains are named, and their values in training.
+TRAINS = {
+    "train": True,
+    "training": True,
+    "is_training": True,
+    "deterministic": False,
+    "use_running_average": False,
+    "inference": False,
+}
+_SEED = 0
+
+
+class Adapters(NamedTuple):
+    """How the Flax module is called.
+
+    Attributes:
+        inputs: a function from torch's arguments to Flax's: an argument, a tuple, or a dict.
+        outputs: a function from what it returns to what torch returns.
+        method: the name of the method to call.
+        train: the keywords of a call in training; found by their names by default.
+    """
+
+    inputs: Callable[..., Any] | None = None
+    outputs: Callable[[Any], Any] | None = None
+    method: str | None = None
+    train: Mapping[str, Any] | None = None
+
+    def call(self, call: Call) -> Call:
+        """Return the call with Flax's arguments."""
+        if self.inputs is None:
+            return call
+        made = self.inputs(*call.args, **call.kwargs)
+        if isinstance(made, dict):
+            return Call((), made)
+        return Call(made, {}) if isinstance(made, tuple) else Call((made,), {})
+
+    def keywords(self, function: Callable[..., Any], *, train: bool) -> dict[str, Any]:
+        """Return the keywords that say whether the call trains."""
+        if self.train is not None:
+            return {
+                name: value if train else not value if isinstance(value, bool) else None
+                for name, value in self.train.items()
+                if train or isinstance(value, bool)
+            }
+        known = inspect.signature(function).parameters
+        return {name: value is train for name, value in TRAINS.items() if name in known}
+
+
+class LinenPort:
+    """A Linen module.
+
+    Args:
+        module: the module, unbound.
+        adapters: how it is called.
+    """
+
+    api: Framework = "linen"
+
+    def __init__(self, module: linen.Module, adapters: Adapters) -> None:
+        self.module, self.adapters = module, adapters
+        self._function = getattr(module, adapters.method or "__call__")
+
+    def template(self, call: Call) -> Any:
+        """Return fresh variables of the module."""
+
+        def init(arrays: dict[str, Any]) -> Any:
+            made = self.adapters.call(call.replaced(arrays))
+            keywords = self.adapters.keywords(self._function, train=False)
+            return self.module.init(
+                _streams(), *made.args, **made.kwargs, **keywords, method=self.adapters.method
+            )
+
+        return jax.jit(init)(call.arrays)
+
+    def apply(self, leaves: Leaves, call: Call, *, train: bool) -> tuple[Any, Leaves]:
+        """Return what the module returns, and its state after the call."""
+        made = self.adapters.call(call)
+        variables = unflatten_dict(leaves)
+        others = [name for name in variables if name != "params"]
+        raw, changed = self.module.apply(
+            variables,
+            *made.args,
+            **made.kwargs,
+            **self.adapters.keywords(self._function, train=train),
+            mutable=others,
+            rngs=_streams(),
+            method=self.adapters.method,
+        )
+        after = {path: leaf for path, leaf in flatten_dict(dict(changed)).items() if path in leaves}
+        return self._outputs(raw), after
+
+    def _outputs(self, raw: Any) -> Any:
+        return raw if self.adapters.outputs is None else self.adapters.outputs(raw)
+
+
+class NnxPort:
+    """An NNX model.
+
+    Args:
+        model: the model, which stays as it is.
+        adapters: how it is called.
+    """
+
+    api: Framework = "nnx"
+
+    def __init__(self, model: nnx.Module, adapters: Adapters) -> None:
+        self.module, self.adapters = nnx.clone(model), adapters
+        self._names = flax_side(model).leaves.keys()
+
+    def template(self, call: Call) -> Any:
+        """Return the model, whose layers say their layouts."""
+        return self.module
+
+    def apply(self, leaves: Leaves, call: Call, *, train: bool) -> tuple[Any, Leaves]:
+        """Return what the model returns, and its state after the call."""
+        made = self.adapters.call(call)
+        model = nnx.clone(self.module)
+        nnx.update(model, unflatten_dict(leaves))
+        model.train() if train else model.eval()
+        function = getattr(model, self.adapters.method or "__call__")
+        raw = function(*made.args, **made.kwargs, **self.adapters.keywords(function, train=train))
+        after = {
+            path: leaf for path, leaf in flax_side(model).leaves.items() if path in self._names
+        }
+        return raw if self.adapters.outputs is None else self.adapters.outputs(raw), after
+
+
+Port = LinenPort | NnxPort
+
+
+def port_of(module: Any, adapters: Adapters) -> Port:
+    """Return the Flax module as something to run.
+
+    Raises:
+        PortError: it is no Flax module.
+    """
+    if isinstance(module, linen.Module):
+        return LinenPort(module, adapters)
+    if isinstance(module, nnx.Module):
+        return NnxPort(module, adapters)
+    raise PortError(
+        f"flax_module is of type {type(module).__name__}; expected a Linen module or an NNX model"
+    )
+
+
+def gradients_of(
+    port: Port,
+    leaves: Leaves,
+    trained: list[KeyPath],
+    call: Call,
+    floats: Mapping[str, Any],
+    cotangents: Mapping[str, np.ndarray],
+    *,
+    train: bool,
+) -> tuple[dict[str, Any], Leaves, Leaves, dict[str, Any]]:
+    """Return outputs, state, and gradients by parameters and by inputs, of a function to trace."""
+    fixed = {path: leaf for path, leaf in leaves.items() if path not in trained}
+
+    def forward(params: Leaves, inputs: dict[str, Any]) -> tuple[Any, Any]:
+        raw, after = port.apply(params | fixed, call.replaced(inputs), train=train)
+        outputs = named(raw)
+        total = sum(
+            (outputs[name] * cotangents[name].astype(outputs[name].dtype)).sum()
+            for name in cotangents
+            if name in outputs and jnp.issubdtype(outputs[name].dtype, jnp.inexact)
+        )
+        return jnp.asarray(total, dtype=_widest(params, inputs)), (outputs, after)
+
+    params = {path: leaves[path] for path in trained}
+    (by_params, by_inputs), (outputs, after) = jax.grad(forward, argnums=(0, 1), has_aux=True)(
+        params, dict(floats)
+    )
+    return outputs, after, by_params, by_inputs
+
+
+def _widest(params: Leaves, inputs: Mapping[str, Any]) -> Any:
+    leaves = [*params.values(), *inputs.values()]
+    return jnp.result_type(*leaves) if leaves else jnp.float32
+
+
+def named(raw: Any) -> dict[str, Any]:
+    """Return the arrays of an output by name."""
+    found = named_arrays(raw)
+    if not found:
+        raise PortError(
+            f"the Flax module returns {type(raw).__name__}, in which there is no array: pass "
+            "outputs=, a function that takes the arrays out of it"
+        )
+    return {name: jnp.asarray(value) for name, value in found.items()}
+
+
+def cast(leaves: Mapping[KeyPath, Any], dtype: str) -> Leaves:
+    """Return the leaves with floating ones in another dtype."""
+    return {
+        path: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        for path, leaf in leaves.items()
+    }
+
+
+def cast_call(call: Call, dtype: str) -> Call:
+    """Return the call with floating arrays in another dtype."""
+    return call.replaced({name: array.astype(dtype) for name, array in call.floats.items()})
+
+
+def _streams() -> dict[str, jax.Array]:
+    return {name: jax.random.key(_SEED) for name in ("params", "dropout")}

@@ -1,0 +1,221 @@
+"""Record every value that a JAX function computes, with the line of the module that made it.
+
+The function is traced to a jaxpr, whose equations are evaluated one by one in a single compiled
+program that returns all of their results. What is called within (`jit`, `remat`, functions with
+custom gradients) is looked into; a `scan` gives the values of each step.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from .report import SourceLine
+from .values import Trace, Value, is_somebodys, source_line
+
+# The parameter in which a primitive that calls a function has the function's jaxpr.
+_CALLED = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "checkpoint": "jaxpr",
+    "remat2": "jaxpr",
+    "remat": "jaxpr",
+}
+_Atom = tuple[Any, int | None]  # a value while it is traced, and its index in the trace
+
+
+class _Meta:
+    """What is known of a value before the program runs.
+
+    `steps` has the numbers of steps of the scans that it is in, the outer one first.
+    """
+
+    def __init__(
+        self,
+        operation: str,
+        source: SourceLine | None,
+        parents: tuple[int, ...],
+        depends: bool,
+    ) -> None:
+        self.operation, self.source = operation, source
+        self.parents, self.depends = parents, depends
+        self.steps: list[int] = []
+
+
+def record(function: Callable[..., Mapping[str, Any]], *arguments: Any) -> Trace:
+    """Return the values that the function computes.
+
+    Args:
+        function: a function that returns arrays by name.
+        arguments: its arguments: trees of arrays.
+    """
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    flat = jax.tree.leaves(arguments)
+    recorder = _Recorder()
+
+    def run(*flat: Any) -> list[Any]:
+        recorder.start()
+        atoms = [(leaf, recorder.add(leaf, _Meta("", None, (), True))) for leaf in flat]
+        constants = [
+            (leaf, recorder.add(leaf, _Meta("", None, (), False))) for leaf in closed.consts
+        ]
+        outputs = recorder.evaluate(closed.jaxpr, constants, atoms, None)
+        recorder.outputs = [index for _, index in outputs]
+        return recorder.results
+
+    results = jax.jit(run)(*flat)
+    trace = Trace()
+    places: dict[int, int] = {}
+    for index, (meta, result) in enumerate(zip(recorder.metas, results, strict=True)):
+        array = np.asarray(result)
+        for slice_of in _steps(array, len(meta.steps)):
+            parents = tuple(places[parent] for parent in meta.parents if parent in places)
+            value = Value(slice_of, meta.operation, meta.source, parents, meta.depends)
+            places[index] = trace.add(value)
+    names = list(shape)
+    trace.outputs = {
+        name: places[index]
+        for name, index in zip(names, recorder.outputs, strict=True)
+        if index is not None
+    }
+    return trace
+
+
+def _steps(array: np.ndarray, levels: int) -> Sequence[np.ndarray]:
+    return list(array.reshape(-1, *array.shape[levels:])) if levels else [array]
+
+
+class _Recorder:
+    """Evaluates jaxprs and keeps each result, with what is known of it."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.metas: list[_Meta] = []
+        self.results: list[Any] = []
+        self.outputs: list[int | None] = []
+
+    def add(self, result: Any, meta: _Meta) -> int:
+        self.metas.append(meta)
+        is_key = jnp.issubdtype(jnp.result_type(result), jax.dtypes.extended)
+        self.results.append(jnp.zeros(0) if is_key else result)
+        return len(self.metas) - 1
+
+    def evaluate(
+        self,
+        jaxpr: Jaxpr,
+        constants: Sequence[_Atom],
+        arguments: Sequence[_Atom],
+        caller: SourceLine | None,
+    ) -> list[_Atom]:
+        """Evaluate a jaxpr; lines of equations that are not known are those of the caller."""
+        known: dict[Any, _Atom] = dict(zip(jaxpr.constvars, constants, strict=True))
+        known |= dict(zip(jaxpr.invars, arguments, strict=True))
+
+        def read(atom: Any) -> _Atom:
+            return (atom.val, None) if isinstance(atom, Literal) else known[atom]
+
+        for equation in jaxpr.eqns:
+            inputs = [read(atom) for atom in equation.invars]
+            source = _source(equation) or caller
+            outputs = self._apply(equation, inputs, source)
+            known |= dict(zip(equation.outvars, outputs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _apply(self, equation: Any, inputs: list[_Atom], source: SourceLine | None) -> list[_Atom]:
+        name = equation.primitive.name
+        if name in _CALLED and _CALLED[name] in equation.params:
+            inner = equation.params[_CALLED[name]]
+            jaxpr, constants = (
+                (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, [])
+            )
+            count = len(jaxpr.invars)
+            return self.evaluate(
+                jaxpr,
+                [(leaf, None) for leaf in constants],
+                inputs[-count:] if count else [],
+                source,
+            )
+        if name == "scan":
+            return self._scan(equation, inputs, source)
+        bound = equation.primitive.get_bind_params(equation.params)
+        # JAX before 0.10 returns functions beside the parameters.
+        functions, params = bound if isinstance(bound, tuple) else ((), bound)
+        with equation.ctx.manager:
+            found = equation.primitive.bind(*functions, *(value for value, _ in inputs), **params)
+        results = found if equation.primitive.multiple_results else [found]
+        return [(result, self.add(result, self._meta(name, source, inputs))) for result in results]
+
+    def _meta(self, name: str, source: SourceLine | None, inputs: Sequence[_Atom]) -> _Meta:
+        parents = tuple(dict.fromkeys(index for _, index in inputs if index is not None))
+        depends = any(self.metas[index].depends for index in parents)
+        named = None if source is None else replace(source, operation=name)
+        return _Meta(name, named, parents, depends)
+
+    def _scan(self, equation: Any, inputs: list[_Atom], source: SourceLine | None) -> list[_Atom]:
+        """Evaluate a scan whose steps also give every value within the step."""
+        params = equation.params
+        fixed, carried = params["num_consts"], params["num_carry"]
+        body: ClosedJaxpr = params["jaxpr"]
+        within = _Recorder()
+
+        def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], tuple[list[Any], list[Any]]]:
+            within.start()
+            leaves = [*(value for value, _ in inputs[:fixed]), *carry, *xs]
+            atoms = [(leaf, within.add(leaf, _Meta("", None, (), True))) for leaf in leaves]
+            constants = [(leaf, None) for leaf in body.consts]
+            outputs = [value for value, _ in within.evaluate(body.jaxpr, constants, atoms, source)]
+            return outputs[:carried], (outputs[carried:], within.results)
+
+        initial = [value for value, _ in inputs[fixed : fixed + carried]]
+        xs = [value for value, _ in inputs[fixed + carried :]]
+        carry, (ys, every) = jax.lax.scan(
+            step, initial, xs, length=params["length"], reverse=params["reverse"]
+        )
+        outer = tuple(dict.fromkeys(index for _, index in inputs if index is not None))
+        depends = any(self.metas[index].depends for index in outer)
+        begin = len(self.metas)
+        count = len(within.metas)
+        for number in range(count):
+            meta = within.metas[number]
+            is_root = number < len(inputs)
+            parents = (
+                tuple(index for _, index in inputs[number : number + 1] if index is not None)
+                if is_root
+                else tuple(begin + parent for parent in meta.parents)
+            )
+            stacked = _Meta(meta.operation, meta.source, parents, depends and meta.depends)
+            stacked.steps = [params["length"], *meta.steps]
+            self.add(every[number], stacked)
+        last = tuple(range(begin, begin + count))
+        results = [*carry, *ys]
+        return [
+            (result, self.add(result, self._inner("scan", source, last or outer, depends)))
+            for result in results
+        ]
+
+    def _inner(
+        self, name: str, source: SourceLine | None, parents: tuple[int, ...], depends: bool
+    ) -> _Meta:
+        named = None if source is None else replace(source, operation=name)
+        return _Meta(name, named, parents, depends)
+
+
+def _source(equation: Any) -> SourceLine | None:
+    """Return the innermost line of somebody's module that the equation comes from."""
+    traceback = equation.source_info.traceback
+    for frame in traceback.frames if traceback else ():
+        if is_somebodys(frame.file_name):
+            module = str(equation.source_info.name_stack)
+            return source_line(frame.file_name, frame.line_num, equation.primitive.name, module)
+    return None

@@ -1,0 +1,146 @@
+"""What a check of a port found, as data and as text."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..proof.agreement import Finding
+
+_MAX_LISTED = 8
+
+
+@dataclass(frozen=True)
+class SourceLine:
+    """A line of somebody's module.
+
+    Attributes:
+        file: the path of the file.
+        line: the number of the line.
+        code: the text of the line.
+        operation: what the framework ran there.
+        module: the path of the module, dotted; "" for the module itself, or where it is not known.
+    """
+
+    file: str
+    line: int
+    code: str
+    operation: str
+    module: str = ""
+
+    def __str__(self) -> str:
+        within = f", in {self.module}" if self.module else ""
+        return f"{self.file}:{self.line}: {self.code}  ({self.operation}{within})"
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where the values part first.
+
+    Attributes:
+        what: what was followed: "outputs", "gradients" or "state".
+        torch_source: torch's lines, the likeliest first, at most three.
+        flax_source: Flax's lines, likewise.
+        last_equal: the last values that both have, as the lines that made them.
+        hint: how the values are related, if that was recognized.
+    """
+
+    what: str
+    torch_source: tuple[SourceLine, ...] = ()
+    flax_source: tuple[SourceLine, ...] = ()
+    last_equal: tuple[str, ...] = ()
+    hint: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"The {self.what} part first here:"]
+        for title, sources in (("torch", self.torch_source), ("Flax", self.flax_source)):
+            lines += [f"  {title:5} {source}" for source in sources]
+            if not sources:
+                lines.append(f"  {title:5} no line of its own: look at what the other does there")
+        lines += [f"  equal before: {line}" for line in self.last_equal]
+        if self.hint:
+            lines.append(f"  {self.hint}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class PortReport:
+    """Whether a Flax module is the same function as a torch module.
+
+    Attributes:
+        findings: every comparison that was made.
+        divergence: where the values part first, if they do.
+        notes: what was not compared, and what the layers say differently.
+        slip: the smallest relative slip of an output that would have been seen, in float64.
+        ulps: the largest difference of an output, in units of the last place of its largest entry.
+    """
+
+    findings: tuple[Finding, ...]
+    divergence: Divergence | None = None
+    notes: tuple[str, ...] = ()
+    slip: float = 0.0
+    ulps: float = 0.0
+
+    @property
+    def held(self) -> bool:
+        """Whether nothing differs."""
+        return all(finding.held for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report as JSON data."""
+        found = self.divergence
+        return {
+            "held": self.held,
+            "divergence": None
+            if found is None
+            else {
+                "what": found.what,
+                "torch_source": [asdict(source) for source in found.torch_source],
+                "flax_source": [asdict(source) for source in found.flax_source],
+                "last_equal": list(found.last_equal),
+                "hint": found.hint,
+            },
+            "slip": self.slip,
+            "ulps": self.ulps,
+            "notes": list(self.notes),
+            "findings": [
+                {
+                    "check": finding.check,
+                    "case": finding.case,
+                    "held": finding.held,
+                    "error_over_limit": _number(finding.agreement.ratio),
+                    "why": finding.why,
+                    "error": finding.error,
+                }
+                for finding in self.findings
+            ],
+        }
+
+    @property
+    def verdict(self) -> str:
+        """The verdict and what it is worth, in two sentences."""
+        count = len(self.findings)
+        if self.held:
+            return (
+                f"The port is the same function: {count} comparisons hold. In float64 the outputs "
+                f"differ by {self.ulps:.2g} units in the last place; a relative slip of "
+                f"{self.slip:.1g} would have been seen."
+            )
+        failed = sum(not finding.held for finding in self.findings)
+        return f"The port differs: {failed} of {count} comparisons do not hold."
+
+    def __str__(self) -> str:
+        failed = [finding for finding in self.findings if not finding.held]
+        lines = [self.verdict, *(f"  {_told(finding)}" for finding in failed[:_MAX_LISTED])]
+        if len(failed) > _MAX_LISTED:
+            lines.append(f"  … and {len(failed) - _MAX_LISTED} more")
+        if self.divergence:
+            lines.append(str(self.divergence))
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
+
+def _told(finding: Finding) -> str:
+    what = finding.error or str(finding.agreement)
+    return f"{finding.check}, {finding.case}: {what}"
+
+
+def _number(ratio: float) -> float | None:
+    return ratio if ratio == ratio and abs(ratio) != float("inf") else None

@@ -1,0 +1,26 @@
+"""What a module gave for one call, as NumPy arrays."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+NamedArrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one call of a module gave.
+
+    Attributes:
+        outputs: the outputs by name.
+        gradients: the gradients of the outputs' product with the cotangents, by the names of the
+            parameters, and by `input NAME` for the inputs. In torch's names and layouts.
+        state: the buffers after the call, by their torch names.
+        biased: what running variances would be if they were made of the biased variance of the
+            batch, as Flax's BatchNorm makes them.
+    """
+
+    outputs: NamedArrays
+    gradients: NamedArrays = field(default_factory=dict)
+    state: NamedArrays = field(default_factory=dict)
+    biased: NamedArrays = field(default_factory=dict)

@@ -1,0 +1,196 @@
+"""Run copies of the torch module: outputs, gradients and state after the call."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..conversion.state_kinds import torch_kinds
+from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
+from .calls import Call
+from .errors import PortError
+from .result import NamedArrays, Result
+from .trees import named_arrays
+
+Outputs = Callable[[Any], Any]
+SEED = 0  # of torch's own random operations, so that every run draws the same
+
+
+class TorchSide:
+    """A torch module that is run in any dtype without being changed.
+
+    Args:
+        module: the module.
+        outputs: a function that is applied to what it returns.
+        method: the name of the method to call.
+    """
+
+    def __init__(self, module: nn.Module, outputs: Outputs | None, method: str | None) -> None:
+        try:
+            self._module = copy.deepcopy(module)
+        except Exception as error:  # a module may hold anything
+            raise PortError(
+                f"the torch module cannot be copied ({type(error).__name__}: {error}): leave what "
+                "cannot be copied, such as open files and results with a gradient, out of it"
+            ) from error
+        self._module.cpu()
+        self._outputs, self._method = outputs, method
+        kinds = torch_kinds(self._module)
+        self.parameters = [key for key, kind in kinds.items() if kind == "parameter"]
+
+    def module(self, dtype: str, state: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """Return a copy of the module in a dtype, with the tensors of a state dict.
+
+        Args:
+            dtype: the dtype of its floating tensors.
+            state: tensors to set, by their names.
+        """
+        module = copy.deepcopy(self._module).to(getattr(torch, dtype))
+        if state is not None:
+            with torch.no_grad():
+                for key, tensor in module.state_dict(keep_vars=True).items():
+                    if key in state:
+                        tensor.copy_(state[key])
+        return module
+
+    def run(
+        self,
+        state: Mapping[str, Tensor],
+        call: Call,
+        *,
+        dtype: str = "float64",
+        train: bool = False,
+        cotangents: NamedArrays | None = None,
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Result:
+        """Call a copy of the module.
+
+        Args:
+            state: the tensors of its state dict.
+            call: the inputs.
+            dtype: the dtype of floating inputs and tensors.
+            train: whether in training mode.
+            cotangents: what the outputs are multiplied with, by name, for gradients of the sum.
+            within: a context for the forward and the backward pass.
+        """
+        module = self.module(dtype, state).train(train)
+        inputs = {
+            name: numpy_to_tensor(array.copy()).to(getattr(torch, dtype)).requires_grad_()
+            if name in call.floats
+            else numpy_to_tensor(array.copy())
+            for name, array in call.arrays.items()
+        }
+        placed = call.replaced(inputs)
+        counts: dict[str, int] = {}
+        with (
+            plain_kernels(),
+            torch.random.fork_rng(devices=[]),
+            _counting(module, counts),
+            within(),
+        ):
+            torch.manual_seed(SEED)
+            tensors = tensors_of(self.called(module, placed))
+            gradients = (
+                {} if cotangents is None else self._gradients(module, inputs, tensors, cotangents)
+            )
+        after = {
+            key: tensor_to_numpy(tensor).copy()
+            for key, tensor in module.state_dict().items()
+            if isinstance(tensor, Tensor) and key not in self.parameters
+        }
+        outputs = {name: tensor_to_numpy(tensor).copy() for name, tensor in tensors.items()}
+        return Result(outputs, gradients, after, _biased(module, state, after, counts))
+
+    def called(self, module: nn.Module, call: Call) -> Any:
+        """Return what the module returns for tensors, as it is to be compared."""
+        function = module if self._method is None else getattr(module, self._method)
+        raw = function(*call.args, **call.kwargs)
+        return raw if self._outputs is None else self._outputs(raw)
+
+    def _gradients(
+        self,
+        module: nn.Module,
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
+        cotangents: NamedArrays,
+    ) -> NamedArrays:
+        """Return the gradients by parameters and floating inputs; zeros where there is none."""
+        named = dict(module.named_parameters())
+        variables = {key: named[key] for key in self.parameters if key in named} | {
+            f"input {name}": tensor for name, tensor in inputs.items() if tensor.requires_grad
+        }
+        variables = {name: tensor for name, tensor in variables.items() if tensor.requires_grad}
+        total = sum(
+            (outputs[name] * numpy_to_tensor(cotangents[name]).to(outputs[name].dtype)).sum()
+            for name in cotangents
+            if outputs[name].requires_grad
+        )
+        if not isinstance(total, Tensor) or not variables:
+            return {name: np.zeros(tensor.shape) for name, tensor in variables.items()}
+        found = torch.autograd.grad(total, list(variables.values()), allow_unused=True)
+        return {
+            name: np.zeros(tensor.shape) if gradient is None else tensor_to_numpy(gradient).copy()
+            for (name, tensor), gradient in zip(variables.items(), found, strict=True)
+        }
+
+
+def tensors_of(raw: Any) -> dict[str, Tensor]:
+    """Return the tensors of an output by name, numbers as tensors."""
+    named = named_arrays(raw)
+    if not named:
+        raise PortError(
+            f"the torch module returns {type(raw).__name__}, in which there is no tensor: "
+            "pass outputs=, a function that takes the tensors out of it"
+        )
+    return {name: torch.as_tensor(value) for name, value in named.items()}
+
+
+@contextmanager
+def _counting(module: nn.Module, counts: dict[str, int]) -> Iterator[None]:
+    """Count over how many entries each BatchNorm takes its statistics."""
+    handles = []
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+
+            def count(layer: Any, args: tuple[Tensor, ...], name: str = name) -> None:
+                counts[name] = args[0].numel() // max(args[0].shape[1], 1)
+
+            handles.append(layer.register_forward_pre_hook(count))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _biased(
+    module: nn.Module,
+    before: Mapping[str, Tensor],
+    after: NamedArrays,
+    counts: Mapping[str, int],
+) -> NamedArrays:
+    """Return the running variances after the call, had they been made of biased variances."""
+    found: NamedArrays = {}
+    for name, count in counts.items():
+        layer = module.get_submodule(name)
+        key = f"{name}.running_var" if name else "running_var"
+        momentum: Any = layer.momentum
+        if key in after and key in before and layer.training and momentum and count > 1:
+            old = (1.0 - momentum) * tensor_to_numpy(before[key])
+            found[key] = old + (after[key] - old) * (count - 1) / count
+    return found
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Run torch without the fast paths that hide the values between."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, before)
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+        yield

@@ -1,0 +1,65 @@
+"""The values that a run computed, each with the line that made it and the values it is made of."""
+
+import linecache
+import sysconfig
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from .report import SourceLine
+
+# Frames of these are no lines of somebody's module. The directory of this package is one.
+_LIBRARIES = ("torch", "jax", "jaxlib", "flax", "numpy", "einops", "optax", "chex", "jaxtyping")
+_HERE = str(Path(__file__).parent)
+_STDLIB = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["platstdlib"])
+_SITE = tuple({sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]})
+
+
+@dataclass
+class Value:
+    """One value of a run.
+
+    Attributes:
+        array: its entries.
+        operation: what made it: "aten.mm", "dot_general"; "" for inputs and state.
+        source: the line that made it, if it is one of somebody's module.
+        parents: the values it was made of, by their indices.
+        depends: whether it depends on inputs or state.
+    """
+
+    array: np.ndarray
+    operation: str = ""
+    source: SourceLine | None = None
+    parents: tuple[int, ...] = ()
+    depends: bool = True
+
+
+@dataclass
+class Trace:
+    """The values of one run in their order, and those of them that are its outputs."""
+
+    values: list[Value] = field(default_factory=list)
+    outputs: dict[str, int] = field(default_factory=dict)
+
+    def add(self, value: Value) -> int:
+        """Add a value and return its index."""
+        self.values.append(value)
+        return len(self.values) - 1
+
+
+@lru_cache(maxsize=4096)
+def is_somebodys(file: str) -> bool:
+    """Return whether a file is neither of a framework, of Python, nor of this package."""
+    if file.startswith("<") or file.startswith(_HERE):
+        return False
+    for site in _SITE:
+        if file.startswith(site):
+            return Path(file).relative_to(site).parts[0] not in _LIBRARIES
+    return not file.startswith(_STDLIB)
+
+
+def source_line(file: str, line: int, operation: str, module: str = "") -> SourceLine:
+    """Return the line of a file, with its text."""
+    return SourceLine(file, line, linecache.getline(file, line).strip(), operation, module)

@@ -1,0 +1,139 @@
+"""The weights that both modules are given: paired by name, as given and drawn again."""
+
+import glob
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flax import nnx
+from flax.traverse_util import flatten_dict
+from torch import Tensor, nn
+
+from ..checkpoint.load import load_checkpoint
+from ..checkpoint.save import save_checkpoint
+from ..conversion.apply_mapping import torch_tensors
+from ..conversion.convert import torch_to_linen, torch_to_nnx
+from ..conversion.errors import ConversionError, Mismatch, TrainingDifference
+from ..conversion.mapping import KeyPath, StateMapping, slashed
+from ..conversion.match import pair
+from ..conversion.state_kinds import flax_side
+from ..conversion.tensors import tensor_to_numpy
+from .flax_side import Leaves, NnxPort, Port
+from .result import NamedArrays
+
+_DIFFERS = "computes something else: "
+_SEED = 7
+_FLAT = 0.5  # the spread that is drawn for a parameter whose entries are all the same
+
+
+def paired(
+    source: nn.Module, template: Any, rules: Mapping[str, Any]
+) -> tuple[StateMapping, list[str]]:
+    """Return how the state pairs, and what the layers say differently, one line for each.
+
+    What layers say differently is no reason not to run them: the runs show it.
+
+    Raises:
+        ConversionError: the state does not pair.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrainingDifference)
+        mapping, mismatch = pair(source, template, **rules)
+        stated = [entry for entry in mismatch.refused if entry.reason.startswith(_DIFFERS)]
+        if stated:
+            policy = dict(rules.get("policy") or {})
+            policy |= {glob.escape(entry.name): "ignore" for entry in stated}
+            mapping, mismatch = pair(source, template, **{**rules, "policy": policy})
+    if mismatch:
+        raise ConversionError(mismatch, _advice(mismatch))
+    return mapping, [f"{entry.name}: {entry.reason.removeprefix(_DIFFERS)}" for entry in stated]
+
+
+def _advice(mismatch: Mismatch) -> str:
+    return (
+        'Pair names that differ with rename={"torch.name": "Flax.name"}; '
+        "compare.suggest(torch_module, template) proposes rules to look at."
+        if mismatch.missing or mismatch.unexpected
+        else ""
+    )
+
+
+def leaves_for(
+    port: Port, template: Any, state: Mapping[str, Tensor], mapping: StateMapping
+) -> Leaves:
+    """Return Flax's leaves with the values of a torch state dict."""
+    if isinstance(port, NnxPort):
+        filled = torch_to_nnx(dict(state), nnx.clone(port.module), mapping=mapping)
+        return flax_side(filled).leaves
+    return flatten_dict(dict(torch_to_linen(dict(state), template, mapping=mapping)))
+
+
+def drawn_again(module: nn.Module) -> nn.Module:
+    """Return the module with parameters drawn again, in place; buffers stay.
+
+    Each entry is the parameter's mean plus a normal deviate of its spread, or of 0.5 where all
+    entries are the same: fresh biases of 0, scales of 1 and symmetric matrices hide bugs.
+    """
+    random = torch.Generator().manual_seed(_SEED)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.is_floating_point():
+                continue
+            values = parameter.double()
+            spread = float(values.std()) if values.numel() > 1 else 0.0
+            drawn = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
+            parameter.copy_(values.mean() + (spread or _FLAT) * drawn)
+    return module
+
+
+def pulled_back(mapping: StateMapping, gradients: Mapping[KeyPath, Any]) -> NamedArrays:
+    """Return gradients by Flax's arrays as gradients by torch's tensors.
+
+    The mapping moves entries, copies them and adds tensors, so its transpose does the reverse:
+    copies are added up, and both tensors of a sum have the gradient of the sum. For what is copied
+    or added nowhere, such as buffers, it is the conversion itself.
+    """
+    found: NamedArrays = {}
+    parts: dict[str, dict[int, Any]] = {}
+    for row in mapping.rows:
+        if row.path not in gradients or row.kind == "alias":
+            continue
+        for key, tensor in torch_tensors(row, gradients[row.path]).items():
+            array = tensor_to_numpy(tensor)
+            if row.part is None:
+                found[key] = found.get(key, 0.0) + array
+            else:
+                of_key = parts.setdefault(key, {})
+                of_key[row.part.index] = of_key.get(row.part.index, 0.0) + array
+        if row.plus:
+            found[row.plus] = found[row.torch_key]
+    for key, index in parts.items():
+        row = next(row for row in mapping.by_key[key] if row.part)
+        assert row.part is not None
+        if len(index) == row.part.count:
+            tensors = [torch.from_numpy(np.ascontiguousarray(index[i])) for i in sorted(index)]
+            found[key] = row.part.join(tensors).numpy()
+    return found
+
+
+def differs_after_a_file(
+    state: Mapping[str, Tensor], port: Port, template: Any, mapping: StateMapping, leaves: Leaves
+) -> list[str]:
+    """Return the Flax paths whose bits differ when torch's state comes through a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_checkpoint(Path(folder) / "state.safetensors", dict(state))
+        if isinstance(port, NnxPort):
+            loaded = load_checkpoint(path, nnx.clone(port.module), mapping=mapping)
+            again = flax_side(loaded).leaves
+        else:
+            again = flatten_dict(dict(load_checkpoint(path, template, mapping=mapping)))
+    return sorted(
+        slashed(path)
+        for path, leaf in leaves.items()
+        if path in mapping.by_path
+        and np.asarray(again[path]).tobytes() != np.asarray(leaf).tobytes()
+    )

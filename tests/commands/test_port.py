@@ -1,0 +1,57 @@
+"""`python -m compare port FILE.py`: exit codes, and the lines in the JSON report."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from compare.cli import app
+
+FILE = """
+from tests.ports.blocks import LinenBlock, inputs, torch_block as torch_module
+
+dtypes = ()
+
+
+def flax_module():
+    return LinenBlock({arguments})
+"""
+
+
+@pytest.mark.parametrize(("arguments", "code"), [("", 0), ("approximate=True", 1)])
+def test_the_verdict_is_the_exit_code(arguments: str, code: int, tmp_path: Path) -> None:
+    file, report = tmp_path / "port.py", tmp_path / "report.json"
+    file.write_text(FILE.format(arguments=arguments), encoding="utf-8")
+    done = CliRunner().invoke(app, ["port", str(file), "--json", str(report)])
+    assert done.exit_code == code, done.output
+    content = json.loads(report.read_text(encoding="utf-8"))
+    assert content["held"] is (code == 0)
+    if code:
+        sources = content["divergence"]["flax_source"]
+        assert sources[0].keys() == {"file", "line", "code", "operation", "module"}
+        assert "linen.gelu" in sources[0]["code"]
+        assert "part first here" in done.output
+    else:
+        assert content["divergence"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", "defines no function torch_module()"),
+        ("import nonsense_of_nobody", "cannot be imported (ModuleNotFoundError"),
+        ("def torch_module(): 1 / 0\ndef flax_module(): ...\ndef inputs(): ...", "ZeroDivision"),
+        (
+            "from tests.ports.blocks import torch_block as torch_module, inputs\n"
+            "def flax_module(): return 3",
+            "cannot be compared: flax_module is of type int",
+        ),
+    ],
+)
+def test_what_cannot_be_run_ends_with_2(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "port.py"
+    file.write_text(text, encoding="utf-8")
+    done = CliRunner().invoke(app, ["port", str(file)])
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())

@@ -1,0 +1,145 @@
+"""`check_port`: a right port holds, a wrong one is named to the line, and nothing is changed."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import linen, nnx
+
+import compare
+from compare import PortDiffers, PortError, PortReport
+
+from . import blocks
+from .blocks import LinenBlock, NnxBlock, inputs, torch_block
+
+SOURCE = Path(blocks.__file__)
+
+
+def line_of(mark: str) -> int:
+    """The line of the blocks that ends with the mark."""
+    lines = SOURCE.read_text(encoding="utf-8").splitlines()
+    (number,) = [number for number, line in enumerate(lines, 1) if line.endswith(f"# {mark}")]
+    return number
+
+
+def first_lines(report: PortReport) -> tuple[int, int]:
+    parted = report.divergence
+    assert parted is not None
+    return parted.torch_source[0].line, parted.flax_source[0].line
+
+
+@pytest.mark.parametrize("port", [LinenBlock(), NnxBlock()], ids=["linen", "nnx"])
+def test_a_right_port_holds(port: Any) -> None:
+    module, given = torch_block(), inputs()
+    state = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    report = compare.check_port(module, port, given)
+    assert report.held, str(report)
+    assert "The port is the same function" in str(report)
+    assert 0 < report.ulps < 50
+    assert report.slip < 1e-12
+    assert report.divergence is None
+    assert "keeps the unbiased variance" in report.notes[0]
+    checks = {finding.check for finding in report.findings}
+    assert checks == {*("checkpoint", "outputs", "gradients", "state", "jit", "outputs in float32")}
+    assert any(finding.case.endswith(", input 0") for finding in report.findings)
+    assert module.training
+    assert all(torch.equal(tensor, state[key]) for key, tensor in module.state_dict().items())
+    assert np.array_equal(given, inputs())
+
+
+@pytest.mark.parametrize(
+    ("port", "torch_mark", "flax_mark", "hint"),
+    [
+        (LinenBlock(approximate=True), "TORCH GELU", "FLAX GELU", "another variant"),
+        (LinenBlock(factor=0.5), "TORCH RESIDUAL", "FLAX FACTOR", "times 0.5"),
+        (NnxBlock(shift=1), "TORCH RESIDUAL", "FLAX ROLL", "rolled by 1 along axis 1"),
+    ],
+    ids=["gelu", "factor", "roll"],
+)
+def test_the_first_lines_that_differ_are_named(
+    port: Any, torch_mark: str, flax_mark: str, hint: str
+) -> None:
+    report = compare.check_port(torch_block(), port, inputs())
+    assert not report.held
+    assert first_lines(report) == (line_of(torch_mark), line_of(flax_mark)), str(report)
+    assert report.divergence is not None
+    assert hint in report.divergence.hint
+    assert "The outputs part first here:" in str(report)
+    found = report.as_json()
+    assert found["held"] is False
+    assert found["divergence"]["flax_source"][0]["file"] == str(SOURCE)
+
+
+def test_a_momentum_differs_in_the_state_alone() -> None:
+    report = compare.check_port(torch_block(), LinenBlock(momentum=0.99), inputs())
+    assert {finding.check for finding in report.findings if not finding.held} == {"state"}
+
+
+def test_an_assertion_has_the_report() -> None:
+    compare.assert_port(torch_block(), LinenBlock(), inputs(), dtypes=())
+    with pytest.raises(PortDiffers, match="The port differs: "):
+        compare.assert_port(torch_block(), LinenBlock(approximate=True), inputs(), dtypes=())
+
+
+class TorchImages(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3, stride=2, padding=1)
+
+    def forward(self, images: torch.Tensor, scale: float = 1.0) -> dict[str, torch.Tensor]:
+        features = self.conv(images) * scale
+        return {"features": features, "mean": features.mean((2, 3))}
+
+
+class FlaxImages(linen.Module):
+    @linen.compact
+    def __call__(self, images: Any, scale: float = 1.0) -> tuple[Any, Any]:
+        features = linen.Conv(4, (3, 3), strides=2, padding=1, name="conv")(images) * scale
+        return features, features.mean((1, 2))
+
+
+def test_other_layouts_and_structures() -> None:
+    images = np.random.default_rng(1).standard_normal((2, 3, 8, 6)).astype(np.float32)
+
+    def to_flax(images: Any, scale: float = 1.0) -> Any:
+        return (images.transpose(0, 2, 3, 1), scale)
+
+    report = compare.check_port(
+        TorchImages(),
+        FlaxImages(),
+        [images, (images[:1], 2.0), {"images": images, "scale": 0.5}],
+        flax_inputs=to_flax,
+        outputs=lambda found: {"features": found[0].transpose(0, 3, 1, 2), "mean": found[1]},
+        dtypes=("float32", "bfloat16"),
+    )
+    assert report.held, str(report)
+    assert any("call 2" in finding.case for finding in report.findings)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inputs": []}, "inputs is an empty list"),
+        ({"torch_module": 3}, "torch_module is of type int; expected a torch module"),
+        ({"flax_module": 3}, "flax_module is of type int; expected a Linen module or an NNX"),
+        ({"outputs": lambda _: (jnp.ones(1), jnp.ones(1))}, "torch returns 1 arrays .* pass outp"),
+        ({"outputs": lambda _: None}, "the Flax module returns NoneType, in which there is no"),
+    ],
+)
+def test_what_cannot_be_compared(options: dict[str, Any], message: str) -> None:
+    given = {"torch_module": torch_block(), "flax_module": LinenBlock(), "inputs": inputs()}
+    with pytest.raises(PortError, match=message):
+        compare.check_port(**{**given, **options})
+
+
+def test_a_state_that_does_not_pair_is_an_error_of_the_converter() -> None:
+    port = nnx.Linear(blocks.WIDTH, blocks.WIDTH, rngs=nnx.Rngs(0))
+    with pytest.raises(compare.ConversionError, match=r"compare\.suggest\(torch_module, template"):
+        compare.check_port(torch_block(), port, inputs())
+    report = compare.check_port(
+        torch.nn.ModuleDict({"fc": torch.nn.Linear(8, 8)})["fc"], port, inputs(), dtypes=()
+    )
+    assert report.held, str(report)
