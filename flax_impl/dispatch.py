@@ -9,7 +9,7 @@ from jaxtyping import Float, Shaped
 
 from .attention import for_each_head, is_nonzero, reference_attention
 from .fused import fused_attention
-from .validation import check_covered
+from .validation import check_covered, check_shapes
 
 Implementation = Literal["reference", "fused", "auto"]
 MIN_FUSED_TOKENS = 768  # with fewer, "auto" uses the formula, which is as fast
@@ -43,6 +43,8 @@ def masked_attention(
         ValueError: an unknown implementation, a mask smaller than (tokens, tokens), or shapes that
             do not fit together.
     """
+    if min(queries.ndim, keys.ndim, values.ndim) < 2:
+        check_shapes(queries.shape, keys.shape, values.shape)
     check_implementation(implementation)
     check_covered(mask.shape, keys.shape[-2])
     if isinstance(mask, np.ndarray):  # before JAX narrows it to 32 bits

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .attention import for_each_head, reference_attention
 from .closed_rows import closed_rows, find_closed, guarded_attention
 from .fused import fused_attention, kernel_layout
-from .validation import check_covered
+from .validation import check_covered, check_shapes
 
 Implementation = Literal["reference", "fused", "auto"]
 IMPLEMENTATIONS = get_args(Implementation)
@@ -62,6 +62,8 @@ def attend(
     Later products should not multiply the closed rows. They are None if the mask has none, and for
     "reference".
     """
+    if min(queries.ndim, keys.ndim, values.ndim) < 2:
+        check_shapes(queries.shape, keys.shape, values.shape)
     num_tokens = keys.shape[-2]
     check_implementation(implementation)
     check_covered(mask.shape, num_tokens)

@@ -102,7 +102,8 @@ def load_checkpoint(
             `compare.match` finds.
         policy: patterns of names to what happens if one side lacks the entry. `ignore`: the target
             keeps its own value, and a value of the file is dropped. `verify`: the same, but only if
-            the value is the standard causal mask.
+            the value follows from its shape: the standard causal mask, zeros of integers, or a
+            table of positions, sinusoids, rotary frequencies or relative positions.
         select: the part of the file that holds the state, if a training program wrote more: names
             joined by slashes, or several for Flax, as ("params", "batch_stats").
         prefix: what the names of a torch file begin with and the target's do not: "module." for a
@@ -160,7 +161,11 @@ def load_checkpoint(
         except ConversionError as error:
             reason = "does not fit the target; nothing was loaded"
             is_torch = isinstance(target, torch.nn.Module)
-            mend = next_step(error.mismatch, is_torch=is_torch)
+            mend = next_step(
+                error.mismatch,
+                is_torch=is_torch,
+                is_relaid=is_torch and stored.layout != "torch",
+            )
             if way := collections_alone(stored):
                 mend += f"; or {way}"
             raise CheckpointError.unfit(path, reason, error.mismatch, mend) from error

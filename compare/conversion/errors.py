@@ -168,8 +168,14 @@ def entry_of(name: str, place: str, error: ValueError, found: Shape | None = Non
     return MismatchEntry(name, place, found, reason=str(error), mend=mend)
 
 
-def next_step(mismatch: Mismatch, *, is_torch: bool = True) -> str:
-    """Return what to do about a checkpoint that does not fit the target, by its first entry."""
+def next_step(mismatch: Mismatch, *, is_torch: bool = True, is_relaid: bool = False) -> str:
+    """Return what to do about a checkpoint that does not fit the target, by its first entry.
+
+    Args:
+        mismatch: what does not fit.
+        is_torch: whether the target is a torch module.
+        is_relaid: whether it is one, and the file is in Flax's layout.
+    """
     if mismatch.misshaped:
         first = mismatch.misshaped[0]
         name = shown(first.name)
@@ -184,6 +190,8 @@ def next_step(mismatch: Mismatch, *, is_torch: bool = True) -> str:
         old, new = (
             [entry.name for entry in group] for group in (mismatch.unexpected, mismatch.missing)
         )
+        if is_relaid and (common_prefix(old, new) or common_prefix(new, old)):
+            return "pass mapping=compare.match(module, template, rename=…), which pairs the names"
         if prefix := common_prefix(old, new):
             return f"the file has a prefix: pass prefix={prefix!r}"
         if is_torch and (prefix := common_prefix(new, old)):

@@ -128,14 +128,15 @@ def _folded_module(module: nn.Module) -> nn.Module:
         computed = [
             value
             for child in module.modules()
-            for value in vars(child).values()
+            for held in vars(child).values()
+            for value in (held if isinstance(held, list | tuple) else (held,))
             if isinstance(value, Tensor) and not value.is_leaf
         ]
         folded = copy.deepcopy(module, {id(value): value.detach().clone() for value in computed})
     modes = {child: child.training for child in folded.modules()}
     folded.eval()  # spectral norm changes its vectors in training
     for child in list(folded.modules()):
-        for hook in list(child._forward_pre_hooks.values()):
+        for hook in reversed(list(child._forward_pre_hooks.values())):  # the last one lies inside
             if isinstance(hook, WeightNorm):
                 remove_weight_norm(child, hook.name)
             elif isinstance(hook, SpectralNorm):

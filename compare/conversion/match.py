@@ -295,8 +295,8 @@ class _Matcher:
         shared = names_of_shared_parts(stored_parts, self.names, self.flax.by_name)
         self.names |= shared
         self.parts = {key: reason for key, reason in self.parts.items() if key not in shared}
-        self.layer_names, _ = renamed(self.layers, rules, prefix)
-        unfitting_names = unused_names(self.tensors, rename, used, prefix)
+        self.layer_names, used_by_layers = renamed(self.layers, rules, prefix)
+        unfitting_names = unused_names(self.tensors, rename, used | used_by_layers, prefix)
         self.trained_differently: list[str] = []
         self.layouts, unused_layouts = chosen_layouts(self.tensors, layouts)
         self.rules = layouts

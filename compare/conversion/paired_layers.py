@@ -125,11 +125,30 @@ class PairedLayers(NamedTuple):
             if row.kind != "alias"
             for key in row.keys
         }
+        pairs |= set(self._beside(pairs))
         return sorted(
             (prefix, path)
             for prefix, path in pairs
             if prefix in self.layers and path in self.flax_layers
         )
+
+    def _beside(self, pairs: Iterable[tuple[str, FlaxName]]) -> Iterator[tuple[str, FlaxName]]:
+        """Yield layers without state by their names, where all that pair beside them keep theirs.
+
+        `1` of a Sequential pairs with `layers.1` if `0` pairs with `layers.0`, and `2` with
+        `layers.2`.
+        """
+        containers: dict[str, set[FlaxName | None]] = {}
+        for prefix, path in pairs:
+            above, _, name = prefix.rpartition(".")
+            if prefix in self.layers and path in self.flax_layers and prefix:
+                containers.setdefault(above, set()).add(path[:-1] if path[-1:] == (name,) else None)
+        paired = {prefix for prefix, path in pairs if path in self.flax_layers}
+        for prefix in self.layers.keys() - paired:
+            above, _, name = prefix.rpartition(".")
+            places = containers.get(above, set())
+            if len(places) == 1 and (place := next(iter(places))) is not None:
+                yield prefix, (*place, name)
 
 
 def allowing_of(name: str) -> str:

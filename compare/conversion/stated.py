@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import torch
 from flax import linen, nnx
 from torch import nn
@@ -31,6 +32,7 @@ class Difference(NamedTuple):
 
 Comparison = Callable[[Any, Any], Iterator[Difference]]
 Pads = tuple[tuple[int, int], ...]
+_INTEGERS = (int, np.integer)
 
 
 def differences(torch_layer: nn.Module, flax_layer: Any) -> Iterator[Difference]:
@@ -130,6 +132,8 @@ def linen_layers(module: linen.Module, inputs: Any) -> dict[tuple[str, ...], lin
         return method(*args, **kwargs)
 
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    if not isinstance(inputs, Mapping | tuple | list):
+        inputs = (inputs,)
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     try:
         with linen.intercept_methods(keep):
@@ -413,13 +417,16 @@ def _each(value: Any, rank: int) -> tuple[int, ...]:
     """Return one number for each axis. None means 1."""
     if value is None:
         return (1,) * rank
-    return (int(value),) * rank if isinstance(value, int) else tuple(map(int, value))
+    return (int(value),) * rank if isinstance(value, _INTEGERS) else tuple(map(int, value))
 
 
 def _pairs(padding: Any, rank: int) -> Pads:
     """Return the numbers before and after each axis, from any of Flax's ways to say them."""
-    each = (padding,) * rank if isinstance(padding, int) else padding
-    return tuple((pad, pad) if isinstance(pad, int) else (int(pad[0]), int(pad[1])) for pad in each)
+    each = (padding,) * rank if isinstance(padding, _INTEGERS) else padding
+    return tuple(
+        (int(pad), int(pad)) if isinstance(pad, _INTEGERS) else (int(pad[0]), int(pad[1]))
+        for pad in each
+    )
 
 
 _PAIRS: tuple[tuple[Any, Any, Comparison], ...] = (

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from flax import linen as nn
 from flax.core import meta
 
@@ -59,7 +60,7 @@ def _children(node: Any) -> Iterator[tuple[Any, Any]] | None:
         return iter(())
     if isinstance(node, Mapping):
         return iter(node.items())
-    if hasattr(node, "shape") or isinstance(node, meta.AxisMetadata):
+    if isinstance(node, torch.Tensor | meta.AxisMetadata) or hasattr(node, "shape"):
         return None
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         return zip(node._fields, node, strict=True)

@@ -308,6 +308,26 @@ def test_a_file_of_one_tensor_is_named_for_it(tmp_path: Path) -> None:
         compare.read_checkpoint(tmp_path / "a.pth")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_named(tmp_path: Path) -> None:
+    state = {"a": torch.nested.nested_tensor([torch.ones(2)])}
+    with pytest.raises(CheckpointError, match="a nested tensor"):
+        compare.save_checkpoint(tmp_path / "a.pth", state)
+
+
+def test_a_prefix_is_not_advised_where_it_has_no_effect(tmp_path: Path) -> None:
+    model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    target = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    path = compare.save_checkpoint(tmp_path / "a.msgpack", model)
+    with pytest.raises(CheckpointError) as caught:
+        compare.load_checkpoint(path, target)
+    assert caught.value.mend == (
+        "pass mapping=compare.match(module, template, rename=…), which pairs the names"
+    )
+    mapping = compare.match(target, model, rename={"*": "layers.*"})
+    compare.load_checkpoint(path, target, mapping=mapping)
+
+
 def test_a_train_state_is_no_state_but_its_params_are(tmp_path: Path) -> None:
     state = train_state.TrainState.create(
         apply_fn=print, params={"w": jnp.ones(1)}, tx=optax.sgd(0.1)

@@ -177,3 +177,24 @@ def test_a_parametrization_of_ones_own_is_folded_as_a_module() -> None:
     torch.nn.utils.parametrize.register_parametrization(module, "weight", Twice())
     folded = compare.fold(module)
     assert torch.equal(folded.weight, module.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_one_method_within_another_is_folded() -> None:
+    inner = torch.nn.utils.weight_norm(torch.nn.Linear(4, 3))
+    prune.random_unstructured(inner, "weight_v", 0.3)
+    outer = prune.random_unstructured(torch.nn.Linear(4, 3), "weight", 0.3)
+    torch.nn.utils.weight_norm(outer, "weight_orig")
+    for module in (inner, outer):
+        outputs = module(torch.ones(1, 4))
+        folded = compare.fold(module)
+        assert torch.equal(folded(torch.ones(1, 4)), outputs)
+        assert folded.state_dict().keys() == {"weight", "bias"}
+
+
+def test_a_recurrent_layer_that_was_called_is_folded() -> None:
+    lstm = torch.nn.LSTM(4, 3)
+    module = torch.nn.utils.parametrizations.weight_norm(lstm, "weight_hh_l0")
+    inputs = torch.ones(2, 1, 4)
+    outputs, _ = module(inputs)
+    assert torch.equal(compare.fold(module)(inputs)[0], outputs)

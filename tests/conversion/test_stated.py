@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax import nnx
 
 import compare
+from compare import ConversionError
 from compare.conversion.stated import Difference, differences
 
 RNGS = nnx.Rngs(0)
@@ -298,3 +299,25 @@ def test_heads_that_differ_are_said_once_and_may_be_allowed() -> None:
     assert "policy={'attn.num_heads': 'ignore'}" in str(caught.value)
     assert len(caught.value.mismatch.refused) == 1
     assert compare.match(source, Attention(), policy={"attn.num_heads": "ignore"}).rows
+
+
+def test_a_layer_without_state_pairs_beside_those_that_have_some() -> None:
+    source = torch.nn.Sequential(
+        torch.nn.Linear(2, 3), torch.nn.LeakyReLU(0.2), torch.nn.Linear(3, 4)
+    )
+    rngs = nnx.Rngs(0)
+    template = nnx.Sequential(
+        nnx.Linear(2, 3, rngs=rngs), nnx.leaky_relu, nnx.Linear(3, 4, rngs=rngs)
+    )
+    rename = compare.suggest(source, template).rename
+    for rules in (rename, {**rename, "1": "layers.1"}, {"*": "layers.*"}):
+        with pytest.raises(ConversionError, match=r"1\.negative_slope: computes something else"):
+            compare.match(source, template, rename=rules)
+    source[1] = torch.nn.LeakyReLU(0.01)
+    assert len(compare.match(source, template, rename=rename).rows) == 4
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    source = torch.nn.Conv1d(2, 3, 3, padding=1)
+    template = nnx.Conv(2, 3, (3,), padding=cast("Any", np.int64(1)), rngs=nnx.Rngs(0))
+    assert compare.match(source, template).rows

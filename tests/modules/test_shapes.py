@@ -91,6 +91,7 @@ def test_it_is_the_formula_of_the_last_tokens(
         ((1, 2, 6, 4), (1, 4, 6, 4), (1, 4, 6, 4)),
         ((3, 4, 6, 4), (2, 4, 6, 4), (2, 4, 6, 4)),
         ((1, 4, 6, 4), (1, 0, 6, 4), (1, 0, 6, 4)),
+        ((4,), (4,), (4,)),
     ],
 )
 def test_other_shapes_are_refused(
