@@ -3,7 +3,8 @@
 The checksum is CRC-32, as in zip and PNG, over dtype, shape and bytes in C order. CRC-32 catches
 accidental damage: every burst of up to 32 bits, and all but one in four billion other changes. It
 does not stop tampering: a program that can change the data can also change the checksum. Processors
-compute it as fast as they read memory, and Python has it built in. Version 1 used SHA-256.
+compute it as fast as they read memory, and Python has it built in. The manifest ends with the
+checksum of its own text, which version 2 had not. Version 1 used SHA-256.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ except ImportError:  # the same checksums, seven times slower
 
 
 KEY = "attention_parity"
-VERSION = 2
+VERSION = 3
 POLARITY = "nonzero blocks"
 _DIGITS = {"crc32": 8, "sha256": 64}
 PENDING = "0" * _DIGITS["crc32"]
@@ -113,7 +114,7 @@ class Manifest:
             "mapping": self.mapping.as_json() if self.mapping else None,
             **({"layers": self.layers} if self.layers else {}),
         }
-        return json.dumps(content, separators=(",", ":"))
+        return sealed(content)
 
     @classmethod
     def loads(cls, text: Any, path: Path, budget: Budget) -> "Manifest":
@@ -125,10 +126,12 @@ class Manifest:
         """
         try:
             content = parse_json(text, path, budget, "its manifest")
-            if content["version"] not in (1, VERSION):
+            if content["version"] not in (1, 2, VERSION):
                 raise ValueError(
                     f"its manifest has version {content['version']!r}; this program knows {VERSION}"
                 )
+            if content["version"] == VERSION or "crc32" in content:
+                _require_whole(text, content["crc32"])
             algorithm: Algorithm = "sha256" if content["version"] == 1 else "crc32"
             if content["layout"] not in get_args(FileLayout):
                 raise ValueError(
@@ -165,6 +168,21 @@ class Manifest:
                 f"its manifest is invalid ({type(error).__name__}: {error})"
             ) from error
         return cls(content["layout"], records, aliases, mapping, algorithm, layers)
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """Return the content as JSON that ends with the checksum of the text before it."""
+    text = json.dumps(content, separators=(",", ":"))
+    return f'{text[:-1]},"crc32":"{crc32(text.encode()):08x}"}}'
+
+
+def _require_whole(text: str | bytes, declared: Any) -> None:
+    """Raise ValueError unless the manifest is as it was written."""
+    raw = text if isinstance(text, bytes) else text.encode(errors="replace")
+    end = f',"crc32":"{declared}"}}'.encode(errors="replace")
+    whole = raw[: -len(end)] + b"}"
+    if not raw.endswith(end) or f"{crc32(whole):08x}" != declared:
+        raise ValueError("its manifest is damaged: its checksum is another")
 
 
 def _record(entry: Any, algorithm: Algorithm) -> tuple[KeyPath, Record]:

@@ -9,7 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from ..dtypes import DTYPES, INTEGERS
+import numpy as np
+
+from ..dtypes import DTYPES, INTEGERS, numpy_dtype
 from ..files.errors import FileError
 from ..files.memory import Budget
 from ..files.printable import kind_of
@@ -20,6 +22,7 @@ from .layouts import known_layout
 from .parts import Part, part_from_json
 from .tables import PATTERNS, require_table
 
+_MAX_RANK = 64  # of NumPy's arrays
 KeyPath = tuple[Any, ...]  # names, or integers for positions in an NNX list
 Kind = Literal["parameter", "buffer", "statistics", "alias"]
 Policy = Literal["ignore", "verify", "refuse"]
@@ -396,7 +399,11 @@ def _left(name: Any, policy: Any, path: Any, refill: Any = None) -> Left:
 
 
 def _refill(shape: Any, dtype: Any, pattern: Any, value: Any) -> Refill:
-    is_shape = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
+    is_shape = (
+        isinstance(shape, list)
+        and len(shape) <= _MAX_RANK
+        and all(type(size) is int and size > 0 for size in shape)
+    )
     if is_shape and dtype in DTYPES and pattern in PATTERNS and isinstance(value, str):
         require_table(pattern, tuple(shape), value)
         return Refill(tuple(shape), dtype, pattern, value)
@@ -408,8 +415,18 @@ def _refill(shape: Any, dtype: Any, pattern: Any, value: Any) -> Refill:
         or (pattern != "full" and len(shape) < 2)
     ):
         raise ValueError(f"a mask is {dtype} {shape}, {pattern} of {value}; expected tril or triu")
-    int(value) if dtype in (*INTEGERS, "bool") else float(value)
+    if dtype in (*INTEGERS, "bool"):
+        least, most = (0, 1) if dtype == "bool" else _range_of(dtype)
+        if not least <= int(value) <= most:
+            raise ValueError(f"a mask of {dtype} cannot hold {value}")
+    else:
+        float(value)
     return Refill(tuple(shape), dtype, pattern, value)
+
+
+def _range_of(dtype: str) -> tuple[int, int]:
+    info = np.iinfo(numpy_dtype(dtype))
+    return int(info.min), int(info.max)
 
 
 def _path(path: Any) -> KeyPath:

@@ -163,6 +163,8 @@ def require_table(pattern: str, shape: tuple[int, ...], value: str) -> None:
         row = value.rpartition(",")[2]
         sizes = [size for size in shape if size > 1]
         fits = fits and len(sizes) == 2 and sizes[1] > 3 and int(row or 0) < sizes[0]
+    if pattern == "frequencies" and fits:
+        fits = len(shape) == 1 and MIN_BASE <= float(value) <= MAX_BASE
     if pattern == "relative positions" and fits:
         height, width, extra = map(int, re.findall(r"\d+", value))
         fits = shape == (height * width + extra,) * 2

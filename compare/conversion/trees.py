@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import torch
 from flax import linen as nn
 from flax.core import meta
@@ -67,8 +68,20 @@ def _children(node: Any) -> Iterator[tuple[Any, Any]] | None:
     if isinstance(node, list | tuple):
         return enumerate(node)
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        return ((field.name, getattr(node, field.name)) for field in dataclasses.fields(node))
+        return ((name, getattr(node, name)) for name in _dynamic_fields(node))
     return None
+
+
+def _dynamic_fields(node: Any) -> list[str]:
+    """Return the fields of a dataclass that are no static part of its structure in JAX."""
+    names = []
+    for field in dataclasses.fields(node):
+        is_dynamic = field.metadata.get("pytree_node", True) and not field.metadata.get("static")
+        value = getattr(node, field.name)
+        if is_dynamic and isinstance(value, str | int | float):  # a registration may say it too
+            is_dynamic = any(leaf is value for leaf in jax.tree.leaves(node))
+        names += [field.name] if is_dynamic else []
+    return names
 
 
 def _made(node: Any, leaves: Mapping[KeyPath, Any], path: KeyPath) -> Any:

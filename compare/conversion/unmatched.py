@@ -70,7 +70,7 @@ def objection(policy: str, array: np.ndarray | None) -> str | None:
 
 def _is_zeros(array: np.ndarray) -> bool:
     """Return whether the array holds integers that are all 0, as token types do."""
-    return array.dtype.kind in "iu" and array.ndim > 0 and not array.any()
+    return array.dtype.kind in "iu" and not array.any()
 
 
 def _mask_objection(array: np.ndarray) -> str | None:

@@ -60,5 +60,9 @@ def _escaped(text: str) -> str:
 
 def kind_of(value: Any) -> str:
     """Return the name of the value's class with its article: "an int", "a TrainState"."""
-    name = type(value).__name__
+    return with_article(type(value).__name__)
+
+
+def with_article(name: str) -> str:
+    """Return the name of a class with its article."""
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

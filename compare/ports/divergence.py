@@ -11,6 +11,7 @@ from .values import Trace, Value
 
 _MAX_LINES, _MAX_LAST, _MAX_PAIRS, _MAX_FIRST = 3, 3, 40, 6
 _TELLING = 0.2  # the rank of relations that are no chance
+_BROADCASTS = ("expand", "broadcast", "view", "reshape", "transpose", "permute", "squeeze")
 _SCALES = ("mul", "div", "truediv", "divide", "multiply")
 
 
@@ -39,6 +40,20 @@ class Comparison:
                 if same_value(one, other, is_few=is_few):
                     self.matches[0][candidate].append(index)
                     self.matches[1][index].append(int(candidate))
+
+        for side in (0, 1):
+            self._drop_lone_repeats(side)
+
+    def _drop_lone_repeats(self, side: int) -> None:
+        """Let a value that repeats others match only one of its size, unless it is a mere view."""
+        values, others = self.traces[side].values, self.traces[1 - side].values
+        for index, partners in enumerate(self.matches[side]):
+            value = values[index]
+            if not partners or any(step in value.operation for step in _BROADCASTS):
+                continue
+            sizes = [others[partner].array.size for partner in partners]
+            if max(sizes) < value.array.size and value.operation:
+                self.matches[side][index] = []
 
     def is_matched(self, side: int, index: int) -> bool:
         """Return whether the value has a match, or depends on neither inputs nor state."""

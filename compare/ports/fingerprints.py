@@ -20,6 +20,7 @@ TOLERANCE = 1e-9
 _MAX_ORDERED = 1 << 21  # entries of values whose order is looked at
 _FEW = 8  # different numbers; a value with as few may match others by chance
 _MAX_AXES = 6
+_FAR = 1e4
 
 
 class Fingerprints:
@@ -43,15 +44,10 @@ class Fingerprints:
                 fractions = (np.arange(QUANTILES) + 0.5) / QUANTILES
                 positions = np.minimum((fractions * len(ordered)).astype(int), len(ordered) - 1)
             self.rows[index] = ordered[positions]
-            scale = np.abs(self.rows[index][np.isfinite(self.rows[index])]).max(initial=0.0)
+            scale = typical(self.rows[index])
             steps = np.diff(ordered[np.isfinite(ordered)])
             distinct = 1 + int((steps > TOLERANCE * scale).sum())
             self.is_few[index] = distinct <= min(_FEW, max(1, ordered.size - 1))
-
-    def scale(self, index: int) -> float:
-        """Return the largest finite quantile of a value."""
-        row = self.rows[index]
-        return float(np.abs(row[np.isfinite(row)]).max(initial=0.0))
 
 
 def numbers(array: np.ndarray) -> np.ndarray | None:
@@ -61,23 +57,41 @@ def numbers(array: np.ndarray) -> np.ndarray | None:
     return array.astype(np.float64)
 
 
+def typical(array: np.ndarray) -> float:
+    """Return the median size of the entries that are finite and not 0; 0 if there are none.
+
+    A number far above all others is what scores behind a mask are set to, and does not count.
+    """
+    sizes = np.abs(array[np.isfinite(array) & (array != 0)])
+    if not sizes.size:
+        return 0.0
+    largest = sizes.max()
+    others = sizes[sizes < largest]
+    if others.size and largest > _FAR * others.max():
+        sizes = others
+    return float(np.median(sizes))
+
+
+def close(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return which entries agree, up to roundings of float64."""
+    scale = TOLERANCE * typical(other)
+    with np.errstate(invalid="ignore", over="ignore"):
+        near = np.abs(one - other) <= np.maximum(scale, TOLERANCE * np.abs(other))
+    return near & np.isfinite(other) | (one == other) | (np.isnan(one) & np.isnan(other))
+
+
 def close_rows(rows: np.ndarray, row: np.ndarray) -> np.ndarray:
     """Return which rows of quantiles agree with one row."""
-    scale = np.abs(row[np.isfinite(row)]).max(initial=0.0)
-    with np.errstate(invalid="ignore"):
-        near = np.abs(rows - row) <= TOLERANCE * scale
-    return (near | (rows == row) | (np.isnan(rows) & np.isnan(row))).all(axis=1)
+    return np.asarray(close(rows, row).all(axis=1))
 
 
 def same_value(one: np.ndarray, other: np.ndarray, *, is_few: bool) -> bool:
     """Return whether two values whose quantiles agree are the same but for their layout."""
     one, other = one.squeeze(), other.squeeze()
-    if is_few:
+    if is_few or (one.size == other.size and sorted(one.shape) == sorted(other.shape)):
         return _equal_up_to_axes(one, other)
     if one.size != other.size:
         return max(one.size, other.size) % min(one.size, other.size) == 0
-    if one.shape == other.shape and _is_close(one, other):
-        return True
     if one.size > _MAX_ORDERED:
         return True
     order = order_between(one, other)
@@ -93,7 +107,7 @@ def _equal_up_to_axes(one: np.ndarray, other: np.ndarray) -> bool:
     if one.size != other.size:
         small, large = sorted((one, other), key=lambda array: array.size)
         return _is_broadcast(small, large)
-    if _is_close(one.ravel(), other.ravel()):
+    if one.size > _MAX_ORDERED or _is_close(one.ravel(), other.ravel()):
         return True
     if sorted(one.shape) != sorted(other.shape) or one.ndim > _MAX_AXES:
         return False
@@ -120,12 +134,7 @@ def _is_broadcast(small: np.ndarray, large: np.ndarray) -> bool:
 
 
 def _is_close(one: np.ndarray, other: np.ndarray) -> bool:
-    one, other = one.astype(np.float64), other.astype(np.float64)
-    finite = np.isfinite(one)
-    scale = np.abs(one[finite]).max(initial=0.0)
-    with np.errstate(invalid="ignore"):
-        near = np.abs(one - other) <= TOLERANCE * scale
-    return bool((near | (one == other) | (np.isnan(one) & np.isnan(other))).all())
+    return bool(close(one.astype(np.float64), other.astype(np.float64)).all())
 
 
 def order_between(one: np.ndarray, other: np.ndarray) -> np.ndarray | None:
@@ -136,10 +145,9 @@ def order_between(one: np.ndarray, other: np.ndarray) -> np.ndarray | None:
     first, second = one.astype(np.float64).ravel(), other.astype(np.float64).ravel()
     by_first, by_second = np.argsort(first, kind="stable"), np.argsort(second, kind="stable")
     ordered = first[by_first]
-    scale = np.abs(ordered[np.isfinite(ordered)]).max(initial=0.0)
     with np.errstate(invalid="ignore"):
         steps = np.diff(ordered)
-    if not (steps > 2 * TOLERANCE * scale).all():
+    if not (steps > 2 * TOLERANCE * typical(ordered)).all():
         return None
     order = np.empty(first.size, np.int64)
     order[by_first] = by_second

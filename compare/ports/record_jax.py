@@ -36,7 +36,8 @@ _Atom = tuple[Any, int | None]  # a value while it is traced, and its index in t
 class _Meta:
     """What is known of a value before the program runs.
 
-    `steps` has the numbers of steps of the scans that it is in, the outer one first.
+    `steps` has the numbers of steps of the scans that it is in, the outer one first; `scan` tells
+    the scans apart. `carried` is the value that the step before hands on as this one.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class _Meta:
         self.operation, self.source = operation, source
         self.parents, self.depends = parents, depends
         self.steps: list[int] = []
+        self.scan = 0
+        self.carried: int | None = None
 
 
 def record(function: Callable[..., Mapping[str, Any]], *arguments: Any) -> Trace:
@@ -73,25 +76,53 @@ def record(function: Callable[..., Mapping[str, Any]], *arguments: Any) -> Trace
         return recorder.results
 
     results = jax.jit(run)(*flat)
-    trace = Trace()
-    places: dict[int, int] = {}
-    for index, (meta, result) in enumerate(zip(recorder.metas, results, strict=True)):
-        array = np.asarray(result)
-        for slice_of in _steps(array, len(meta.steps)):
-            parents = tuple(places[parent] for parent in meta.parents if parent in places)
-            value = Value(slice_of, meta.operation, meta.source, parents, meta.depends)
-            places[index] = trace.add(value)
-    names = list(shape)
+    trace, places = _unrolled(recorder.metas, results)
     trace.outputs = {
-        name: places[index]
-        for name, index in zip(names, recorder.outputs, strict=True)
-        if index is not None
+        name: places[index][-1]
+        for name, index in zip(shape, recorder.outputs, strict=True)
+        if index is not None and index in places
     }
     return trace
 
 
-def _steps(array: np.ndarray, levels: int) -> Sequence[np.ndarray]:
-    return list(array.reshape(-1, *array.shape[levels:])) if levels else [array]
+def _unrolled(
+    metas: Sequence["_Meta"], results: Sequence[Any]
+) -> tuple[Trace, dict[int, list[int]]]:
+    """Return the values in the order of execution, each step of a scan by itself."""
+    trace = Trace()
+    places: dict[int, list[int]] = {}
+    begin = 0
+    while begin < len(metas):
+        end = begin + 1
+        if metas[begin].steps:  # the values of one scan lie together
+            while end < len(metas) and metas[end].scan == metas[begin].scan:
+                end += 1
+        arrays = [np.asarray(results[index]) for index in range(begin, end)]
+        flat = [
+            array.reshape(-1, *array.shape[len(meta.steps) :]) if meta.steps else array[None]
+            for meta, array in zip(metas[begin:end], arrays, strict=True)
+        ]
+        for step in range(max(map(len, flat))):
+            for index, slices in zip(range(begin, end), flat, strict=True):
+                if step >= len(slices):
+                    continue
+                meta = metas[index]
+                before = [meta.carried] if meta.carried is not None and step else meta.parents
+                parents = [
+                    _at(places[one], step - bool(meta.carried is not None and step))
+                    for one in before
+                    if places.get(one)
+                ]
+                value = Value(
+                    slices[step], meta.operation, meta.source, tuple(parents), meta.depends
+                )
+                places.setdefault(index, []).append(trace.add(value))
+        begin = end
+    return trace, places
+
+
+def _at(steps: list[int], step: int) -> int:
+    return steps[min(step, len(steps) - 1)]
 
 
 class _Recorder:
@@ -174,7 +205,9 @@ class _Recorder:
             leaves = [*(value for value, _ in inputs[:fixed]), *carry, *xs]
             atoms = [(leaf, within.add(leaf, _Meta("", None, (), True))) for leaf in leaves]
             constants = [(leaf, None) for leaf in body.consts]
-            outputs = [value for value, _ in within.evaluate(body.jaxpr, constants, atoms, source)]
+            found = within.evaluate(body.jaxpr, constants, atoms, source)
+            within.outputs = [index for _, index in found]
+            outputs = [value for value, _ in found]
             return outputs[:carried], (outputs[carried:], within.results)
 
         initial = [value for value, _ in inputs[fixed : fixed + carried]]
@@ -196,13 +229,18 @@ class _Recorder:
             )
             stacked = _Meta(meta.operation, meta.source, parents, depends and meta.depends)
             stacked.steps = [params["length"], *meta.steps]
+            stacked.scan = begin
+            if fixed <= number < fixed + carried:
+                handed = within.outputs[number - fixed]
+                stacked.carried = None if handed is None else begin + handed
             self.add(every[number], stacked)
-        last = tuple(range(begin, begin + count))
-        results = [*carry, *ys]
-        return [
-            (result, self.add(result, self._inner("scan", source, last or outer, depends)))
-            for result in results
-        ]
+        results: list[_Atom] = []
+        for position, result in enumerate([*carry, *ys]):
+            made = within.outputs[position]
+            parents = outer if made is None else (begin + made,)
+            meta = self._inner("scan", source, parents, depends)
+            results.append((result, self.add(result, meta)))
+        return results
 
     def _inner(
         self, name: str, source: SourceLine | None, parents: tuple[int, ...], depends: bool

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .fingerprints import TOLERANCE, axis_steps, order_between
+from .fingerprints import TOLERANCE, axis_steps, close, order_between, typical
 
 _MAX_ENTRIES = 1 << 20
 _MAX_AXES = 5
+_FAR = 1e6
 
 
 class Related(NamedTuple):
@@ -42,7 +43,7 @@ def related(torch: np.ndarray, flax: np.ndarray) -> Related | None:
     if min(one.size, other.size) < 2 or max(one.size, other.size) > _MAX_ENTRIES:
         return None
     if one.dtype.kind == "b" or other.dtype.kind == "b":
-        return _of_masks(one, other)
+        return _of_masks(one, other) if one.dtype.kind == other.dtype.kind else None
     one, other = one.astype(np.float64), other.astype(np.float64)
     if one.size == other.size and (moved := _moved(one, other)):
         return moved
@@ -69,12 +70,17 @@ def _entrywise(one: np.ndarray, other: np.ndarray) -> Related | None:
     finite = np.isfinite(one) & np.isfinite(other)
     if not finite.any():
         return None
+    limit = _FAR * max(typical(one), typical(other))
+    finite &= (np.abs(one) <= limit) & (np.abs(other) <= limit)  # not what stands behind a mask
+    if finite.sum() < 2:
+        return None
     x, y = one[finite], other[finite]
     scale = max(np.abs(x).max(), np.abs(y).max())
     if not scale:
         return None
-    product = float(x @ x)
-    factor = float(x @ y) / product if product else 0.0
+    with np.errstate(over="ignore"):
+        product = float(x @ x)
+        factor = float(x @ y) / product if product else 0.0
     if factor and np.abs(y - factor * x).max() <= 1e-8 * max(np.abs(y).max(), 1e-300):
         if abs(factor - 1.0) <= TOLERANCE:
             return None
@@ -135,11 +141,7 @@ def _along_an_axis(one: np.ndarray, other: np.ndarray) -> Related | None:
 
 def _moved(one: np.ndarray, other: np.ndarray) -> Related | None:
     """Recognize the same entries in another order."""
-    first, second = np.sort(one, axis=None), np.sort(other, axis=None)
-    scale = np.abs(first[np.isfinite(first)]).max(initial=0.0)
-    with np.errstate(invalid="ignore"):
-        same = (np.abs(first - second) <= TOLERANCE * scale) | (first == second)
-    if not same.all():
+    if not close(np.sort(one, axis=None), np.sort(other, axis=None)).all():
         return None
     order = order_between(one, other)
     if order is None:

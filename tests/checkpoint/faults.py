@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compare
 from compare.checkpoint.convert import convert_checkpoint
-from compare.checkpoint.manifest import KEY
+from compare.checkpoint.manifest import KEY, sealed
 from compare.proof.cases import PRIME
 
 from ..support import linen_variables, state_of, torch_module
@@ -309,10 +309,15 @@ def _manifest_of_orbax(change: Callable[[dict[str, Any]], Any]) -> Callable[[Pat
         content = json.loads(file.read_text())
         manifest = json.loads(content["custom_metadata"][KEY])
         change(manifest)
-        content["custom_metadata"][KEY] = json.dumps(manifest)
+        content["custom_metadata"][KEY] = sealed(without_seal(manifest))
         file.write_text(json.dumps(content))
 
     return orbaxed(make)
+
+
+def without_seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The content of a manifest without its checksum, so that a lie in it can be sealed."""
+    return {name: value for name, value in manifest.items() if name != "crc32"}
 
 
 def manifest_of_safetensors(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Path]:
@@ -326,7 +331,7 @@ def change_manifest(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path
     header = json.loads(raw[8 : 8 + length])
     manifest = json.loads(header["__metadata__"][KEY])
     change(manifest)
-    header["__metadata__"][KEY] = json.dumps(manifest)
+    header["__metadata__"][KEY] = sealed(without_seal(manifest))
     return put(path, header, raw[8 + length :])
 
 
@@ -554,7 +559,7 @@ SAFETENSORS = [
     Fault(
         "flipped byte in the header",
         flipped(".safetensors", lambda data: data.index(b"W_key.weight") + 2),
-        r"W_",
+        r"W_|its manifest is damaged",
     ),
     Fault(
         "names with control characters",

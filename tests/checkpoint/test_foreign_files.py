@@ -18,13 +18,15 @@ import compare
 from compare.checkpoint.convert import convert_checkpoint
 from compare.checkpoint.errors import CheckpointError
 from compare.checkpoint.formats import open_checkpoint
-from compare.checkpoint.manifest import KEY, Manifest
+from compare.checkpoint.manifest import KEY, Manifest, sealed
 from compare.checkpoint.verify import verify_checkpoint
 from compare.conversion.errors import ConversionError
 from compare.conversion.mapping import Row, StateMapping
 from compare.conversion.unmatched import objection
 from compare.dtypes import FLOAT8, numpy_dtype
 from compare.files.memory import Budget
+
+from .faults import without_seal
 
 pytestmark = pytest.mark.filterwarnings("ignore::compare.checkpoint.errors.UnverifiedCheckpoint")
 
@@ -493,7 +495,7 @@ def test_manifests_that_lie(change: Any, message: str, tmp_path: Path) -> None:
         content = json.loads(stored.manifest.dumps())
     change(content)
     with pytest.raises(ValueError, match=message):
-        Manifest.loads(json.dumps(content), tmp_path, Budget())
+        Manifest.loads(sealed(without_seal(content)), tmp_path, Budget())
     assert objection("zero:2/3", np.ones(())) == "has shape (), which cannot be split into 3 parts"
 
 

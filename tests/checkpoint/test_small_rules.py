@@ -24,6 +24,7 @@ from compare.checkpoint.errors import CheckpointError
 from compare.checkpoint.formats import open_checkpoint, parts, torch_pickle, zip_directory
 from compare.checkpoint.formats.msgpack_tree import TreeReader
 from compare.checkpoint.load import _snapshot, steady
+from compare.checkpoint.manifest import Manifest
 from compare.checkpoint.reader import PART_BYTES, Reader
 from compare.checkpoint.transforms import _new_copies, relaid
 from compare.checkpoint.verify import compare_checkpoints
@@ -366,3 +367,55 @@ def test_a_policy_for_no_name_is_refused(name: str, tmp_path: Path) -> None:
     for target in targets:
         with pytest.raises(CheckpointError, match="fits policy mask: leave it out, or correct"):
             compare.load_checkpoint(path, target, mapping=mapping, policy={"mask": "ignore"})
+
+
+def frequencies() -> torch.nn.Module:
+    module = torch.nn.Module()
+    module.w = torch.nn.Parameter(torch.ones(2))
+    module.register_buffer("inv_freq", 1 / 10000 ** (torch.arange(0, 8, 2) / 8))
+    return module
+
+
+@pytest.mark.parametrize("name", ["a.msgpack", "a.safetensors"])
+@pytest.mark.parametrize("digit", [b"3", b"0"])
+def test_a_bit_of_the_manifest_is_not_lost(name: str, digit: bytes, tmp_path: Path) -> None:
+    template = {"params": {"w": jnp.zeros(2)}}
+    policy: Any = {"inv_freq": "verify"}
+    mapping = compare.match(frequencies(), template, policy=policy)
+    source = template if name.endswith("safetensors") else frequencies()
+    compare.save_checkpoint(tmp_path / name, source, mapping=mapping)
+    if name.endswith("safetensors"):
+        compare.save_checkpoint(tmp_path / name, frequencies(), mapping=mapping)
+    raw = (tmp_path / name).read_bytes()
+    assert raw.count(b'"10000.0') + raw.count(b'\\"10000.0') >= 1
+    (tmp_path / name).write_bytes(raw.replace(b"10000.0", digit + b"0000.0"))
+    with pytest.raises(CheckpointError, match="its manifest is damaged"):
+        compare.load_checkpoint(tmp_path / name, frequencies())
+
+
+def test_a_manifest_without_a_checksum_of_its_own_is_read(tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "a.safetensors", torch.nn.Linear(3, 2))
+    with open_checkpoint(path) as stored:
+        assert stored.manifest is not None
+        text = stored.manifest.dumps()
+        manifest = stored.manifest
+    old = text.replace('"version":3', '"version":2')
+    old = old[: old.rindex(',"crc32"')] + "}"
+    again = Manifest.loads(old, path, Budget(None))
+    assert again == manifest
+    with pytest.raises(ValueError, match="its manifest is damaged"):
+        Manifest.loads(text.replace('"torch"', '"linen"'), path, Budget(None))
+
+
+@pytest.mark.parametrize(
+    "refill",
+    [
+        {"shape": [4], "dtype": "float32", "pattern": "frequencies", "value": "0.0"},
+        {"shape": [4], "dtype": "int64", "pattern": "full", "value": "9" * 30},
+        {"shape": [1] * 70, "dtype": "float32", "pattern": "full", "value": "1.0"},
+    ],
+)
+def test_a_refill_that_cannot_be_made_is_no_mapping(refill: dict[str, Any]) -> None:
+    left = [["m", "verify", None, refill]]
+    with pytest.raises(ValueError):
+        StateMapping.from_json({"flax": "linen", "rows": [], "left": left})

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
+from flax import nnx, struct
 
 import compare
 from compare import ConversionError
@@ -216,3 +216,25 @@ def test_random_keys_are_ignored_but_not_verified() -> None:
 def test_rules_of_another_type(rules: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         compare.match({"a.weight": torch.zeros(3, 2)}, {"params": {}}, **rules)
+
+
+@struct.dataclass
+class Table:
+    w: Any
+    size: int = struct.field(pytree_node=False, default=3)
+
+
+def test_static_fields_of_a_dataclass_are_no_leaves() -> None:
+    source = {"t.w": torch.ones(2)}
+    template = {"params": {"t": Table(jnp.zeros(2))}}
+    variables = compare.torch_to_linen(source, template)
+    assert variables["params"]["t"].size == 3
+    assert variables["params"]["t"].w.tolist() == [1.0, 1.0]
+
+
+def test_a_counter_at_0_is_a_table_of_zeros() -> None:
+    source = {"w": torch.ones(2), "step": torch.tensor(0)}
+    template = {"params": {"w": jnp.zeros(2)}}
+    mapping = compare.match(source, template, policy={"step": "verify"})
+    variables = compare.torch_to_linen(source, template, mapping=mapping)
+    assert compare.linen_to_torch(variables, mapping=mapping)["step"].item() == 0

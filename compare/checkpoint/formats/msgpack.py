@@ -18,7 +18,7 @@ from flax.traverse_util import unflatten_dict
 
 from ...conversion.mapping import KeyPath, slashed, words
 from ...files.memory import Budget
-from ...files.printable import shown
+from ...files.printable import shown, with_article
 from ...files.reading import InputFile, Snapshot
 from ...files.writing import NO_RULES, Rules, atomic_file
 from ..blocks import blocks
@@ -118,9 +118,9 @@ def _what(leaf: Any) -> str:
 def _no_variables(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
         path,
-        f"holds a {what}; expected Linen variables",
+        f"holds {with_article(what)}; expected Linen variables",
         expected="Linen variables",
-        found=f"a {what}",
+        found=with_article(what),
         mend="save only the variables",
     )
 
@@ -129,10 +129,10 @@ def _no_array(path: Path, key: KeyPath, what: str) -> CheckpointError:
     name = shown(slashed(key))
     return CheckpointError(
         path,
-        f"{name}: is a {what}, not an array of values",
+        f"{name}: is {with_article(what)}, not an array of values",
         key=name,
         expected="an array of values",
-        found=f"a {what}",
+        found=with_article(what),
         mend="save only the variables; for a TrainState, {'params': state.params}",
     )
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...conversion.mapping import KeyPath, slashed
-from ...files.printable import shown
+from ...files.printable import shown, with_article
 from ..errors import CheckpointError
 from ..manifest import COLLECTIONS
 from ..reader import Reader
@@ -233,10 +233,10 @@ def _no_array(
     other = "save only the variables; for a TrainState, {'params': state.params}"
     return CheckpointError(
         path,
-        f"{shown(name)}: is a {what}, not an array of values",
+        f"{shown(name)}: is {with_article(what)}, not an array of values",
         key=name,
         expected="an array of values",
-        found=f"a {what}",
+        found=with_article(what),
         mend=advice(tree, is_state) or other,
     )
 
