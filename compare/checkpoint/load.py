@@ -28,7 +28,7 @@ from ..conversion.policies import allowing, decided
 from ..conversion.state_kinds import FlaxSide, flax_side, specs_side, torch_kinds
 from ..conversion.tensors import is_uninitialized, numpy_to_tensor, tensor_to_numpy
 from ..conversion.trees import is_nested
-from ..conversion.wrappers import without_prefix
+from ..conversion.wrappers import without_prefix, without_wrapper
 from ..dtypes import FLOATING, numpy_dtype
 from ..files.memory import collector_paused
 from ..files.printable import kind_of, shown
@@ -152,7 +152,8 @@ def load_checkpoint(
             _require_asked(stored, target, mapping)
         try:
             if isinstance(target, torch.nn.Module):
-                return _into_torch(stored, target, mapping, policy or {}, prefix, cast)
+                assign = _into_torch(stored, target, mapping, policy or {}, prefix, cast)
+                return lambda: (assign(), target)[1]  # a wrapper is filled within
             if stored.layout == "torch":
                 return _torch_into_flax(
                     stored, target, mapping, policy or {}, prefix, layouts or {}, cast
@@ -388,6 +389,7 @@ def _into_torch(
         tensors = stored.tensors()
     else:
         table = mapping or _stored_mapping(stored, stored.layout)
+        module = without_wrapper(module, table.by_key if table else ())
         if table:
             keys = [
                 key for key, value in module.state_dict().items() if not is_uninitialized(value)

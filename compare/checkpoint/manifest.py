@@ -67,7 +67,7 @@ class Crc32:
 class Manifest:
     """The manifest of a checkpoint.
 
-    For each mask it also declares the polarity: in these modules a nonzero entry blocks.
+    For the mask of the attention classes it also declares the polarity: a nonzero entry blocks.
 
     Attributes:
         layout: the framework whose names and shapes the tensors have.
@@ -95,6 +95,7 @@ class Manifest:
 
     def dumps(self) -> str:
         """Return the manifest as JSON. Its length does not depend on the checksums."""
+        is_attention = any("W_query" in slashed(path) for path in self.records)
         tensors = [
             {
                 "path": path,
@@ -102,7 +103,7 @@ class Manifest:
                 "shape": record.spec.shape,
                 "crc32": record.checksum,
                 "kind": record.kind,
-                **({"polarity": POLARITY} if is_mask(path, record.kind) else {}),
+                **({"polarity": POLARITY} if is_attention and is_mask(path, record.kind) else {}),
             }
             for path, record in self.records.items()
         ]

@@ -21,6 +21,7 @@ from ..conversion.mapping import LINEN, NNX, StateMapping, require_mapping, slas
 from ..conversion.state_kinds import FlaxSide, entries, flax_side, same_memory, torch_kinds
 from ..conversion.tensors import Untransferable, dense, tensor_to_numpy, to_host
 from ..conversion.trees import is_nested
+from ..conversion.wrappers import without_wrapper
 from ..files.errors import FileError
 from ..files.memory import Budget
 from ..files.printable import kind_of, shown
@@ -259,6 +260,8 @@ def _unpaired(path: Path) -> CheckpointError:
 
 
 def _from_torch(path: Path, source: Any, mapping: StateMapping | None) -> Tensors:
+    if isinstance(source, torch.nn.Module) and mapping is not None:
+        source = without_wrapper(source, mapping.by_key)
     tensors = source.state_dict() if isinstance(source, torch.nn.Module) else source
     if not isinstance(tensors, Mapping) or not tensors:
         raise CheckpointError(

@@ -63,14 +63,25 @@ def common_prefix(longer: Iterable[str], shorter: Iterable[str]) -> str:
     for prefix in sorted(prefixes, key=len):
         if all(prefix + name in names for name in wanted):
             return prefix
-    bare = {without_prefix(name, INNER_STEPS[0]) for name in names}
     step = next((step for step in INNER_STEPS if any(step in name for name in names)), "")
-    return step if step and wanted <= bare else ""
+    if not step:
+        return ""
+    bare = {without_prefix(name, step) for name in names}
+    if wanted <= bare:
+        return step
+    outer = common_prefix(bare, wanted)
+    return outer + step if outer else ""
 
 
 def without_prefix(name: str, prefix: str) -> str:
-    """Return the torch name without the prefix, or without all steps of torch's inner wrappers."""
-    if prefix not in INNER_STEPS:
+    """Return the torch name without the prefix.
+
+    The steps of torch's inner wrappers are taken off anywhere, if the prefix ends with one.
+    """
+    if not prefix.endswith(INNER_STEPS):
         return name.removeprefix(prefix)
-    steps = [step for step in name.split(".") if f"{step}." not in INNER_STEPS]
-    return ".".join(steps)
+    return _without_steps(name).removeprefix(_without_steps(prefix))
+
+
+def _without_steps(name: str) -> str:
+    return ".".join(step for step in name.split(".") if f"{step}." not in INNER_STEPS)

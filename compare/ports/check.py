@@ -1,5 +1,6 @@
 """Check that a Flax module is the same function as a torch module."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,7 +21,7 @@ from .perturbed import FACTOR, SAMPLES, Perturbed, deviations
 from .report import Divergence, PortReport
 from .result import NamedArrays, Result
 from .torch_side import TorchSide
-from .trace import divergence
+from .trace import divergence, gradient_divergence, state_divergence
 from .trees import is_float
 from .weights import differs_after_a_file, drawn_again, leaves_for, paired, pulled_back
 
@@ -97,12 +98,16 @@ def check_port(
     with _plain_jax(x64=True):
         template = port.template(cast_call(calls[0], "float64"))
         differing: list[str] = []
+        alone: list[str] = []
         if mapping is None:
-            mapping, differing = paired(side.module("float64"), template, rules)
+            mapping, differing, alone = paired(side.module("float64"), template, rules)
         elif rules:
             raise PortError(f"{min(rules)} has no effect beside mapping: give it to compare.match")
         judge = _Judge(side, port, template, mapping, dtypes)
-        findings: list[Finding] = []
+        judge.suspects = _suspects(differing)
+        findings = [
+            _failed(port.api, "parameters", name, "one side alone has it") for name in alone
+        ]
         parted: Divergence | None = None
         for label, state in _states(side):
             for index, call in enumerate(calls):
@@ -110,6 +115,14 @@ def check_port(
                 findings += judge.findings(state, call, index, case)
                 if parted is None and judge.differs:
                     parted = judge.divergence(state, call)
+        if parted is None and any(
+            finding.check == "gradients" and not finding.held for finding in findings
+        ):
+            parted = judge.gradient_divergence(dict(_states(side))["drawn again"], calls[0])
+        changed = [one.case for one in findings if one.check == "state" and not one.held]
+        if parted is None and changed:
+            owner = changed[0].rpartition(", ")[2].rpartition(".")[0]
+            parted = judge.state_divergence(dict(_states(side))["as given"], calls[0], owner)
     notes = [f"the layers say it differently: {line}" for line in differing]
     notes += judge.notes
     return PortReport(tuple(findings), parted, tuple(notes), judge.slip, judge.ulps)
@@ -124,6 +137,17 @@ def assert_port(torch_module: nn.Module, flax_module: Any, inputs: Any, **option
     report = check_port(torch_module, flax_module, inputs, **options)
     if not report.held:
         raise PortDiffers(str(report))
+
+
+def _suspects(differing: Sequence[str]) -> dict[str, frozenset[str]]:
+    """Return the arguments in Flax that differ, by the last step of their layer's name."""
+    found: dict[str, frozenset[str]] = {}
+    for line in differing:
+        name, _, where = line.partition(": ")
+        step = name.rpartition(".")[0].rpartition(".")[2]
+        words = frozenset(re.findall(r"(\w+)=", where))
+        found[step] = found.get(step, frozenset()) | words
+    return found
 
 
 def _states(side: TorchSide) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -156,6 +180,7 @@ class _Judge:
         self.slip = self.ulps = 0.0
         self.differs = self.trained_when_differing = False
         self.notes: dict[str, None] = {}
+        self.suspects: dict[str, frozenset[str]] = {}
         self._compiled: dict[tuple[int, bool], Callable[..., Any]] = {}
         self._number = 0  # of the call
         module = side.module("float64")
@@ -184,7 +209,24 @@ class _Judge:
         leaves = cast(leaves_for(self.port, self.template, state, self.mapping), "float64")
         double = cast_call(call, "float64")
         train = self.trained_when_differing
-        return divergence(self.side, self.port, state, leaves, double, train=train)
+        return divergence(
+            self.side, self.port, state, leaves, double, train=train, suspects=self.suspects
+        )
+
+    def state_divergence(self, state: Mapping[str, Tensor], call: Call, owner: str) -> Divergence:
+        """Return the lines that call the layer whose state differs."""
+        leaves = cast(leaves_for(self.port, self.template, state, self.mapping), "float64")
+        double = cast_call(call, "float64")
+        return state_divergence(self.side, self.port, state, leaves, double, owner, self.suspects)
+
+    def gradient_divergence(self, state: Mapping[str, Tensor], call: Call) -> Divergence | None:
+        """Return where the gradients part first."""
+        leaves = cast(leaves_for(self.port, self.template, state, self.mapping), "float64")
+        cotangents = _cotangents(self.side.run(state, call).outputs)
+        double = cast_call(call, "float64")
+        return gradient_divergence(
+            self.side, self.port, state, leaves, double, cotangents, train=False
+        )
 
     def _in_float64(
         self, state: Mapping[str, Tensor], leaves: Leaves, call: Call, case: str, *, train: bool

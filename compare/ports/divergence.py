@@ -1,18 +1,48 @@
 """Find where the values of two runs part first: walk back from the outputs to what has no match."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from .fingerprints import Fingerprints, close_rows, same_value
+from .fingerprints import Fingerprints, close, close_rows, same_value, sizes
+from .places import between, built_at, returned_after
 from .relations import Related, related
 from .report import Divergence, SourceLine
 from .values import Trace, Value
 
 _MAX_LINES, _MAX_LAST, _MAX_PAIRS, _MAX_FIRST = 3, 3, 40, 6
+_NONE: Mapping[str, frozenset[str]] = {}
 _TELLING = 0.2  # the rank of relations that are no chance
 _BROADCASTS = ("expand", "broadcast", "view", "reshape", "transpose", "permute", "squeeze")
 _SCALES = ("mul", "div", "truediv", "divide", "multiply")
+
+
+_SAME = {
+    "select_n": "where",
+    "logistic": "sigmoid",
+    "multiply": "mul",
+    "dot_general": "mm",
+    "addmm": "mm",
+    "bmm": "mm",
+    "clone": "copy",
+    "zeros_like": "zeros",
+}
+
+
+def _is_uniform(value: Value) -> bool:
+    array = value.array
+    return array.size > 1 and bool((array == array.flat[0]).all())
+
+
+def _may_be_one(one: Value, other: Value) -> bool:
+    """Return whether two values of one number each may be made by the same statement."""
+    first, second = (_plain(value.operation) for value in (one, other))
+    return first == second or any(step in first + second for step in _BROADCASTS)
+
+
+def _plain(operation: str) -> str:
+    name = operation.removeprefix("aten.").partition(".")[0].rstrip("_")
+    return _SAME.get(name, name)
 
 
 class Comparison:
@@ -30,19 +60,65 @@ class Comparison:
             [[] for _ in torch.values],
             [[] for _ in flax.values],
         )
-        ours, theirs = self.prints
-        for index in range(len(flax.values)):
-            if np.isnan(theirs.rows[index]).all() and theirs.values[index].array.size == 0:
-                continue
-            for candidate in np.flatnonzero(close_rows(ours.rows, theirs.rows[index])):
-                is_few = bool(theirs.is_few[index] or ours.is_few[candidate])
-                one, other = torch.values[candidate].array, flax.values[index].array
-                if same_value(one, other, is_few=is_few):
-                    self.matches[0][candidate].append(index)
-                    self.matches[1][index].append(int(candidate))
-
+        # Of each value, those of the other side with its entries in an order that differs.
+        self.shuffled: tuple[dict[int, list[int]], dict[int, list[int]]] = ({}, {})
+        for candidate, index in self._candidates():
+            self.matches[0][candidate].append(index)
+            self.matches[1][index].append(candidate)
         for side in (0, 1):
             self._drop_lone_repeats(side)
+        self.found: tuple[list[int], list[int]] = ([], [])
+        self.end = (0, 0)
+
+    def _candidates(self) -> Iterator[tuple[int, int]]:
+        """Yield pairs of values that match.
+
+        Where another value of the same sizes has the same entries in another order, a value of
+        other sizes is no match: the entries then lie in another order here.
+        """
+        torch, flax = self.traces
+        pairs: list[tuple[int, int]] = []
+        odd: tuple[set[int], set[int]] = (set(), set())
+        even: tuple[set[int], set[int]] = (set(), set())
+        for index, value in enumerate(flax.values):
+            if not value.array.size:
+                continue
+            for near in np.flatnonzero(close_rows(self.prints[0].rows, self.prints[1].rows[index])):
+                candidate = int(near)
+                one, other = torch.values[candidate], value
+                if _is_uniform(one) and _is_uniform(other) and not _may_be_one(one, other):
+                    continue
+                is_few = bool(self.prints[1].is_few[index] or self.prints[0].is_few[candidate])
+                is_same = same_value(one.array, other.array, is_few=is_few)
+                if is_same:
+                    pairs.append((candidate, index))
+                if sizes(one.array) == sizes(other.array) and not is_few:
+                    for side, place, partner in ((0, candidate, index), (1, index, candidate)):
+                        (even if is_same else odd)[side].add(place)
+                        if not is_same:
+                            self.shuffled[side].setdefault(place, []).append(partner)
+        dropped = [odd[side] - even[side] for side in (0, 1)]
+        for candidate, index in pairs:
+            if candidate not in dropped[0] and index not in dropped[1]:
+                yield candidate, index
+
+    def is_turned(self, side: int, index: int) -> bool:
+        """Return whether the value is one of the other side with axes of one size exchanged."""
+        values, others = self.traces[side].values, self.traces[1 - side].values
+        array = values[index].array.squeeze()
+        same = [
+            others[partner].array.squeeze()
+            for partner in self.matches[side][index]
+            if others[partner].array.squeeze().shape == array.shape
+        ]
+        repeated = len(set(array.shape)) < array.ndim
+        return (
+            repeated
+            and bool(same)
+            and not any(
+                close(one.astype(np.float64), array.astype(np.float64)).all() for one in same
+            )
+        )
 
     def _drop_lone_repeats(self, side: int) -> None:
         """Let a value that repeats others match only one of its size, unless it is a mere view."""
@@ -77,13 +153,16 @@ class Comparison:
         return sorted(found)
 
 
-def first_divergence(torch: Trace, flax: Trace, what: str = "outputs") -> Divergence:
+def first_divergence(
+    torch: Trace, flax: Trace, what: str = "outputs", suspects: Mapping[str, frozenset[str]] = _NONE
+) -> Divergence:
     """Return the lines where the runs part first.
 
     Args:
         torch: the values of the torch run, with its outputs.
         flax: those of the Flax run, with outputs of the same names.
         what: what the outputs are.
+        suspects: arguments of layers that are known to differ, by the last step of their names.
     """
     compared = Comparison(torch, flax)
     ends = _parting(compared)
@@ -92,10 +171,19 @@ def first_divergence(torch: Trace, flax: Trace, what: str = "outputs") -> Diverg
     for side in (0, 1):
         found.append(compared.sources(side, [pair[side] for pair in ends]))
         walked.append(compared.walked)
+    compared.found = (found[0], found[1])
+    compared.end = (ends[0][0], ends[0][1]) if ends else (0, 0)
     pair, relation = _best_pair(compared, found, walked)
     hint = relation.hint if relation else _of_parents(compared, found, walked)
     lines = tuple(
-        _lines(compared, side, found[side], walked[side], pair[side] if pair else None, relation)
+        _near_lines(
+            compared,
+            side,
+            _lines(
+                compared, side, found[side], walked[side], pair[side] if pair else None, relation
+            ),
+            suspects,
+        )
         for side in (0, 1)
     )
     return Divergence(what, lines[0], lines[1], _last_equal(compared, found), hint)
@@ -178,18 +266,124 @@ def _lines(
 ) -> tuple[SourceLine, ...]:
     """Return the lines of one side, the likeliest first."""
     values = compared.traces[side].values
-    order = list(found)
+    order = list(found) or [compared.end[side]]
     if paired is not None:
         order = [paired, *order] if relation is not None and relation.is_sure else [*order, paired]
         if relation is not None and relation.is_scale:
             order = [*_scaling(values, walked, paired), *order]
+    order = [*_turned(compared, side, found), *order, *_misplaced(compared, side, found)]
+    for index in compared.found[1 - side][:1]:  # the statement that has its entries in order
+        order = [*sorted(compared.shuffled[1 - side].get(index, []))[:1], *order]
     for index in list(order):
-        order += [
-            parent
-            for parent in values[index].parents
-            if not values[parent].depends and not compared.matches[side][parent]
-        ]
-    return tuple(_distinct(values, order)[:_MAX_LINES])
+        order += _constants(compared, side, index)
+    return tuple(distinct_lines(values, order))
+
+
+def _near_lines(
+    compared: Comparison,
+    side: int,
+    lines: Sequence[SourceLine],
+    suspects: Mapping[str, frozenset[str]],
+) -> tuple[SourceLine, ...]:
+    """Return the lines with those near them that may be the place, the likeliest first."""
+    if not lines:
+        return ()
+    values = compared.traces[side].values
+    first, *rest = lines
+    built = built_at(first, frozenset().union(*suspects.values()))
+    sure = [line for line in built if line.module in suspects] if side == 1 else []
+    near: list[SourceLine] = []
+    if side == 1:
+        if not compared.found[1]:
+            near = returned_after(first)
+        elif compared.found[0] and _is_left_out(compared):
+            made = {(one.source.file, one.source.line) for one in values if one.source}
+            parents = [values[index].source for index in values[compared.found[1][0]].parents]
+            near = [line for parent in parents if parent for line in between(parent, first, made)]
+    order = [*sure[:1], *near[:1], first, *rest[:1], *built, *rest[1:]]
+    return tuple(dict.fromkeys(order))[:_MAX_LINES]
+
+
+def _is_left_out(compared: Comparison) -> bool:
+    """Return whether the two first sources are made by different operations."""
+    first, second = (
+        _plain(compared.traces[side].values[compared.found[side][0]].operation) for side in (0, 1)
+    )
+    return first != second
+
+
+def _turned(compared: Comparison, side: int, found: Sequence[int]) -> list[int]:
+    """Return the first values whose axes are exchanged, of those that the first source is made of.
+
+    A product of keys and queries in place of queries and keys is such a value.
+    """
+    values = compared.traces[side].values
+    opened = [parent for index in found[:1] for parent in values[index].parents]
+    seen: set[int] = set()
+    first: list[int] = []
+    while opened:
+        index = opened.pop()
+        if index in seen or not compared.is_turned(side, index):
+            continue
+        seen.add(index)
+        above = [one for one in values[index].parents if compared.is_turned(side, one)]
+        opened += above
+        if not above:
+            first.append(index)
+    return sorted(first)
+
+
+def _misplaced(compared: Comparison, side: int, found: Sequence[int]) -> list[int]:
+    """Return the operands of the first source that the other side's first source does not have.
+
+    Two sources whose operands both have matches differ by the operands, if not by the operation:
+    keys where there are values, or heads of another order.
+    """
+    other = 1 - side
+    if not found or not compared.found[other]:
+        return []
+    theirs = compared.traces[other].values[compared.found[other][0]].parents
+    near = set(theirs)
+    for parent in theirs:
+        near.update(compared.traces[other].values[parent].parents)
+    values = compared.traces[side].values
+    return [
+        _made_at(compared, side, parent)
+        for parent in values[found[0]].parents
+        if values[parent].depends
+        and values[parent].operation
+        and not near & set(compared.matches[side][parent])
+    ]
+
+
+def _made_at(compared: Comparison, side: int, index: int) -> int:
+    """Return the value of which this one is a mere view, transposed, split or repeated."""
+    values = compared.traces[side].values
+    while any(step in values[index].operation for step in _BROADCASTS):
+        above = [parent for parent in values[index].parents if values[parent].operation]
+        if len(above) != 1:
+            break
+        index = above[0]
+    return index
+
+
+def _constants(compared: Comparison, side: int, index: int) -> list[int]:
+    """Return the constants without a match that a value is made of, the earliest first."""
+    values = compared.traces[side].values
+    opened = [
+        parent
+        for parent in values[index].parents
+        if not values[parent].depends and values[parent].array.size > 1
+    ]
+    seen: list[int] = []
+    while opened:
+        one = opened.pop()
+        if one in seen or values[one].source is None:
+            continue
+        seen.append(one)
+        opened += [parent for parent in values[one].parents if values[parent].array.size > 1]
+    unmatched = [one for one in seen if not compared.matches[side][one]]
+    return sorted(unmatched) or sorted(seen, reverse=True)[:1]
 
 
 def _scaling(values: Sequence[Value], walked: set[int], paired: int) -> list[int]:
@@ -201,7 +395,8 @@ def _scaling(values: Sequence[Value], walked: set[int], paired: int) -> list[int
     )
 
 
-def _distinct(values: Sequence[Value], order: Iterable[int]) -> list[SourceLine]:
+def distinct_lines(values: Sequence[Value], order: Iterable[int]) -> list[SourceLine]:
+    """Return the lines of the values, each once, in their order."""
     lines: dict[tuple[str, int], SourceLine] = {}
     for index in order:
         source = _source_of(values, index)

@@ -98,6 +98,11 @@ def same_value(one: np.ndarray, other: np.ndarray, *, is_few: bool) -> bool:
     return order is None or is_order_of_axes(order)
 
 
+def sizes(array: np.ndarray) -> list[int]:
+    """Return the lengths of the axes, sorted, without those of 1."""
+    return sorted(size for size in array.shape if size > 1)
+
+
 def _equal_up_to_axes(one: np.ndarray, other: np.ndarray) -> bool:
     """Return whether one is the other with its axes in another order, repeated or regrouped."""
     if not one.size or not other.size:

@@ -30,6 +30,8 @@ _CALLED = {
     "remat2": "jaxpr",
     "remat": "jaxpr",
 }
+# What has gradients of its own, or steps, which are not looked into for gradients.
+_WHOLE = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "scan")
 _Atom = tuple[Any, int | None]  # a value while it is traced, and its index in the trace
 
 
@@ -67,12 +69,7 @@ def record(function: Callable[..., Mapping[str, Any]], *arguments: Any) -> Trace
 
     def run(*flat: Any) -> list[Any]:
         recorder.start()
-        atoms = [(leaf, recorder.add(leaf, _Meta("", None, (), True))) for leaf in flat]
-        constants = [
-            (leaf, recorder.add(leaf, _Meta("", None, (), False))) for leaf in closed.consts
-        ]
-        outputs = recorder.evaluate(closed.jaxpr, constants, atoms, None)
-        recorder.outputs = [index for _, index in outputs]
+        recorder.run(closed, flat)
         return recorder.results
 
     results = jax.jit(run)(*flat)
@@ -83,6 +80,44 @@ def record(function: Callable[..., Mapping[str, Any]], *arguments: Any) -> Trace
         if index is not None and index in places
     }
     return trace
+
+
+def record_gradients(
+    function: Callable[..., Mapping[str, Any]],
+    cotangents: Mapping[str, np.ndarray],
+    *arguments: Any,
+) -> tuple[Trace, dict[int, np.ndarray]]:
+    """Return the values that the function computes, and the gradients by the floating ones.
+
+    What has a gradient of its own, and the steps of a scan, are not looked into.
+
+    Args:
+        function: a function that returns arrays by name.
+        cotangents: what the outputs are multiplied with, by name, for the gradient of the sum.
+        arguments: its arguments: trees of arrays.
+    """
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    flat = jax.tree.leaves(arguments)
+    recorder = _Recorder()
+
+    def total(shifts: dict[int, Any], *flat: Any) -> tuple[Any, list[Any]]:
+        recorder.start(shifts)
+        outputs = dict(zip(shape, recorder.run(closed, flat), strict=True))
+        products = [(outputs[name] * cotangents[name]).sum() for name in cotangents]
+        return sum(products, jnp.zeros(())), recorder.results
+
+    _, shapes = jax.eval_shape(total, {}, *flat)
+    shifts = {
+        index: jnp.zeros(one.shape, one.dtype)
+        for index, one in enumerate(shapes)
+        if jnp.issubdtype(one.dtype, jnp.floating)
+    }
+    gradients, results = jax.jit(jax.grad(total, has_aux=True))(shifts, *flat)
+    trace = Trace()
+    for meta, result in zip(recorder.metas, results, strict=True):
+        array = np.asarray(result)
+        trace.add(Value(array, meta.operation, meta.source, meta.parents, meta.depends))
+    return trace, {index: np.asarray(gradient) for index, gradient in gradients.items()}
 
 
 def _unrolled(
@@ -107,22 +142,23 @@ def _unrolled(
                 if step >= len(slices):
                     continue
                 meta = metas[index]
-                before = [meta.carried] if meta.carried is not None and step else meta.parents
-                parents = [
-                    _at(places[one], step - bool(meta.carried is not None and step))
-                    for one in before
-                    if places.get(one)
-                ]
-                value = Value(
-                    slices[step], meta.operation, meta.source, tuple(parents), meta.depends
-                )
+                value = Value(slices[step], meta.operation, meta.source, depends=meta.depends)
+                value.parents = _parents(meta, step, places)
                 places.setdefault(index, []).append(trace.add(value))
         begin = end
     return trace, places
 
 
-def _at(steps: list[int], step: int) -> int:
-    return steps[min(step, len(steps) - 1)]
+def _parents(meta: _Meta, step: int, places: Mapping[int, list[int]]) -> tuple[int, ...]:
+    """Return the values that one step of a value is made of; all steps of a scan, after it."""
+    if meta.carried is not None and step:
+        return (places[meta.carried][step - 1],) if meta.carried in places else ()
+    found: list[int] = []
+    for parent in meta.parents:
+        steps = places.get(parent, [])
+        is_step = bool(meta.steps) and len(steps) > 1
+        found += steps[min(step, len(steps) - 1) :][:1] if is_step else steps
+    return tuple(dict.fromkeys(found))
 
 
 class _Recorder:
@@ -131,16 +167,30 @@ class _Recorder:
     def __init__(self) -> None:
         self.start()
 
-    def start(self) -> None:
+    def start(self, shifts: Mapping[int, Any] | None = None) -> None:
+        """Forget what was recorded. What is given is added to the results of these indices."""
         self.metas: list[_Meta] = []
         self.results: list[Any] = []
         self.outputs: list[int | None] = []
+        self.shifts = shifts
 
-    def add(self, result: Any, meta: _Meta) -> int:
-        self.metas.append(meta)
+    def run(self, closed: ClosedJaxpr, flat: Sequence[Any]) -> list[Any]:
+        """Evaluate the jaxpr for these arguments, and return its outputs."""
+        atoms = [self.add(leaf, _Meta("", None, (), True)) for leaf in flat]
+        constants = [self.add(leaf, _Meta("", None, (), False)) for leaf in closed.consts]
+        outputs = self.evaluate(closed.jaxpr, constants, atoms, None)
+        self.outputs = [index for _, index in outputs]
+        return [value for value, _ in outputs]
+
+    def add(self, result: Any, meta: _Meta) -> _Atom:
+        """Record a result, and return it with its index."""
+        index = len(self.metas)
         is_key = jnp.issubdtype(jnp.result_type(result), jax.dtypes.extended)
+        if self.shifts is not None and index in self.shifts and not is_key:
+            result = result + self.shifts[index]
+        self.metas.append(meta)
         self.results.append(jnp.zeros(0) if is_key else result)
-        return len(self.metas) - 1
+        return result, index
 
     def evaluate(
         self,
@@ -165,7 +215,8 @@ class _Recorder:
 
     def _apply(self, equation: Any, inputs: list[_Atom], source: SourceLine | None) -> list[_Atom]:
         name = equation.primitive.name
-        if name in _CALLED and _CALLED[name] in equation.params:
+        is_whole = self.shifts is not None and name in _WHOLE
+        if name in _CALLED and _CALLED[name] in equation.params and not is_whole:
             inner = equation.params[_CALLED[name]]
             jaxpr, constants = (
                 (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, [])
@@ -177,7 +228,7 @@ class _Recorder:
                 inputs[-count:] if count else [],
                 source,
             )
-        if name == "scan":
+        if name == "scan" and not is_whole:
             return self._scan(equation, inputs, source)
         bound = equation.primitive.get_bind_params(equation.params)
         # JAX before 0.10 returns functions beside the parameters.
@@ -185,7 +236,7 @@ class _Recorder:
         with equation.ctx.manager:
             found = equation.primitive.bind(*functions, *(value for value, _ in inputs), **params)
         results = found if equation.primitive.multiple_results else [found]
-        return [(result, self.add(result, self._meta(name, source, inputs))) for result in results]
+        return [self.add(result, self._meta(name, source, inputs)) for result in results]
 
     def _meta(self, name: str, source: SourceLine | None, inputs: Sequence[_Atom]) -> _Meta:
         parents = tuple(dict.fromkeys(index for _, index in inputs if index is not None))
@@ -203,7 +254,7 @@ class _Recorder:
         def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], tuple[list[Any], list[Any]]]:
             within.start()
             leaves = [*(value for value, _ in inputs[:fixed]), *carry, *xs]
-            atoms = [(leaf, within.add(leaf, _Meta("", None, (), True))) for leaf in leaves]
+            atoms = [within.add(leaf, _Meta("", None, (), True)) for leaf in leaves]
             constants = [(leaf, None) for leaf in body.consts]
             found = within.evaluate(body.jaxpr, constants, atoms, source)
             within.outputs = [index for _, index in found]
@@ -239,7 +290,7 @@ class _Recorder:
             made = within.outputs[position]
             parents = outer if made is None else (begin + made,)
             meta = self._inner("scan", source, parents, depends)
-            results.append((result, self.add(result, meta)))
+            results.append(self.add(result, meta))
         return results
 
     def _inner(

@@ -30,7 +30,7 @@ class TorchRecorder(TorchDispatchMode):
         self.trace = Trace()
         self._made: dict[_Key, int] = {}
         self._last: dict[int, int] = {}  # of each storage, the value that was written last
-        self._alive: list[Tensor] = []  # so that no storage is used again
+        self.tensors: list[Tensor] = []  # of the values; alive, so that no storage is used again
         self._modules: list[str] = []
 
     def add_root(self, tensor: Tensor) -> None:
@@ -95,7 +95,7 @@ class TorchRecorder(TorchDispatchMode):
         self._made[_key(tensor)] = index
         if is_written or storage not in self._last:
             self._last[storage] = index
-        self._alive.append(tensor)
+        self.tensors.append(tensor)
 
     def _source(self, operation: str) -> SourceLine | None:
         frame: FrameType | None = sys._getframe(2)

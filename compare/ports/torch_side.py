@@ -124,11 +124,7 @@ class TorchSide:
             f"input {name}": tensor for name, tensor in inputs.items() if tensor.requires_grad
         }
         variables = {name: tensor for name, tensor in variables.items() if tensor.requires_grad}
-        total = sum(
-            (outputs[name] * numpy_to_tensor(cotangents[name]).to(outputs[name].dtype)).sum()
-            for name in cotangents
-            if outputs[name].requires_grad
-        )
+        total = weighted_sum(outputs, cotangents)
         if not isinstance(total, Tensor) or not variables:
             return {name: np.zeros(tensor.shape) for name, tensor in variables.items()}
         found = torch.autograd.grad(total, list(variables.values()), allow_unused=True)
@@ -136,6 +132,15 @@ class TorchSide:
             name: np.zeros(tensor.shape) if gradient is None else tensor_to_numpy(gradient).copy()
             for (name, tensor), gradient in zip(variables.items(), found, strict=True)
         }
+
+
+def weighted_sum(outputs: Mapping[str, Tensor], cotangents: NamedArrays) -> Any:
+    """Return the sum of the outputs times their cotangents; 0 if none depends on a parameter."""
+    return sum(
+        (outputs[name] * numpy_to_tensor(cotangents[name]).to(outputs[name].dtype)).sum()
+        for name in cotangents
+        if outputs[name].requires_grad
+    )
 
 
 def tensors_of(raw: Any) -> dict[str, Tensor]:

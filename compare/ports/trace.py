@@ -1,27 +1,45 @@
 """Run both modules once more and record every value, to find where they part."""
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import torch
 
-from ..conversion.tensors import numpy_to_tensor
+from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
+from .backward import first_gradient
 from .calls import Call
 from .divergence import first_divergence
 from .flax_side import Leaves, Port, named
-from .record_jax import record
+from .places import built_at
+from .record_jax import record, record_gradients
 from .record_torch import TorchRecorder
 from .report import Divergence
-from .torch_side import SEED, TorchSide, plain_kernels
+from .result import NamedArrays
+from .torch_side import SEED, TorchSide, plain_kernels, weighted_sum
 from .torch_side import tensors_of as outputs_of
 from .values import Trace
 
+Gradients = dict[int, np.ndarray]
 
-def torch_trace(side: TorchSide, state: Any, call: Call, *, train: bool) -> Trace:
-    """Return the values of a call of the torch module in float64."""
+
+def torch_trace(
+    side: TorchSide,
+    state: Any,
+    call: Call,
+    *,
+    train: bool,
+    cotangents: NamedArrays | None = None,
+) -> tuple[Trace, Gradients]:
+    """Return the values of a call of the torch module in float64, and gradients by them.
+
+    There are gradients if there are cotangents.
+    """
     module = side.module("float64", state).train(train)
     inputs = {
-        name: numpy_to_tensor(array.copy()).double()
+        name: numpy_to_tensor(array.copy()).double().requires_grad_(cotangents is not None)
         if name in call.floats
         else numpy_to_tensor(array.copy())
         for name, array in call.arrays.items()
@@ -31,14 +49,52 @@ def torch_trace(side: TorchSide, state: Any, call: Call, *, train: bool) -> Trac
         if isinstance(tensor, torch.Tensor):
             recorder.add_root(tensor)
     placed = call.replaced(inputs)
-    with plain_kernels(), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with (
+        plain_kernels(),
+        torch.random.fork_rng(devices=[]),
+        torch.set_grad_enabled(cotangents is not None),
+    ):
         torch.manual_seed(SEED)
         with recorder.modules_of(module), recorder:
-            outputs = side.called(module, placed)
-    for name, tensor in outputs_of(outputs).items():
+            outputs = outputs_of(side.called(module, placed))
+    for name, tensor in outputs.items():
         if (index := recorder.index_of(tensor)) is not None:
             recorder.trace.outputs[name] = index
-    return recorder.trace
+    if cotangents is None:
+        return recorder.trace, {}
+    total = weighted_sum(outputs, cotangents)
+    tensors = {
+        index: tensor for index, tensor in enumerate(recorder.tensors) if tensor.requires_grad
+    }
+    if not isinstance(total, torch.Tensor) or not tensors:
+        return recorder.trace, {}
+    found = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)
+    return recorder.trace, {
+        index: np.zeros(tensor.shape) if gradient is None else tensor_to_numpy(gradient).copy()
+        for (index, tensor), gradient in zip(tensors.items(), found, strict=True)
+    }
+
+
+def gradient_divergence(
+    side: TorchSide,
+    port: Port,
+    state: Any,
+    leaves: Leaves,
+    call: Call,
+    cotangents: NamedArrays,
+    *,
+    train: bool,
+) -> Divergence | None:
+    """Return where the gradients part, walking back from the outputs; None if it cannot be told."""
+
+    def function(leaves: Leaves, arrays: dict[str, Any]) -> dict[str, Any]:
+        return named(port.apply(leaves, call.replaced(arrays), train=train)[0])
+
+    arrays = {name: jax.numpy.asarray(array) for name, array in call.arrays.items()}
+    return first_gradient(
+        torch_trace(side, state, call, train=train, cotangents=cotangents),
+        record_gradients(function, cotangents, leaves, arrays),
+    )
 
 
 def flax_trace(port: Port, leaves: Leaves, call: Call, *, train: bool) -> Trace:
@@ -52,9 +108,50 @@ def flax_trace(port: Port, leaves: Leaves, call: Call, *, train: bool) -> Trace:
 
 
 def divergence(
-    side: TorchSide, port: Port, state: Any, leaves: Leaves, call: Call, *, train: bool
+    side: TorchSide,
+    port: Port,
+    state: Any,
+    leaves: Leaves,
+    call: Call,
+    *,
+    train: bool,
+    suspects: Mapping[str, frozenset[str]],
 ) -> Divergence:
     """Return where the outputs of the two modules part first."""
-    return first_divergence(
-        torch_trace(side, state, call, train=train), flax_trace(port, leaves, call, train=train)
+    ours, _ = torch_trace(side, state, call, train=train)
+    theirs = flax_trace(port, leaves, call, train=train)
+    return first_divergence(ours, theirs, suspects=suspects)
+
+
+def state_divergence(
+    side: TorchSide,
+    port: Port,
+    state: Any,
+    leaves: Leaves,
+    call: Call,
+    owner: str,
+    suspects: Mapping[str, frozenset[str]],
+) -> Divergence:
+    """Return the lines that call the layer whose state differs after a call in training."""
+    step = owner.rpartition(".")[2]
+    lines = []
+    traces = (
+        torch_trace(side, state, call, train=True)[0],
+        flax_trace(port, leaves, call, train=True),
     )
+    for trace in traces:
+        called = [
+            value.source
+            for value in trace.values
+            if value.source is not None
+            and (
+                re.split(r"[./]", value.source.module)[-1] == step
+                or f"self.{step}(" in value.source.code
+            )
+        ]
+        near = called[:1]
+        if called and trace is traces[1]:
+            built = built_at(called[0], frozenset().union(*suspects.values()))
+            near = [*[line for line in built if line.module in suspects], *near, *built]
+        lines.append(tuple(dict.fromkeys(near))[:3])
+    return Divergence("state", lines[0], lines[1], (), f"The state of {owner} differs.")

@@ -17,7 +17,7 @@ from ..checkpoint.load import load_checkpoint
 from ..checkpoint.save import save_checkpoint
 from ..conversion.apply_mapping import torch_tensors
 from ..conversion.convert import torch_to_linen, torch_to_nnx
-from ..conversion.errors import ConversionError, Mismatch, TrainingDifference
+from ..conversion.errors import ConversionError, Mismatch, MismatchEntry, TrainingDifference
 from ..conversion.mapping import KeyPath, StateMapping, slashed
 from ..conversion.match import pair
 from ..conversion.state_kinds import flax_side
@@ -32,25 +32,34 @@ _FLAT = 0.5  # the spread that is drawn for a parameter whose entries are all th
 
 def paired(
     source: nn.Module, template: Any, rules: Mapping[str, Any]
-) -> tuple[StateMapping, list[str]]:
-    """Return how the state pairs, and what the layers say differently, one line for each.
+) -> tuple[StateMapping, list[str], list[str]]:
+    """Return how the state pairs, what the layers say differently, and what one side alone has.
 
-    What layers say differently is no reason not to run them: the runs show it.
+    Neither is a reason not to run them: the runs show it.
 
     Raises:
         ConversionError: the state does not pair.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TrainingDifference)
+        alone: list[MismatchEntry] = []
         mapping, mismatch = pair(source, template, **rules)
         stated = [entry for entry in mismatch.refused if entry.reason.startswith(_DIFFERS)]
         if stated:
             policy = dict(rules.get("policy") or {})
             policy |= {glob.escape(entry.name): "ignore" for entry in stated}
             mapping, mismatch = pair(source, template, **{**rules, "policy": policy})
+        alone = [*mismatch.missing, *mismatch.unexpected]
+        is_one_sided = not (mismatch.missing and mismatch.unexpected)
+        if alone and is_one_sided and not (mismatch.misshaped or mismatch.refused):
+            policy = dict(rules.get("policy") or {}) | {
+                glob.escape(entry.policy_name): "ignore" for entry in (*stated, *alone)
+            }
+            mapping, mismatch = pair(source, template, **{**rules, "policy": policy})
     if mismatch:
         raise ConversionError(mismatch, _advice(mismatch))
-    return mapping, [f"{entry.name}: {entry.reason.removeprefix(_DIFFERS)}" for entry in stated]
+    facts = [f"{entry.name}: {entry.reason.removeprefix(_DIFFERS)}" for entry in stated]
+    return mapping, facts, [entry.policy_name for entry in alone]
 
 
 def _advice(mismatch: Mismatch) -> str:

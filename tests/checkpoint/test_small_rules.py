@@ -419,3 +419,39 @@ def test_a_refill_that_cannot_be_made_is_no_mapping(refill: dict[str, Any]) -> N
     left = [["m", "verify", None, refill]]
     with pytest.raises(ValueError):
         StateMapping.from_json({"flax": "linen", "rows": [], "left": left})
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_a_wrapped_module_is_saved_and_filled_by_the_mapping_of_it(
+    wrap: Any, tmp_path: Path
+) -> None:
+    source = wrap(torch.nn.ModuleDict({"fc": torch.nn.Linear(3, 4)}))
+    template = {"params": {"fc": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}}}
+    mapping = compare.match(source, template)
+    path = compare.save_checkpoint(tmp_path / "a.msgpack", source, mapping=mapping)
+    target = wrap(torch.nn.ModuleDict({"fc": torch.nn.Linear(3, 4)}))
+    assert compare.load_checkpoint(path, target, mapping=mapping) is target
+    assert torch.equal(target.module["fc"].weight, source.module["fc"].weight)
+
+
+def test_a_prefix_before_the_steps_of_wrappers(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(2, 2)
+    target = torch.nn.ModuleDict({"a": layer})
+    state = {
+        f"module.a._orig_mod.{name}": torch.ones(2, 2)[: 2 if name == "weight" else 1].squeeze()
+        for name in ("weight", "bias")
+    }
+    path = compare.save_checkpoint(tmp_path / "a.pth", state)
+    with pytest.raises(CheckpointError, match=r"pass prefix='module\._orig_mod\.'"):
+        compare.load_checkpoint(path, target)
+    compare.load_checkpoint(path, target, prefix="module._orig_mod.")
+    assert layer.weight.sum() == 4
+
+
+def test_the_polarity_is_declared_for_the_attention_classes_alone(tmp_path: Path) -> None:
+    module = torch.nn.Module()
+    module.register_buffer("mask", torch.tril(torch.ones(3, 3)))
+    path = compare.save_checkpoint(tmp_path / "a.safetensors", module)
+    assert b"nonzero blocks" not in path.read_bytes()
+    path = compare.save_checkpoint(tmp_path / "b.safetensors", torch_module())
+    assert b"nonzero blocks" in path.read_bytes()
