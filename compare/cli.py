@@ -593,6 +593,18 @@ def port(
 
 
 @app.command()
+def ports(
+    every: Annotated[
+        int, typer.Option("--every", metavar="N", min=1, help="Take one of N wrong ports.")
+    ] = 1,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
+) -> None:
+    """Check the example ports, right and wrong ones: how often are the true lines named?"""
+    _run([Job("ports", {"every": every})], Files(json_file, html_file))
+
+
+@app.command()
 def convert(
     source: Checkpoint,
     target: Annotated[str, typer.Argument(help="What to write; its suffix names the format.")],

@@ -19,6 +19,7 @@ PAGES = (
     "compare/bench/README.md",
     "compare/checkpoint/README.md",
     "compare/conversion/README.md",
+    "compare/ports/README.md",
     "compare/proof/README.md",
     "flax_impl/README.md",
     "tests/README.md",

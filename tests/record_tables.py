@@ -57,6 +57,11 @@ def bound() -> str:
     return table([*columns, "smallest mistake caught"], rows)
 
 
+def ports() -> str:
+    found = first_table(record("ports")["sections"][1])
+    return table(found["columns"], found["rows"])
+
+
 def mutants() -> str:
     honest, planted = record("mutants")["sections"]
     grid = next(
@@ -161,6 +166,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mapping": mapping,
     "bound": bound,
     "mutants": mutants,
+    "ports": ports,
     "mechanical": mechanical,
     "layers": layers,
     "libraries": libraries,

@@ -20,7 +20,7 @@ from .flax_side import Adapters, Leaves, Port, cast, cast_call, gradients_of, na
 from .perturbed import FACTOR, SAMPLES, Perturbed, deviations
 from .report import Divergence, PortReport
 from .result import NamedArrays, Result
-from .torch_side import TorchSide
+from .torch_side import SEED, TorchSide
 from .trace import divergence, gradient_divergence, state_divergence
 from .trees import is_float
 from .weights import differs_after_a_file, drawn_again, leaves_for, paired, pulled_back
@@ -38,7 +38,9 @@ _BIASED = (
     "in training, torch's BatchNorm keeps the unbiased variance of a batch of n entries and Flax's "
     "the biased one, (n-1)/n of it; everything else of the running variances agrees"
 )
-_TRAINED_DIFFERENTLY = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+_RANDOM = (
+    "training is not compared, because the torch module draws random numbers there, as Dropout does"
+)
 
 
 def check_port(
@@ -183,8 +185,6 @@ class _Judge:
         self.suspects: dict[str, frozenset[str]] = {}
         self._compiled: dict[tuple[int, bool], Callable[..., Any]] = {}
         self._number = 0  # of the call
-        module = side.module("float64")
-        self.modes = (False, True) if _trains(module) else (False,)
         self.trained: list[KeyPath] = [
             row.path for row in mapping.rows if row.torch_key in side.parameters
         ]
@@ -197,12 +197,30 @@ class _Judge:
         leaves = leaves_for(self.port, self.template, state, self.mapping)
         lost = differs_after_a_file(state, self.port, self.template, self.mapping, leaves)
         yield _equal(self.port.api, "checkpoint", label, len(lost), f"lost: {', '.join(lost)}")
-        for train in self.modes:
+        for train in self._modes(state, call):
             case = f"{label}, {'training' if train else 'inference'}"
             for finding in self._in_float64(state, leaves, call, case, train=train):
                 if finding.check == "outputs" and not finding.held and not self.differs:
                     self.differs, self.trained_when_differing = True, train
                 yield finding
+
+    def _modes(self, state: Mapping[str, Tensor], call: Call) -> tuple[bool, ...]:
+        """Return in which modes the modules are compared: also in training, if that differs."""
+        inference, training = (self.side.run(state, call, train=train) for train in (False, True))
+        again, drawn = (
+            self.side.run(state, call, train=train, seed=SEED + 1) for train in (False, True)
+        )
+        if not _is_equal(inference, again):
+            raise PortError(
+                "the torch module draws random numbers in inference, which Flax cannot draw alike: "
+                "pass them as an input, or fix them"
+            )
+        if _is_equal(inference, training):
+            return (False,)
+        if not _is_equal(training, drawn):
+            self.notes[_RANDOM] = None
+            return (False,)
+        return (False, True)
 
     def divergence(self, state: Mapping[str, Tensor], call: Call) -> Divergence:
         """Return where the outputs part first."""
@@ -410,8 +428,13 @@ def _cotangents(outputs: NamedArrays) -> NamedArrays:
     }
 
 
-def _trains(module: nn.Module) -> bool:
-    return any(isinstance(layer, _TRAINED_DIFFERENTLY) for layer in module.modules())
+def _is_equal(one: Result, other: Result) -> bool:
+    return all(
+        np.array_equal(array, getattr(other, part).get(name), equal_nan=array.dtype.kind == "f")
+        for part in ("outputs", "state")
+        for name, array in getattr(one, part).items()
+        if not name.endswith("num_batches_tracked")
+    )
 
 
 def _host(arrays: Mapping[str, Any]) -> NamedArrays:

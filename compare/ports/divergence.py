@@ -14,6 +14,7 @@ _MAX_LINES, _MAX_LAST, _MAX_PAIRS, _MAX_FIRST = 3, 3, 40, 6
 _NONE: Mapping[str, frozenset[str]] = {}
 _TELLING = 0.2  # the rank of relations that are no chance
 _BROADCASTS = ("expand", "broadcast", "view", "reshape", "transpose", "permute", "squeeze")
+_FILLED = ("zeros", "ones", "full", "copy", "convert", "select", "slice", "index")
 _SCALES = ("mul", "div", "truediv", "divide", "multiply")
 
 
@@ -37,7 +38,10 @@ def _is_uniform(value: Value) -> bool:
 def _may_be_one(one: Value, other: Value) -> bool:
     """Return whether two values of one number each may be made by the same statement."""
     first, second = (_plain(value.operation) for value in (one, other))
-    return first == second or any(step in first + second for step in _BROADCASTS)
+    return first == second or all(
+        not name or any(step in name for step in (*_BROADCASTS, *_FILLED))
+        for name in (first, second)
+    )
 
 
 def _plain(operation: str) -> str:
@@ -69,6 +73,7 @@ class Comparison:
             self._drop_lone_repeats(side)
         self.found: tuple[list[int], list[int]] = ([], [])
         self.end = (0, 0)
+        self.is_made_of_both = False
 
     def _candidates(self) -> Iterator[tuple[int, int]]:
         """Yield pairs of values that match.
@@ -175,6 +180,7 @@ def first_divergence(
     compared.end = (ends[0][0], ends[0][1]) if ends else (0, 0)
     pair, relation = _best_pair(compared, found, walked)
     hint = relation.hint if relation else _of_parents(compared, found, walked)
+    compared.is_made_of_both = relation is None and bool(hint)
     lines = tuple(
         _near_lines(
             compared,
@@ -201,19 +207,21 @@ def _best_pair(
     compared: Comparison, found: Sequence[Sequence[int]], walked: Sequence[set[int]]
 ) -> tuple[tuple[int, int] | None, Related | None]:
     """Return the two unmatched values that are the likeliest one statement, and their relation."""
-    best: tuple[float, tuple[int, int], Related] | None = None
     torch, flax = (trace.values for trace in compared.traces)
-    ours = _near(compared, 0, found[0], walked[0])
-    theirs = _near(compared, 1, found[1], walked[1])
-    for rank, one in enumerate(ours[:_MAX_PAIRS]):
-        for other_rank, other in enumerate(theirs[:_MAX_PAIRS]):
-            relation = related(torch[one].array, flax[other].array)
-            if relation is None:
-                continue
-            score = relation.rank + 0.05 * (rank + other_rank)
-            if best is None or score < best[0]:
-                best = score, (one, other), relation
-    return (None, None) if best is None else (best[1], best[2])
+    later = [_near(compared, side, found[side], walked[side]) for side in (0, 1)]
+    for ours, theirs in ((found[0], found[1]), (later[0], later[1])):
+        best: tuple[float, tuple[int, int], Related] | None = None
+        for rank, one in enumerate(ours[:_MAX_PAIRS]):
+            for other_rank, other in enumerate(theirs[:_MAX_PAIRS]):
+                relation = related(torch[one].array, flax[other].array)
+                if relation is None:
+                    continue
+                score = relation.rank + 0.05 * (rank + other_rank)
+                if best is None or score < best[0]:
+                    best = score, (one, other), relation
+        if best is not None:
+            return best[1], best[2]
+    return None, None
 
 
 def _of_parents(
@@ -300,7 +308,9 @@ def _near_lines(
             made = {(one.source.file, one.source.line) for one in values if one.source}
             parents = [values[index].source for index in values[compared.found[1][0]].parents]
             near = [line for parent in parents if parent for line in between(parent, first, made)]
-    order = [*sure[:1], *near[:1], first, *rest[:1], *built, *rest[1:]]
+    order = [*sure[:1], *near[:1], first, *rest, *built]
+    if compared.is_made_of_both:  # then this line is one that torch does not have
+        order = [*sure[:1], first, *near[:1], *rest, *built]
     return tuple(dict.fromkeys(order))[:_MAX_LINES]
 
 

@@ -36,25 +36,20 @@ class Fingerprints:
         self.is_few = np.zeros(len(values), bool)
         for index, value in enumerate(values):
             entries = numbers(value.array)
-            if entries is None or not entries.size:
+            if not entries.size:
                 continue
             ordered = np.sort(entries, axis=None)
-            positions = (np.arange(QUANTILES) * (len(ordered) - 1)) // (QUANTILES - 1)
-            if len(ordered) > 1:
-                fractions = (np.arange(QUANTILES) + 0.5) / QUANTILES
-                positions = np.minimum((fractions * len(ordered)).astype(int), len(ordered) - 1)
-            self.rows[index] = ordered[positions]
+            fractions = (np.arange(QUANTILES) + 0.5) / QUANTILES
+            self.rows[index] = ordered[(fractions * len(ordered)).astype(int)]
             scale = typical(self.rows[index])
             steps = np.diff(ordered[np.isfinite(ordered)])
             distinct = 1 + int((steps > TOLERANCE * scale).sum())
             self.is_few[index] = distinct <= min(_FEW, max(1, ordered.size - 1))
 
 
-def numbers(array: np.ndarray) -> np.ndarray | None:
-    """Return the entries as float64, or None for what has no order."""
-    if array.dtype.kind == "c" or array.dtype.kind not in "fiub":
-        return np.abs(array).astype(np.float64) if array.dtype.kind == "c" else None
-    return array.astype(np.float64)
+def numbers(array: np.ndarray) -> np.ndarray:
+    """Return the entries as float64; of complex numbers their sizes."""
+    return (np.abs(array) if array.dtype.kind == "c" else array).astype(np.float64)
 
 
 def typical(array: np.ndarray) -> float:
@@ -139,7 +134,7 @@ def _is_broadcast(small: np.ndarray, large: np.ndarray) -> bool:
 
 
 def _is_close(one: np.ndarray, other: np.ndarray) -> bool:
-    return bool(close(one.astype(np.float64), other.astype(np.float64)).all())
+    return bool(close(numbers(one), numbers(other)).all())
 
 
 def order_between(one: np.ndarray, other: np.ndarray) -> np.ndarray | None:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from .report import SourceLine
 
 _CALLED = re.compile(r"self\.(\w+)(?:\[[^\]]*\])?\(")
+_ASSIGNED = re.compile(r"[\w.,\[\] ]+ [-+*/@]?= ")
 _MAX_BETWEEN = 4
 
 
@@ -69,7 +70,7 @@ def between(before: SourceLine, after: SourceLine, made: set[tuple[str, int]]) -
     found = []
     for line in range(before.line + 1, after.line):
         code = linecache.getline(before.file, line).strip()
-        if "=" in code and not code.startswith("#") and (before.file, line) not in made:
+        if _ASSIGNED.match(code) and not code.startswith("#") and (before.file, line) not in made:
             found.append(SourceLine(before.file, line, code, "makes no value", after.module))
     return found
 

@@ -95,14 +95,6 @@ def _entrywise(one: np.ndarray, other: np.ndarray) -> Related | None:
     difference = y - x
     if difference.size > 1 and np.ptp(difference) <= 1e-8 * scale:
         return Related(f"Flax's value is torch's plus {difference.mean():.6g}.", 0.2, True)
-    equal = np.abs(difference) <= 1e-8 * scale
-    share = float(equal.mean())
-    if 0.25 <= share < 1.0:
-        return Related(
-            f"{share:.0%} of the entries are equal, the others differ: a region or a mask.", 0.5
-        )
-    if found := _along_an_axis(one, other):
-        return found
     largest = float(np.abs(difference).max()) / scale
     if largest <= 1e-6:
         return Related(
@@ -111,6 +103,14 @@ def _entrywise(one: np.ndarray, other: np.ndarray) -> Related | None:
             0.6,
             True,
         )
+    equal = np.abs(difference) <= 1e-8 * scale
+    share = float(equal.mean())
+    if 0.25 <= share < 1.0:
+        return Related(
+            f"{share:.0%} of the entries are equal, the others differ: a region or a mask.", 0.5
+        )
+    if found := _along_an_axis(one, other):
+        return found
     if largest <= 2e-2:
         return Related(
             f"They differ by {largest:.1e} of the largest entry: another variant of one function, "
@@ -134,7 +134,6 @@ def _along_an_axis(one: np.ndarray, other: np.ndarray) -> Related | None:
                 f"Flax's value is torch's times a factor that is the same along axis {axis}: "
                 "reduced or normalized over other entries.",
                 0.4,
-                True,
             )
     return None
 

@@ -66,6 +66,7 @@ class TorchSide:
         train: bool = False,
         cotangents: NamedArrays | None = None,
         within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        seed: int = SEED,
     ) -> Result:
         """Call a copy of the module.
 
@@ -76,6 +77,7 @@ class TorchSide:
             train: whether in training mode.
             cotangents: what the outputs are multiplied with, by name, for gradients of the sum.
             within: a context for the forward and the backward pass.
+            seed: the seed of torch's own random operations.
         """
         module = self.module(dtype, state).train(train)
         inputs = {
@@ -92,7 +94,7 @@ class TorchSide:
             _counting(module, counts),
             within(),
         ):
-            torch.manual_seed(SEED)
+            torch.manual_seed(seed)
             tensors = tensors_of(self.called(module, placed))
             gradients = (
                 {} if cotangents is None else self._gradients(module, inputs, tensors, cotangents)

@@ -7,6 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from compare.cli import app
+from compare.commands import ports
+from compare.report.model import Table
+
+from ..support import sections_of
 
 FILE = """
 from tests.ports.blocks import LinenBlock, inputs, torch_block as torch_module
@@ -55,3 +59,19 @@ def test_what_cannot_be_run_ends_with_2(text: str, message: str, tmp_path: Path)
     done = CliRunner().invoke(app, ["port", str(file)])
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
+
+
+def test_the_table_of_the_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    bugs = ports.wrong_ports()
+    report = ports.Named(is_detected=True, flax=0, torch=None, hint="a", text="")
+    monkeypatch.setattr(ports, "judged", lambda *_: report)
+    monkeypatch.setattr(ports, "EXAMPLES", ("routing",))
+    right, wrong = sections_of(ports.sections(every=10))
+    assert right.checks[0].held
+    assert right.checks[0].measured == "0 false alarms of 1"
+    table, unnamed = wrong.blocks
+    count = len(bugs[::10])
+    assert isinstance(table, Table)
+    assert list(table.rows[-1]) == ["all", count, count, count, 0, count, 0, count]
+    assert "A true line is not among the three of its side: " in str(unnamed)
+    assert wrong.checks[0].held

@@ -143,3 +143,35 @@ def test_a_state_that_does_not_pair_is_an_error_of_the_converter() -> None:
         torch.nn.ModuleDict({"fc": torch.nn.Linear(8, 8)})["fc"], port, inputs(), dtypes=()
     )
     assert report.held, str(report)
+
+
+class Dropped(torch.nn.Module):
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.fc, self.always = torch.nn.Linear(4, 4), always
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(self.fc(inputs), 0.5, self.training or self.always)
+
+
+class FlaxDropped(linen.Module):
+    @linen.compact
+    def __call__(self, inputs: Any, deterministic: bool = True) -> Any:
+        return linen.Dropout(0.5, deterministic=deterministic)(linen.Dense(4, name="fc")(inputs))
+
+
+def test_what_is_random_is_not_compared() -> None:
+    given = np.random.default_rng(0).standard_normal((3, 4))
+    report = compare.check_port(Dropped(always=False), FlaxDropped(), given)
+    assert report.held, str(report)
+    assert "training is not compared, because the torch module draws random" in report.notes[0]
+    with pytest.raises(PortError, match="draws random numbers in inference"):
+        compare.check_port(Dropped(always=True), FlaxDropped(), given)
+
+
+def test_a_parameter_of_one_side_alone_is_a_finding() -> None:
+    port = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(0))
+    given = np.random.default_rng(0).standard_normal((3, 4))
+    report = compare.check_port(torch.nn.Linear(4, 4), port, given, dtypes=())
+    assert [one.case for one in report.findings if one.check == "parameters"] == ["bias"]
+    assert not report.held

@@ -1,0 +1,68 @@
+"""Check the example ports, right and wrong ones, and count how often the true lines are named."""
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..ports.wrong_ports import EXAMPLES, Named, WrongPort, judged, text_of, wrong_ports
+from ..report.model import Cell, Check, Section, Table
+from .port import report_of
+
+
+def sections(every: int = 1) -> Iterator[Section | str]:
+    """Yield progress messages, then a section on the right ports and one on the wrong ones.
+
+    Args:
+        every: take each wrong port of so many.
+    """
+    alarms = []
+    for example in EXAMPLES:
+        yield f"the right port of {example}"
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            file = Path(folder) / f"{example}.py"
+            file.write_text(text_of(example), encoding="utf-8")
+            alarms += [] if report_of(file).held else [example]
+    measured = f"{len(alarms)} false alarms of {len(EXAMPLES)}"
+    check = Check("right ports hold", "all", not alarms, measured, "none")
+    yield Section("Right ports", [measured], [check])
+    bugs = wrong_ports()[::every]
+    results: list[tuple[WrongPort, Named]] = []
+    for bug in bugs:
+        yield f"{len(results) + 1} of {len(bugs)}: {bug.name}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a wrong port may divide by zero
+            results.append((bug, judged(bug, report_of)))
+    yield _section(results)
+
+
+def _section(results: list[tuple[WrongPort, Named]]) -> Section:
+    rows: list[list[Cell]] = []
+    for example in (*EXAMPLES, "all"):
+        named = [one for bug, one in results if example in (bug.example, "all")]
+        if named:
+            rows.append(
+                [
+                    example,
+                    len(named),
+                    sum(one.is_detected for one in named),
+                    sum(one.flax is not None for one in named),
+                    sum(one.torch is not None for one in named),
+                    sum(one.flax == 0 for one in named),
+                    sum(one.torch == 0 for one in named),
+                    sum(bool(one.hint) for one in named),
+                ]
+            )
+    columns = ["example", "wrong ports", "seen", "Flax line", "torch line"]
+    columns += ["Flax line first", "torch line first", "with a hint"]
+    missed = [f"{bug.example}: {bug.name}" for bug, one in results if not one.is_detected]
+    measured = f"{len(missed)} missed" + (f": {', '.join(missed)}" if missed else "")
+    check = Check("wrong ports seen", "all", not missed, measured, "none")
+    unnamed = [
+        f"{bug.example}: {bug.name}"
+        for bug, one in results
+        if one.is_detected and None in (one.flax, one.torch)
+    ]
+    said = [f"A true line is not among the three of its side: {'; '.join(unnamed)}."]
+    return Section("Wrong ports", [Table(columns, rows), *(said if unnamed else [])], [check])

@@ -1,0 +1,38 @@
+"""The examples hold, their wrong ports are seen, and the true lines are named."""
+
+import pytest
+
+from compare.commands.port import report_of
+from compare.ports.wrong_ports import EXAMPLES, WrongPort, judged, text_of, wrong_ports
+
+BUGS = {bug.name: bug for bug in wrong_ports()}
+# One of each kind that the method treats in its own way.
+DRAWN = (
+    "candidate through a sigmoid",  # a step of a scan
+    "features concatenated in the wrong order",
+    "padding mask inverted",
+    "chosen probabilities not renormalized",  # nothing where torch has a statement
+    "dilation forgotten, padding reduced to keep the shape",  # the line that builds the layer
+    "branch cut from the gradient",
+    "momentum 0.1 copied from PyTorch's convention",
+)
+
+
+def test_each_bug_changes_one_place() -> None:
+    for bug in wrong_ports():
+        assert bug.example in EXAMPLES
+        assert bug.text() != text_of(bug.example)
+        assert sum(bug.torch in line for line in text_of(bug.example).splitlines()) == 1
+        assert bug.flax_line() > bug.torch_line()
+    with pytest.raises(ValueError, match="routing has 'nonsense' 0 times"):
+        WrongPort("routing", "", "nonsense", "", "", "").text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", DRAWN)
+def test_the_true_lines_are_named(name: str) -> None:
+    found = judged(BUGS[name], report_of)
+    assert found.is_detected
+    assert found.flax is not None, found.text
+    assert found.torch is not None, found.text
