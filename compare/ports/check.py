@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from torch import Tensor, nn
 
-from ..conversion.mapping import KeyPath, StateMapping, require_mapping
+from ..conversion.mapping import KeyPath, StateMapping, require_mapping, slashed
+from ..conversion.state_kinds import flax_side
 from ..conversion.tensors import numpy_to_tensor
 from ..proof.agreement import Agreement, Finding, agreement
 from ..proof.cases import Framework
@@ -107,8 +108,11 @@ def check_port(
             raise PortError(f"{min(rules)} has no effect beside mapping: give it to compare.match")
         judge = _Judge(side, port, template, mapping, dtypes)
         judge.suspects = _suspects(differing)
+        trained = {*side.parameters, *_trained_names(template)}
         findings = [
-            _failed(port.api, "parameters", name, "one side alone has it") for name in alone
+            _failed(port.api, "parameters", name, "one side alone has it")
+            for name in alone
+            if name in trained
         ]
         parted: Divergence | None = None
         for label, state in _states(side):
@@ -126,6 +130,11 @@ def check_port(
             owner = changed[0].rpartition(", ")[2].rpartition(".")[0]
             parted = judge.state_divergence(dict(_states(side))["as given"], calls[0], owner)
     notes = [f"the layers say it differently: {line}" for line in differing]
+    notes += [
+        f"one side alone has {name}, which is not trained: the other computes it, or lacks it"
+        for name in alone
+        if name not in trained
+    ]
     notes += judge.notes
     return PortReport(tuple(findings), parted, tuple(notes), judge.slip, judge.ulps)
 
@@ -139,6 +148,11 @@ def assert_port(torch_module: nn.Module, flax_module: Any, inputs: Any, **option
     report = check_port(torch_module, flax_module, inputs, **options)
     if not report.held:
         raise PortDiffers(str(report))
+
+
+def _trained_names(template: Any) -> set[str]:
+    side = flax_side(template)
+    return {slashed(path) for path, kind in side.kinds.items() if kind == "parameter"}
 
 
 def _suspects(differing: Sequence[str]) -> dict[str, frozenset[str]]:

@@ -128,7 +128,8 @@ def _along_an_axis(one: np.ndarray, other: np.ndarray) -> Related | None:
     with np.errstate(all="ignore"):
         ratio = other / one
     for axis in range(one.ndim):
-        spread = np.ptp(ratio, axis=axis)
+        with np.errstate(invalid="ignore"):
+            spread = np.ptp(ratio, axis=axis)
         if np.isfinite(spread).all() and (spread <= 1e-8 * np.abs(ratio).max(axis=axis)).all():
             return Related(
                 f"Flax's value is torch's times a factor that is the same along axis {axis}: "

@@ -175,3 +175,38 @@ def test_a_parameter_of_one_side_alone_is_a_finding() -> None:
     report = compare.check_port(torch.nn.Linear(4, 4), port, given, dtypes=())
     assert [one.case for one in report.findings if one.check == "parameters"] == ["bias"]
     assert not report.held
+
+
+class Masked(torch.nn.Module):
+    mask: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(4, 4)
+        self.register_buffer("mask", torch.triu(torch.ones(3, 3), 1).bool())
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        scores = (inputs @ inputs.mT).masked_fill(self.mask, -torch.inf)
+        return self.fc(torch.softmax(scores, dim=-1) @ inputs)
+
+
+class FlaxMasked(linen.Module):
+    diagonal: int = 0
+
+    @linen.compact
+    def __call__(self, inputs: Any) -> Any:
+        mask = jnp.tril(jnp.ones((3, 3), bool), self.diagonal)
+        scores = jnp.where(mask, inputs @ inputs.mT, -jnp.inf)
+        return linen.Dense(4, name="fc")(linen.softmax(scores) @ inputs)
+
+
+def test_a_buffer_that_flax_computes_is_a_note() -> None:
+    given = np.random.default_rng(0).standard_normal((2, 3, 4))
+    report = compare.check_port(Masked(), FlaxMasked(), given)
+    assert report.held, str(report)
+    assert report.notes == (
+        "one side alone has mask, which is not trained: the other computes it, or lacks it",
+    )
+    report = compare.check_port(Masked(), FlaxMasked(diagonal=1), given, dtypes=())
+    assert report.divergence is not None
+    assert "tril" in str(report.divergence), str(report)
