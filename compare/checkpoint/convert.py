@@ -118,8 +118,7 @@ def convert_checkpoint(
     """
     require_mapping(mapping)
     require_flags(dry_run=dry_run)
-    as_path(source)
-    path = as_path(target)
+    source, path = as_path(source), as_path(target)
     if shard_bytes is not None and (type(shard_bytes) is not int or shard_bytes < 1):
         raise CheckpointError(
             path,
@@ -170,7 +169,7 @@ def convert_checkpoint(
         )
     resolved = writable(path, chosen) if chosen else _folder(path)
     others = [] if like is None else [Path(like), *shards.files_in(Path(like))]
-    require_apart(path, resolved, [Path(source), *others])
+    require_apart(path, resolved, [source, *others])
 
     def work(stored: Reader) -> Conversion:
         is_relaid = _target_layout(stored, allowed, layout) != _torch_or_flax(stored.layout)

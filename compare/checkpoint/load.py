@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_args, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from ..conversion.mapping import (
     slashed,
 )
 from ..conversion.match import match
-from ..conversion.policies import allowing, decided
+from ..conversion.policies import allowing, decided, require_policy
 from ..conversion.state_kinds import FlaxSide, flax_side, specs_side, torch_kinds
 from ..conversion.tensors import is_uninitialized, numpy_to_tensor, tensor_to_numpy
 from ..conversion.trees import is_nested
@@ -140,10 +140,7 @@ def load_checkpoint(
     require_rules(prefix, policy=policy, layouts=layouts)
     require_flags(cast=cast)
     for pattern, value in (policy or {}).items():
-        if value not in get_args(Policy):
-            raise ValueError(
-                f"policy {pattern}: there is no {value!r}; there are {', '.join(get_args(Policy))}"
-            )
+        require_policy(pattern, value)
 
     def prepare(stored: Reader) -> Callable[[], Any]:
         if prefix:
@@ -152,8 +149,7 @@ def load_checkpoint(
             _require_asked(stored, target, mapping)
         try:
             if isinstance(target, torch.nn.Module):
-                assign = _into_torch(stored, target, mapping, policy or {}, prefix, cast)
-                return lambda: (assign(), target)[1]  # a wrapper is filled within
+                return _into_torch(stored, target, mapping, policy or {}, prefix, cast)
             if stored.layout == "torch":
                 return _torch_into_flax(
                     stored, target, mapping, policy or {}, prefix, layouts or {}, cast
@@ -174,9 +170,10 @@ def load_checkpoint(
     with collector_paused():
         assign = steady(path, prepare, memory, select=select)
     try:
-        return assign()
+        made = assign()
     except ConversionError as error:
         raise CheckpointError.unfit(path, "was not loaded", error.mismatch) from error
+    return target if isinstance(target, torch.nn.Module) else made  # a wrapper is filled within
 
 
 def read_checkpoint(
@@ -299,6 +296,8 @@ def _require_fitting(
     table: StateMapping | None = None,
 ) -> None:
     """Raise CheckpointError if a policy is for a name that neither side has."""
+    if not policy:
+        return
     names = {*map(slashed, stored.specs), *map(slashed, stored.aliases), *target}
     if table is not None:
         names.update(table.by_key, map(slashed, table.by_path), table.left_keys())
@@ -385,7 +384,8 @@ def _into_torch(
 ) -> Callable[[], torch.nn.Module]:
     stored.mapped = True  # the values are copied into the module
     if stored.layout == "torch":
-        _require_fitting(stored, module.state_dict(keep_vars=True), policy)
+        if policy:
+            _require_fitting(stored, module.state_dict(keep_vars=True), policy)
         tensors = stored.tensors()
     else:
         table = mapping or _stored_mapping(stored, stored.layout)

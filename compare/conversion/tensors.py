@@ -66,21 +66,7 @@ def as_shared_tensor(value: Any) -> Any:
     Raises:
         Untransferable: the memory cannot be shared.
     """
-    if isinstance(value, jax.Array):
-        return to_torch(value, copy=False)
-    if not isinstance(value, np.ndarray):
-        return value
-    is_mirrored = any(stride < 0 for stride in value.strides)
-    if is_mirrored or not value.flags.writeable or not value.dtype.isnative:
-        what = (
-            "is read-only"
-            if not value.flags.writeable
-            else "has negative strides"
-            if is_mirrored
-            else "has a foreign byte order"
-        )
-        raise Untransferable(f"the array {what}, so memory cannot be shared; use copy=True")
-    return numpy_to_tensor(value)
+    return to_torch(value, copy=False) if isinstance(value, jax.Array | np.ndarray) else value
 
 
 def numpy_to_tensor(array: np.ndarray) -> Tensor:
@@ -148,16 +134,23 @@ def to_torch(array: jax.Array | np.ndarray, *, copy: bool) -> Tensor:
             whose memory cannot be shared.
     """
     _require_values(array)
-    if not copy and not array.dtype.isnative:
-        raise Untransferable(
-            "torch does not support a foreign byte order, so memory cannot be shared; use copy=True"
-        )
     if copy:
         return numpy_to_tensor(np.array(np.asarray(array), order="C", copy=True))
+    if isinstance(array, np.ndarray) and (reason := _unsharable(array)):
+        raise Untransferable(f"the array {reason}, so memory cannot be shared; use copy=True")
     try:
         return torch.from_dlpack(array) if isinstance(array, jax.Array) else numpy_to_tensor(array)
     except Exception as error:  # the class of XLA's errors differs between versions
         raise Untransferable(f"memory cannot be shared ({error}); use copy=True") from error
+
+
+def _unsharable(array: np.ndarray) -> str | None:
+    """Return why torch cannot use the memory of a NumPy array, or None if it can."""
+    if not array.flags.writeable:
+        return "is read-only"
+    if any(stride < 0 for stride in array.strides):
+        return "has negative strides"
+    return None if array.dtype.isnative else "has a foreign byte order"
 
 
 def to_host(array: jax.Array | np.ndarray) -> np.ndarray:

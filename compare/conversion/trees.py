@@ -74,12 +74,14 @@ def _children(node: Any) -> Iterator[tuple[Any, Any]] | None:
 
 def _dynamic_fields(node: Any) -> list[str]:
     """Return the fields of a dataclass that are no static part of its structure in JAX."""
+    leaves = jax.tree.leaves(node)
+    is_registered = not any(leaf is node for leaf in leaves)
     names = []
     for field in dataclasses.fields(node):
         is_dynamic = field.metadata.get("pytree_node", True) and not field.metadata.get("static")
         value = getattr(node, field.name)
-        if is_dynamic and isinstance(value, str | int | float):  # a registration may say it too
-            is_dynamic = any(leaf is value for leaf in jax.tree.leaves(node))
+        if is_dynamic and is_registered and isinstance(value, str | int | float):
+            is_dynamic = any(leaf is value for leaf in leaves)
         names += [field.name] if is_dynamic else []
     return names
 

@@ -134,9 +134,13 @@ def identical(found: np.ndarray, expected: np.ndarray) -> Agreement:
 
 def crashed(check: str, implementation: str, case: str, error: Exception) -> Finding:
     """Return the finding of a check that an exception of the code under test ended."""
+    return uncompared(check, implementation, case, f"{type(error).__name__}: {error}")
+
+
+def uncompared(check: str, implementation: str, case: str, reason: str) -> Finding:
+    """Return the finding of a check that could not compare two arrays; it does not hold."""
     nothing = Agreement(np.inf, np.inf, np.inf, (), np.nan, np.nan, 0.0)
-    message = f"{type(error).__name__}: {error}"
-    return Finding(check, implementation, case, nothing, "", message)
+    return Finding(check, implementation, case, nothing, "", reason)
 
 
 def same_names(found: Iterable[str], expected: Iterable[str]) -> Agreement:

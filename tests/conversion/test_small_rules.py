@@ -1,5 +1,6 @@
 """Small rules of the converter, each where it makes a difference."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -238,3 +239,14 @@ def test_a_counter_at_0_is_a_table_of_zeros() -> None:
     mapping = compare.match(source, template, policy={"step": "verify"})
     variables = compare.torch_to_linen(source, template, mapping=mapping)
     assert compare.linen_to_torch(variables, mapping=mapping)["step"].item() == 0
+
+
+@dataclasses.dataclass
+class Unknown:
+    w: Any
+    size: int = 3
+
+
+def test_a_number_in_a_dataclass_that_jax_does_not_know_is_no_array() -> None:
+    with pytest.raises(TypeError, match="t/size is an int; expected an array"):
+        compare.match({"t.w": torch.ones(2)}, {"params": {"t": Unknown(jnp.zeros(2))}})
