@@ -2,10 +2,9 @@
 
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from ..conversion.errors import ConversionError
 from ..files.errors import FileError
@@ -120,5 +119,4 @@ def section_of(report: PortReport, name: str) -> Section:
         blocks.append(Table(("side", "rank", "line", "code", "operation"), rows))
         blocks += [f"Equal before: {line}" for line in parted.last_equal]
     blocks += [f"Note: {note}" for note in report.notes]
-    facts: Mapping[str, Any] = report.as_json()
-    return Section(f"Port: {name}", blocks, verdicts, list(report.findings), dict(facts))
+    return Section(f"Port: {name}", blocks, verdicts, list(report.findings), report.as_json())

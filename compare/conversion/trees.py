@@ -96,7 +96,7 @@ def _made(node: Any, leaves: Mapping[KeyPath, Any], path: KeyPath) -> Any:
     if isinstance(node, Mapping):
         kept = {name: child for name, child in made.items() if child is not _ABSENT}
         return kept if kept or not made else _ABSENT
-    if _ABSENT in made.values():
+    if any(child is _ABSENT for child in made.values()):  # arrays have no one truth
         return _ABSENT
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         return dataclasses.replace(node, **made)

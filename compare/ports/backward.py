@@ -7,7 +7,7 @@ import numpy as np
 from .divergence import Comparison, distinct_lines
 from .fingerprints import close
 from .report import Divergence
-from .values import Trace, Value
+from .values import Trace
 
 _STOPS = ("stop_gradient", "detach", "custom_jvp_call", "custom_vjp_call")
 Traced = tuple[Trace, Mapping[int, np.ndarray]]
@@ -26,7 +26,7 @@ def first_gradient(torch: Traced, flax: Traced) -> Divergence | None:
     stops = tuple(_stops(compared, side, parted[side]) for side in (0, 1))
     lines = tuple(
         distinct_lines(
-            compared.traces[side].values,
+            compared.traces[side],
             [
                 *stops[side],
                 *_counterparts(compared, 1 - side, stops[1 - side]),
@@ -65,7 +65,7 @@ def _is_same(one: np.ndarray, other: np.ndarray) -> bool:
 def _consumers(compared: Comparison, side: int, parted: Iterable[int]) -> list[int]:
     """Return what is made of the last values whose gradient differs."""
     values, differing = compared.traces[side].values, set(parted)
-    children = _children(values)
+    children = compared.traces[side].children
     last = [
         index
         for index in differing
@@ -77,7 +77,7 @@ def _consumers(compared: Comparison, side: int, parted: Iterable[int]) -> list[i
 def _stops(compared: Comparison, side: int, parted: Iterable[int]) -> list[int]:
     """Return what cuts the gradient, or has its own, of values whose gradient differs."""
     values = compared.traces[side].values
-    children = _children(values)
+    children = compared.traces[side].children
     return sorted(
         child
         for index in parted
@@ -88,7 +88,7 @@ def _stops(compared: Comparison, side: int, parted: Iterable[int]) -> list[int]:
 
 def _counterparts(compared: Comparison, side: int, stops: Iterable[int]) -> list[int]:
     """Return the other side's values that match the first ones made of what is cut on this side."""
-    children = _children(compared.traces[side].values)
+    children = compared.traces[side].children
     found: list[int] = []
     opened = [child for stop in stops for child in children.get(stop, [])]
     seen: set[int] = set()
@@ -102,11 +102,3 @@ def _counterparts(compared: Comparison, side: int, stops: Iterable[int]) -> list
         else:
             opened += children.get(index, [])
     return found
-
-
-def _children(values: Sequence[Value]) -> dict[int, list[int]]:
-    children: dict[int, list[int]] = {}
-    for index, value in enumerate(values):
-        for parent in value.parents:
-            children.setdefault(parent, []).append(index)
-    return children

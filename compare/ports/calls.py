@@ -8,7 +8,7 @@ import torch
 
 from ..conversion.tensors import tensor_to_numpy, to_host
 from .errors import PortError
-from .trees import Arrays, is_array, is_float, mapped, named_arrays
+from .trees import Arrays, is_array, is_float, named_arrays, replaced
 
 
 class Call(NamedTuple):
@@ -33,7 +33,7 @@ class Call(NamedTuple):
 
     def replaced(self, arrays: Mapping[str, Any]) -> "Call":
         """Return the call with other arrays in the place of those of these names."""
-        tree = mapped(lambda name, array: arrays.get(name, array), self._named())
+        tree = replaced(self._named(), lambda name, array: arrays.get(name, array))
         return Call(tuple(tree[str(index)] for index in range(len(self.args))), _keywords(tree))
 
     def _named(self) -> dict[str, Any]:
@@ -57,12 +57,17 @@ def calls_of(inputs: Any) -> list[Call]:
 
 
 def _call(one: Any) -> Call:
-    host = mapped(lambda _, array: to_numpy(array), one)
-    if isinstance(host, dict):
-        if wrong := [key for key in host if not isinstance(key, str)]:
-            raise PortError(f"inputs has the keyword {wrong[0]!r}: keywords are names")
-        return Call((), host)
-    return Call(host, {}) if isinstance(host, tuple) else Call((host,), {})
+    call = call_of(replaced(one, lambda _, array: to_numpy(array)))
+    if wrong := [key for key in call.kwargs if not isinstance(key, str)]:
+        raise PortError(f"inputs has the keyword {wrong[0]!r}: keywords are names")
+    return call
+
+
+def call_of(given: Any) -> Call:
+    """Return the call of a dict of keywords, a tuple of arguments, or one argument."""
+    if isinstance(given, dict):
+        return Call((), given)
+    return Call(given, {}) if isinstance(given, tuple) else Call((given,), {})
 
 
 def to_numpy(array: Any) -> np.ndarray:

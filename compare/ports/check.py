@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +13,22 @@ from torch import Tensor, nn
 from ..conversion.mapping import KeyPath, StateMapping, require_mapping, slashed
 from ..conversion.state_kinds import flax_side
 from ..conversion.tensors import numpy_to_tensor
-from ..proof.agreement import Agreement, Finding, agreement
+from ..proof.agreement import Finding, agreement, same_names, uncompared
 from ..proof.cases import Framework
+from ..runners.run import jax_on
 from .calls import Call, calls_of
 from .errors import PortDiffers, PortError
-from .flax_side import Adapters, Leaves, Port, cast, cast_call, gradients_of, named, port_of
+from .flax_side import (
+    Adapters,
+    Leaves,
+    Port,
+    cast,
+    cast_call,
+    gradients_of,
+    named,
+    on_device,
+    port_of,
+)
 from .perturbed import FACTOR, SAMPLES, Perturbed, deviations
 from .report import Divergence, PortReport
 from .result import NamedArrays, Result
@@ -98,7 +109,7 @@ def check_port(
     side = TorchSide(torch_module, ours, method)
     port = port_of(flax_module, Adapters(flax_inputs, theirs, method, train))
     calls = calls_of(inputs)
-    with _plain_jax(x64=True):
+    with _plain_jax("float64"):
         template = port.template(cast_call(calls[0], "float64"))
         differing: list[str] = []
         alone: list[str] = []
@@ -110,12 +121,13 @@ def check_port(
         judge.suspects = _suspects(differing)
         trained = {*side.parameters, *_trained_names(template)}
         findings = [
-            _failed(port.api, "parameters", name, "one side alone has it")
+            uncompared("parameters", port.api, name, "one side alone has it")
             for name in alone
             if name in trained
         ]
         parted: Divergence | None = None
-        for label, state in _states(side):
+        states = _states(side)
+        for label, state in states.items():
             for index, call in enumerate(calls):
                 case = label if len(calls) == 1 else f"{label}, call {index}"
                 findings += judge.findings(state, call, index, case)
@@ -124,11 +136,11 @@ def check_port(
         if parted is None and any(
             finding.check == "gradients" and not finding.held for finding in findings
         ):
-            parted = judge.gradient_divergence(dict(_states(side))["drawn again"], calls[0])
+            parted = judge.gradient_divergence(states["drawn again"], calls[0])
         changed = [one.case for one in findings if one.check == "state" and not one.held]
         if parted is None and changed:
             owner = changed[0].rpartition(", ")[2].rpartition(".")[0]
-            parted = judge.state_divergence(dict(_states(side))["as given"], calls[0], owner)
+            parted = judge.state_divergence(states["as given"], calls[0], owner)
     notes = [f"the layers say it differently: {line}" for line in differing]
     notes += [
         f"one side alone has {name}, which is not trained: the other computes it, or lacks it"
@@ -166,10 +178,12 @@ def _suspects(differing: Sequence[str]) -> dict[str, frozenset[str]]:
     return found
 
 
-def _states(side: TorchSide) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield the state dicts to try, in float64, with what they are."""
-    yield "as given", _tensors(side.module("float64"))
-    yield "drawn again", _tensors(drawn_again(side.module("float64")))
+def _states(side: TorchSide) -> dict[str, dict[str, Tensor]]:
+    """Return the state dicts to try, in float64, by what they are."""
+    return {
+        "as given": _tensors(side.module("float64")),
+        "drawn again": _tensors(drawn_again(side.module("float64"))),
+    }
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -210,7 +224,8 @@ class _Judge:
         self._number = number
         leaves = leaves_for(self.port, self.template, state, self.mapping)
         lost = differs_after_a_file(state, self.port, self.template, self.mapping, leaves)
-        yield _equal(self.port.api, "checkpoint", label, len(lost), f"lost: {', '.join(lost)}")
+        reason = f"lost: {', '.join(lost)}" if lost else ""
+        yield Finding("checkpoint", self.port.api, label, same_names(lost, ()), EQUAL, reason)
         for train in self._modes(state, call):
             case = f"{label}, {'training' if train else 'inference'}"
             for finding in self._in_float64(state, leaves, call, case, train=train):
@@ -221,41 +236,40 @@ class _Judge:
     def _modes(self, state: Mapping[str, Tensor], call: Call) -> tuple[bool, ...]:
         """Return in which modes the modules are compared: also in training, if that differs."""
         inference, training = (self.side.run(state, call, train=train) for train in (False, True))
-        again, drawn = (
-            self.side.run(state, call, train=train, seed=SEED + 1) for train in (False, True)
-        )
-        if not _is_equal(inference, again):
+        if not _is_equal(inference, self.side.run(state, call, seed=SEED + 1)):
             raise PortError(
                 "the torch module draws random numbers in inference, which Flax cannot draw alike: "
                 "pass them as an input, or fix them"
             )
         if _is_equal(inference, training):
             return (False,)
-        if not _is_equal(training, drawn):
+        if not _is_equal(training, self.side.run(state, call, train=True, seed=SEED + 1)):
             self.notes[_RANDOM] = None
             return (False,)
         return (False, True)
 
     def divergence(self, state: Mapping[str, Tensor], call: Call) -> Divergence:
         """Return where the outputs part first."""
-        leaves = cast(leaves_for(self.port, self.template, state, self.mapping), "float64")
-        double = cast_call(call, "float64")
         train = self.trained_when_differing
+        leaves, double = self._doubled(state, call)
         return divergence(
             self.side, self.port, state, leaves, double, train=train, suspects=self.suspects
         )
 
+    def _doubled(self, state: Mapping[str, Tensor], call: Call) -> tuple[Leaves, Call]:
+        """Return Flax's leaves for the state, and the call, in float64."""
+        leaves = leaves_for(self.port, self.template, state, self.mapping)
+        return cast(leaves, "float64"), cast_call(call, "float64")
+
     def state_divergence(self, state: Mapping[str, Tensor], call: Call, owner: str) -> Divergence:
         """Return the lines that call the layer whose state differs."""
-        leaves = cast(leaves_for(self.port, self.template, state, self.mapping), "float64")
-        double = cast_call(call, "float64")
+        leaves, double = self._doubled(state, call)
         return state_divergence(self.side, self.port, state, leaves, double, owner, self.suspects)
 
     def gradient_divergence(self, state: Mapping[str, Tensor], call: Call) -> Divergence | None:
         """Return where the gradients part first."""
-        leaves = cast(leaves_for(self.port, self.template, state, self.mapping), "float64")
+        leaves, double = self._doubled(state, call)
         cotangents = _cotangents(self.side.run(state, call).outputs)
-        double = cast_call(call, "float64")
         return gradient_divergence(
             self.side, self.port, state, leaves, double, cotangents, train=False
         )
@@ -284,7 +298,8 @@ class _Judge:
             )
 
         moved = deviations(perturbed, exact)
-        found = self._flax(cast(leaves, "float64"), cast_call(call, "float64"), cotangents, train)
+        doubled, double = cast(leaves, "float64"), cast_call(call, "float64")
+        found = self._flax(doubled, double, cotangents, train)
         expected = replace(exact, state=self._variances(exact, found, moved))
         for what in ("outputs", "gradients", "state"):
             limits = {name: FACTOR * size for name, size in getattr(moved, what).items()}
@@ -298,7 +313,7 @@ class _Judge:
                 FLOAT64,
             )
         self._measure(found.outputs, exact.outputs, moved.outputs)
-        eager = self._eager(cast(leaves, "float64"), cast_call(call, "float64"), train)
+        eager = self._eager(doubled, double, train)
         limits = {name: FACTOR * size for name, size in moved.outputs.items()}
         yield from compared(self.port.api, "jit", case, eager, found.outputs, limits, FLOAT64)
         for dtype in self.dtypes:
@@ -337,7 +352,7 @@ class _Judge:
         train: bool,
     ) -> Iterator[Finding]:
         own = self.side.run(state, call, dtype=dtype, train=train)
-        with _plain_jax(x64=False):
+        with _plain_jax(dtype):
             outputs = self._eager(cast(leaves, dtype), cast_call(call, dtype), train)
         growth = float(jax.numpy.finfo(dtype).eps) / float(np.finfo(np.float64).eps)
         limits = {}
@@ -370,7 +385,7 @@ class _Judge:
         return Result(_host(outputs), gradients, pulled_back(self.mapping, state))
 
     def _eager(self, leaves: Leaves, call: Call, train: bool) -> NamedArrays:
-        raw, _ = self.port.apply(leaves, call.replaced(_device(call.arrays)), train=train)
+        raw, _ = self.port.apply(leaves, call.replaced(on_device(call.arrays)), train=train)
         return _host(named(raw))
 
     def _measure(self, found: NamedArrays, exact: NamedArrays, moved: NamedArrays) -> None:
@@ -408,29 +423,17 @@ def compared(
     for name, array in expected.items():
         title = f"{case}{f', {name}' if name else ''}"
         if name not in found:
-            if what == "outputs" or name.startswith("input ") or what == "gradients":
-                yield _failed(api, what, title, "Flax has none")
+            if what in ("outputs", "gradients"):
+                yield uncompared(what, api, title, "Flax has none")
             continue
         other = found[name]
         if other.shape != array.shape:
-            yield _failed(
-                api, what, title, f"the shape is {other.shape} in Flax and {array.shape} in torch"
-            )
+            reason = f"the shape is {other.shape} in Flax and {array.shape} in torch"
+            yield uncompared(what, api, title, reason)
         elif array.size:
             limit = limits.get(name) if is_float(array) else None
             agreed = agreement(other, array, 0.0 if limit is None else float(limit))
             yield Finding(what, api, title, agreed, EQUAL if limit is None else why)
-
-
-def _failed(api: Framework, check: str, case: str, reason: str) -> Finding:
-    nothing = Agreement(np.inf, np.inf, np.inf, (), np.nan, np.nan, 0.0)
-    return Finding(check, api, case, nothing, "", reason)
-
-
-def _equal(api: Framework, check: str, case: str, count: int, reason: str) -> Finding:
-    if count:
-        return _failed(api, check, case, reason)
-    return Finding(check, api, case, agreement(np.zeros(1), np.zeros(1), 0.0), EQUAL)
 
 
 def _cotangents(outputs: NamedArrays) -> NamedArrays:
@@ -455,19 +458,15 @@ def _host(arrays: Mapping[str, Any]) -> NamedArrays:
     return {name: np.asarray(array) for name, array in arrays.items()}
 
 
-def _device(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: jax.numpy.asarray(array) for name, array in arrays.items()}
-
-
-def _plain_jax(*, x64: bool) -> Any:
-    """Return a context of JAX on the CPU, with or without float64, without TF32.
+@contextmanager
+def _plain_jax(dtype: str) -> Iterator[None]:
+    """Run JAX on the CPU for a dtype, with x64 for float64, and without TF32.
 
     A module that is run in another dtype than its own needs JAX's usual promotions.
     """
-    stack = ExitStack()
-    stack.enter_context(jax.enable_x64(x64))
-    stack.enter_context(jax.default_matmul_precision("highest"))
-    stack.enter_context(jax.numpy_dtype_promotion("standard"))
-    stack.enter_context(jax.numpy_rank_promotion("allow"))
-    stack.enter_context(jax.default_device(jax.devices("cpu")[0]))
-    return stack
+    with (
+        jax_on("cpu", np.float64 if dtype == "float64" else np.float32),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield

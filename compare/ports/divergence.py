@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from .fingerprints import Fingerprints, close, close_rows, same_value, sizes
+from .fingerprints import Fingerprints, all_close, close_rows, same_value, sizes
 from .places import between, built_at, returned_after
 from .relations import Related, related
 from .report import Divergence, SourceLine
@@ -117,13 +117,7 @@ class Comparison:
             if others[partner].array.squeeze().shape == array.shape
         ]
         repeated = len(set(array.shape)) < array.ndim
-        return (
-            repeated
-            and bool(same)
-            and not any(
-                close(one.astype(np.float64), array.astype(np.float64)).all() for one in same
-            )
-        )
+        return repeated and bool(same) and not any(all_close(one, array) for one in same)
 
     def _drop_lone_repeats(self, side: int) -> None:
         """Let a value that repeats others match only one of its size, unless it is a mere view."""
@@ -132,16 +126,19 @@ class Comparison:
             value = values[index]
             if not partners or any(step in value.operation for step in _BROADCASTS):
                 continue
-            sizes = [others[partner].array.size for partner in partners]
-            if max(sizes) < value.array.size and value.operation:
+            largest = max(others[partner].array.size for partner in partners)
+            if largest < value.array.size and value.operation:
                 self.matches[side][index] = []
 
     def is_matched(self, side: int, index: int) -> bool:
         """Return whether the value has a match, or depends on neither inputs nor state."""
         return bool(self.matches[side][index]) or not self.traces[side].values[index].depends
 
-    def sources(self, side: int, ends: Iterable[int]) -> list[int]:
-        """Return the unmatched values, all of whose parents match, from which the ends come."""
+    def sources(self, side: int, ends: Iterable[int]) -> tuple[list[int], set[int]]:
+        """Return the unmatched values from which the ends come, and of which all parents match.
+
+        Also return all unmatched values from there to the ends.
+        """
         values = self.traces[side].values
         opened = [index for index in ends if not self.is_matched(side, index)]
         seen, found = set(opened), []
@@ -154,8 +151,7 @@ class Comparison:
                 if parent not in seen:
                     seen.add(parent)
                     opened.append(parent)
-        self.walked = seen
-        return sorted(found)
+        return sorted(found), seen
 
 
 def first_divergence(
@@ -171,11 +167,9 @@ def first_divergence(
     """
     compared = Comparison(torch, flax)
     ends = _parting(compared)
-    walked: list[set[int]] = []
-    found: list[list[int]] = []
-    for side in (0, 1):
-        found.append(compared.sources(side, [pair[side] for pair in ends]))
-        walked.append(compared.walked)
+    found, walked = zip(
+        *(compared.sources(side, [pair[side] for pair in ends]) for side in (0, 1)), strict=True
+    )
     compared.found = (found[0], found[1])
     compared.end = (ends[0][0], ends[0][1]) if ends else (0, 0)
     pair, relation = _best_pair(compared, found, walked)
@@ -284,7 +278,7 @@ def _lines(
         order = [*sorted(compared.shuffled[1 - side].get(index, []))[:1], *order]
     for index in list(order):
         order += _constants(compared, side, index)
-    return tuple(distinct_lines(values, order))
+    return tuple(distinct_lines(compared.traces[side], order))
 
 
 def _near_lines(
@@ -405,25 +399,21 @@ def _scaling(values: Sequence[Value], walked: set[int], paired: int) -> list[int
     )
 
 
-def distinct_lines(values: Sequence[Value], order: Iterable[int]) -> list[SourceLine]:
+def distinct_lines(trace: Trace, order: Iterable[int]) -> list[SourceLine]:
     """Return the lines of the values, each once, in their order."""
     lines: dict[tuple[str, int], SourceLine] = {}
     for index in order:
-        source = _source_of(values, index)
+        source = _source_of(trace, index)
         if source is not None:
             lines.setdefault((source.file, source.line), source)
     return list(lines.values())
 
 
-def _source_of(values: Sequence[Value], index: int) -> SourceLine | None:
+def _source_of(trace: Trace, index: int) -> SourceLine | None:
     """Return the line of a value, or of the first of its children that has one."""
-    source = values[index].source
-    if source is not None:
-        return source
-    for child in range(index + 1, len(values)):
-        if index in values[child].parents:
-            return _source_of(values, child)
-    return None
+    source = trace.values[index].source
+    children = trace.children.get(index, [])
+    return _source_of(trace, children[0]) if source is None and children else source
 
 
 def _last_equal(compared: Comparison, found: Sequence[Sequence[int]]) -> tuple[str, ...]:

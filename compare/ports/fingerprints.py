@@ -107,12 +107,12 @@ def _equal_up_to_axes(one: np.ndarray, other: np.ndarray) -> bool:
     if one.size != other.size:
         small, large = sorted((one, other), key=lambda array: array.size)
         return _is_broadcast(small, large)
-    if one.size > _MAX_ORDERED or _is_close(one.ravel(), other.ravel()):
+    if one.size > _MAX_ORDERED or all_close(one.ravel(), other.ravel()):
         return True
     if sorted(one.shape) != sorted(other.shape) or one.ndim > _MAX_AXES:
         return False
     return any(
-        one.transpose(axes).shape == other.shape and _is_close(one.transpose(axes), other)
+        one.transpose(axes).shape == other.shape and all_close(one.transpose(axes), other)
         for axes in permutations(range(one.ndim))
     )
 
@@ -125,7 +125,7 @@ def _is_broadcast(small: np.ndarray, large: np.ndarray) -> bool:
         if tuple(large.shape[axis] for axis in axes) != small.shape:
             continue
         rest = [axis for axis in range(large.ndim) if axis not in axes]
-        if _is_close(
+        if all_close(
             large.transpose(*rest, *axes),
             np.broadcast_to(small, (*(large.shape[axis] for axis in rest), *small.shape)),
         ):
@@ -133,7 +133,8 @@ def _is_broadcast(small: np.ndarray, large: np.ndarray) -> bool:
     return False
 
 
-def _is_close(one: np.ndarray, other: np.ndarray) -> bool:
+def all_close(one: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether all entries agree, up to roundings of float64."""
     return bool(close(numbers(one), numbers(other)).all())
 
 

@@ -13,9 +13,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ..conversion.mapping import KeyPath
 from ..conversion.state_kinds import flax_side
 from ..proof.cases import Framework
-from .calls import Call
+from .calls import Call, call_of
 from .errors import PortError
-from .trees import named_arrays
+from .trees import arrays_of_output
 
 Leaves = dict[KeyPath, Any]
 # What the arguments of a call that say whether it trains are named, and their values in training.
@@ -49,16 +49,17 @@ class Adapters(NamedTuple):
         """Return the call with Flax's arguments."""
         if self.inputs is None:
             return call
-        made = self.inputs(*call.args, **call.kwargs)
-        if isinstance(made, dict):
-            return Call((), made)
-        return Call(made, {}) if isinstance(made, tuple) else Call((made,), {})
+        return call_of(self.inputs(*call.args, **call.kwargs))
+
+    def output(self, raw: Any) -> Any:
+        """Return what the module returns as torch returns it."""
+        return raw if self.outputs is None else self.outputs(raw)
 
     def keywords(self, function: Callable[..., Any], *, train: bool) -> dict[str, Any]:
         """Return the keywords that say whether the call trains."""
         if self.train is not None:
             return {
-                name: value if train else not value if isinstance(value, bool) else None
+                name: value if train else not value
                 for name, value in self.train.items()
                 if train or isinstance(value, bool)
             }
@@ -107,10 +108,7 @@ class LinenPort:
             method=self.adapters.method,
         )
         after = {path: leaf for path, leaf in flatten_dict(dict(changed)).items() if path in leaves}
-        return self._outputs(raw), after
-
-    def _outputs(self, raw: Any) -> Any:
-        return raw if self.adapters.outputs is None else self.adapters.outputs(raw)
+        return self.adapters.output(raw), after
 
 
 class NnxPort:
@@ -142,7 +140,7 @@ class NnxPort:
         after = {
             path: leaf for path, leaf in flax_side(model).leaves.items() if path in self._names
         }
-        return raw if self.adapters.outputs is None else self.adapters.outputs(raw), after
+        return self.adapters.output(raw), after
 
 
 Port = LinenPort | NnxPort
@@ -200,13 +198,13 @@ def _widest(params: Leaves, inputs: Mapping[str, Any]) -> Any:
 
 def named(raw: Any) -> dict[str, Any]:
     """Return the arrays of an output by name."""
-    found = named_arrays(raw)
-    if not found:
-        raise PortError(
-            f"the Flax module returns {type(raw).__name__}, in which there is no array: pass "
-            "outputs=, a function that takes the arrays out of it"
-        )
-    return {name: jnp.asarray(value) for name, value in found.items()}
+    found = arrays_of_output(raw, "Flax", "array")
+    return on_device(found)
+
+
+def on_device(arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Return the arrays as JAX arrays."""
+    return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
 def cast(leaves: Mapping[KeyPath, Any], dtype: str) -> Leaves:

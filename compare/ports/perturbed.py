@@ -53,15 +53,14 @@ class Perturbed(TorchDispatchMode):
         return tensor * (1.0 + (2 * signs - 1).to(tensor.dtype) * torch.finfo(tensor.dtype).eps)
 
 
-def deviations(run: Callable[[Perturbed], Result], exact: Result, samples: int = SAMPLES) -> Result:
+def deviations(run: Callable[[Perturbed], Result], exact: Result) -> Result:
     """Return how far results move at most under perturbation, one number for each array.
 
     Args:
         run: a run of the module within the mode, with its tensors and inputs moved by it as well.
         exact: the run without.
-        samples: the number of perturbed runs.
     """
-    moved = [run(Perturbed(seed)) for seed in range(samples)]
+    moved = [run(Perturbed(seed)) for seed in range(SAMPLES)]
 
     def largest(part: str) -> NamedArrays:
         return {

@@ -241,8 +241,7 @@ class _Recorder:
     def _meta(self, name: str, source: SourceLine | None, inputs: Sequence[_Atom]) -> _Meta:
         parents = tuple(dict.fromkeys(index for _, index in inputs if index is not None))
         depends = any(self.metas[index].depends for index in parents)
-        named = None if source is None else replace(source, operation=name)
-        return _Meta(name, named, parents, depends)
+        return _named(name, source, parents, depends)
 
     def _scan(self, equation: Any, inputs: list[_Atom], source: SourceLine | None) -> list[_Atom]:
         """Evaluate a scan whose steps also give every value within the step."""
@@ -289,15 +288,16 @@ class _Recorder:
         for position, result in enumerate([*carry, *ys]):
             made = within.outputs[position]
             parents = outer if made is None else (begin + made,)
-            meta = self._inner("scan", source, parents, depends)
-            results.append(self.add(result, meta))
+            results.append(self.add(result, _named("scan", source, parents, depends)))
         return results
 
-    def _inner(
-        self, name: str, source: SourceLine | None, parents: tuple[int, ...], depends: bool
-    ) -> _Meta:
-        named = None if source is None else replace(source, operation=name)
-        return _Meta(name, named, parents, depends)
+
+def _named(
+    operation: str, source: SourceLine | None, parents: tuple[int, ...], depends: bool
+) -> _Meta:
+    """Return what is known of the result of an operation, whose name its line then has."""
+    line = None if source is None else replace(source, operation=operation)
+    return _Meta(operation, line, parents, depends)
 
 
 def _source(equation: Any) -> SourceLine | None:

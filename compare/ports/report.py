@@ -1,6 +1,7 @@
 """What a check of a port found, as data and as text."""
 
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 from ..proof.agreement import Finding
@@ -86,18 +87,9 @@ class PortReport:
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as JSON data."""
-        found = self.divergence
         return {
             "held": self.held,
-            "divergence": None
-            if found is None
-            else {
-                "what": found.what,
-                "torch_source": [asdict(source) for source in found.torch_source],
-                "flax_source": [asdict(source) for source in found.flax_source],
-                "last_equal": list(found.last_equal),
-                "hint": found.hint,
-            },
+            "divergence": None if self.divergence is None else asdict(self.divergence),
             "slip": self.slip,
             "ulps": self.ulps,
             "notes": list(self.notes),
@@ -143,4 +135,4 @@ def _told(finding: Finding) -> str:
 
 
 def _number(ratio: float) -> float | None:
-    return ratio if ratio == ratio and abs(ratio) != float("inf") else None
+    return ratio if isfinite(ratio) else None

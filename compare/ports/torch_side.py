@@ -14,7 +14,7 @@ from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from .calls import Call
 from .errors import PortError
 from .result import NamedArrays, Result
-from .trees import named_arrays
+from .trees import arrays_of_output
 
 Outputs = Callable[[Any], Any]
 SEED = 0  # of torch's own random operations, so that every run draws the same
@@ -80,12 +80,7 @@ class TorchSide:
             seed: the seed of torch's own random operations.
         """
         module = self.module(dtype, state).train(train)
-        inputs = {
-            name: numpy_to_tensor(array.copy()).to(getattr(torch, dtype)).requires_grad_()
-            if name in call.floats
-            else numpy_to_tensor(array.copy())
-            for name, array in call.arrays.items()
-        }
+        inputs = placed_inputs(call, dtype, has_gradients=True)
         placed = call.replaced(inputs)
         counts: dict[str, int] = {}
         with (
@@ -136,6 +131,14 @@ class TorchSide:
         }
 
 
+def placed_inputs(call: Call, dtype: str, *, has_gradients: bool) -> dict[str, Tensor]:
+    """Return copies of the arrays of a call as tensors, floating ones in the dtype."""
+    inputs = {name: numpy_to_tensor(array.copy()) for name, array in call.arrays.items()}
+    for name in call.floats:
+        inputs[name] = inputs[name].to(getattr(torch, dtype)).requires_grad_(has_gradients)
+    return inputs
+
+
 def weighted_sum(outputs: Mapping[str, Tensor], cotangents: NamedArrays) -> Any:
     """Return the sum of the outputs times their cotangents; 0 if none depends on a parameter."""
     return sum(
@@ -147,12 +150,7 @@ def weighted_sum(outputs: Mapping[str, Tensor], cotangents: NamedArrays) -> Any:
 
 def tensors_of(raw: Any) -> dict[str, Tensor]:
     """Return the tensors of an output by name, numbers as tensors."""
-    named = named_arrays(raw)
-    if not named:
-        raise PortError(
-            f"the torch module returns {type(raw).__name__}, in which there is no tensor: "
-            "pass outputs=, a function that takes the tensors out of it"
-        )
+    named = arrays_of_output(raw, "torch", "tensor")
     return {name: torch.as_tensor(value) for name, value in named.items()}
 
 

@@ -1,24 +1,23 @@
 """Run both modules once more and record every value, to find where they part."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 import torch
 
-from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
+from ..conversion.tensors import tensor_to_numpy
 from .backward import first_gradient
 from .calls import Call
 from .divergence import first_divergence
-from .flax_side import Leaves, Port, named
+from .flax_side import Leaves, Port, named, on_device
 from .places import built_at
 from .record_jax import record, record_gradients
 from .record_torch import TorchRecorder
 from .report import Divergence
 from .result import NamedArrays
-from .torch_side import SEED, TorchSide, plain_kernels, weighted_sum
+from .torch_side import SEED, TorchSide, placed_inputs, plain_kernels, weighted_sum
 from .torch_side import tensors_of as outputs_of
 from .values import Trace
 
@@ -38,12 +37,7 @@ def torch_trace(
     There are gradients if there are cotangents.
     """
     module = side.module("float64", state).train(train)
-    inputs = {
-        name: numpy_to_tensor(array.copy()).double().requires_grad_(cotangents is not None)
-        if name in call.floats
-        else numpy_to_tensor(array.copy())
-        for name, array in call.arrays.items()
-    }
+    inputs = placed_inputs(call, "float64", has_gradients=cotangents is not None)
     recorder = TorchRecorder()
     for tensor in (*inputs.values(), *module.state_dict(keep_vars=True).values()):
         if isinstance(tensor, torch.Tensor):
@@ -86,25 +80,26 @@ def gradient_divergence(
     train: bool,
 ) -> Divergence | None:
     """Return where the gradients part, walking back from the outputs; None if it cannot be told."""
-
-    def function(leaves: Leaves, arrays: dict[str, Any]) -> dict[str, Any]:
-        return named(port.apply(leaves, call.replaced(arrays), train=train)[0])
-
-    arrays = {name: jax.numpy.asarray(array) for name, array in call.arrays.items()}
     return first_gradient(
         torch_trace(side, state, call, train=train, cotangents=cotangents),
-        record_gradients(function, cotangents, leaves, arrays),
+        record_gradients(
+            _outputs_of(port, call, train=train), cotangents, leaves, on_device(call.arrays)
+        ),
     )
 
 
 def flax_trace(port: Port, leaves: Leaves, call: Call, *, train: bool) -> Trace:
     """Return the values of a call of the Flax module in float64."""
+    return record(_outputs_of(port, call, train=train), leaves, on_device(call.arrays))
+
+
+def _outputs_of(port: Port, call: Call, *, train: bool) -> Callable[..., dict[str, Any]]:
+    """Return a function of leaves and arrays that returns the outputs of the call by name."""
 
     def function(leaves: Leaves, arrays: dict[str, Any]) -> dict[str, Any]:
         return named(port.apply(leaves, call.replaced(arrays), train=train)[0])
 
-    arrays = {name: jax.numpy.asarray(array) for name, array in call.arrays.items()}
-    return record(function, leaves, arrays)
+    return function
 
 
 def divergence(

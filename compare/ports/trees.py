@@ -1,12 +1,15 @@
 """Arrays in nested structures, by names: what a module takes and returns."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import torch
+
+from ..conversion.mapping import dotted
+from ..conversion.trees import leaves_of, with_leaves
+from .errors import PortError
 
 Arrays = dict[str, Any]
 
@@ -21,45 +24,36 @@ def named_arrays(tree: Any) -> Arrays:
 
     None and text are left out. The array of a tree that is one array has the name "".
     """
-    return dict(_walk(tree, ""))
+    return {
+        dotted(path): leaf
+        for path, leaf in leaves_of(tree).items()
+        if is_array(leaf) or isinstance(leaf, bool | int | float | complex)
+    }
 
 
-def _walk(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if is_array(tree) or isinstance(tree, bool | int | float | complex):
-        yield name, tree
-        return
-    children = _children(tree)
-    for step, child in children.items():
-        yield from _walk(child, f"{name}.{step}" if name else step)
+def arrays_of_output(raw: Any, framework: str, what: str) -> Arrays:
+    """Return the arrays of what a module returns, by name.
+
+    Raises:
+        PortError: there is none.
+    """
+    found = named_arrays(raw)
+    if not found:
+        raise PortError(
+            f"the {framework} module returns {type(raw).__name__}, in which there is no {what}: "
+            f"pass outputs=, a function that takes the {what}s out of it"
+        )
+    return found
 
 
-def _children(tree: Any) -> dict[str, Any]:
-    if isinstance(tree, Mapping):
-        return {str(key): child for key, child in tree.items()}
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return dict(zip(tree._fields, tree, strict=True))
-    if isinstance(tree, tuple | list):
-        return {str(index): child for index, child in enumerate(tree)}
-    if is_dataclass(tree) and not isinstance(tree, type):
-        return {field.name: getattr(tree, field.name) for field in fields(tree)}
-    return {}
-
-
-def mapped(function: Callable[[str, Any], Any], tree: Any, name: str = "") -> Any:
+def replaced(tree: Any, function: Callable[[str, Any], Any]) -> Any:
     """Return the tree with each array replaced by `function(its name, the array)`."""
-    if is_array(tree):
-        return function(name, tree)
-
-    def below(step: str, child: Any) -> Any:
-        return mapped(function, child, f"{name}.{step}" if name else step)
-
-    if isinstance(tree, Mapping):
-        return {key: below(str(key), child) for key, child in tree.items()}
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(below(key, child) for key, child in _children(tree).items()))
-    if isinstance(tree, tuple | list):
-        return type(tree)(below(str(index), child) for index, child in enumerate(tree))
-    return tree
+    leaves = leaves_of(tree)
+    made = {
+        path: function(dotted(path), leaf) if is_array(leaf) else leaf
+        for path, leaf in leaves.items()
+    }
+    return with_leaves(tree, made)
 
 
 def is_float(array: Any) -> bool:

@@ -3,7 +3,7 @@
 import linecache
 import sysconfig
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,15 @@ class Trace:
 
     values: list[Value] = field(default_factory=list)
     outputs: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def children(self) -> dict[int, list[int]]:
+        """The values that are made of each value; asked for when all are recorded."""
+        children: dict[int, list[int]] = {}
+        for index, value in enumerate(self.values):
+            for parent in value.parents:
+                children.setdefault(parent, []).append(index)
+        return children
 
     def add(self, value: Value) -> int:
         """Add a value and return its index."""

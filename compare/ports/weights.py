@@ -76,9 +76,15 @@ def leaves_for(
 ) -> Leaves:
     """Return Flax's leaves with the values of a torch state dict."""
     if isinstance(port, NnxPort):
-        filled = torch_to_nnx(dict(state), nnx.clone(port.module), mapping=mapping)
+        return _leaves(torch_to_nnx(dict(state), nnx.clone(port.module), mapping=mapping))
+    return _leaves(torch_to_linen(dict(state), template, mapping=mapping))
+
+
+def _leaves(filled: Any) -> Leaves:
+    """Return the leaves of an NNX model or of Linen variables."""
+    if isinstance(filled, nnx.Module):
         return flax_side(filled).leaves
-    return flatten_dict(dict(torch_to_linen(dict(state), template, mapping=mapping)))
+    return flatten_dict(dict(filled))
 
 
 def drawn_again(module: nn.Module) -> nn.Module:
@@ -135,11 +141,8 @@ def differs_after_a_file(
     """Return the Flax paths whose bits differ when torch's state comes through a file."""
     with tempfile.TemporaryDirectory() as folder:
         path = save_checkpoint(Path(folder) / "state.safetensors", dict(state))
-        if isinstance(port, NnxPort):
-            loaded = load_checkpoint(path, nnx.clone(port.module), mapping=mapping)
-            again = flax_side(loaded).leaves
-        else:
-            again = flatten_dict(dict(load_checkpoint(path, template, mapping=mapping)))
+        target = nnx.clone(port.module) if isinstance(port, NnxPort) else template
+        again = _leaves(load_checkpoint(path, target, mapping=mapping))
     return sorted(
         slashed(path)
         for path, leaf in leaves.items()
