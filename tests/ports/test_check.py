@@ -210,3 +210,10 @@ def test_a_buffer_that_flax_computes_is_a_note() -> None:
     report = compare.check_port(Masked(), FlaxMasked(diagonal=1), given, dtypes=())
     assert report.divergence is not None
     assert "tril" in str(report.divergence), str(report)
+
+
+@pytest.mark.parametrize("slip", [1e-9, 1e-12])
+def test_a_small_slip_is_seen(slip: float) -> None:
+    report = compare.check_port(torch_block(), LinenBlock(factor=1 + slip), inputs(), dtypes=())
+    failed = {finding.check for finding in report.findings if not finding.held}
+    assert {"outputs", "gradients"} <= failed
