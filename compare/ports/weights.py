@@ -117,15 +117,14 @@ def pulled_back(mapping: StateMapping, gradients: Mapping[KeyPath, Any]) -> Name
     for row in mapping.rows:
         if row.path not in gradients or row.kind == "alias":
             continue
-        for key, tensor in torch_tensors(row, gradients[row.path]).items():
-            array = tensor_to_numpy(tensor)
+        made = torch_tensors(row, gradients[row.path])
+        for key in made:
+            array = tensor_to_numpy(made[row.torch_key if key == row.plus else key])
             if row.part is None:
                 found[key] = found.get(key, 0.0) + array
             else:
                 of_key = parts.setdefault(key, {})
                 of_key[row.part.index] = of_key.get(row.part.index, 0.0) + array
-        if row.plus:
-            found[row.plus] = found[row.torch_key]
     for key, index in parts.items():
         row = next(row for row in mapping.by_key[key] if row.part)
         assert row.part is not None

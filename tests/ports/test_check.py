@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -217,3 +218,31 @@ def test_a_small_slip_is_seen(slip: float) -> None:
     report = compare.check_port(torch_block(), LinenBlock(factor=1 + slip), inputs(), dtypes=())
     failed = {finding.check for finding in report.findings if not finding.held}
     assert {"outputs", "gradients"} <= failed
+
+
+class Recurrent(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = torch.nn.LSTM(4, 3, batch_first=True)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.cell(inputs)[0]
+
+
+class FlaxRecurrent(linen.Module):
+    @linen.compact
+    def __call__(self, inputs: Any) -> Any:
+        cell = linen.OptimizedLSTMCell(3, param_dtype=inputs.dtype, name="cell")
+        return linen.RNN(cell)(inputs)
+
+
+def test_both_biases_of_torch_have_the_gradient_of_the_one_in_flax() -> None:
+    given = np.random.default_rng(0).standard_normal((2, 5, 4))
+    source, port = Recurrent(), FlaxRecurrent()
+    template = port.init(jax.random.key(0), given.astype(np.float32))
+    mapping = compare.match(source.state_dict(), template)
+    report = compare.check_port(source, port, given, dtypes=(), mapping=mapping)
+    assert report.held, str(report)
+    cases = " ".join(finding.case for finding in report.findings if finding.check == "gradients")
+    assert "cell.bias_ih_l0" in cases
+    assert "cell.bias_hh_l0" in cases
