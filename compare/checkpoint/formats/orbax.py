@@ -506,6 +506,7 @@ def _pending_handler() -> Any:
         def __init__(self) -> None:
             super().__init__()
             self._deepcopy_host_arrays = False  # no argument before Orbax 0.12.5
+            self._failed: list[Exception] = []
 
         async def serialize(
             self, values: Sequence[Any], infos: Sequence[Any], args: Any = None
@@ -528,12 +529,25 @@ def _pending_handler() -> Any:
                 for leaf, array in zip(leaves, arrays, strict=True)
             ]
             await _all([*(asyncio.to_thread(future.result) for future in written), *sums])
+            if self._failed:
+                raise self._failed[0]
 
         async def _open_and_write(
             self, value: np.ndarray, tspec: dict[str, Any], ts_context: Any
         ) -> None:
+            """Write an array. An error is raised when all arrays of the batch have ended.
+
+            Orbax closes its event loop as soon as one write fails. The other writes would go on,
+            and make the temporary folder anew after it has been removed.
+            """
+            try:
+                array = await ts.open(tspec, create=True, open=True, context=ts_context)
+                await self._write_slices(array, value)
+            except Exception as error:
+                self._failed.append(error)
+
+        async def _write_slices(self, array: Any, value: np.ndarray) -> None:
             """Write slice by slice: TensorStore keeps all packed chunks of a write in memory."""
-            array = await ts.open(tspec, create=True, open=True, context=ts_context)
             if not value.ndim:
                 await array.write(value)
                 return
