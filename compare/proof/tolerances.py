@@ -1,7 +1,7 @@
 """Tolerances other than the forward rounding bound, and how each limit is derived."""
 
 import numpy as np
-from scipy.stats import binom, chi2
+from scipy.special import gammaincinv
 
 from .rounding_bound import PRECISIONS
 from .running_error import Bounded
@@ -80,6 +80,8 @@ def binomial_distance(count: int, total: int, probability: float) -> tuple[float
 
     The limit is the exact binomial quantile on the count's side of the expectation.
     """
+    from scipy.stats import binom  # half a second, which few commands need
+
     lower, upper = binom.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], total, probability)
     expected = total * probability
     return float(count), expected, float(upper - expected if count > expected else expected - lower)
@@ -104,5 +106,6 @@ def worst_case(samples: np.ndarray, errors: np.ndarray) -> np.ndarray:
         errors: the number n of errors that have accumulated, broadcast against the other axes.
     """
     count = len(samples)
-    root = np.sqrt((samples**2).mean(axis=0) * count / chi2.ppf(UNDERESTIMATED, count))
+    quantile = 2.0 * gammaincinv(count / 2.0, UNDERESTIMATED)
+    root = np.sqrt((samples**2).mean(axis=0) * count / quantile)
     return np.sqrt(errors) * root

@@ -120,12 +120,14 @@ def test_flax_gradients_are_those_of_the_function() -> None:
         apply, variables = ready_linen(SMALL, state, None)
         buffers = {"buffers": variables["buffers"]}
         check_grads(
-            lambda params, inputs: apply({"params": params, **buffers}, inputs),
+            jax.jit(lambda params, inputs: apply({"params": params, **buffers}, inputs)),
             (variables["params"], inputs),
             2,
         )
         graph, *states = nnx.split(ready_nnx(SMALL, state, None), nnx.Param, ...)
         parameters, rest = states
         check_grads(
-            lambda params, inputs: nnx.merge(graph, params, rest)(inputs), (parameters, inputs), 1
+            jax.jit(lambda params, inputs: nnx.merge(graph, params, rest)(inputs)),
+            (parameters, inputs),
+            1,
         )
