@@ -14,6 +14,7 @@ from ..conversion.mapping import KeyPath
 from ..conversion.state_kinds import flax_side
 from ..proof.cases import Framework
 from .calls import Call, call_of
+from .dropout import flax_patterns
 from .errors import PortError
 from .trees import arrays_of_output
 
@@ -27,7 +28,7 @@ TRAINS = {
     "use_running_average": False,
     "inference": False,
 }
-_SEED = 0
+SEED = 0  # of Flax's own random operations
 
 
 class Adapters(NamedTuple):
@@ -88,25 +89,28 @@ class LinenPort:
             made = self.adapters.call(call.replaced(arrays))
             keywords = self.adapters.keywords(self._function, train=False)
             return self.module.init(
-                _streams(), *made.args, **made.kwargs, **keywords, method=self.adapters.method
+                _streams(SEED), *made.args, **made.kwargs, **keywords, method=self.adapters.method
             )
 
         return jax.jit(init)(call.arrays)
 
-    def apply(self, leaves: Leaves, call: Call, *, train: bool) -> tuple[Any, Leaves]:
+    def apply(
+        self, leaves: Leaves, call: Call, *, train: bool, seed: int | jax.Array = SEED
+    ) -> tuple[Any, Leaves]:
         """Return what the module returns, and its state after the call."""
         made = self.adapters.call(call)
         variables = unflatten_dict(leaves)
         others = [name for name in variables if name != "params"]
-        raw, changed = self.module.apply(
-            variables,
-            *made.args,
-            **made.kwargs,
-            **self.adapters.keywords(self._function, train=train),
-            mutable=others,
-            rngs=_streams(),
-            method=self.adapters.method,
-        )
+        with flax_patterns():
+            raw, changed = self.module.apply(
+                variables,
+                *made.args,
+                **made.kwargs,
+                **self.adapters.keywords(self._function, train=train),
+                mutable=others,
+                rngs=_streams(seed),
+                method=self.adapters.method,
+            )
         after = {path: leaf for path, leaf in flatten_dict(dict(changed)).items() if path in leaves}
         return self.adapters.output(raw), after
 
@@ -129,14 +133,24 @@ class NnxPort:
         """Return the model, whose layers say their layouts."""
         return self.module
 
-    def apply(self, leaves: Leaves, call: Call, *, train: bool) -> tuple[Any, Leaves]:
+    def apply(
+        self, leaves: Leaves, call: Call, *, train: bool, seed: int | jax.Array = SEED
+    ) -> tuple[Any, Leaves]:
         """Return what the model returns, and its state after the call."""
         made = self.adapters.call(call)
         model = nnx.clone(self.module)
         nnx.update(model, unflatten_dict(leaves))
+        streams: dict[str, Any] = {
+            node.key.tag: jax.random.key(seed)
+            for _, node in nnx.iter_graph(model)
+            if isinstance(node, nnx.RngStream)
+        }
+        nnx.reseed(model, policy="match_shape", **streams)
         model.train() if train else model.eval()
         function = getattr(model, self.adapters.method or "__call__")
-        raw = function(*made.args, **made.kwargs, **self.adapters.keywords(function, train=train))
+        keywords = self.adapters.keywords(function, train=train)
+        with flax_patterns():
+            raw = function(*made.args, **made.kwargs, **keywords)
         after = {
             path: leaf for path, leaf in flax_side(model).leaves.items() if path in self._names
         }
@@ -170,12 +184,13 @@ def gradients_of(
     cotangents: Mapping[str, np.ndarray],
     *,
     train: bool,
+    seed: int | jax.Array = SEED,
 ) -> tuple[dict[str, Any], Leaves, Leaves, dict[str, Any]]:
     """Return outputs, state, and gradients by parameters and by inputs, of a function to trace."""
     fixed = {path: leaf for path, leaf in leaves.items() if path not in trained}
 
     def forward(params: Leaves, inputs: dict[str, Any]) -> tuple[Any, Any]:
-        raw, after = port.apply(params | fixed, call.replaced(inputs), train=train)
+        raw, after = port.apply(params | fixed, call.replaced(inputs), train=train, seed=seed)
         outputs = named(raw)
         total = sum(
             (outputs[name] * cotangents[name].astype(outputs[name].dtype)).sum()
@@ -220,5 +235,5 @@ def cast_call(call: Call, dtype: str) -> Call:
     return call.replaced({name: array.astype(dtype) for name, array in call.floats.items()})
 
 
-def _streams() -> dict[str, jax.Array]:
-    return {name: jax.random.key(_SEED) for name in ("params", "dropout")}
+def _streams(seed: int | jax.Array) -> dict[str, jax.Array]:
+    return {name: jax.random.key(seed) for name in ("params", "dropout", "default")}

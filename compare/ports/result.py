@@ -18,9 +18,13 @@ class Result:
         state: the buffers after the call, by their torch names.
         biased: what running variances would be if they were made of the biased variance of the
             batch, as Flax's BatchNorm makes them.
+        drawn: how many dropout patterns were drawn.
+        is_random: whether a pattern was used for other entries than it was made for.
     """
 
     outputs: NamedArrays
     gradients: NamedArrays = field(default_factory=dict)
     state: NamedArrays = field(default_factory=dict)
     biased: NamedArrays = field(default_factory=dict)
+    drawn: int = 0
+    is_random: bool = False

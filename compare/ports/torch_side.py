@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..conversion.state_kinds import torch_kinds
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from .calls import Call
+from .dropout import SharedPatterns
 from .errors import PortError
 from .result import NamedArrays, Result
 from .trees import arrays_of_output
@@ -88,6 +89,7 @@ class TorchSide:
             torch.random.fork_rng(devices=[]),
             _counting(module, counts),
             within(),
+            SharedPatterns() as patterns,
         ):
             torch.manual_seed(seed)
             tensors = tensors_of(self.called(module, placed))
@@ -100,7 +102,8 @@ class TorchSide:
             if isinstance(tensor, Tensor) and key not in self.parameters
         }
         outputs = {name: tensor_to_numpy(tensor).copy() for name, tensor in tensors.items()}
-        return Result(outputs, gradients, after, _biased(module, state, after, counts))
+        biased = _biased(module, state, after, counts)
+        return Result(outputs, gradients, after, biased, patterns.drawn, patterns.is_foreign)
 
     def called(self, module: nn.Module, call: Call) -> Any:
         """Return what the module returns for tensors, as it is to be compared."""

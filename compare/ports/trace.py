@@ -11,6 +11,7 @@ from ..conversion.tensors import tensor_to_numpy
 from .backward import first_gradient
 from .calls import Call
 from .divergence import first_divergence
+from .dropout import SharedPatterns
 from .flax_side import Leaves, Port, named, on_device
 from .places import built_at
 from .record_jax import record, record_gradients
@@ -45,6 +46,7 @@ def torch_trace(
     placed = call.replaced(inputs)
     with (
         plain_kernels(),
+        SharedPatterns(),
         torch.random.fork_rng(devices=[]),
         torch.set_grad_enabled(cotangents is not None),
     ):

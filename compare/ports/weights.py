@@ -138,6 +138,8 @@ def differs_after_a_file(
     state: Mapping[str, Tensor], port: Port, template: Any, mapping: StateMapping, leaves: Leaves
 ) -> list[str]:
     """Return the Flax paths whose bits differ when torch's state comes through a file."""
+    if not state or not leaves:
+        return []
     with tempfile.TemporaryDirectory() as folder:
         path = save_checkpoint(Path(folder) / "state.safetensors", dict(state))
         target = nnx.clone(port.module) if isinstance(port, NnxPort) else template

@@ -156,18 +156,93 @@ class Dropped(torch.nn.Module):
 
 
 class FlaxDropped(linen.Module):
+    rate: float = 0.5
+    is_drawn_elsewhere: bool = False
+
     @linen.compact
     def __call__(self, inputs: Any, deterministic: bool = True) -> Any:
-        return linen.Dropout(0.5, deterministic=deterministic)(linen.Dense(4, name="fc")(inputs))
+        outputs = linen.Dense(4, name="fc")(inputs)
+        if self.is_drawn_elsewhere and not deterministic:
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 0.5, outputs.shape)
+            return 2 * jnp.where(keep, outputs, 0)
+        return linen.Dropout(self.rate)(outputs, deterministic=deterministic)
 
 
-def test_what_is_random_is_not_compared() -> None:
+class NnxDropped(nnx.Module):
+    def __init__(self, rate: float) -> None:
+        rngs = nnx.Rngs(0)
+        self.fc = nnx.Linear(4, 4, rngs=rngs)
+        self.dropout = nnx.Dropout(rate, rngs=rngs)
+
+    def __call__(self, inputs: Any) -> Any:
+        return self.dropout(self.fc(inputs))
+
+
+@pytest.mark.parametrize("make", [FlaxDropped, NnxDropped])
+def test_dropout_has_the_same_patterns_on_both_sides(make: Any) -> None:
     given = np.random.default_rng(0).standard_normal((3, 4))
-    report = compare.check_port(Dropped(always=False), FlaxDropped(), given)
+    report = compare.check_port(Dropped(always=False), make(0.5), given, dtypes=())
     assert report.held, str(report)
-    assert "training is not compared, because the torch module draws random" in report.notes[0]
+    assert any("training" in finding.case for finding in report.findings)
+    assert "the same patterns are drawn for both" in report.notes[0]
+    assert report.slip < 1e-12
+    report = compare.check_port(Dropped(always=False), make(0.4), given, dtypes=())
+    assert {one.case.split(", ")[1] for one in report.findings if not one.held} == {"training"}
+    assert not compare.check_port(Dropped(always=True), make(0.5), given, dtypes=()).held
+
+
+class DroppedChannels(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout2d(images, 0.5, self.training)
+
+
+class FlaxDroppedChannels(linen.Module):
+    shared: tuple[int, ...] = (1, 2)
+
+    @linen.compact
+    def __call__(self, images: Any, train: bool = False) -> Any:
+        dropout = linen.Dropout(0.5, broadcast_dims=self.shared, deterministic=not train)
+        return dropout(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+
+
+def test_a_pattern_may_be_shared_along_axes() -> None:
+    images = np.random.default_rng(0).standard_normal((4, 6, 3, 3))
+    report = compare.check_port(DroppedChannels(), FlaxDroppedChannels(), images, dtypes=())
+    assert report.held, str(report)
+    assert not compare.check_port(DroppedChannels(), FlaxDroppedChannels(()), images).held
+
+
+class Noisy(torch.nn.Module):
+    """Drops by a pattern that is not of what it drops, or adds noise."""
+
+    def __init__(self, noise: float) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.noise:
+            return inputs + self.noise * torch.randn_like(inputs)
+        keep = inputs.new_empty((len(inputs), 1)).bernoulli_(0.5) if self.training else 0.5
+        return 2 * inputs.exp() * keep
+
+
+class Exponential(linen.Module):
+    @linen.compact
+    def __call__(self, inputs: Any) -> Any:
+        return jnp.exp(inputs)
+
+
+def test_what_is_random_otherwise_is_not_compared() -> None:
+    given = np.random.default_rng(0).standard_normal((3, 4))
+    report = compare.check_port(Noisy(0.0), Exponential(), given, dtypes=())
+    assert report.held, str(report)
+    assert "the torch module draws random numbers there that are no" in report.notes[0]
+    port = FlaxDropped(is_drawn_elsewhere=True)
+    report = compare.check_port(Dropped(always=False), port, given, dtypes=())
+    assert report.held, str(report)
+    assert "the Flax module draws random numbers there outside of a Dropout" in report.notes[0]
     with pytest.raises(PortError, match="draws random numbers in inference"):
-        compare.check_port(Dropped(always=True), FlaxDropped(), given)
+        compare.check_port(Noisy(0.1), Exponential(), given)
 
 
 def test_a_parameter_of_one_side_alone_is_a_finding() -> None:
