@@ -11,11 +11,12 @@ from flax import linen, nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ..conversion.mapping import KeyPath
-from ..conversion.state_kinds import flax_side
+from ..conversion.state_kinds import FlaxSide, flax_side
 from ..proof.cases import Framework
 from .calls import Call, call_of
 from .dropout import flax_patterns
 from .errors import PortError
+from .flax_dtypes import carries_in, retype, working_dtype
 from .trees import arrays_of_output
 
 Leaves = dict[KeyPath, Any]
@@ -81,9 +82,14 @@ class LinenPort:
     def __init__(self, module: linen.Module, adapters: Adapters) -> None:
         self.module, self.adapters = module, adapters
         self._function = getattr(module, adapters.method or "__call__")
+        self._layers: dict[tuple[str, ...], linen.Module] = {}
 
     def template(self, call: Call) -> Any:
         """Return fresh variables of the module."""
+
+        def keep(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            self._layers.setdefault(context.module.path, context.module)
+            return method(*args, **kwargs)
 
         def init(arrays: dict[str, Any]) -> Any:
             made = self.adapters.call(call.replaced(arrays))
@@ -92,7 +98,12 @@ class LinenPort:
                 _streams(SEED), *made.args, **made.kwargs, **keywords, method=self.adapters.method
             )
 
-        return jax.jit(init)(call.arrays)
+        with linen.intercept_methods(keep):
+            return jax.jit(init)(call.arrays)
+
+    def side(self, template: Any) -> FlaxSide:
+        """Return the variables with what the layers, which existed when they were made, say."""
+        return flax_side(template)._replace(layers=lambda: self._layers)
 
     def apply(
         self, leaves: Leaves, call: Call, *, train: bool, seed: int | jax.Array = SEED
@@ -101,7 +112,7 @@ class LinenPort:
         made = self.adapters.call(call)
         variables = unflatten_dict(leaves)
         others = [name for name in variables if name != "params"]
-        with flax_patterns():
+        with flax_patterns(), carries_in(working_dtype(leaves)):
             raw, changed = self.module.apply(
                 variables,
                 *made.args,
@@ -133,6 +144,10 @@ class NnxPort:
         """Return the model, whose layers say their layouts."""
         return self.module
 
+    def side(self, template: Any) -> FlaxSide:
+        """Return the model's leaves with what its layers say."""
+        return flax_side(template)
+
     def apply(
         self, leaves: Leaves, call: Call, *, train: bool, seed: int | jax.Array = SEED
     ) -> tuple[Any, Leaves]:
@@ -140,6 +155,7 @@ class NnxPort:
         made = self.adapters.call(call)
         model = nnx.clone(self.module)
         nnx.update(model, unflatten_dict(leaves))
+        retype(model, working_dtype(leaves))
         streams: dict[str, Any] = {
             node.key.tag: jax.random.key(seed)
             for _, node in nnx.iter_graph(model)
@@ -195,7 +211,9 @@ def gradients_of(
         total = sum(
             (outputs[name] * cotangents[name].astype(outputs[name].dtype)).sum()
             for name in cotangents
-            if name in outputs and jnp.issubdtype(outputs[name].dtype, jnp.inexact)
+            if name in outputs
+            and outputs[name].shape == cotangents[name].shape
+            and jnp.issubdtype(outputs[name].dtype, jnp.inexact)
         )
         return jnp.asarray(total, dtype=_widest(params, inputs)), (outputs, after)
 
@@ -212,9 +230,12 @@ def _widest(params: Leaves, inputs: Mapping[str, Any]) -> Any:
 
 
 def named(raw: Any) -> dict[str, Any]:
-    """Return the arrays of an output by name."""
-    found = arrays_of_output(raw, "Flax", "array")
-    return on_device(found)
+    """Return the arrays of an output by name; the parts of complex ones are a last axis."""
+    found = on_device(arrays_of_output(raw, "Flax", "array"))
+    return {
+        name: jnp.stack([array.real, array.imag], axis=-1) if jnp.iscomplexobj(array) else array
+        for name, array in found.items()
+    }
 
 
 def on_device(arrays: Mapping[str, Any]) -> dict[str, jax.Array]:

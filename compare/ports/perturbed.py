@@ -4,7 +4,7 @@ How far the outputs move says how well the function is conditioned: what another
 operations may change. Source: Parker, "Monte Carlo Arithmetic", UCLA CSD-970002, 1997.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from .result import NamedArrays, Result
 # With five samples, the largest of five normal deviations is below 1/25 of their spread once in
 # 3e7 times: 0.032 ** 5. So 50 times the largest covers at least twice the spread.
 SAMPLES, FACTOR = 5, 50.0
+_PLACES = 1024.0  # the binary places of a number that is taken for exact: ten
+_BATCH_NORMS = (torch.ops.aten.native_batch_norm.default, torch.ops.aten.cudnn_batch_norm.default)
 
 
 class Perturbed(TorchDispatchMode):
@@ -33,10 +35,12 @@ class Perturbed(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run the operation and move its results; views and changes in place stay as they are."""
+        """Run the operation and move its results, in their place if it wrote them there."""
         result = func(*args, **(kwargs or {}))
-        if any(argument.alias_info is not None for argument in func._schema.arguments):
-            return result
+        for argument in written_by(func, args):
+            argument.copy_(self.moved(argument))
+        if any(argument.alias_info is not None for argument in func._schema.returns):
+            return result  # a view, or what was written
         if isinstance(result, Tensor):
             return self.moved(result)
         if isinstance(result, tuple | list):
@@ -46,11 +50,29 @@ class Perturbed(TorchDispatchMode):
         return result
 
     def moved(self, tensor: Tensor) -> Tensor:
-        """Return the tensor with each entry moved by one unit in the last place or not at all."""
+        """Return the tensor with each entry moved by one unit in the last place.
+
+        Whole numbers, and those with few binary places, are exact and stay: they are counts, masks
+        and numbers of regions, which are asked whether they are equal.
+        """
         if tensor.dtype not in (torch.float64, torch.float32):
             return tensor
         signs = torch.randint(0, 2, tensor.shape, generator=self._random, dtype=torch.int8)
-        return tensor * (1.0 + (2 * signs - 1).to(tensor.dtype) * torch.finfo(tensor.dtype).eps)
+        scaled = tensor * _PLACES
+        steps = (2 * signs - 1).to(tensor.dtype) * (scaled != scaled.round())
+        return tensor * (1.0 + steps * torch.finfo(tensor.dtype).eps)
+
+
+def written_by(func: Any, args: Sequence[Any]) -> list[Tensor]:
+    """Return the arguments that an operation writes into, as its schema says."""
+    places = [
+        place
+        for place, argument in enumerate(func._schema.arguments[: len(args)])
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    if func in _BATCH_NORMS and args[5]:
+        places = [3, 4]  # the running statistics, of which its schema says nothing
+    return [args[place] for place in places if isinstance(args[place], Tensor)]
 
 
 def deviations(run: Callable[[Perturbed], Result], exact: Result) -> Result:

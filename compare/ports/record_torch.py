@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..conversion.tensors import tensor_to_numpy
+from .perturbed import written_by
 from .report import SourceLine
 from .values import Trace, Value, is_somebodys, source_line
 
@@ -73,14 +74,8 @@ class TorchRecorder(TorchDispatchMode):
         name = str(func).removesuffix(".default")
         source = self._source(name)
         depends = any(self.trace.values[index].depends for index in parents)
-        written = [
-            args[position]
-            for position, argument in enumerate(func._schema.arguments)
-            if argument.alias_info is not None
-            and argument.alias_info.is_write
-            and position < len(args)
-        ]
-        for tensor in [*_tensors_in(result), *(one for one in written if isinstance(one, Tensor))]:
+        written = written_by(func, args)
+        for tensor in [*_tensors_in(result), *written]:
             if tensor.device.type == "meta":
                 continue
             value = Value(_array(tensor), name, source, tuple(dict.fromkeys(parents)), depends)

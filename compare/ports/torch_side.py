@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..conversion.state_kinds import torch_kinds
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
+from ..conversion.wrappers import without_wrapper
 from .calls import Call
 from .dropout import SharedPatterns
-from .errors import PortError
+from .errors import PortError, raised_by
 from .result import NamedArrays, Result
 from .trees import arrays_of_output
 
@@ -32,12 +33,14 @@ class TorchSide:
 
     def __init__(self, module: nn.Module, outputs: Outputs | None, method: str | None) -> None:
         try:
-            self._module = copy.deepcopy(module)
+            self._module = copy.deepcopy(without_wrapper(module))
         except Exception as error:  # a module may hold anything
             raise PortError(
                 f"the torch module cannot be copied ({type(error).__name__}: {error}): leave what "
                 "cannot be copied, such as open files and results with a gradient, out of it"
             ) from error
+        if any(tensor.is_meta for tensor in self._module.state_dict().values()):
+            raise PortError("the torch module is on the meta device, without data: load its state")
         self._module.cpu()
         self._outputs, self._method = outputs, method
         kinds = torch_kinds(self._module)
@@ -82,7 +85,7 @@ class TorchSide:
         """
         module = self.module(dtype, state).train(train)
         inputs = placed_inputs(call, dtype, has_gradients=True)
-        placed = call.replaced(inputs)
+        placed = call.replaced(passed(inputs))
         counts: dict[str, int] = {}
         with (
             plain_kernels(),
@@ -108,7 +111,8 @@ class TorchSide:
     def called(self, module: nn.Module, call: Call) -> Any:
         """Return what the module returns for tensors, as it is to be compared."""
         function = module if self._method is None else getattr(module, self._method)
-        raw = function(*call.args, **call.kwargs)
+        with raised_by("torch"):
+            raw = function(*call.args, **call.kwargs)
         return raw if self._outputs is None else self._outputs(raw)
 
     def _gradients(
@@ -142,6 +146,13 @@ def placed_inputs(call: Call, dtype: str, *, has_gradients: bool) -> dict[str, T
     return inputs
 
 
+def passed(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the module is given: copies, which it may change in place."""
+    return {
+        name: tensor.clone() if tensor.requires_grad else tensor for name, tensor in inputs.items()
+    }
+
+
 def weighted_sum(outputs: Mapping[str, Tensor], cotangents: NamedArrays) -> Any:
     """Return the sum of the outputs times their cotangents; 0 if none depends on a parameter."""
     return sum(
@@ -154,7 +165,17 @@ def weighted_sum(outputs: Mapping[str, Tensor], cotangents: NamedArrays) -> Any:
 def tensors_of(raw: Any) -> dict[str, Tensor]:
     """Return the tensors of an output by name, numbers as tensors."""
     named = arrays_of_output(raw, "torch", "tensor")
-    return {name: torch.as_tensor(value) for name, value in named.items()}
+    return {name: _real(value) for name, value in named.items()}
+
+
+def _real(value: Any) -> Tensor:
+    """Return a tensor or number as a tensor of real numbers: parts of complex ones are an axis."""
+    if isinstance(value, float | complex) and not isinstance(value, np.generic):
+        value = torch.as_tensor(
+            value, dtype=torch.result_type(torch.ones((), dtype=torch.float64), value)
+        )
+    tensor = torch.as_tensor(value)
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from .record_jax import record, record_gradients
 from .record_torch import TorchRecorder
 from .report import Divergence
 from .result import NamedArrays
-from .torch_side import SEED, TorchSide, placed_inputs, plain_kernels, weighted_sum
+from .torch_side import SEED, TorchSide, passed, placed_inputs, plain_kernels, weighted_sum
 from .torch_side import tensors_of as outputs_of
 from .values import Trace
 
@@ -38,7 +38,7 @@ def torch_trace(
     There are gradients if there are cotangents.
     """
     module = side.module("float64", state).train(train)
-    inputs = placed_inputs(call, "float64", has_gradients=cotangents is not None)
+    inputs = passed(placed_inputs(call, "float64", has_gradients=cotangents is not None))
     recorder = TorchRecorder()
     for tensor in (*inputs.values(), *module.state_dict(keep_vars=True).values()):
         if isinstance(tensor, torch.Tensor):

@@ -38,6 +38,8 @@ def arrays_of_output(raw: Any, framework: str, what: str) -> Arrays:
         PortError: there is none.
     """
     found = named_arrays(raw)
+    if len(found) == 1:  # whatever it lies in
+        return {"": next(iter(found.values()))}
     if not found:
         raise PortError(
             f"the {framework} module returns {type(raw).__name__}, in which there is no {what}: "
