@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from .divergence import Comparison, distinct_lines
+from .blame import lines_of
+from .comparison import Comparison
 from .fingerprints import close
 from .report import Divergence
 from .values import Trace
@@ -25,8 +26,9 @@ def first_gradient(torch: Traced, flax: Traced) -> Divergence | None:
     parted = _parted(compared, traced)
     stops = tuple(_stops(compared, side, parted[side]) for side in (0, 1))
     lines = tuple(
-        distinct_lines(
-            compared.traces[side],
+        lines_of(
+            compared,
+            side,
             [
                 *stops[side],
                 *_counterparts(compared, 1 - side, stops[1 - side]),

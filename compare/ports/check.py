@@ -16,6 +16,8 @@ from ..conversion.tensors import numpy_to_tensor
 from ..proof.agreement import Finding, agreement, same_names, uncompared
 from ..proof.cases import Framework
 from ..runners.run import jax_on
+from .adequacy import Adequacy
+from .adequacy import adequacy as adequacy_of
 from .calls import Call, calls_of
 from .errors import PortDiffers, PortError, raised_by
 from .flax_side import SEED as FLAX_SEED
@@ -34,7 +36,7 @@ from .perturbed import FACTOR, SAMPLES, Perturbed, deviations
 from .report import Divergence, PortReport
 from .result import NamedArrays, Result
 from .torch_side import SEED, TorchSide
-from .trace import divergence, gradient_divergence, state_divergence
+from .trace import divergence, gradient_divergence, outputs_by_name, state_divergence
 from .trees import is_float
 from .weights import differs_after_a_file, drawn_again, leaves_for, paired, pulled_back
 
@@ -81,6 +83,7 @@ def check_port(
     method: str | None = None,
     train: Mapping[str, Any] | None = None,
     dtypes: Sequence[str] = ("float32",),
+    adequacy: bool = False,
     mapping: StateMapping | None = None,
     **rules: Any,
 ) -> PortReport:
@@ -106,6 +109,8 @@ def check_port(
         train: the keywords that make the Flax module train: `{"train": True}`. By default they are
             found by their usual names. An NNX model is also told by `model.train()`.
         dtypes: the working dtypes: "float32", "bfloat16", "float16".
+        adequacy: whether to change the Flax module in one place after another, if it holds, and to
+            say which changes these inputs would not have noticed.
         mapping: how the state pairs, from `compare.match`. By default it is paired here.
         rules: `rename`, `layouts`, `policy` and the other rules of `compare.match`.
 
@@ -158,6 +163,8 @@ def check_port(
         if parted is None and changed:
             owner = changed[0].rpartition(", ")[2].rpartition(".")[0]
             parted = judge.state_divergence(states["as given"], calls[0], owner)
+        is_held = all(finding.held for finding in findings)
+        worth = judge.adequacy(states["drawn again"], calls) if adequacy and is_held else None
     notes = [f"the layers say it differently: {line}" for line in differing]
     notes += [
         f"one side alone has {name}, which is not trained: the other computes it, or lacks it"
@@ -165,7 +172,7 @@ def check_port(
         if name not in trained
     ]
     notes += judge.notes
-    return PortReport(tuple(findings), parted, tuple(notes), judge.slip, judge.ulps)
+    return PortReport(tuple(findings), parted, tuple(notes), judge.slip, judge.ulps, worth)
 
 
 def assert_port(torch_module: nn.Module, flax_module: Any, inputs: Any, **options: Any) -> None:
@@ -230,6 +237,7 @@ class _Judge:
         self.suspects: dict[str, frozenset[str]] = {}
         self._compiled: dict[tuple[int, bool], Callable[..., Any]] = {}
         self._number = 0  # of the call
+        self._limits: dict[int, NamedArrays] = {}  # of the outputs in inference, by the call
         self.trained: list[KeyPath] = [
             row.path for row in mapping.rows if row.torch_key in side.parameters
         ]
@@ -293,6 +301,13 @@ class _Judge:
             self.side, self.port, state, leaves, double, cotangents, train=False
         )
 
+    def adequacy(self, state: Mapping[str, Tensor], calls: Sequence[Call]) -> Adequacy:
+        """Return what the calls notice of changes of the Flax module, in inference."""
+        leaves = cast(leaves_for(self.port, self.template, state, self.mapping), "float64")
+        doubled = [cast_call(call, "float64") for call in calls]
+        functions = [outputs_by_name(self.port, call, train=False) for call in doubled]
+        return adequacy_of(functions, leaves, doubled, [self._limits[n] for n in range(len(calls))])
+
     def _in_float64(
         self, state: Mapping[str, Tensor], leaves: Leaves, call: Call, case: str, *, train: bool
     ) -> Iterator[Finding]:
@@ -342,6 +357,10 @@ class _Judge:
                 limits,
                 FLOAT64,
             )
+        if not train:
+            self._limits[self._number] = {
+                name: FACTOR * size for name, size in moved.outputs.items()
+            }
         self._measure(found.outputs, exact.outputs, moved.outputs)
         eager = self._eager(doubled, double, train)
         limits = {name: FACTOR * size for name, size in moved.outputs.items()}

@@ -8,6 +8,7 @@ from functools import lru_cache
 from .report import SourceLine
 
 _CALLED = re.compile(r"self\.(\w+)(?:\[[^\]]*\])?\(")
+_READ = re.compile(r"self\.(\w+)")
 _ASSIGNED = re.compile(r"[\w.,\[\] ]+ [-+*/@]?= ")
 _MAX_BETWEEN = 4
 
@@ -20,7 +21,8 @@ def built_at(source: SourceLine, keywords: frozenset[str] = frozenset()) -> list
         keywords: arguments of the layer that are suspected; their lines come first.
     """
     found = []
-    for name in _CALLED.findall(source.code):
+    names = [*_CALLED.findall(source.code), *_READ.findall(source.code)]
+    for name in dict.fromkeys(names):
         for line in _assignments(source.file, source.line, name, keywords):
             code = linecache.getline(source.file, line).strip()
             found.append(SourceLine(source.file, line, code, "built here", name))
@@ -43,9 +45,13 @@ def _assignments(file: str, line: int, name: str, keywords: frozenset[str]) -> t
         return ()
     lines: list[int] = []
     for node in ast.walk(classes[-1]):
-        if not isinstance(node, ast.Assign):
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
             continue
-        if any(isinstance(one, ast.Attribute) and one.attr == name for one in node.targets):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        if any(isinstance(one, ast.Attribute) and one.attr == name for one in targets) or (
+            node in classes[-1].body
+            and any(isinstance(one, ast.Name) and one.id == name for one in targets)
+        ):
             calls = [child for child in ast.walk(node) if isinstance(child, ast.Call)]
             lines += [
                 keyword.value.lineno
@@ -73,6 +79,34 @@ def between(before: SourceLine, after: SourceLine, made: set[tuple[str, int]]) -
         if _ASSIGNED.match(code) and not code.startswith("#") and (before.file, line) not in made:
             found.append(SourceLine(before.file, line, code, "makes no value", after.module))
     return found
+
+
+def returns_of(source: SourceLine) -> list[SourceLine]:
+    """Return the lines that return from the function that a line lies in."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(source.file)))
+    except SyntaxError:
+        return []
+    functions = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        and node.lineno <= source.line <= (node.end_lineno or 0)
+    ]
+    if not functions:
+        return []
+    innermost = min(functions, key=lambda node: (node.end_lineno or 0) - node.lineno)
+    return [
+        SourceLine(
+            source.file,
+            node.lineno,
+            linecache.getline(source.file, node.lineno).strip(),
+            "returns",
+            source.module,
+        )
+        for node in innermost.body
+        if isinstance(node, ast.Return)
+    ]
 
 
 def returned_after(source: SourceLine) -> list[SourceLine]:

@@ -15,10 +15,10 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from .report import SourceLine
-from .values import Trace, Value, is_somebodys, source_line
+from .values import Trace, Value, has_called, is_somebodys, source_line
 
 # The parameter in which a primitive that calls a function has the function's jaxpr.
-_CALLED = {
+CALLED = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
@@ -32,6 +32,7 @@ _CALLED = {
 }
 # What has gradients of its own, or steps, which are not looked into for gradients.
 _WHOLE = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "scan")
+Lines = tuple[SourceLine, ...]  # the innermost first
 _Atom = tuple[Any, int | None]  # a value while it is traced, and its index in the trace
 
 
@@ -45,11 +46,11 @@ class _Meta:
     def __init__(
         self,
         operation: str,
-        source: SourceLine | None,
+        lines: Lines,
         parents: tuple[int, ...],
         depends: bool,
     ) -> None:
-        self.operation, self.source = operation, source
+        self.operation, self.lines = operation, lines
         self.parents, self.depends = parents, depends
         self.steps: list[int] = []
         self.scan = 0
@@ -116,7 +117,7 @@ def record_gradients(
     trace = Trace()
     for meta, result in zip(recorder.metas, results, strict=True):
         array = np.asarray(result)
-        trace.add(Value(array, meta.operation, meta.source, meta.parents, meta.depends))
+        trace.add(_value(array, meta, meta.parents))
     return trace, {index: np.asarray(gradient) for index, gradient in gradients.items()}
 
 
@@ -142,8 +143,7 @@ def _unrolled(
                 if step >= len(slices):
                     continue
                 meta = metas[index]
-                value = Value(slices[step], meta.operation, meta.source, depends=meta.depends)
-                value.parents = _parents(meta, step, places)
+                value = _value(slices[step], meta, _parents(meta, step, places))
                 places.setdefault(index, []).append(trace.add(value))
         begin = end
     return trace, places
@@ -176,9 +176,9 @@ class _Recorder:
 
     def run(self, closed: ClosedJaxpr, flat: Sequence[Any]) -> list[Any]:
         """Evaluate the jaxpr for these arguments, and return its outputs."""
-        atoms = [self.add(leaf, _Meta("", None, (), True)) for leaf in flat]
-        constants = [self.add(leaf, _Meta("", None, (), False)) for leaf in closed.consts]
-        outputs = self.evaluate(closed.jaxpr, constants, atoms, None)
+        atoms = [self.add(leaf, _Meta("", (), (), True)) for leaf in flat]
+        constants = [self.add(leaf, _Meta("", (), (), False)) for leaf in closed.consts]
+        outputs = self.evaluate(closed.jaxpr, constants, atoms, ())
         self.outputs = [index for _, index in outputs]
         return [value for value, _ in outputs]
 
@@ -197,7 +197,7 @@ class _Recorder:
         jaxpr: Jaxpr,
         constants: Sequence[_Atom],
         arguments: Sequence[_Atom],
-        caller: SourceLine | None,
+        caller: Lines,
     ) -> list[_Atom]:
         """Evaluate a jaxpr; lines of equations that are not known are those of the caller."""
         known: dict[Any, _Atom] = dict(zip(jaxpr.constvars, constants, strict=True))
@@ -208,42 +208,34 @@ class _Recorder:
 
         for equation in jaxpr.eqns:
             inputs = [read(atom) for atom in equation.invars]
-            source = _source(equation) or caller
-            outputs = self._apply(equation, inputs, source)
+            lines = lines_of_equation(equation) or caller
+            outputs = self._apply(equation, inputs, lines)
             known |= dict(zip(equation.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _apply(self, equation: Any, inputs: list[_Atom], source: SourceLine | None) -> list[_Atom]:
+    def _apply(self, equation: Any, inputs: list[_Atom], lines: Lines) -> list[_Atom]:
         name = equation.primitive.name
         is_whole = self.shifts is not None and name in _WHOLE
-        if name in _CALLED and _CALLED[name] in equation.params and not is_whole:
-            inner = equation.params[_CALLED[name]]
-            jaxpr, constants = (
-                (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, [])
-            )
+        if name in CALLED and CALLED[name] in equation.params and not is_whole:
+            jaxpr, constants = inner_of(equation)
             count = len(jaxpr.invars)
             return self.evaluate(
                 jaxpr,
                 [(leaf, None) for leaf in constants],
                 inputs[-count:] if count else [],
-                source,
+                lines,
             )
         if name == "scan" and not is_whole:
-            return self._scan(equation, inputs, source)
-        bound = equation.primitive.get_bind_params(equation.params)
-        # JAX before 0.10 returns functions beside the parameters.
-        functions, params = bound if isinstance(bound, tuple) else ((), bound)
-        with equation.ctx.manager:
-            found = equation.primitive.bind(*functions, *(value for value, _ in inputs), **params)
-        results = found if equation.primitive.multiple_results else [found]
-        return [self.add(result, self._meta(name, source, inputs)) for result in results]
+            return self._scan(equation, inputs, lines)
+        results = bound(equation, [value for value, _ in inputs])
+        return [self.add(result, self._meta(name, lines, inputs)) for result in results]
 
-    def _meta(self, name: str, source: SourceLine | None, inputs: Sequence[_Atom]) -> _Meta:
+    def _meta(self, name: str, lines: Lines, inputs: Sequence[_Atom]) -> _Meta:
         parents = tuple(dict.fromkeys(index for _, index in inputs if index is not None))
         depends = any(self.metas[index].depends for index in parents)
-        return _named(name, source, parents, depends)
+        return _named(name, lines, parents, depends)
 
-    def _scan(self, equation: Any, inputs: list[_Atom], source: SourceLine | None) -> list[_Atom]:
+    def _scan(self, equation: Any, inputs: list[_Atom], lines: Lines) -> list[_Atom]:
         """Evaluate a scan whose steps also give every value within the step."""
         params = equation.params
         fixed, carried = params["num_consts"], params["num_carry"]
@@ -253,9 +245,9 @@ class _Recorder:
         def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], tuple[list[Any], list[Any]]]:
             within.start()
             leaves = [*(value for value, _ in inputs[:fixed]), *carry, *xs]
-            atoms = [within.add(leaf, _Meta("", None, (), True)) for leaf in leaves]
+            atoms = [within.add(leaf, _Meta("", (), (), True)) for leaf in leaves]
             constants = [(leaf, None) for leaf in body.consts]
-            found = within.evaluate(body.jaxpr, constants, atoms, source)
+            found = within.evaluate(body.jaxpr, constants, atoms, lines)
             within.outputs = [index for _, index in found]
             outputs = [value for value, _ in found]
             return outputs[:carried], (outputs[carried:], within.results)
@@ -277,7 +269,7 @@ class _Recorder:
                 if is_root
                 else tuple(begin + parent for parent in meta.parents)
             )
-            stacked = _Meta(meta.operation, meta.source, parents, depends and meta.depends)
+            stacked = _Meta(meta.operation, meta.lines, parents, depends and meta.depends)
             stacked.steps = [params["length"], *meta.steps]
             stacked.scan = begin
             if fixed <= number < fixed + carried:
@@ -288,23 +280,47 @@ class _Recorder:
         for position, result in enumerate([*carry, *ys]):
             made = within.outputs[position]
             parents = outer if made is None else (begin + made,)
-            results.append(self.add(result, _named("scan", source, parents, depends)))
+            results.append(self.add(result, _named("scan", lines, parents, depends)))
         return results
 
 
-def _named(
-    operation: str, source: SourceLine | None, parents: tuple[int, ...], depends: bool
-) -> _Meta:
-    """Return what is known of the result of an operation, whose name its line then has."""
-    line = None if source is None else replace(source, operation=operation)
-    return _Meta(operation, line, parents, depends)
+def bound(equation: Any, inputs: Sequence[Any]) -> list[Any]:
+    """Return the results of an equation for these inputs."""
+    found = equation.primitive.get_bind_params(equation.params)
+    # JAX before 0.10 returns functions beside the parameters.
+    functions, params = found if isinstance(found, tuple) else ((), found)
+    with equation.ctx.manager:
+        result = equation.primitive.bind(*functions, *inputs, **params)
+    return list(result) if equation.primitive.multiple_results else [result]
 
 
-def _source(equation: Any) -> SourceLine | None:
-    """Return the innermost line of somebody's module that the equation comes from."""
+def inner_of(equation: Any) -> tuple[Jaxpr, Sequence[Any]]:
+    """Return the jaxpr that an equation calls, and its constants."""
+    inner = equation.params[CALLED[equation.primitive.name]]
+    return (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, [])
+
+
+def _named(operation: str, lines: Lines, parents: tuple[int, ...], depends: bool) -> _Meta:
+    """Return what is known of the result of an operation, whose name its lines then have."""
+    lines = tuple(replace(line, operation=operation) for line in lines)
+    return _Meta(operation, lines, parents, depends)
+
+
+def _value(array: np.ndarray, meta: _Meta, parents: tuple[int, ...]) -> Value:
+    first = next(iter(meta.lines), None)
+    return Value(array, meta.operation, first, parents, meta.depends, meta.lines[1:])
+
+
+def lines_of_equation(equation: Any) -> Lines:
+    """Return the lines of somebody's module that the equation comes from, the innermost first."""
     traceback = equation.source_info.traceback
+    module = str(equation.source_info.name_stack)
+    found: list[SourceLine] = []
     for frame in traceback.frames if traceback else ():
         if is_somebodys(frame.file_name):
-            module = str(equation.source_info.name_stack)
-            return source_line(frame.file_name, frame.line_num, equation.primitive.name, module)
-    return None
+            found.append(
+                source_line(frame.file_name, frame.line_num, equation.primitive.name, module)
+            )
+        elif found and has_called(frame.file_name):
+            break
+    return tuple(found)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..conversion.tensors import tensor_to_numpy
 from .perturbed import written_by
 from .report import SourceLine
-from .values import Trace, Value, is_somebodys, source_line
+from .values import Trace, Value, has_called, is_somebodys, source_line
 
 _Key = tuple[Any, ...]
 
@@ -72,13 +72,14 @@ class TorchRecorder(TorchDispatchMode):
         parents = [index for tensor in tensors if (index := self.index_of(tensor)) is not None]
         result = func(*args, **kwargs)
         name = str(func).removesuffix(".default")
-        source = self._source(name)
+        lines = self._lines(name)
         depends = any(self.trace.values[index].depends for index in parents)
         written = written_by(func, args)
         for tensor in [*_tensors_in(result), *written]:
             if tensor.device.type == "meta":
                 continue
-            value = Value(_array(tensor), name, source, tuple(dict.fromkeys(parents)), depends)
+            value = Value(_array(tensor), name, None, tuple(dict.fromkeys(parents)), depends)
+            value.source, value.callers = next(iter(lines), None), lines[1:]
             self._note(tensor, self.trace.add(value), is_written=bool(written))
         return result
 
@@ -92,14 +93,18 @@ class TorchRecorder(TorchDispatchMode):
             self._last[storage] = index
         self.tensors.append(tensor)
 
-    def _source(self, operation: str) -> SourceLine | None:
+    def _lines(self, operation: str) -> tuple[SourceLine, ...]:
+        """Return the lines of somebody's module that are running, the innermost first."""
         frame: FrameType | None = sys._getframe(2)
-        while frame is not None:
+        module = self._modules[-1] if self._modules else ""
+        lines: list[SourceLine] = []
+        while frame is not None and not (lines and has_called(frame.f_code.co_filename)):
             if is_somebodys(frame.f_code.co_filename):
-                module = self._modules[-1] if self._modules else ""
-                return source_line(frame.f_code.co_filename, frame.f_lineno, operation, module)
+                lines.append(
+                    source_line(frame.f_code.co_filename, frame.f_lineno, operation, module)
+                )
             frame = frame.f_back
-        return None
+        return tuple(lines)
 
 
 def _key(tensor: Tensor) -> _Key:

@@ -2,9 +2,12 @@
 
 from dataclasses import asdict, dataclass
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..proof.agreement import Finding
+
+if TYPE_CHECKING:
+    from .adequacy import Adequacy
 
 _MAX_LISTED = 8
 
@@ -72,6 +75,7 @@ class PortReport:
         notes: what was not compared, and what the layers say differently.
         slip: the smallest relative slip of an output that would have been seen, in float64.
         ulps: the largest difference of an output, in units of the last place of its largest entry.
+        adequacy: what these inputs would have noticed, if it was asked.
     """
 
     findings: tuple[Finding, ...]
@@ -79,6 +83,7 @@ class PortReport:
     notes: tuple[str, ...] = ()
     slip: float = 0.0
     ulps: float = 0.0
+    adequacy: "Adequacy | None" = None
 
     @property
     def held(self) -> bool:
@@ -93,6 +98,7 @@ class PortReport:
             "slip": self.slip,
             "ulps": self.ulps,
             "notes": list(self.notes),
+            "adequacy": None if self.adequacy is None else self.adequacy.as_json(),
             "findings": [
                 {
                     "check": finding.check,
@@ -126,6 +132,8 @@ class PortReport:
             lines.append(f"  … and {len(failed) - _MAX_LISTED} more")
         if self.divergence:
             lines.append(str(self.divergence))
+        if self.adequacy:
+            lines.append(str(self.adequacy))
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
 

@@ -85,17 +85,17 @@ def gradient_divergence(
     return first_gradient(
         torch_trace(side, state, call, train=train, cotangents=cotangents),
         record_gradients(
-            _outputs_of(port, call, train=train), cotangents, leaves, on_device(call.arrays)
+            outputs_by_name(port, call, train=train), cotangents, leaves, on_device(call.arrays)
         ),
     )
 
 
 def flax_trace(port: Port, leaves: Leaves, call: Call, *, train: bool) -> Trace:
     """Return the values of a call of the Flax module in float64."""
-    return record(_outputs_of(port, call, train=train), leaves, on_device(call.arrays))
+    return record(outputs_by_name(port, call, train=train), leaves, on_device(call.arrays))
 
 
-def _outputs_of(port: Port, call: Call, *, train: bool) -> Callable[..., dict[str, Any]]:
+def outputs_by_name(port: Port, call: Call, *, train: bool) -> Callable[..., dict[str, Any]]:
     """Return a function of leaves and arrays that returns the outputs of the call by name."""
 
     def function(leaves: Leaves, arrays: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from .report import SourceLine
 # Frames of these are no lines of somebody's module. The directory of this package is one.
 _LIBRARIES = ("torch", "jax", "jaxlib", "flax", "numpy", "einops", "optax", "chex", "jaxtyping")
 _HERE = str(Path(__file__).parent)
+_CALLERS = tuple(str(Path(__file__).with_name(f"{name}_side.py")) for name in ("torch", "flax"))
 _STDLIB = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["platstdlib"])
 _SITE = tuple({sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]})
 
@@ -27,6 +28,7 @@ class Value:
         source: the line that made it, if it is one of somebody's module.
         parents: the values it was made of, by their indices.
         depends: whether it depends on inputs or state.
+        callers: the lines from which the line was reached, the nearest first.
     """
 
     array: np.ndarray
@@ -34,6 +36,12 @@ class Value:
     source: SourceLine | None = None
     parents: tuple[int, ...] = ()
     depends: bool = True
+    callers: tuple[SourceLine, ...] = ()
+
+    @property
+    def lines(self) -> tuple[SourceLine, ...]:
+        """The line that made it and those from which it was reached; none if it is not known."""
+        return () if self.source is None else (self.source, *self.callers)
 
 
 @dataclass
@@ -56,6 +64,11 @@ class Trace:
         """Add a value and return its index."""
         self.values.append(value)
         return len(self.values) - 1
+
+
+def has_called(file: str) -> bool:
+    """Return whether a file is the one that calls the module: what lies beyond calls the check."""
+    return file in _CALLERS
 
 
 @lru_cache(maxsize=4096)

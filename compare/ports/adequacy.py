@@ -1,0 +1,291 @@
+"""Say which statements of a Flax module these inputs do not test.
+
+The module's jaxpr is changed in one place at a time: a literal, the order of operands, a
+comparison, an axis, an operation left out, a parameter. All of these mutants are one compiled
+program, in which a number selects the mutant. A mutant whose outputs stay within the limits of the
+check would have passed it. If inputs that are drawn here tell it from the module, the given inputs
+are too weak; if they do not, it may be the same function.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from ..conversion.mapping import slashed
+from ..proof.agreement import agreement
+from .calls import Call
+from .record_jax import CALLED, bound, inner_of, lines_of_equation
+from .report import SourceLine
+from .result import NamedArrays
+from .trees import is_float
+
+_DRAWS = 3
+_COMPARED = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt", "eq": "ge", "ne": "gt"}
+_ARITHMETIC = ("add", "sub", "mul", "div", "max", "min", "pow", *_COMPARED)
+_ORDERED = ("sub", "div", "pow", "dot_general", "concatenate", "select_n", *_COMPARED)
+_KEPT = ("broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "copy_p")
+_REDUCED = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "cumsum", "cumprod", "cummax")
+
+
+class Mutant(NamedTuple):
+    """One change of the program.
+
+    Attributes:
+        what: what was changed.
+        line: the line of the module that it stands for; None for a parameter.
+    """
+
+    what: str
+    line: SourceLine | None
+
+    def __str__(self) -> str:
+        if self.line is None:
+            return self.what
+        return f"{self.line.file}:{self.line.line}: {self.line.code}  ({self.what})"
+
+
+@dataclass(frozen=True)
+class Adequacy:
+    """Which mutants of a program some inputs would have noticed.
+
+    Attributes:
+        noticed: how many they notice.
+        missed: those that they do not notice, though other inputs do.
+        alike: how many neither these inputs nor the drawn ones tell from the module.
+    """
+
+    noticed: int
+    missed: tuple[Mutant, ...]
+    alike: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON data."""
+        missed = [
+            {"what": mutant.what, "line": None if mutant.line is None else asdict(mutant.line)}
+            for mutant in self.missed
+        ]
+        return {"noticed": self.noticed, "missed": missed, "alike": self.alike}
+
+    def __str__(self) -> str:
+        total = self.noticed + len(self.missed)
+        lines = [
+            f"Of {total} mutants of the Flax module, these inputs notice {self.noticed}; "
+            f"{self.alike} more are the same function, as far as drawn inputs tell."
+        ]
+        return "\n".join([*lines, *(f"  not noticed: {mutant}" for mutant in self.missed)])
+
+
+class _Mutated:
+    """Evaluates a jaxpr with the mutant of a number in the place of its equation.
+
+    Args:
+        selected: the number of the mutant, which is traced; -1 for none.
+    """
+
+    def __init__(self, selected: Any) -> None:
+        self.selected = selected
+        self.mutants: list[Mutant] = []
+
+    def choose(self, result: Any, other: Any, what: str, line: SourceLine | None) -> Any:
+        """Return the result, or the other one if this mutant is selected."""
+        self.mutants.append(Mutant(what, line))
+        return jnp.where(self.selected == len(self.mutants) - 1, other, result)
+
+    def evaluate(
+        self,
+        jaxpr: Jaxpr,
+        constants: Sequence[Any],
+        arguments: Sequence[Any],
+        caller: SourceLine | None = None,
+    ) -> list[Any]:
+        """Return the outputs of the jaxpr."""
+        known: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=True))
+        known |= dict(zip(jaxpr.invars, arguments, strict=True))
+        for equation in jaxpr.eqns:
+            inputs = [
+                atom.val if isinstance(atom, Literal) else known[atom] for atom in equation.invars
+            ]
+            line = next(iter(lines_of_equation(equation)), caller)
+            results = self._apply(equation, inputs, line)
+            known |= dict(zip(equation.outvars, results, strict=True))
+        return [atom.val if isinstance(atom, Literal) else known[atom] for atom in jaxpr.outvars]
+
+    def _apply(self, equation: Any, inputs: list[Any], line: SourceLine | None) -> list[Any]:
+        name = equation.primitive.name
+        if name in CALLED and CALLED[name] in equation.params:
+            jaxpr, constants = inner_of(equation)
+            count = len(jaxpr.invars)
+            return self.evaluate(jaxpr, constants, inputs[-count:] if count else [], line)
+        if name == "scan":
+            return self._scan(equation, inputs, line)
+        results = bound(equation, inputs)
+        if line is None or len(results) != 1:
+            return results
+        result = results[0]
+        for what, other in _changes(equation, inputs):
+            if jnp.shape(other) == jnp.shape(result):
+                result = self.choose(result, other.astype(result.dtype), what, line)
+        return [result]
+
+    def _scan(self, equation: Any, inputs: list[Any], line: SourceLine | None) -> list[Any]:
+        params = equation.params
+        fixed, carried = params["num_consts"], params["num_carry"]
+        body: ClosedJaxpr = params["jaxpr"]
+        begin = len(self.mutants)
+
+        def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+            del self.mutants[begin:]  # a body may be traced more than once
+            found = self.evaluate(body.jaxpr, body.consts, [*inputs[:fixed], *carry, *xs], line)
+            return found[:carried], found[carried:]
+
+        carry, ys = jax.lax.scan(
+            step,
+            inputs[fixed : fixed + carried],
+            inputs[fixed + carried :],
+            length=params["length"],
+            reverse=params["reverse"],
+        )
+        return [*carry, *ys]
+
+
+def _changes(equation: Any, inputs: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what else the equation may give, with what was changed."""
+    name = equation.primitive.name
+    if name in _KEPT:
+        return
+    for place, atom in enumerate(equation.invars):
+        if isinstance(atom, Literal) and name in _ARITHMETIC and np.ndim(atom.val) == 0:
+            changed = _next(atom.val)
+            others = [*inputs[:place], changed, *inputs[place + 1 :]]
+            yield f"{atom.val} made {changed}", bound(equation, others)[0]
+    last = inputs[-2:]
+    if name in _ORDERED and len(last) == 2 and jnp.shape(last[0]) == jnp.shape(last[1]):
+        exchanged = [*inputs[:-2], *last[::-1]]
+        yield f"operands of {name} exchanged", bound(equation, exchanged)[0]
+    if name in _COMPARED:
+        other = getattr(jax.lax, f"{_COMPARED[name]}_p")
+        yield f"{name} made {_COMPARED[name]}", other.bind(*inputs)
+    if name in _REDUCED:
+        yield from _along_others(equation, inputs)
+    result = equation.outvars[0].aval
+    for atom, value in zip(equation.invars, inputs, strict=True):
+        is_same = atom.aval.shape == result.shape and atom.aval.dtype == result.dtype
+        if is_same and not isinstance(atom, Literal):
+            yield f"{name} left out", jnp.asarray(value)
+            break
+
+
+def _along_others(equation: Any, inputs: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the reduction along other axes of the same lengths."""
+    params, (operand,) = equation.params, inputs[:1]
+    axes = params.get("axes", (params.get("axis"),))
+    for axis in range(jnp.ndim(operand)):
+        if len(axes) == 1 and axis not in axes and operand.shape[axis] == operand.shape[axes[0]]:
+            moved = jnp.swapaxes(operand, axis, axes[0])
+            yield f"along axis {axis} in place of {axes[0]}", bound(equation, [moved])[0]
+
+
+def _next(value: Any) -> Any:
+    """Return a number near the given one, of its dtype."""
+    array = np.asarray(value)
+    if array.dtype == bool:
+        return ~array
+    changed = array + 1 if array.dtype.kind in "iu" or not array else array * 1.25
+    return changed.astype(array.dtype)
+
+
+def adequacy(
+    functions: Sequence[Callable[..., Mapping[str, Any]]],
+    leaves: Mapping[Any, Any],
+    calls: Sequence[Call],
+    limits: Sequence[NamedArrays],
+) -> Adequacy:
+    """Return which mutants of a module the calls notice.
+
+    Args:
+        functions: for each call, a function of the leaves and of the call's arrays that returns
+            outputs by name.
+        leaves: the state.
+        calls: the calls.
+        limits: for each call, how far its outputs may lie from the module's, by name.
+    """
+    missed: dict[tuple[Mutant, int], bool] = {}  # whether drawn inputs see it
+    seen: set[tuple[Mutant, int]] = set()
+    for function, call, limit in zip(functions, calls, limits, strict=True):
+        run, mutants = _program(function, leaves, call)
+        drawn = list(_drawn(call))
+        kept = run(call.arrays, -1)
+        for number, mutant in enumerate(mutants):
+            key = mutant, mutants[:number].count(mutant)
+            if _differs(run(call.arrays, number), kept, limit):
+                seen.add(key)
+            elif not missed.get(key):
+                missed[key] = any(
+                    _differs(run(arrays, number), run(arrays, -1), limit) for arrays in drawn
+                )
+    unseen = {key: is_told for key, is_told in missed.items() if key not in seen}
+    told = [mutant for (mutant, _), is_told in unseen.items() if is_told]
+    return Adequacy(len(seen), tuple(dict.fromkeys(told)), len(unseen) - len(told))
+
+
+def _program(
+    function: Callable[..., Mapping[str, Any]], leaves: Mapping[Any, Any], call: Call
+) -> tuple[Callable[[Mapping[str, Any], int], NamedArrays], list[Mutant]]:
+    """Return a function of arrays and the number of a mutant, and the mutants."""
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(leaves, call.arrays)
+    paths = [path for (path, *_), _ in jax.tree.leaves_with_path(leaves)]
+    mutants: list[Mutant] = []
+
+    def mutated(selected: Any, leaves: Mapping[Any, Any], arrays: Mapping[str, Any]) -> list[Any]:
+        evaluator = _Mutated(selected)
+        flat = jax.tree.leaves((leaves, arrays))
+        for place, path in enumerate(paths):
+            if is_float(flat[place]):
+                what = f"parameter {slashed(path.key)} made 1 % larger"
+                flat[place] = evaluator.choose(flat[place], 1.01 * flat[place], what, None)
+        outputs = evaluator.evaluate(closed.jaxpr, closed.consts, flat)
+        mutants[:] = evaluator.mutants
+        return outputs
+
+    compiled = jax.jit(mutated)
+
+    def run(arrays: Mapping[str, Any], selected: int) -> NamedArrays:
+        found = compiled(selected, leaves, arrays)
+        return {name: np.asarray(array) for name, array in zip(shape, found, strict=True)}
+
+    run(call.arrays, -1)
+    return run, mutants
+
+
+def _drawn(call: Call) -> Iterator[dict[str, np.ndarray]]:
+    """Yield other inputs of the same shapes and ranges."""
+    for seed in range(_DRAWS):
+        random = np.random.default_rng(seed)
+        arrays = {}
+        for name, array in call.arrays.items():
+            if is_float(array):
+                spread = float(array.std()) or 1.0
+                drawn = array.mean() + spread * random.standard_normal(array.shape)
+            elif array.dtype == bool:
+                drawn = random.integers(0, 2, array.shape)
+            else:
+                low, high = min(array.min(), 0), max(array.max(), 1)  # a mask may be all 1
+                drawn = random.integers(low, high + 1, array.shape)
+            arrays[name] = drawn.astype(array.dtype)
+        yield arrays
+
+
+def _differs(found: NamedArrays, kept: NamedArrays, limits: NamedArrays) -> bool:
+    """Return whether outputs lie beyond the limits."""
+    for name, array in kept.items():
+        if not is_float(array):
+            if not np.array_equal(found[name], array):
+                return True
+        elif not agreement(found[name], array, float(limits[name])).held:
+            return True
+    return False
