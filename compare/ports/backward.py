@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from .blame import lines_of
+from .blame import aligned, lines_of, place
 from .comparison import Comparison
 from .fingerprints import close
 from .report import Divergence
@@ -34,8 +34,19 @@ def first_gradient(torch: Traced, flax: Traced) -> Divergence | None:
                 *_counterparts(compared, 1 - side, stops[1 - side]),
                 *_consumers(compared, side, parted[side]),
             ],
-        )[:3]
+        )
         for side in (0, 1)
+    )
+    lines = tuple(
+        [
+            *lines[side][:1],
+            *(line for one in lines[1 - side][:1] for line in aligned(compared, 1 - side, one)[:1]),
+            *lines[side][1:],
+        ]
+        for side in (0, 1)
+    )
+    lines = tuple(
+        list({place(one): one for one in reversed(side)}.values())[::-1][:3] for side in lines
     )
     if not any(lines):
         return None

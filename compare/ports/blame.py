@@ -1,7 +1,8 @@
 """Choose which of the lines that a value comes from is the place, and which line answers to it."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from .comparison import VIEWS, Comparison, Place
 from .places import between, returns_of
@@ -69,46 +70,97 @@ def aligned(compared: Comparison, side: int, line: SourceLine) -> list[SourceLin
     return [lines[one] for one, _ in counts.most_common(2)]
 
 
-def misplaced(compared: Comparison, side: int) -> list[int]:
-    """Return the operands of the first sources that the other side's sources do not have.
+class Operands(NamedTuple):
+    """Operands of two lines that differ: one of each side, which the other side's line lacks."""
 
-    Sources whose operands all have matches differ by the operands, if not by the operation: keys
+    torch: int
+    flax: int
+
+    def is_unpacked(self, compared: Comparison) -> bool:
+        """Return whether each side's operand and what should be there come of one line."""
+        for side in (0, 1):
+            values = compared.traces[side].values
+            line = values[self[side]].lines[:1]
+            wanted = [
+                values[made_at(compared, side, partner)].lines[:1]
+                for partner in _partners(compared, 1 - side, self[1 - side])
+            ]
+            if not line or line not in wanted:
+                return False
+        return True
+
+
+def misplaced(compared: Comparison) -> list[Operands]:
+    """Return which operands of the first lines that differ the other side's line does not have.
+
+    Lines whose operands all have matches differ by the operands, if not by the operation: keys
     where there are values, or heads of another order.
     """
-    other = 1 - side
-    theirs = compared.traces[other].values
-    near: set[int] = set()
-    for source in compared.found[other][:3]:
-        for parent in theirs[source].parents:
-            near |= {parent, *theirs[parent].parents}
-    if not near:
-        return []
-    values = compared.traces[side].values
-    found = [
-        made_at(compared, side, parent)
-        for source in compared.found[side][:2]
-        for parent in values[source].parents
-        if values[parent].depends
-        and values[parent].operation
-        and compared.matches[side][parent]
-        and not near & set(compared.matches[side][parent])
+    lines = [
+        list(dict.fromkeys(compared.traces[side].values[one].lines for one in compared.found[side]))
+        for side in (0, 1)
     ]
-    return list(dict.fromkeys(found))
-
-
-def is_unpacked(compared: Comparison, operands: Sequence[Sequence[int]]) -> bool:
-    """Return whether the misplaced operands and what should be there come of one line each."""
-    if not all(operands):
-        return False
-    for side in (0, 1):
-        lines = compared.traces[side].values[operands[side][0]].lines[:1]
-        wanted = [
-            compared.traces[side].values[made_at(compared, side, partner)].lines[:1]
-            for partner in compared.matches[1 - side][operands[1 - side][0]][:4]
+    found = []
+    for ours, theirs in zip(lines[0][:3], lines[1][:3], strict=False):
+        operands = [_operands(compared, side, (ours, theirs)[side]) for side in (0, 1)]
+        odd = [
+            [
+                one
+                for one in operands[side]
+                if (partners := _partners(compared, side, one))
+                and not partners & _closure(compared, 1 - side, operands[1 - side])
+            ]
+            for side in (0, 1)
         ]
-        if not lines or lines not in wanted:
-            return False
-    return True
+        if odd[0] and odd[1]:
+            pair = (made_at(compared, side, odd[side][0]) for side in (0, 1))
+            found.append(Operands(*pair))
+    return found
+
+
+def _operands(compared: Comparison, side: int, lines: tuple[SourceLine, ...]) -> list[int]:
+    """Return the values that match of which a line, reached in one way, makes what does not."""
+    values = compared.traces[side].values
+    return list(
+        dict.fromkeys(
+            parent
+            for index, value in enumerate(values)
+            if value.lines[:1] == lines[:1]
+            or list(map(place, value.lines)) == list(map(place, lines))
+            if not compared.is_matched(side, index)
+            for parent in value.parents
+            if values[parent].depends
+            and values[parent].operation
+            and compared.matches[side][parent]
+        )
+    )
+
+
+def _closure(compared: Comparison, side: int, operands: Iterable[int]) -> set[int]:
+    return {near for one in operands for near in (one, made_at(compared, side, one))}
+
+
+def _partners(compared: Comparison, side: int, index: int) -> set[int]:
+    """Return the values of the other side that match and have as many entries."""
+    size = compared.traces[side].values[index].array.size
+    others = compared.traces[1 - side].values
+    return {one for one in compared.matches[side][index] if others[one].array.size == size}
+
+
+def made_by(compared: Comparison, side: int, product: int) -> list[int]:
+    """Return the values of which a product is made, before they were scaled and turned."""
+    values = compared.traces[side].values
+    found = []
+    for index in values[made_at(compared, side, product)].parents:
+        while True:
+            index = made_at(compared, side, index)
+            above = [one for one in values[index].parents if values[one].depends]
+            if len(above) != 1 or not any(step in values[index].operation for step in _SCALES):
+                break
+            index = above[0]
+        found.append(index)
+    lines = {values[index].lines[:1] for index in found}
+    return found[:1] if len(found) > 1 and len(lines) == 1 else []
 
 
 def made_at(compared: Comparison, side: int, index: int) -> int:
@@ -123,15 +175,12 @@ def made_at(compared: Comparison, side: int, index: int) -> int:
 
 
 def unscaled(compared: Comparison, pair: tuple[int, int]) -> tuple[list[int], list[int]]:
-    """Return what is made of the value of the side that lacks a factor which the other applies."""
+    """Return what is made of values that are no products by a factor: one may be missing there."""
     found: tuple[list[int], list[int]] = ([], [])
-    scales = [
-        any(step in compared.traces[side].values[pair[side]].operation for step in _SCALES)
-        for side in (0, 1)
-    ]
     for side in (0, 1):
-        if scales[1 - side] and not scales[side]:
-            found[side].extend(compared.traces[side].children.get(pair[side], [])[:1])
+        trace = compared.traces[side]
+        if not any(step in trace.values[pair[side]].operation for step in _SCALES):
+            found[side].extend(trace.children.get(pair[side], [])[:1])
     return found
 
 

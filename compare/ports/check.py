@@ -1,7 +1,7 @@
 """Check that a Flax module is the same function as a torch module."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -155,14 +155,17 @@ def check_port(
                 findings += judge.findings(state, call, index, case)
                 if parted is None and judge.differs:
                     parted = judge.divergence(state, call)
-        if parted is None and any(
-            finding.check == "gradients" and not finding.held for finding in findings
-        ):
-            parted = judge.gradient_divergence(states["drawn again"], calls[0])
-        changed = [one.case for one in findings if one.check == "state" and not one.held]
-        if parted is None and changed:
-            owner = changed[0].rpartition(", ")[2].rpartition(".")[0]
-            parted = judge.state_divergence(states["as given"], calls[0], owner)
+        failed = {
+            check: [one.case for one in findings if one.check == check and not one.held]
+            for check in ("gradients", "state")
+        }
+        if parted is None and failed["gradients"]:
+            trains = _in_training_alone(failed["gradients"])
+            parted = judge.gradient_divergence(states["drawn again"], calls[0], train=trains)
+        if parted is None and failed["state"]:
+            trains = _in_training_alone(failed["state"])
+            names = {case.rpartition(", ")[2] for case in failed["state"]}
+            parted = judge.state_divergence(states["as given"], calls[0], names, train=trains)
         is_held = all(finding.held for finding in findings)
         worth = judge.adequacy(states["drawn again"], calls) if adequacy and is_held else None
     notes = [f"the layers say it differently: {line}" for line in differing]
@@ -184,6 +187,10 @@ def assert_port(torch_module: nn.Module, flax_module: Any, inputs: Any, **option
     report = check_port(torch_module, flax_module, inputs, **options)
     if not report.held:
         raise PortDiffers(str(report))
+
+
+def _in_training_alone(cases: Iterable[str]) -> bool:
+    return not any(", inference" in case for case in cases)
 
 
 def _trained_names(template: Any) -> set[str]:
@@ -288,17 +295,31 @@ class _Judge:
         leaves = leaves_for(self.port, self.template, state, self.mapping)
         return cast(leaves, "float64"), cast_call(call, "float64")
 
-    def state_divergence(self, state: Mapping[str, Tensor], call: Call, owner: str) -> Divergence:
-        """Return the lines that call the layer whose state differs."""
+    def state_divergence(
+        self, state: Mapping[str, Tensor], call: Call, names: Collection[str], *, train: bool
+    ) -> Divergence:
+        """Return where the buffers of these names part first."""
         leaves, double = self._doubled(state, call)
-        return state_divergence(self.side, self.port, state, leaves, double, owner, self.suspects)
+        changed = {row.torch_key: row.path for row in self.mapping.rows if row.torch_key in names}
+        return state_divergence(
+            self.side,
+            self.port,
+            state,
+            leaves,
+            double,
+            changed,
+            train=train,
+            suspects=self.suspects,
+        )
 
-    def gradient_divergence(self, state: Mapping[str, Tensor], call: Call) -> Divergence | None:
+    def gradient_divergence(
+        self, state: Mapping[str, Tensor], call: Call, *, train: bool
+    ) -> Divergence | None:
         """Return where the gradients part first."""
         leaves, double = self._doubled(state, call)
-        cotangents = _cotangents(self.side.run(state, call).outputs)
+        cotangents = _cotangents(self.side.run(state, call, train=train).outputs)
         return gradient_divergence(
-            self.side, self.port, state, leaves, double, cotangents, train=False
+            self.side, self.port, state, leaves, double, cotangents, train=train
         )
 
     def adequacy(self, state: Mapping[str, Tensor], calls: Sequence[Call]) -> Adequacy:

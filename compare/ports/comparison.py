@@ -11,7 +11,7 @@ from .values import Trace, Value
 
 Place = tuple[str, int]  # a file and the number of a line
 RightPlaces = dict[tuple[Place, ...], list[tuple[int, tuple[Place, ...]]]]
-VIEWS = ("expand", "broadcast", "view", "reshape", "transpose", "permute", "squeeze")
+VIEWS = ("expand", "broadcast", "view", "reshape", "transpose", "permute", "squeeze", "clone")
 _FILLED = ("zeros", "ones", "full", "copy", "convert", "select", "slice", "index")
 _SAME = {
     "select_n": "where",

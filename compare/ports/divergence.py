@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from .blame import aligned, handed_on, is_unpacked, lines_of, made_at, misplaced, place, unscaled
+from .blame import aligned, handed_on, lines_of, made_at, made_by, misplaced, place, unscaled
 from .comparison import VIEWS, Comparison, plain_name
-from .places import between, built_at, returned_after
+from .places import between, built_at, conditions_of, returned_after
 from .relations import Related, related
 from .report import Divergence, SourceLine
 from .values import Trace, Value
@@ -127,10 +127,12 @@ def _lines(
         if relation is not None and relation.is_scale:
             scaled = unscaled(compared, pair)[side]
             order = [*_scaling(values, walked, paired), *order[:1], *scaled, *order[1:]]
-    operands = [misplaced(compared, one) for one in (0, 1)]
-    if is_unpacked(compared, operands):
-        order = [*operands[side][:1], *order]
-    order = [*_turned(compared, side, found), *order[:1], *operands[side], *order[1:]]
+    operands = misplaced(compared)
+    if unpacked := [pair[side] for pair in operands if pair.is_unpacked(compared)]:
+        order = [*unpacked[:1], *order]
+    order = [*order[:1], *(pair[side] for pair in operands), *order[1:]]
+    turned = _turned(compared, side, found)
+    order = [*turned, *(one for index in turned for one in made_by(compared, side, index)), *order]
     for index in compared.found[1 - side][:1]:  # the statement that has its entries in order
         order = [*sorted(compared.shuffled[1 - side].get(index, []))[:1], *order]
     for index in list(order):
@@ -178,7 +180,7 @@ def _near_lines(
     rest = [*handed, *answers, *rest]
     order = [*sure[:1], *near[:1], first, *rest, *built]
     if compared.is_made_of_both:  # then this line is one that torch does not have
-        order = [*sure[:1], first, *near[:1], *rest, *built]
+        order = [*sure[:1], first, *near[:1], *conditions_of(first), *rest, *built]
     return tuple({place(line): line for line in reversed(order)}.values())[::-1][:_MAX_LINES]
 
 

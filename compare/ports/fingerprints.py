@@ -103,7 +103,7 @@ def _equal_up_to_axes(one: np.ndarray, other: np.ndarray) -> bool:
     if not one.size or not other.size:
         return one.size == other.size
     if one.size == 1 or other.size == 1:
-        return bool((one.ravel()[:1] == other.ravel()[:1]).all()) and one.size == other.size
+        return one.size == other.size and all_close(one.ravel(), other.ravel())
     if one.size != other.size:
         small, large = sorted((one, other), key=lambda array: array.size)
         return _is_broadcast(small, large)

@@ -109,6 +109,25 @@ def returns_of(source: SourceLine) -> list[SourceLine]:
     ]
 
 
+def conditions_of(source: SourceLine) -> list[SourceLine]:
+    """Return the lines of the `if` statements that a line lies in, the innermost first."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(source.file)))
+    except SyntaxError:
+        return []
+    found = [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and node.lineno < source.line <= (node.end_lineno or 0)
+    ]
+    return [
+        SourceLine(
+            source.file, line, linecache.getline(source.file, line).strip(), "if", source.module
+        )
+        for line in sorted(found, reverse=True)
+    ]
+
+
 def returned_after(source: SourceLine) -> list[SourceLine]:
     """Return the next line that returns, if it is another one."""
     for line in range(source.line + 1, source.line + 1 + _MAX_BETWEEN):

@@ -1,19 +1,18 @@
 """Run both modules once more and record every value, to find where they part."""
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..conversion.mapping import KeyPath
 from ..conversion.tensors import tensor_to_numpy
 from .backward import first_gradient
 from .calls import Call
 from .divergence import first_divergence
 from .dropout import SharedPatterns
 from .flax_side import Leaves, Port, named, on_device
-from .places import built_at
 from .record_jax import record, record_gradients
 from .record_torch import TorchRecorder
 from .report import Divergence
@@ -32,10 +31,12 @@ def torch_trace(
     *,
     train: bool,
     cotangents: NamedArrays | None = None,
+    buffers: Sequence[str] = (),
 ) -> tuple[Trace, Gradients]:
     """Return the values of a call of the torch module in float64, and gradients by them.
 
-    There are gradients if there are cotangents.
+    There are gradients if there are cotangents. If there are names of buffers, these after the call
+    are what is followed in place of the outputs.
     """
     module = side.module("float64", state).train(train)
     inputs = passed(placed_inputs(call, "float64", has_gradients=cotangents is not None))
@@ -53,7 +54,9 @@ def torch_trace(
         torch.manual_seed(SEED)
         with recorder.modules_of(module), recorder:
             outputs = outputs_of(side.called(module, placed))
-    for name, tensor in outputs.items():
+    after = module.state_dict()
+    followed = {name: after[name] for name in buffers} or outputs
+    for name, tensor in followed.items():
         if (index := recorder.index_of(tensor)) is not None:
             recorder.trace.outputs[name] = index
     if cotangents is None:
@@ -126,29 +129,17 @@ def state_divergence(
     state: Any,
     leaves: Leaves,
     call: Call,
-    owner: str,
+    changed: Mapping[str, KeyPath],
+    *,
+    train: bool,
     suspects: Mapping[str, frozenset[str]],
 ) -> Divergence:
-    """Return the lines that call the layer whose state differs after a call in training."""
-    step = owner.rpartition(".")[2]
-    lines = []
-    traces = (
-        torch_trace(side, state, call, train=True)[0],
-        flax_trace(port, leaves, call, train=True),
-    )
-    for trace in traces:
-        called = [
-            value.source
-            for value in trace.values
-            if value.source is not None
-            and (
-                re.split(r"[./]", value.source.module)[-1] == step
-                or f"self.{step}(" in value.source.code
-            )
-        ]
-        near = called[:1]
-        if called and trace is traces[1]:
-            built = built_at(called[0], frozenset().union(*suspects.values()))
-            near = [*[line for line in built if line.module in suspects], *near, *built]
-        lines.append(tuple(dict.fromkeys(near))[:3])
-    return Divergence("state", lines[0], lines[1], (), f"The state of {owner} differs.")
+    """Return where buffers part first, which are given as Flax paths by their torch names."""
+
+    def function(leaves: Leaves, arrays: dict[str, Any]) -> dict[str, Any]:
+        _, after = port.apply(leaves, call.replaced(arrays), train=train)
+        return {name: after[path] for name, path in changed.items() if path in after}
+
+    ours, _ = torch_trace(side, state, call, train=train, buffers=tuple(changed))
+    theirs = record(function, leaves, on_device(call.arrays))
+    return first_divergence(ours, theirs, "state", suspects=suspects)
