@@ -580,6 +580,13 @@ def port(
             "inputs().",
         ),
     ],
+    adequacy: Annotated[
+        bool,
+        typer.Option(
+            "--adequacy",
+            help="Also say which statements of the Flax module the inputs do not test.",
+        ),
+    ] = False,
     json_file: JsonOption = None,
     html_file: HtmlOption = None,
 ) -> None:
@@ -589,7 +596,8 @@ def port(
     the rules of compare.match: rename, split, stack, tied, layouts, policy.
     """
     require_exists(file)
-    _run([Job("port", {"file": file})], Files(json_file, html_file, [file]))
+    job = Job("port", {"file": file, "adequacy": adequacy})
+    _run([job], Files(json_file, html_file, [file]))
 
 
 @app.command()

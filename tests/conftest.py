@@ -9,8 +9,7 @@ import jax
 import pytest
 import torch
 
-from compare.commands.run import versions
-from compare.report.machine import machine
+from compare.report.machine import machine, versions
 from compare.runners.compile_cache import compilation_cache
 from compare.runners.run import missing_cuda
 

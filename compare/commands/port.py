@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ..conversion.errors import ConversionError
 from ..files.errors import FileError
@@ -12,8 +13,8 @@ from ..files.printable import shown
 from ..ports.check import check_port
 from ..ports.errors import PortError
 from ..ports.report import PortReport
-from ..report.model import Block, Section, Table
-from ..report.verdicts import settle
+from ..ports.section import section_of
+from ..report.model import Section
 
 _NEEDED = ("torch_module", "flax_module", "inputs")
 # The names of what a file may also define, and the arguments of `check_port` that these are.
@@ -31,17 +32,18 @@ _VALUES = {
 }
 
 
-def sections(file: Path) -> Iterator[Section | str]:
+def sections(file: Path, adequacy: bool = False) -> Iterator[Section | str]:
     """Yield a progress message, then one section with the report.
 
     Args:
         file: the Python file, whose code is run.
+        adequacy: whether to say which statements the inputs do not test.
     """
     yield f"checking the port of {file.name}"
-    yield section_of(report_of(file), file.name)
+    yield section_of(report_of(file, adequacy=adequacy), file.name)
 
 
-def report_of(file: Path) -> PortReport:
+def report_of(file: Path, *, adequacy: bool = False) -> PortReport:
     """Return the report on the port that the file defines.
 
     Raises:
@@ -50,7 +52,7 @@ def report_of(file: Path) -> PortReport:
     module = _imported(file)
     if missing := [name for name in _NEEDED if not callable(getattr(module, name, None))]:
         raise _unusable(file, f"defines no function {missing[0]}()", "define it")
-    options = {
+    options: dict[str, Any] = {"adequacy": adequacy} | {
         argument: getattr(module, name)
         for name, argument in _FUNCTIONS.items()
         if hasattr(module, name)
@@ -94,29 +96,3 @@ def _imported(file: Path) -> ModuleType:
 def _unusable(file: Path, reason: str, mend: str) -> FileError:
     expected = "a file that defines torch_module(), flax_module() and inputs()"
     return FileError(file, reason, expected=expected, found=reason, mend=mend, is_usage=True)
-
-
-def section_of(report: PortReport, name: str) -> Section:
-    """Return the report as a section."""
-    checks = dict.fromkeys(finding.check for finding in report.findings)
-    verdicts = [
-        verdict
-        for check in checks
-        for verdict in settle([one for one in report.findings if one.check == check], check)
-    ]
-    blocks: list[Block] = [report.verdict]
-    if report.divergence:
-        parted = report.divergence
-        blocks.append(f"The {parted.what} part first here. {parted.hint}")
-        rows = [
-            (side, str(rank), f"{source.file}:{source.line}", source.code, source.operation)
-            for side, sources in (
-                ("torch", report.divergence.torch_source),
-                ("Flax", report.divergence.flax_source),
-            )
-            for rank, source in enumerate(sources, 1)
-        ]
-        blocks.append(Table(("side", "rank", "line", "code", "operation"), rows))
-        blocks += [f"Equal before: {line}" for line in parted.last_equal]
-    blocks += [f"Note: {note}" for note in report.notes]
-    return Section(f"Port: {name}", blocks, verdicts, list(report.findings), report.as_json())

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -29,7 +28,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from ..files.errors import FileError
 from ..files.printable import all_readable, readable, shown
 from ..files.writing import require_apart, require_distinct, write_text
-from ..report.machine import machine
+from ..report.machine import machine, versions
 from ..report.model import Report, Section
 from ..report.terminal import ReportConsole, print_header, print_section, print_summary
 from ..subprocesses import ROOT
@@ -38,7 +37,6 @@ from .jobs import Job
 # Parts that prove nothing about outputs, and so need neither SciPy nor Optax.
 STATE = ("inspect", "match", "convert", "verify", "kill", "fuzz", "state", "stream", "attention")
 _SECONDS_BETWEEN_UPDATES = 0.05
-PACKAGES = ("torch", "jax", "flax", "optax", "orbax-checkpoint", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)
@@ -253,17 +251,6 @@ def require_writable(*files: Path | None) -> None:
                 pass
         except OSError as error:  # also a name that is too long
             raise UnsoundError(f"{shown(file)} could not be written: {shown(error)}") from error
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that the results depend on."""
-    numbers = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            numbers[name] = version(name)
-        except PackageNotFoundError:
-            numbers[name] = "not installed"
-    return numbers
 
 
 def _write(console: Console, path: Path, text: str) -> None:

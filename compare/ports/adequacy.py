@@ -71,13 +71,17 @@ class Adequacy:
         ]
         return {"noticed": self.noticed, "missed": missed, "alike": self.alike}
 
-    def __str__(self) -> str:
+    @property
+    def verdict(self) -> str:
+        """How many mutants are noticed, in one sentence."""
         total = self.noticed + len(self.missed)
-        lines = [
+        return (
             f"Of {total} mutants of the Flax module, these inputs notice {self.noticed}; "
             f"{self.alike} more are the same function, as far as drawn inputs tell."
-        ]
-        return "\n".join([*lines, *(f"  not noticed: {mutant}" for mutant in self.missed)])
+        )
+
+    def __str__(self) -> str:
+        return "\n".join([self.verdict, *(f"  not noticed: {mutant}" for mutant in self.missed)])
 
 
 class _Mutated:

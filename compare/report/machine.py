@@ -3,6 +3,8 @@
 import os
 import platform
 import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..subprocesses import ROOT
@@ -20,6 +22,7 @@ FEATURES = (
     "sve",
 )
 NVIDIA = Path("/proc/driver/nvidia")
+PACKAGES = ("torch", "jax", "flax", "optax", "orbax-checkpoint", "safetensors", "numpy")
 # The environment variables that restrict this choice.
 LIMITS = (
     "ATEN_CPU_CAPABILITY",
@@ -28,6 +31,17 @@ LIMITS = (
     "XLA_FLAGS",
     "OMP_NUM_THREADS",
 )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that the results depend on."""
+    numbers = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            numbers[name] = version(name)
+        except PackageNotFoundError:
+            numbers[name] = "not installed"
+    return numbers
 
 
 def machine() -> dict[str, str]:

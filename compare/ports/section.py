@@ -1,0 +1,49 @@
+"""A port's report as a section of a printed report or a page."""
+
+from datetime import datetime
+
+from ..report.machine import machine, versions
+from ..report.model import Block, Report, Section, Table
+from ..report.verdicts import settle
+from .report import PortReport
+
+
+def section_of(report: PortReport, name: str) -> Section:
+    """Return the report as a section."""
+    checks = dict.fromkeys(finding.check for finding in report.findings)
+    verdicts = [
+        verdict
+        for check in checks
+        for verdict in settle([one for one in report.findings if one.check == check], check)
+    ]
+    blocks: list[Block] = [report.verdict]
+    if report.divergence:
+        parted = report.divergence
+        blocks.append(f"The {parted.what} part first here. {parted.hint}")
+        rows = [
+            (side, str(rank), f"{source.file}:{source.line}", source.code, source.operation)
+            for side, sources in (
+                ("torch", report.divergence.torch_source),
+                ("Flax", report.divergence.flax_source),
+            )
+            for rank, source in enumerate(sources, 1)
+        ]
+        blocks.append(Table(("side", "rank", "line", "code", "operation"), rows))
+        blocks += [f"Equal before: {line}" for line in parted.last_equal]
+    if report.adequacy:
+        blocks.append(report.adequacy.verdict)
+        blocks += [f"Not noticed: {mutant}" for mutant in report.adequacy.missed]
+    blocks += [f"Note: {note}" for note in report.notes]
+    return Section(f"Port: {name}", blocks, verdicts, list(report.findings), report.as_json())
+
+
+def page_of(report: PortReport, name: str) -> str:
+    """Return the report as an HTML page that needs no network.
+
+    Raises:
+        ImportError: jinja2 or matplotlib is missing.
+    """
+    from ..report.html import html
+
+    date = datetime.now().astimezone().isoformat(timespec="seconds")
+    return html(Report(name, date, versions(), [section_of(report, name)], machine=machine()))

@@ -1,0 +1,139 @@
+"""Modules of all kinds are judged, or refused with what to do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import linen, nnx
+
+import compare
+from compare import PortError, PortReport
+
+GIVEN = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
+
+
+class Torch(torch.nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.function = torch.nn.Linear(4, 4), function
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        return self.function(self.fc, inputs)
+
+
+class Flax(linen.Module):
+    function: Callable[..., Any]
+
+    @linen.compact
+    def __call__(self, inputs: Any) -> Any:
+        return self.function(linen.Dense(4, name="fc"), inputs)
+
+
+def check(ours: Callable[..., Any], theirs: Callable[..., Any] | None = None) -> PortReport:
+    return compare.check_port(Torch(ours), Flax(theirs or ours), GIVEN, dtypes=())
+
+
+def plain(fc: Any, inputs: Any) -> Any:
+    return fc(inputs)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (lambda fc, x: torch.fft.fft(fc(x)), lambda fc, x: jnp.fft.fft(fc(x))),
+        (lambda fc, x: fc(x.mul_(2)), lambda fc, x: fc(x * 2)),
+        (lambda fc, x: torch.log(fc(x)), lambda fc, x: jnp.log(fc(x))),  # NaN on both sides
+        (lambda fc, x: {"a": fc(x)}, plain),
+        (
+            lambda fc, x: fc(x) * (torch.arange(4.0) / 2 % 1 == 0),  # whole numbers are exact
+            lambda fc, x: fc(x) * (jnp.arange(4.0) / 2 % 1 == 0),
+        ),
+    ],
+    ids=[
+        "complex",
+        "in place",
+        "nan",
+        "one array in a dict",
+        "numbers that are asked for equality",
+    ],
+)
+def test_what_holds(ours: Any, theirs: Any) -> None:
+    report = check(ours, theirs)
+    assert report.held, str(report)
+    assert report.slip < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        (plain, lambda fc, x: fc(x).T, r"the shape is \(4, 2\) in Flax and \(2, 4\) in torch"),
+        (
+            lambda fc, x: fc(x) > 0,
+            lambda fc, x: (fc(x) > 0) * 1,
+            "the dtype is int.* and bool in t",
+        ),
+        (lambda fc, x: torch.fft.fft(fc(x)), lambda fc, x: jnp.fft.fft(fc(x)).conj(), "expected"),
+        (
+            lambda fc, x: fc(x) + (fc(x) - fc(x) * 0.1 * 10 == 0),
+            lambda fc, x: fc(x) + (fc(x) - fc(x) * 0.1 * 10 == 0),
+            "give inputs without ties",
+        ),
+    ],
+    ids=["shape", "dtype", "imaginary parts", "a jump"],
+)
+def test_what_differs(ours: Any, theirs: Any, message: str) -> None:
+    report = check(ours, theirs)
+    assert not report.held
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(str(report))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        (lambda fc, x: fc(x[:, :3]), plain, r"torch module raised RuntimeError at test_any_module"),
+        (plain, lambda fc, x: fc(x) + jnp.ones(7), "the Flax module raised ValueError at test_any"),
+        (plain, lambda fc, x: 2 * fc(x) if x.sum() > 0 else fc(x), "use jnp.where or jax.lax.cond"),
+        (lambda fc, x: (fc(x), x), lambda fc, x: {"a": fc(x), "b": x}, "pass outputs="),
+    ],
+    ids=["torch raises", "flax raises", "control flow", "structure"],
+)
+def test_what_is_refused(ours: Any, theirs: Any, message: str) -> None:
+    with pytest.raises(PortError, match=message):
+        check(ours, theirs)
+
+
+def test_a_compiled_module_is_taken_and_one_without_data_refused() -> None:
+    compiled: Any = torch.compile(Torch(plain), backend="eager")
+    assert compare.check_port(compiled, Flax(plain), GIVEN, dtypes=()).held
+    with pytest.raises(PortError, match="on the meta device, without data"):
+        compare.check_port(Torch(plain).to("meta"), Flax(plain), GIVEN)
+
+
+class Words(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(11, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.embed(ids)
+
+
+class NnxWords(nnx.Module):
+    def __init__(self) -> None:
+        self.embed = nnx.Embed(11, 4, rngs=nnx.Rngs(0))
+
+    def __call__(self, ids: Any) -> jax.Array:
+        return self.embed(ids)
+
+
+def test_a_layer_that_keeps_its_dtype_works_in_float64() -> None:
+    ids = np.array([[0, 3, 10]])
+    report = compare.check_port(Words(), NnxWords(), ids)
+    assert report.held, str(report)
+    assert report.ulps == 0
