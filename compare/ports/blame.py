@@ -4,12 +4,12 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from .comparison import VIEWS, Comparison, Place
+from .comparison import VIEWS, Comparison, Place, plain_name
 from .places import between, returns_of
 from .report import SourceLine
 from .values import Value
 
-_SCALES = ("mul", "div", "truediv", "divide", "multiply")
+SCALES = ("mul", "div", "truediv", "divide", "multiply")
 
 
 def place(line: SourceLine) -> Place:
@@ -155,7 +155,7 @@ def made_by(compared: Comparison, side: int, product: int) -> list[int]:
         while True:
             index = made_at(compared, side, index)
             above = [one for one in values[index].parents if values[one].depends]
-            if len(above) != 1 or not any(step in values[index].operation for step in _SCALES):
+            if len(above) != 1 or not any(step in values[index].operation for step in SCALES):
                 break
             index = above[0]
         found.append(index)
@@ -179,9 +179,32 @@ def unscaled(compared: Comparison, pair: tuple[int, int]) -> tuple[list[int], li
     found: tuple[list[int], list[int]] = ([], [])
     for side in (0, 1):
         trace = compared.traces[side]
-        if not any(step in trace.values[pair[side]].operation for step in _SCALES):
+        if not any(step in trace.values[pair[side]].operation for step in SCALES):
             found[side].extend(trace.children.get(pair[side], [])[:1])
     return found
+
+
+def counterparts(compared: Comparison, side: int) -> list[int]:
+    """Return what this side makes, by the same operation, of what the other side's source is of.
+
+    What has a partner of its own, as each of several layers on one input has, is none.
+    """
+    other = 1 - side
+    values, theirs = compared.traces[side].values, compared.traces[other].values
+    found = []
+    for source in compared.found[other][:1]:
+        name, size = plain_name(theirs[source].operation), theirs[source].array.size
+        for parent in theirs[source].parents:
+            for partner in compared.matches[other][parent][:4]:
+                for child in compared.traces[side].children.get(partner, []):
+                    is_alike = plain_name(values[child].operation) == name
+                    has_own = any(
+                        compared.matches[other][one] == [child]
+                        for one in compared.matches[side][child]
+                    )
+                    if is_alike and values[child].array.size == size and not has_own:
+                        found.append(child)
+    return found[-1:]
 
 
 def handed_on(compared: Comparison, side: int, index: int) -> list[SourceLine]:
@@ -194,8 +217,9 @@ def handed_on(compared: Comparison, side: int, index: int) -> list[SourceLine]:
         if values[root].operation or not values[root].parents:
             continue
         (before,) = values[root].parents[:1]
-        last = values[before].lines[:1] or values[index].lines[:1]
-        for line in last:
+        own = set(map(place, values[index].lines))
+        shared = [line for line in values[before].lines if place(line) in own]
+        for line in (shared or values[before].lines or values[index].lines)[:1]:
             for end in returns_of(line):
                 found += [*between(line, end, made), end]
     return found

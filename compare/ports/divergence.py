@@ -2,7 +2,18 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from .blame import aligned, handed_on, lines_of, made_at, made_by, misplaced, place, unscaled
+from .blame import (
+    SCALES,
+    aligned,
+    counterparts,
+    handed_on,
+    lines_of,
+    made_at,
+    made_by,
+    misplaced,
+    place,
+    unscaled,
+)
 from .comparison import VIEWS, Comparison, plain_name
 from .places import between, built_at, conditions_of, returned_after
 from .relations import Related, related
@@ -12,7 +23,6 @@ from .values import Trace, Value
 _MAX_LINES, _MAX_LAST, _MAX_PAIRS, _MAX_FIRST = 3, 3, 40, 6
 _NONE: Mapping[str, frozenset[str]] = {}
 _TELLING = 0.2  # the rank of relations that are no chance
-_SCALES = ("mul", "div", "truediv", "divide", "multiply")
 
 
 def first_divergence(
@@ -130,7 +140,8 @@ def _lines(
     operands = misplaced(compared)
     if unpacked := [pair[side] for pair in operands if pair.is_unpacked(compared)]:
         order = [*unpacked[:1], *order]
-    order = [*order[:1], *(pair[side] for pair in operands), *order[1:]]
+    near = [*(pair[side] for pair in operands), *counterparts(compared, side)]
+    order = [*order[:1], *near, *order[1:]]
     turned = _turned(compared, side, found)
     order = [*turned, *(one for index in turned for one in made_by(compared, side, index)), *order]
     for index in compared.found[1 - side][:1]:  # the statement that has its entries in order
@@ -242,7 +253,7 @@ def _scaling(values: Sequence[Value], walked: set[int], paired: int) -> list[int
     near = {paired, *values[paired].parents}
     near |= {index for index in walked if paired in values[index].parents}
     return sorted(
-        index for index in near & walked if any(step in values[index].operation for step in _SCALES)
+        index for index in near & walked if any(step in values[index].operation for step in SCALES)
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from .values import Value
 
 _MAX_ENTRIES = 1 << 20
-_MAX_STACKS = 4000
+_MAX_IN_ALL = 1 << 24
 _EACH = (1, 2, 3)  # how often one operation may stand in the line of a loop
 
 
@@ -27,7 +27,7 @@ def stacks(values: Sequence[Value], lengths: set[int]) -> Iterator[tuple[Value, 
         if value.source is not None and value.array.size and value.depends:
             places = tuple((line.file, line.line) for line in value.lines)
             groups.setdefault((places, value.operation, value.array.shape), []).append(index)
-    count = 0
+    left = _MAX_IN_ALL
     for group in groups.values():
         for each in _EACH:
             for length in lengths:
@@ -36,11 +36,10 @@ def stacks(values: Sequence[Value], lengths: set[int]) -> Iterator[tuple[Value, 
                 for begin in range(0, len(group), each * length):
                     for first in range(each):
                         parts = group[begin + first : begin + each * length : each]
-                        if values[parts[0]].array.size * length > _MAX_ENTRIES:
+                        size = values[parts[0]].array.size * length
+                        if size > min(left, _MAX_ENTRIES):
                             continue
-                        count += 1
-                        if count > _MAX_STACKS:
-                            return
+                        left -= size
                         yield _stack([values[part] for part in parts]), parts
 
 
