@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from .blame import aligned, lines_of, place
+from .blame import aligned, distinct, lines_of
 from .comparison import Comparison
 from .fingerprints import close
 from .report import Divergence
@@ -45,9 +45,7 @@ def first_gradient(torch: Traced, flax: Traced) -> Divergence | None:
         ]
         for side in (0, 1)
     )
-    lines = tuple(
-        list({place(one): one for one in reversed(side)}.values())[::-1][:3] for side in lines
-    )
+    lines = tuple(distinct(side)[:3] for side in lines)
     if not any(lines):
         return None
     hint = "The values agree and their gradients do not: a cut, or a gradient of its own, is here."

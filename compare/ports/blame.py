@@ -23,13 +23,20 @@ def lines_of(compared: Comparison, side: int, order: Iterable[int]) -> list[Sour
     A line of a function that was right when it was reached from elsewhere is innocent: then the
     line that called it is to blame.
     """
-    lines: dict[Place, SourceLine] = {}
+    lines: list[SourceLine] = []
     for index in order:
         value = _with_a_line(compared, side, index)
         if value is not None:
-            for line in (_blamed(compared, side, index, value), value.lines[0]):
-                lines.setdefault(place(line), line)
-    return list(lines.values())
+            lines += [_blamed(compared, side, index, value), value.lines[0]]
+    return distinct(lines)
+
+
+def distinct(lines: Iterable[SourceLine]) -> list[SourceLine]:
+    """Return the lines, each where it stands first."""
+    found: dict[Place, SourceLine] = {}
+    for line in lines:
+        found.setdefault(place(line), line)
+    return list(found.values())
 
 
 def _with_a_line(compared: Comparison, side: int, index: int) -> Value | None:

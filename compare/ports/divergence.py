@@ -6,12 +6,12 @@ from .blame import (
     SCALES,
     aligned,
     counterparts,
+    distinct,
     handed_on,
     lines_of,
     made_at,
     made_by,
     misplaced,
-    place,
     unscaled,
 )
 from .comparison import VIEWS, Comparison, plain_name
@@ -192,7 +192,7 @@ def _near_lines(
     order = [*sure[:1], *near[:1], first, *rest, *built]
     if compared.is_made_of_both:  # then this line is one that torch does not have
         order = [*sure[:1], first, *near[:1], *conditions_of(first), *rest, *built]
-    return tuple({place(line): line for line in reversed(order)}.values())[::-1][:_MAX_LINES]
+    return tuple(distinct(order)[:_MAX_LINES])
 
 
 def _is_left_out(compared: Comparison) -> bool:
