@@ -11,6 +11,7 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -170,9 +171,14 @@ DtypeOption = Annotated[
 
 
 class _Commands(TyperGroup):
-    """The commands. `line` is the last command line, for the report: "compare bound --cases 10"."""
+    """The commands.
+
+    `line` is the last command line, for the report: "compare bound --cases 10". `is_interrupted` is
+    whether Ctrl-C came.
+    """
 
     line = "compare"
+    is_interrupted = False
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
         """Keep the arguments before they are parsed."""
@@ -883,8 +889,16 @@ def _end(number: int, _frame: object) -> None:
     raise _EndedError(number)
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Note Ctrl-C, which Python ignores while JAX or torch is called back."""
+    _Commands.is_interrupted = True
+    signal.default_int_handler(number, frame)
+
+
 def main() -> None:
     """Run the command line: the console script and `python -m compare`."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
@@ -895,7 +909,11 @@ def main() -> None:
         with suppress(AttributeError):  # a terminal of any encoding shows every name
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        sys.exit(app(prog_name=_program(), standalone_mode=False))
+        code = app(prog_name=_program(), standalone_mode=False)
+        if _Commands.is_interrupted:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        sys.exit(code)
     except UnsoundError as error:
         error.show()
         sys.exit(error.exit_code)

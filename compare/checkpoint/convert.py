@@ -139,14 +139,15 @@ def convert_checkpoint(
         )
     chosen = format_of(path) if shard_bytes is None else None
     allowed = chosen.layouts if chosen else ("torch", "linen", "nnx")
-    if layout is not None and layout not in {_torch_or_flax(name) for name in allowed}:
+    known = list(dict.fromkeys(map(_torch_or_flax, allowed)))
+    if layout is not None and layout not in known:
+        names = " or ".join(map(repr, known))
         raise CheckpointError(
             path,
-            f"layout={layout!r} has no effect: {path.suffix or 'an Orbax folder'} holds only "
-            f"the {_torch_or_flax(allowed[0])} layout",
-            expected=f"layout={_torch_or_flax(allowed[0])!r}, or none",
+            f"layout={layout!r}: {path.suffix or 'an Orbax folder'} holds the layout {names}",
+            expected=f"layout={names}, or none",
             found=f"layout={layout!r}",
-            mend="leave layout (--layout) out",
+            mend=f"leave layout (--layout) out, or give {names}",
             is_usage=True,
         )
     if mapping is not None and like is not None:

@@ -91,6 +91,8 @@ def inferred_layout(
             f'layouts={{{pattern}: "heads_in"}}, or "heads_out" for the output'
             f"{_patterns(torch_shape, shape)}"
         )
+    if rank == torch_rank == 1 and hint is None:
+        return "same"
     if rank == 2 and hint in (None, "general"):
         if isinstance(layer, torch.nn.Linear):
             return "transposed"

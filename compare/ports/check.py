@@ -1,5 +1,6 @@
 """Check that a Flax module is the same function as a torch module."""
 
+import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..conversion.mapping import KeyPath, StateMapping, require_mapping, slashed
+from ..conversion.match import pair
 from ..conversion.state_kinds import flax_side
 from ..conversion.tensors import numpy_to_tensor
 from ..proof.agreement import Finding, agreement, same_names, uncompared
@@ -61,12 +63,14 @@ _RANDOM_FLAX = (
     "training is not compared, because the Flax module draws random numbers there outside of a "
     "Dropout layer"
 )
+_DTYPES = ("float32", "bfloat16", "float16")
 _COARSE = float(np.finfo(np.float32).eps)  # a coarser limit shows no more than float32 would
 _UNSTABLE = (
     "torch's own values jump when each of its results moves by one unit in the last place: a "
     "comparison of numbers that are almost equal decides, so that agreement would show nothing; "
     "give inputs without ties"
 )
+_EMPTY = "torch returns no finite number, so that agreement would show nothing; give other inputs"
 _PATTERNS = (
     "with dropout, the same patterns are drawn for both, by the entries "
     "(compare/ports/dropout.py), and float64 alone is compared"
@@ -122,11 +126,20 @@ def check_port(
         ConversionError: the state does not pair.
     """
     require_mapping(mapping)
+    dtypes = known_dtypes(dtypes)
     if not isinstance(torch_module, nn.Module):
         raise PortError(
             f"torch_module is of type {type(torch_module).__name__}; expected a torch module"
         )
     ours, theirs = outputs if isinstance(outputs, Sequence) else (None, outputs)
+    known = inspect.signature(pair).parameters
+    if unknown := [name for name in rules if name not in known]:
+        raise PortError(f"there is no argument {unknown[0]}; rules are those of compare.match")
+    for module in (torch_module, flax_module):
+        if method is not None and not callable(getattr(module, method, None)):
+            raise PortError(f"{type(module).__name__} has no method {method!r}")
+    if train is not None and not isinstance(train, Mapping):
+        raise PortError(f"train is {train!r}; expected keywords, such as {{'train': True}}")
     side = TorchSide(torch_module, ours, method)
     port = port_of(flax_module, Adapters(flax_inputs, theirs, method, train))
     calls = calls_of(inputs)
@@ -176,6 +189,20 @@ def check_port(
     ]
     notes += judge.notes
     return PortReport(tuple(findings), parted, tuple(notes), judge.slip, judge.ulps, worth)
+
+
+def known_dtypes(dtypes: Sequence[str]) -> tuple[str, ...]:
+    """Return the working dtypes; one name is one of them.
+
+    Raises:
+        PortError: one is not known.
+    """
+    names = (dtypes,) if isinstance(dtypes, str) else dtypes
+    if not isinstance(names, Sequence) or not all(
+        isinstance(name, str) and name in _DTYPES for name in names
+    ):
+        raise PortError(f"dtypes is {dtypes!r}; expected names among {', '.join(_DTYPES)}")
+    return tuple(names)
 
 
 def assert_port(torch_module: nn.Module, flax_module: Any, inputs: Any, **options: Any) -> None:
@@ -261,7 +288,8 @@ class _Judge:
         for train in self._modes(state, call):
             case = f"{label}, {'training' if train else 'inference'}"
             for finding in self._in_float64(state, leaves, call, case, train=train):
-                if finding.check == "outputs" and not finding.held and not self.differs:
+                is_told = finding.error in (_EMPTY, _UNSTABLE)
+                if finding.check == "outputs" and not (finding.held or is_told or self.differs):
                     self.differs, self.trained_when_differing = True, train
                 yield finding
 
@@ -362,6 +390,8 @@ class _Judge:
             self.notes[_PATTERNS] = None
         moved = deviations(perturbed, exact)
         expected = replace(exact, state=self._variances(exact, found, moved))
+        if not any(map(shows, exact.outputs.values())):
+            yield uncompared("outputs", self.port.api, case, _EMPTY)
         for what in ("outputs", "gradients", "state"):
             limits = {name: FACTOR * size for name, size in getattr(moved, what).items()}
             scale = max(map(largest, getattr(exact, what).values()), default=0.0)
@@ -475,7 +505,8 @@ class _Judge:
                 continue
             size = largest(array)
             if not size:
-                self.notes[f"output {name or 'one'} has no entry but 0, which shows little"] = None
+                which = f"output {name}" if name else "the output"
+                self.notes[f"{which} has no finite entry but 0, which shows little"] = None
                 continue
             unit = size * float(np.finfo(np.float64).eps)
             with np.errstate(invalid="ignore"):
@@ -526,6 +557,11 @@ def _listed(arrays: NamedArrays) -> str:
 def _kind(array: np.ndarray) -> str:
     """Return whether entries are floating, whole numbers or truth values."""
     return "float" if is_float(array) else "bool" if array.dtype == bool else "whole"
+
+
+def shows(array: np.ndarray) -> bool:
+    """Return whether an array has an entry that can differ from another number."""
+    return bool(array.size) and (not is_float(array) or bool(np.isfinite(array).any()))
 
 
 def largest(array: np.ndarray) -> float:

@@ -98,7 +98,7 @@ class LinenPort:
                 _streams(SEED), *made.args, **made.kwargs, **keywords, method=self.adapters.method
             )
 
-        with linen.intercept_methods(keep):
+        with linen.intercept_methods(keep), carries_in(jnp.float64):
             return jax.jit(init)(call.arrays)
 
     def side(self, template: Any) -> FlaxSide:

@@ -18,19 +18,18 @@ from ..support import torch_module
 @pytest.mark.parametrize(
     ("target", "layout", "holds"),
     [
-        ("new.pth", "flax", r"\.pth holds only the torch layout"),
-        ("new.msgpack", "torch", r"\.msgpack holds only the flax layout"),
-        ("new.orbax", "torch", r"\.orbax holds only the flax layout"),
-        ("new", "torch", "an Orbax folder holds only the flax layout"),
+        ("new.safetensors", "x", r"\.safetensors holds the layout 'torch' or 'flax'"),
+        ("new.pth", "flax", r"\.pth holds the layout 'torch'"),
+        ("new.msgpack", "torch", r"\.msgpack holds the layout 'flax'"),
+        ("new.orbax", "torch", r"\.orbax holds the layout 'flax'"),
+        ("new", "torch", "an Orbax folder holds the layout 'flax'"),
     ],
 )
 def test_a_layout_that_the_format_cannot_hold_is_refused(
     target: str, layout: str, holds: str, tmp_path: Path
 ) -> None:
     source = compare.save_checkpoint(tmp_path / "state.safetensors", torch_module())
-    with pytest.raises(
-        CheckpointError, match=rf"layout='{layout}' has no effect: {holds}: leave layout .*out"
-    ):
+    with pytest.raises(CheckpointError, match=rf"layout='{layout}': {holds}: leave layout .*out"):
         convert_checkpoint(source, tmp_path / target, layout=layout)  # type: ignore[arg-type]
     assert not (tmp_path / target).exists()
 

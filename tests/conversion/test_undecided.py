@@ -262,3 +262,14 @@ def test_what_the_command_line_refuses(
     done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 2
     assert said in " ".join(done.output.replace("│", " ").split())
+
+
+def test_a_kernel_of_one_axis_has_one_layout() -> None:
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.rand(3))
+
+    target = {"params": {"o": {"kernel": jax.ShapeDtypeStruct((3,), jnp.float32)}}}
+    mapping = compare.match(torch.nn.ModuleDict({"o": Own()}), target)
+    assert [row.layout for row in mapping.rows] == ["same"]

@@ -20,6 +20,7 @@ import compare
 from compare.checkpoint import convert, save
 from compare.checkpoint.convert import convert_checkpoint
 from compare.files import writing
+from compare.subprocesses import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore::compare.checkpoint.errors.UnverifiedCheckpoint")
 
@@ -250,3 +251,26 @@ def test_a_signal_leaves_nothing_behind(number: signal.Signals, here: Path) -> N
     assert code == (130 if number == signal.SIGINT else -number)
     assert Path("a.msgpack").read_bytes() == before
     assert not list(here.glob(".*.tmp"))
+
+
+def test_ctrl_c_within_a_callback_is_not_lost() -> None:
+    """Python prints and ignores what is raised while the garbage collector calls back."""
+    script = """
+import gc, os, signal
+import compare.cli as cli
+
+def swallow(phase, info):
+    gc.callbacks.remove(swallow)
+    os.kill(os.getpid(), signal.SIGINT)
+
+def work(**options):
+    gc.callbacks.append(swallow)
+    gc.collect()
+    return 0
+
+cli.app = work
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT, done.stderr
+    assert "Exception ignored" in done.stderr

@@ -108,6 +108,29 @@ def test_what_is_refused(ours: Any, theirs: Any, message: str) -> None:
         check(ours, theirs)
 
 
+@pytest.mark.parametrize("given", [np.full((2, 4), np.nan), np.zeros((0, 4))])
+def test_outputs_that_show_nothing_do_not_hold(given: np.ndarray) -> None:
+    report = compare.check_port(Torch(plain), Flax(plain), given, dtypes=())
+    assert not report.held
+    assert "torch returns no finite number, so that agreement would show nothing" in str(report)
+    assert report.divergence is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtypes": ["int32"]}, "dtypes is .*; expected names among float32, bfloat16, float16"),
+        ({"method": "nope"}, "Torch has no method 'nope'"),
+        ({"renme": {}}, "there is no argument renme"),
+        ({"train": 3}, "train is 3; expected keywords"),
+    ],
+)
+def test_arguments_of_other_kinds_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PortError, match=message):
+        compare.check_port(Torch(plain), Flax(plain), GIVEN, **options)
+    assert compare.check_port(Torch(plain), Flax(plain), GIVEN, dtypes="float16").held
+
+
 def test_a_compiled_module_is_taken_and_one_without_data_refused() -> None:
     compiled: Any = torch.compile(Torch(plain), backend="eager")
     assert compare.check_port(compiled, Flax(plain), GIVEN, dtypes=()).held
