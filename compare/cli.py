@@ -910,10 +910,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = app(prog_name=_program(), standalone_mode=False)
-        if _Commands.is_interrupted:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-        sys.exit(code)
+        sys.exit(128 + signal.SIGINT if _Commands.is_interrupted else code)
     except UnsoundError as error:
         error.show()
         sys.exit(error.exit_code)

@@ -110,6 +110,7 @@ def test_a_closed_pipe_is_no_failed_check(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.again
 def test_a_name_is_never_broken(tmp_path: Path) -> None:
     name = ".".join(["encoder", *(f"layer_{number}" for number in range(20)), "in_proj_weight"])
     path = compare.save_checkpoint(tmp_path / "state.safetensors", {name: torch.ones(2)})

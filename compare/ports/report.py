@@ -1,6 +1,8 @@
 """What a check of a port found, as data and as text."""
 
 from dataclasses import asdict, dataclass
+from html import escape
+from itertools import zip_longest
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +127,23 @@ class PortReport:
         failed = sum(not finding.held for finding in self.findings)
         return f"The port differs: {failed} of {count} comparisons do not hold."
 
+    def _repr_html_(self) -> str:
+        """Return the report as HTML, which a notebook shows: the lines of both sides abreast."""
+        parts = [f"<p><b>{escape(self.verdict)}</b></p>"]
+        if self.divergence:
+            sides = (self.divergence.torch_source, self.divergence.flax_source)
+            rows = [
+                "".join(f"<td>{_cell(line)}</td>" for line in pair) for pair in zip_longest(*sides)
+            ]
+            head = f"<tr><th>torch: {self.divergence.what} part first</th><th>Flax</th></tr>"
+            parts.append(f"<table>{head}{''.join(f'<tr>{row}</tr>' for row in rows)}</table>")
+            parts.append(f"<p>{escape(self.divergence.hint)}</p>")
+        failed = [finding for finding in self.findings if not finding.held]
+        parts += [f"<p>{escape(_told(finding))}</p>" for finding in failed[:_MAX_LISTED]]
+        if self.adequacy:
+            parts.append(f"<pre>{escape(str(self.adequacy))}</pre>")
+        return "".join([*parts, *(f"<p>Note: {escape(note)}</p>" for note in self.notes)])
+
     def __str__(self) -> str:
         failed = [finding for finding in self.findings if not finding.held]
         lines = [self.verdict, *(f"  {_told(finding)}" for finding in failed[:_MAX_LISTED])]
@@ -135,6 +154,12 @@ class PortReport:
         if self.adequacy:
             lines.append(str(self.adequacy))
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
+
+def _cell(line: SourceLine | None) -> str:
+    if line is None:
+        return ""
+    return f"{escape(line.file)}:{line.line}<br><code>{escape(line.code)}</code>"
 
 
 def _told(finding: Finding) -> str:

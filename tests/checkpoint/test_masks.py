@@ -77,10 +77,11 @@ def holders(mask: np.ndarray) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("all_writers", [False, pytest.param(True, marks=pytest.mark.again)])
+@pytest.mark.parametrize("all_writers", [False, True])
 @pytest.mark.slow
+@pytest.mark.again
 def test_every_edit_in_every_format_from_each_into_each(all_writers: bool, tmp_path: Path) -> None:
-    """A plain run takes the writers in turn."""
+    """Either the writers are taken in turn, or all of them."""
     expected = {}
     for number, mask in enumerate(EDITS.values()):
         writers = FRAMEWORKS if all_writers else FRAMEWORKS[number % 3 :][:1]

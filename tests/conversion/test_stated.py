@@ -65,7 +65,7 @@ def x64() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("rank", [pytest.param(1, marks=pytest.mark.again), 2])
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.usefixtures("x64")
 @pytest.mark.slow

@@ -118,6 +118,7 @@ def test_a_link_stays_a_link(command: Command) -> None:
     assert json.loads(Path("real.json").read_text())["held"] is None
 
 
+@pytest.mark.again
 def test_a_report_to_the_output_itself_arrives_there(here: Path) -> None:
     Path("out").symlink_to("/proc/self/fd/1")
     line = [sys.executable, "-m", "compare", "inspect", "a.safetensors", "--json", "out"]

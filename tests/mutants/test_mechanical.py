@@ -111,6 +111,7 @@ def test_each_mark_is_of_a_mutant_and_has_a_reason() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.again
 def test_a_run_names_what_survives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("coverage")
     file = Path("compare/conversion/suggest.py")

@@ -69,6 +69,7 @@ def test_the_first_lines_that_differ_are_named(
     assert report.divergence is not None
     assert hint in report.divergence.hint
     assert "The outputs part first here:" in str(report)
+    assert f"<code>{report.divergence.flax_source[0].code}" in report._repr_html_()
     found = report.as_json()
     assert found["held"] is False
     assert found["divergence"]["flax_source"][0]["file"] == str(SOURCE)
@@ -111,13 +112,13 @@ def test_other_layouts_and_structures() -> None:
     report = compare.check_port(
         TorchImages(),
         FlaxImages(),
-        [images, (images[:1], 2.0), {"images": images, "scale": 0.5}],
+        [(images[:1], 2.0), {"images": images, "scale": 0.5}],
         flax_inputs=to_flax,
         outputs=lambda found: {"features": found[0].transpose(0, 3, 1, 2), "mean": found[1]},
         dtypes=("float32", "bfloat16"),
     )
     assert report.held, str(report)
-    assert any("call 2" in finding.case for finding in report.findings)
+    assert any("call 1" in finding.case for finding in report.findings)
 
 
 @pytest.mark.parametrize(
@@ -291,8 +292,8 @@ def test_a_buffer_that_flax_computes_is_a_note() -> None:
     assert "tril" in str(report.divergence), str(report)
 
 
-@pytest.mark.parametrize("slip", [1e-9, 1e-12])
-def test_a_small_slip_is_seen(slip: float) -> None:
+def test_a_small_slip_is_seen() -> None:
+    slip = 1e-12
     report = compare.check_port(torch_block(), LinenBlock(factor=1 + slip), inputs(), dtypes=())
     failed = {finding.check for finding in report.findings if not finding.held}
     assert {"outputs", "gradients"} <= failed

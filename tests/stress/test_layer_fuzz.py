@@ -14,7 +14,7 @@ from compare.stress.layer_pairs import FAMILIES
 GOOD = {"refused", "equal", "warned"}
 
 
-QUICK = ("norms", "linear and one-point convolutions")
+QUICK = ("linear and one-point convolutions",)
 
 
 @pytest.mark.parametrize(
