@@ -125,6 +125,7 @@ def test_the_version() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.again
 def test_output_without_unicode(tmp_path: Path) -> None:
     for name in ("state", "a long name " * 10):
         path = compare.save_checkpoint(tmp_path / f"{name}.safetensors", torch_module())

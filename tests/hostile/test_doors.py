@@ -228,6 +228,7 @@ def test_names_that_say_something_else(here: Path, command: Command) -> None:
     assert not Path("newdir").exists() and not Path(f"model{INDEX}").exists()
 
 
+@pytest.mark.again
 def test_more_shards_than_may_be_open(here: Path) -> None:
     script = """
 import resource, sys, torch, compare

@@ -64,6 +64,7 @@ def test_what_is_bad_is_shown_with_its_number() -> None:
     assert [check.held for check in section.checks] == [False]
 
 
+@pytest.mark.again
 def test_the_command_judges_in_processes() -> None:
     *progress, section = layer_fuzz.sections(8)
     assert progress[-1] == "8 of 8 pairs, 0 bad"
