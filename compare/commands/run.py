@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -28,8 +27,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from ..files.errors import FileError
 from ..files.printable import all_readable, readable, shown
 from ..files.writing import require_apart, require_distinct, write_text
-from ..report.machine import machine, versions
-from ..report.model import Report, Section
+from ..report.machine import report_here
+from ..report.model import Section
 from ..report.terminal import ReportConsole, print_header, print_section, print_summary
 from ..subprocesses import ROOT
 from .jobs import Job
@@ -90,10 +89,7 @@ def _print_and_write(
     with suppress(AttributeError, ValueError):  # no such signal, or not in the main thread
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a closed pipe must not lose the files
     console = ReportConsole(shows_all)
-    date = datetime.now().astimezone().isoformat(timespec="seconds")
-    report = Report(
-        readable(command.replace("\n", "\\n")), date, versions(), look=only_shows, machine=machine()
-    )
+    report = report_here(readable(command.replace("\n", "\\n")), look=only_shows)
     print_header(console, report)
     for unsafe in _sections(jobs, console):
         section = all_readable(unsafe)

@@ -83,6 +83,18 @@ def is_conv1d_of_transformers(layer: nn.Module | None) -> bool:
     return ("transformers.pytorch_utils", "Conv1D") in kinds
 
 
+def _is_torchs(layer: nn.Module) -> bool:
+    """Return whether the layer is one of torch's own that holds state."""
+    has_state = any(True for _ in chain(layer.parameters(), layer.buffers()))
+    is_torchs = type(layer).__module__.startswith(_TORCH_LAYERS)
+    return has_state and is_torchs and type(layer) not in _CONTAINERS
+
+
+def is_unknown(layer: nn.Module) -> bool:
+    """Return whether the layer is one of torch's own that has no counterpart that is known."""
+    return _is_torchs(layer) and not isinstance(layer, SUPPORTED)
+
+
 def refusal(layer: nn.Module) -> str | None:
     """Return why Flax has no layer that computes the same, or None.
 
@@ -97,11 +109,9 @@ def refusal(layer: nn.Module) -> str | None:
         )
     if any(map(is_lazy, chain(layer.parameters(), layer.buffers()))):
         return None  # its tensors are refused one by one
-    has_state = any(True for _ in chain(layer.parameters(), layer.buffers()))
-    is_torchs = type(layer).__module__.startswith(_TORCH_LAYERS)
-    if not has_state or not is_torchs or type(layer) in _CONTAINERS:
+    if not _is_torchs(layer):
         return None
-    if not isinstance(layer, SUPPORTED):
+    if is_unknown(layer):
         mend = next(
             (mend for layer_type, mend in _MENDS.items() if isinstance(layer, layer_type)),
             "replace it",

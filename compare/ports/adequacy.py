@@ -7,6 +7,7 @@ check would have passed it. If inputs that are drawn here tell it from the modul
 are too weak; if they do not, it may be the same function.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -222,15 +223,17 @@ def adequacy(
     seen: set[tuple[Mutant, int]] = set()
     for function, call, limit in zip(functions, calls, limits, strict=True):
         run, mutants = _program(function, leaves, call)
-        drawn = list(_drawn(call))
+        drawn = [(arrays, run(arrays, -1)) for arrays in _drawn(call)]
         kept = run(call.arrays, -1)
+        counts: Counter[Mutant] = Counter()
         for number, mutant in enumerate(mutants):
-            key = mutant, mutants[:number].count(mutant)
+            key = mutant, counts[mutant]
+            counts[mutant] += 1
             if _differs(run(call.arrays, number), kept, limit):
                 seen.add(key)
             elif not missed.get(key):
                 missed[key] = any(
-                    _differs(run(arrays, number), run(arrays, -1), limit) for arrays in drawn
+                    _differs(run(arrays, number), base, limit) for arrays, base in drawn
                 )
     unseen = {key: is_told for key, is_told in missed.items() if key not in seen}
     told = [mutant for (mutant, _), is_told in unseen.items() if is_told]

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from .blame import (
     SCALES,
+    Operands,
     aligned,
     counterparts,
     distinct,
@@ -46,7 +47,11 @@ def first_divergence(
     pair, relation = _best_pair(compared, found, walked)
     hint = relation.hint if relation else _of_parents(compared, found, walked)
     compared.is_made_of_both = relation is None and bool(hint)
-    first = [_lines(compared, side, found[side], walked[side], pair, relation) for side in (0, 1)]
+    operands = misplaced(compared)
+    first = [
+        _lines(compared, side, found[side], walked[side], pair, relation, operands)
+        for side in (0, 1)
+    ]
     lines = [_near_lines(compared, side, first[side], first[1 - side], suspects) for side in (0, 1)]
     return Divergence(what, lines[0], lines[1], _last_equal(compared, found), hint)
 
@@ -127,6 +132,7 @@ def _lines(
     walked: set[int],
     pair: tuple[int, int] | None,
     relation: Related | None,
+    operands: Sequence[Operands],
 ) -> list[SourceLine]:
     """Return the lines of one side, the likeliest first."""
     values = compared.traces[side].values
@@ -137,7 +143,6 @@ def _lines(
         if relation is not None and relation.is_scale:
             scaled = unscaled(compared, pair)[side]
             order = [*_scaling(values, walked, paired), *order[:1], *scaled, *order[1:]]
-    operands = misplaced(compared)
     if unpacked := [pair[side] for pair in operands if pair.is_unpacked(compared)]:
         order = [*unpacked[:1], *order]
     near = [*(pair[side] for pair in operands), *counterparts(compared, side)]

@@ -4,8 +4,10 @@ import ast
 import linecache
 import re
 from functools import lru_cache
+from typing import Any
 
 from .report import SourceLine
+from .values import source_line
 
 _CALLED = re.compile(r"self\.(\w+)(?:\[[^\]]*\])?\(")
 _READ = re.compile(r"self\.(\w+)")
@@ -24,22 +26,29 @@ def built_at(source: SourceLine, keywords: frozenset[str] = frozenset()) -> list
     names = [*_CALLED.findall(source.code), *_READ.findall(source.code)]
     for name in dict.fromkeys(names):
         for line in _assignments(source.file, source.line, name, keywords):
-            code = linecache.getline(source.file, line).strip()
-            found.append(SourceLine(source.file, line, code, "built here", name))
+            found.append(source_line(source.file, line, "built here", name))
     return found
+
+
+@lru_cache(maxsize=64)
+def _nodes(file: str) -> tuple[ast.AST, ...]:
+    """Return the syntax nodes of a file; none if it is no Python."""
+    try:
+        return tuple(ast.walk(ast.parse("".join(linecache.getlines(file)))))
+    except SyntaxError:
+        return ()
+
+
+def _within(node: Any, line: int) -> bool:
+    """Return whether a line lies in the statement of a node."""
+    return bool(node.lineno <= line <= (node.end_lineno or 0))
 
 
 @lru_cache(maxsize=256)
 def _assignments(file: str, line: int, name: str, keywords: frozenset[str]) -> tuple[int, ...]:
     """Return the lines of `self.NAME = …` in the class that the line lies in."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except SyntaxError:
-        return ()
     classes = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef) and node.lineno <= line <= (node.end_lineno or 0)
+        node for node in _nodes(file) if isinstance(node, ast.ClassDef) and _within(node, line)
     ]
     if not classes:
         return ()
@@ -77,33 +86,22 @@ def between(before: SourceLine, after: SourceLine, made: set[tuple[str, int]]) -
     for line in range(before.line + 1, after.line):
         code = linecache.getline(before.file, line).strip()
         if _ASSIGNED.match(code) and not code.startswith("#") and (before.file, line) not in made:
-            found.append(SourceLine(before.file, line, code, "makes no value", after.module))
+            found.append(source_line(before.file, line, "makes no value", after.module))
     return found
 
 
 def returns_of(source: SourceLine) -> list[SourceLine]:
     """Return the lines that return from the function that a line lies in."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(source.file)))
-    except SyntaxError:
-        return []
     functions = [
         node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef)
-        and node.lineno <= source.line <= (node.end_lineno or 0)
+        for node in _nodes(source.file)
+        if isinstance(node, ast.FunctionDef) and _within(node, source.line)
     ]
     if not functions:
         return []
     innermost = min(functions, key=lambda node: (node.end_lineno or 0) - node.lineno)
     return [
-        SourceLine(
-            source.file,
-            node.lineno,
-            linecache.getline(source.file, node.lineno).strip(),
-            "returns",
-            source.module,
-        )
+        source_line(source.file, node.lineno, "returns", source.module)
         for node in innermost.body
         if isinstance(node, ast.Return)
     ]
@@ -111,20 +109,13 @@ def returns_of(source: SourceLine) -> list[SourceLine]:
 
 def conditions_of(source: SourceLine) -> list[SourceLine]:
     """Return the lines of the `if` statements that a line lies in, the innermost first."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(source.file)))
-    except SyntaxError:
-        return []
     found = [
         node.lineno
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and node.lineno < source.line <= (node.end_lineno or 0)
+        for node in _nodes(source.file)
+        if isinstance(node, ast.If) and node.lineno < source.line and _within(node, source.line)
     ]
     return [
-        SourceLine(
-            source.file, line, linecache.getline(source.file, line).strip(), "if", source.module
-        )
-        for line in sorted(found, reverse=True)
+        source_line(source.file, line, "if", source.module) for line in sorted(found, reverse=True)
     ]
 
 
@@ -133,7 +124,7 @@ def returned_after(source: SourceLine) -> list[SourceLine]:
     for line in range(source.line + 1, source.line + 1 + _MAX_BETWEEN):
         code = linecache.getline(source.file, line).strip()
         if code.startswith("return"):
-            return [SourceLine(source.file, line, code, "returns", source.module)]
+            return [source_line(source.file, line, "returns", source.module)]
         if code.startswith(("def ", "class ")):
             break
     return []

@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from .report import SourceLine
-from .values import Trace, Value, has_called, is_somebodys, source_line
+from .values import Trace, Value, lines_of_frames
 
 # The parameter in which a primitive that calls a function has the function's jaxpr.
 CALLED = {
@@ -314,13 +314,8 @@ def _value(array: np.ndarray, meta: _Meta, parents: tuple[int, ...]) -> Value:
 def lines_of_equation(equation: Any) -> Lines:
     """Return the lines of somebody's module that the equation comes from, the innermost first."""
     traceback = equation.source_info.traceback
+    frames = (
+        (frame.file_name, frame.line_num) for frame in (traceback.frames if traceback else ())
+    )
     module = str(equation.source_info.name_stack)
-    found: list[SourceLine] = []
-    for frame in traceback.frames if traceback else ():
-        if is_somebodys(frame.file_name):
-            found.append(
-                source_line(frame.file_name, frame.line_num, equation.primitive.name, module)
-            )
-        elif found and has_called(frame.file_name):
-            break
-    return tuple(found)
+    return lines_of_frames(frames, equation.primitive.name, module)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..conversion.tensors import tensor_to_numpy
 from .perturbed import written_by
 from .report import SourceLine
-from .values import Trace, Value, has_called, is_somebodys, source_line
+from .values import Trace, Value, lines_of_frames
 
 _Key = tuple[Any, ...]
 
@@ -94,17 +94,15 @@ class TorchRecorder(TorchDispatchMode):
         self.tensors.append(tensor)
 
     def _lines(self, operation: str) -> tuple[SourceLine, ...]:
-        """Return the lines of somebody's module that are running, the innermost first."""
-        frame: FrameType | None = sys._getframe(2)
         module = self._modules[-1] if self._modules else ""
-        lines: list[SourceLine] = []
-        while frame is not None and not (lines and has_called(frame.f_code.co_filename)):
-            if is_somebodys(frame.f_code.co_filename):
-                lines.append(
-                    source_line(frame.f_code.co_filename, frame.f_lineno, operation, module)
-                )
-            frame = frame.f_back
-        return tuple(lines)
+        return lines_of_frames(_frames(sys._getframe(2)), operation, module)
+
+
+def _frames(frame: FrameType | None) -> Iterator[tuple[str, int]]:
+    """Yield the file and the line of a frame and of those that called it."""
+    while frame is not None:
+        yield frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
 
 
 def _key(tensor: Tensor) -> _Key:

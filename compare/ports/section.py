@@ -1,9 +1,8 @@
 """A port's report as a section of a printed report or a page."""
 
-from datetime import datetime
-
-from ..report.machine import machine, versions
-from ..report.model import Block, Report, Section, Table
+from ..files.printable import all_readable
+from ..report.machine import report_here
+from ..report.model import Block, Section, Table
 from ..report.verdicts import settle
 from .report import PortReport
 
@@ -45,5 +44,6 @@ def page_of(report: PortReport, name: str) -> str:
     """
     from ..report.html import html
 
-    date = datetime.now().astimezone().isoformat(timespec="seconds")
-    return html(Report(name, date, versions(), [section_of(report, name)], machine=machine()))
+    made = report_here(name)
+    made.sections.append(all_readable(section_of(report, name)))
+    return html(made)

@@ -2,6 +2,7 @@
 
 import linecache
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -80,6 +81,25 @@ def is_somebodys(file: str) -> bool:
         if file.startswith(site):
             return Path(file).relative_to(site).parts[0] not in _LIBRARIES
     return not file.startswith(_STDLIB)
+
+
+def lines_of_frames(
+    frames: Iterable[tuple[str, int]], operation: str, module: str
+) -> tuple[SourceLine, ...]:
+    """Return the lines of somebody's module that were running, the innermost first.
+
+    Args:
+        frames: the files and the numbers of the lines that were running, the innermost first.
+        operation: what was run.
+        module: the path of the module.
+    """
+    found: list[SourceLine] = []
+    for file, line in frames:
+        if is_somebodys(file):
+            found.append(source_line(file, line, operation, module))
+        elif found and has_called(file):
+            break
+    return tuple(found)
 
 
 def source_line(file: str, line: int, operation: str, module: str = "") -> SourceLine:

@@ -4,10 +4,12 @@ import os
 import platform
 import subprocess
 import sys
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..subprocesses import ROOT
+from .model import Report
 
 # The instruction sets by which torch, oneDNN, MKL and XLA choose their kernels.
 FEATURES = (
@@ -42,6 +44,12 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             numbers[name] = "not installed"
     return numbers
+
+
+def report_here(command: str, *, look: bool = False) -> Report:
+    """Return an empty report on a command that is run here and now."""
+    date = datetime.now().astimezone().isoformat(timespec="seconds")
+    return Report(command, date, versions(), look=look, machine=machine())
 
 
 def machine() -> dict[str, str]:

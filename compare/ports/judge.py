@@ -1,0 +1,366 @@
+"""Compare the two modules on one state and one call after another."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from torch import Tensor
+
+from ..conversion.mapping import KeyPath, StateMapping
+from ..conversion.tensors import numpy_to_tensor
+from ..proof.agreement import Finding, agreement, same_names, uncompared
+from ..runners.run import jax_on
+from .adequacy import Adequacy
+from .adequacy import adequacy as adequacy_of
+from .calls import Call
+from .errors import PortError, raised_by
+from .findings import EQUAL, FLOAT64, WORKING, compared, largest, shows
+from .flax_side import SEED as FLAX_SEED
+from .flax_side import Leaves, Port, cast, cast_call, gradients_of, named, on_device
+from .perturbed import FACTOR, Perturbed, deviations
+from .report import Divergence
+from .result import NamedArrays, Result
+from .torch_side import SEED, TorchSide
+from .trace import divergence, gradient_divergence, outputs_by_name, state_divergence
+from .trees import is_float
+from .weights import differs_after_a_file, leaves_for, pulled_back
+
+_PARTS = ("outputs", "gradients", "state")
+_BIASED = (
+    "in training, torch's BatchNorm keeps the unbiased variance of a batch of n entries and Flax's "
+    "the biased one, (n-1)/n of it; everything else of the running variances agrees"
+)
+_RANDOM = (
+    "training is not compared, because the torch module draws random numbers there that are no "
+    "dropout pattern"
+)
+_RANDOM_FLAX = (
+    "training is not compared, because the Flax module draws random numbers there outside of a "
+    "Dropout layer"
+)
+_COARSE = float(np.finfo(np.float32).eps)  # a coarser limit shows no more than float32 would
+_UNSTABLE = (
+    "torch's own values jump when each of its results moves by one unit in the last place: a "
+    "comparison of numbers that are almost equal decides, so that agreement would show nothing; "
+    "give inputs without ties"
+)
+_EMPTY = "torch returns no finite number, so that agreement would show nothing; give other inputs"
+_PATTERNS = (
+    "with dropout, the same patterns are drawn for both, by the entries "
+    "(compare/ports/dropout.py), and float64 alone is compared"
+)
+
+
+class Judge:
+    """Compares the two modules on one state and one call after another."""
+
+    def __init__(
+        self,
+        side: TorchSide,
+        port: Port,
+        template: Any,
+        mapping: StateMapping,
+        dtypes: Sequence[str],
+    ) -> None:
+        self.side, self.port, self.template, self.mapping = side, port, template, mapping
+        self.dtypes = dtypes
+        self.slip = self.ulps = 0.0
+        self.differs = self.trained_when_differing = False
+        self.notes: dict[str, None] = {}
+        self.suspects: dict[str, frozenset[str]] = {}
+        self._compiled: dict[tuple[int, bool], Callable[..., Any]] = {}
+        self._number = 0  # of the call
+        self._limits: dict[int, NamedArrays] = {}  # of the outputs in inference, by the call
+        self.trained: list[KeyPath] = [
+            row.path for row in mapping.rows if row.torch_key in side.parameters
+        ]
+
+    def findings(
+        self, state: Mapping[str, Tensor], call: Call, number: int, label: str
+    ) -> Iterator[Finding]:
+        """Yield what was found with these weights and the inputs of the call of this number."""
+        self._number = number
+        leaves = leaves_for(self.port, self.template, state, self.mapping)
+        lost = differs_after_a_file(state, self.port, self.template, self.mapping, leaves)
+        reason = f"lost: {', '.join(lost)}" if lost else ""
+        yield Finding("checkpoint", self.port.api, label, same_names(lost, ()), EQUAL, reason)
+        for train, plain in self._modes(state, call).items():
+            case = f"{label}, {'training' if train else 'inference'}"
+            cotangents = _cotangents(plain.outputs)
+            for finding in self._in_float64(state, leaves, call, case, cotangents, train=train):
+                is_told = finding.error in (_EMPTY, _UNSTABLE)
+                if finding.check == "outputs" and not (finding.held or is_told or self.differs):
+                    self.differs, self.trained_when_differing = True, train
+                yield finding
+
+    def _modes(self, state: Mapping[str, Tensor], call: Call) -> dict[bool, Result]:
+        """Return what torch gives in inference, and in training if that differs."""
+        inference, training = (self.side.run(state, call, train=train) for train in (False, True))
+        again = self.side.run(state, call, seed=SEED + 1)
+        if inference.is_random or not _is_equal(inference, again):
+            raise PortError(
+                "the torch module draws random numbers in inference, which Flax cannot draw alike: "
+                "pass them as an input, or fix them"
+            )
+        if _is_equal(inference, training):
+            return {False: inference}
+        again = self.side.run(state, call, train=True, seed=SEED + 1)
+        if training.is_random or not _is_equal(training, again):
+            self.notes[_RANDOM] = None
+            return {False: inference}
+        return {False: inference, True: training}
+
+    def divergence(self, state: Mapping[str, Tensor], call: Call) -> Divergence:
+        """Return where the outputs part first."""
+        train = self.trained_when_differing
+        leaves, double = self._doubled(state, call)
+        return divergence(
+            self.side, self.port, state, leaves, double, train=train, suspects=self.suspects
+        )
+
+    def _doubled(self, state: Mapping[str, Tensor], call: Call) -> tuple[Leaves, Call]:
+        """Return Flax's leaves for the state, and the call, in float64."""
+        leaves = leaves_for(self.port, self.template, state, self.mapping)
+        return cast(leaves, "float64"), cast_call(call, "float64")
+
+    def state_divergence(
+        self, state: Mapping[str, Tensor], call: Call, names: Collection[str], *, train: bool
+    ) -> Divergence:
+        """Return where the buffers of these names part first."""
+        leaves, double = self._doubled(state, call)
+        changed = {row.torch_key: row.path for row in self.mapping.rows if row.torch_key in names}
+        return state_divergence(
+            self.side,
+            self.port,
+            state,
+            leaves,
+            double,
+            changed,
+            train=train,
+            suspects=self.suspects,
+        )
+
+    def gradient_divergence(
+        self, state: Mapping[str, Tensor], call: Call, *, train: bool
+    ) -> Divergence | None:
+        """Return where the gradients part first."""
+        leaves, double = self._doubled(state, call)
+        cotangents = _cotangents(self.side.run(state, call, train=train).outputs)
+        return gradient_divergence(
+            self.side, self.port, state, leaves, double, cotangents, train=train
+        )
+
+    def adequacy(self, state: Mapping[str, Tensor], calls: Sequence[Call]) -> Adequacy:
+        """Return what the calls notice of changes of the Flax module, in inference."""
+        leaves = cast(leaves_for(self.port, self.template, state, self.mapping), "float64")
+        doubled = [cast_call(call, "float64") for call in calls]
+        functions = [outputs_by_name(self.port, call, train=False) for call in doubled]
+        return adequacy_of(functions, leaves, doubled, [self._limits[n] for n in range(len(calls))])
+
+    def _in_float64(
+        self,
+        state: Mapping[str, Tensor],
+        leaves: Leaves,
+        call: Call,
+        case: str,
+        cotangents: NamedArrays,
+        *,
+        train: bool,
+    ) -> Iterator[Finding]:
+        exact = self.side.run(state, call, train=train, cotangents=cotangents)
+
+        def perturbed(mode: Perturbed) -> Result:
+            moved = {
+                key: mode.moved(tensor) if key in self.side.parameters else tensor
+                for key, tensor in state.items()
+            }
+            inputs = {
+                name: mode.moved(numpy_to_tensor(array.astype(np.float64))).numpy()
+                for name, array in call.floats.items()
+            }
+            return self.side.run(
+                moved,
+                call.replaced(inputs),
+                train=train,
+                cotangents=cotangents,
+                within=lambda: mode,
+            )
+
+        doubled, double = cast(leaves, "float64"), cast_call(call, "float64")
+        found = self._flax(doubled, double, cotangents, train)
+        if exact.drawn:
+            again = self._flax(doubled, double, cotangents, train, FLAX_SEED + 1)
+            if not _is_equal(found, again):
+                self.notes[_RANDOM_FLAX] = None
+                return
+            self.notes[_PATTERNS] = None
+        moved = deviations(perturbed, exact)
+        expected = replace(exact, state=self._variances(exact, found, moved))
+        if not any(map(shows, exact.outputs.values())):
+            yield uncompared("outputs", self.port.api, case, _EMPTY)
+        limits = {part: _limits(getattr(moved, part)) for part in _PARTS}
+        for part in _PARTS:
+            yield from self._part(part, case, found, expected, limits[part])
+        if not train:
+            self._limits[self._number] = limits["outputs"]
+        self._measure(found.outputs, exact.outputs, moved.outputs)
+        eager = self._eager(doubled, double, train)
+        yield from compared(
+            self.port.api, "jit", case, eager, found.outputs, limits["outputs"], FLOAT64
+        )
+        for dtype in () if exact.drawn else self.dtypes:
+            yield from self._in_dtype(dtype, state, leaves, call, case, exact, moved, train=train)
+
+    def _part(
+        self, part: str, case: str, found: Result, expected: Result, limits: NamedArrays
+    ) -> Iterator[Finding]:
+        """Yield what was found of the outputs, the gradients or the state."""
+        theirs, ours = getattr(found, part), getattr(expected, part)
+        scale = max(map(largest, ours.values()), default=0.0)
+        unstable = [name for name in limits if limits[name] > _COARSE * scale]
+        for name in unstable:
+            yield uncompared(part, self.port.api, f"{case}, {name}", _UNSTABLE)
+        ours, theirs = (
+            {name: array for name, array in arrays.items() if name not in unstable}
+            for arrays in (ours, theirs)
+        )
+        yield from compared(self.port.api, part, case, theirs, ours, limits, FLOAT64)
+
+    def _variances(self, exact: Result, found: Result, moved: Result) -> NamedArrays:
+        """Return the state that is expected, with Flax's running variances where Flax has them.
+
+        Of a batch, torch's BatchNorm keeps the unbiased variance, and Flax's the biased one. No
+        argument of either changes that, so it is a note and not a difference.
+        """
+        state = dict(exact.state)
+        for name, biased in exact.biased.items():
+            other = found.state.get(name)
+            limit = FACTOR * moved.state[name]
+            if (
+                other is not None
+                and other.shape == biased.shape
+                and not agreement(other, state[name], limit).held
+                and agreement(other, biased, limit).held
+            ):
+                state[name] = biased
+                self.notes[_BIASED] = None
+        return state
+
+    def _in_dtype(
+        self,
+        dtype: str,
+        state: Mapping[str, Tensor],
+        leaves: Leaves,
+        call: Call,
+        case: str,
+        exact: Result,
+        moved: Result,
+        *,
+        train: bool,
+    ) -> Iterator[Finding]:
+        own = self.side.run(state, call, dtype=dtype, train=train)
+        with plain_jax(dtype):
+            outputs = self._eager(cast(leaves, dtype), cast_call(call, dtype), train)
+        growth = float(jax.numpy.finfo(dtype).eps) / float(np.finfo(np.float64).eps)
+        limits = {}
+        for name, array in exact.outputs.items():
+            limit = FACTOR * float(moved.outputs[name]) * growth
+            if name in own.outputs and own.outputs[name].shape == array.shape:
+                error = np.abs(own.outputs[name].astype(np.float64) - array)
+                limit = max(
+                    limit, 4.0 * float(np.where(np.isfinite(error), error, 0.0).max(initial=0.0))
+                )
+            limits[name] = np.array(limit)
+        yield from compared(
+            self.port.api, f"outputs in {dtype}", case, outputs, exact.outputs, limits, WORKING
+        )
+
+    def _flax(
+        self,
+        leaves: Leaves,
+        call: Call,
+        cotangents: NamedArrays,
+        train: bool,
+        seed: int = FLAX_SEED,
+    ) -> Result:
+        def run(
+            leaves: Leaves, arrays: dict[str, Any], cotangents: dict[str, Any], seed: Any
+        ) -> Any:
+            floats = {name: arrays[name] for name in call.floats}
+            placed = call.replaced(arrays)
+            return gradients_of(
+                self.port, leaves, self.trained, placed, floats, cotangents, train=train, seed=seed
+            )
+
+        compiled = self._compiled.setdefault((self._number, train), jax.jit(run))
+        with raised_by("Flax"):
+            outputs, after, by_params, by_inputs = compiled(leaves, call.arrays, cotangents, seed)
+        gradients = pulled_back(self.mapping, by_params) | {
+            f"input {name}": np.asarray(gradient) for name, gradient in by_inputs.items()
+        }
+        state = {path: leaf for path, leaf in after.items() if path not in self.trained}
+        return Result(_host(outputs), gradients, pulled_back(self.mapping, state))
+
+    def _eager(self, leaves: Leaves, call: Call, train: bool) -> NamedArrays:
+        with raised_by("Flax"):
+            raw, _ = self.port.apply(leaves, call.replaced(on_device(call.arrays)), train=train)
+        return _host(named(raw))
+
+    def _measure(self, found: NamedArrays, exact: NamedArrays, moved: NamedArrays) -> None:
+        for name, array in exact.items():
+            if name not in found or found[name].shape != array.shape or not is_float(array):
+                continue
+            size = largest(array)
+            if not size:
+                which = f"output {name}" if name else "the output"
+                self.notes[f"{which} has no finite entry but 0, which shows little"] = None
+                continue
+            unit = size * float(np.finfo(np.float64).eps)
+            with np.errstate(invalid="ignore"):
+                difference = np.abs(found[name].astype(np.float64) - array)
+            self.ulps = max(self.ulps, float(np.nanmax(difference, initial=0.0)) / unit)
+            self.slip = max(self.slip, FACTOR * float(moved[name]) / size)
+
+
+def _limits(moved: NamedArrays) -> NamedArrays:
+    """Return how far the arrays may lie from torch's, by how far torch's own values moved."""
+    return {name: FACTOR * size for name, size in moved.items()}
+
+
+def _cotangents(outputs: NamedArrays) -> NamedArrays:
+    random = np.random.default_rng(1)
+    return {
+        name: random.standard_normal(array.shape)
+        for name, array in outputs.items()
+        if is_float(array)
+    }
+
+
+def _is_equal(one: Result, other: Result) -> bool:
+    return all(
+        np.array_equal(array, getattr(other, part).get(name), equal_nan=array.dtype.kind == "f")
+        for part in ("outputs", "state")
+        for name, array in getattr(one, part).items()
+        if not name.endswith("num_batches_tracked")
+    )
+
+
+def _host(arrays: Mapping[str, Any]) -> NamedArrays:
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+@contextmanager
+def plain_jax(dtype: str) -> Iterator[None]:
+    """Run JAX on the CPU for a dtype, with x64 for float64, and without TF32.
+
+    A module that is run in another dtype than its own needs JAX's usual promotions.
+    """
+    with (
+        jax_on("cpu", np.float64 if dtype == "float64" else np.float32),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield
