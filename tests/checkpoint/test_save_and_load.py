@@ -513,12 +513,12 @@ def test_a_missing_package_is_named(
 )
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_old_file(suffix: str, tmp_path: Path) -> None:
-    """A process with a limit of 1 kB a file stands for the full disk."""
+    """A process with a limit of 20 kB a file stands for the full disk."""
     path = compare.save_checkpoint(tmp_path / f"state{suffix}", torch_module())
     before = compare.read_checkpoint(path)
     script = (
         "import resource, sys, torch, compare\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "names = ['mask', *(f'W_{name}.weight' for name in ('query', 'key', 'value'))]\n"
         "try: compare.save_checkpoint(sys.argv[1], {name: torch.ones(99, 99) for name in names})\n"
         "except compare.CheckpointError as error: print(error)\n"
@@ -527,7 +527,7 @@ def test_a_full_disk_leaves_the_old_file(suffix: str, tmp_path: Path) -> None:
     assert "could not be written" in printed
     assert "what was there before is unchanged" in printed
     assert "make room for 156,816 bytes" in printed
-    assert suffix == ".orbax" or "File too large" in printed
+    assert "File too large" in printed
     after = compare.read_checkpoint(path)
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]

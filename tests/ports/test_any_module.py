@@ -160,3 +160,31 @@ def test_a_layer_that_keeps_its_dtype_works_in_float64() -> None:
     report = compare.check_port(Words(), NnxWords(), ids)
     assert report.held, str(report)
     assert report.ulps == 0
+
+
+class Averaged(torch.nn.Module):
+    usage: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("usage", torch.rand(64, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.usage.mul_(0.9).add_(0.05).mul_(1.1)
+        return inputs.exp()
+
+
+class FlaxAveraged(linen.Module):
+    @linen.compact
+    def __call__(self, inputs: Any, train: bool = False) -> Any:
+        usage = self.variable("buffers", "usage", jnp.zeros, (64,))
+        if train:
+            usage.value = 0.99 * usage.value + 0.055
+        return jnp.exp(inputs)
+
+
+def test_what_is_written_in_place_may_round_otherwise() -> None:
+    report = compare.check_port(Averaged(), FlaxAveraged(), GIVEN, dtypes=())
+    assert report.held, str(report)
+    assert any("training, usage" in one.case for one in report.findings), str(report)
