@@ -81,8 +81,13 @@ class Adequacy:
             f"{self.alike} more are the same function, as far as drawn inputs tell."
         )
 
+    @property
+    def lines(self) -> list[str]:
+        """What is not noticed, each line and change once, wherever it was called from."""
+        return list(dict.fromkeys(map(str, self.missed)))
+
     def __str__(self) -> str:
-        return "\n".join([self.verdict, *(f"  not noticed: {mutant}" for mutant in self.missed)])
+        return "\n".join([self.verdict, *(f"  not noticed: {line}" for line in self.lines)])
 
 
 class _Mutated:

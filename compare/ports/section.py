@@ -1,5 +1,7 @@
 """A port's report as a section of a printed report or a page."""
 
+from pathlib import Path
+
 from ..files.printable import all_readable
 from ..report.machine import report_here
 from ..report.model import Block, Section, Table
@@ -20,18 +22,18 @@ def section_of(report: PortReport, name: str) -> Section:
         parted = report.divergence
         blocks.append(f"The {parted.what} part first here. {parted.hint}")
         rows = [
-            (side, str(rank), f"{source.file}:{source.line}", source.code, source.operation)
+            (side, f"{Path(source.file).name}:{source.line}", source.code, source.operation)
             for side, sources in (
                 ("torch", report.divergence.torch_source),
                 ("Flax", report.divergence.flax_source),
             )
-            for rank, source in enumerate(sources, 1)
+            for source in sources
         ]
-        blocks.append(Table(("side", "rank", "line", "code", "operation"), rows))
+        blocks.append(Table(("side", "line", "code", "operation"), rows))
         blocks += [f"Equal before: {line}" for line in parted.last_equal]
     if report.adequacy:
         blocks.append(report.adequacy.verdict)
-        blocks += [f"Not noticed: {mutant}" for mutant in report.adequacy.missed]
+        blocks += [f"Not noticed: {line}" for line in report.adequacy.lines]
     blocks += [f"Note: {note}" for note in report.notes]
     return Section(f"Port: {name}", blocks, verdicts, list(report.findings), report.as_json())
 
