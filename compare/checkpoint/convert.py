@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Literal
 
-from ..conversion.arguments import require_flags
+from ..conversion.arguments import require_callback, require_flags
 from ..conversion.errors import Mismatch
 from ..conversion.mapping import LINEN, NNX, KeyPath, Left, StateMapping, require_mapping, slashed
 from ..conversion.match import pair
@@ -118,6 +118,7 @@ def convert_checkpoint(
     """
     require_mapping(mapping)
     require_flags(dry_run=dry_run)
+    require_callback(progress)
     source, path = as_path(source), as_path(target)
     if shard_bytes is not None and (type(shard_bytes) is not int or shard_bytes < 1):
         raise CheckpointError(
@@ -169,7 +170,8 @@ def convert_checkpoint(
             is_usage=True,
         )
     resolved = writable(path, chosen) if chosen else _folder(path)
-    others = [] if like is None else [Path(like), *shards.files_in(Path(like))]
+    other = None if like is None else as_path(like)
+    others = [] if other is None else [other, *shards.files_in(other)]
     require_apart(path, resolved, [source, *others])
 
     def work(stored: Reader) -> Conversion:

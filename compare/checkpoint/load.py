@@ -107,7 +107,8 @@ def load_checkpoint(
         select: the part of the file that holds the state, if a training program wrote more: names
             joined by slashes, or several for Flax, as ("params", "batch_stats").
         prefix: what the names of a torch file begin with and the target's do not: "module." for a
-            file of DataParallel. "_orig_mod." and FSDP's wrappers are taken off anywhere in a name.
+            file of DataParallel. One that ends with "_orig_mod." or the name of a wrapper of FSDP
+            takes those names off wherever they stand.
         layouts: how tensors of a torch file are laid out, as `compare.match` takes them, for a file
             that does not say of which layers they are.
         cast: whether floating values may be cast to the target's dtype, and int32 to torch's int64.

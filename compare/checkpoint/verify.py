@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..conversion.arguments import require_callback, require_names
 from ..conversion.mapping import (
     KeyPath,
     Left,
@@ -166,8 +167,8 @@ def compare_checkpoints(
     for table in given:
         require_mapping(table)
     tables = [table for table in given if table is not None]
-    if isinstance(ignore, str):
-        raise TypeError(f"ignore is {ignore!r}; expected a list of patterns, as [{ignore!r}]")
+    require_names(ignore=ignore)
+    require_callback(progress)
 
     def with_target(written: Reader) -> Comparison:
         def with_source(stored: Reader) -> Comparison:

@@ -1,6 +1,6 @@
 """The types of the arguments that `compare.match` and others take, checked before any is used."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 _EXAMPLES = {
@@ -20,6 +20,26 @@ def require_flags(**flags: Any) -> None:
     for argument, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{argument} is {flag!r}; expected True or False")
+
+
+def require_names(**names: Any) -> None:
+    """Raise TypeError for an argument that is not a list of texts: a text, None and 3 are not."""
+    for argument, listed in names.items():
+        if (
+            isinstance(listed, str | Mapping)
+            or not isinstance(listed, Collection)
+            or not all(isinstance(name, str) for name in listed)
+        ):
+            raise TypeError(f'{argument} is {listed!r}; expected a list of texts, as ["a", "b"]')
+
+
+def require_callback(progress: Any) -> None:
+    """Raise TypeError for a progress that cannot be called."""
+    if not callable(progress):
+        raise TypeError(
+            f"progress is {progress!r}; expected a function of the bytes done and the total bytes, "
+            "or leave it out"
+        )
 
 
 def require_rules(prefix: Any, **rules: Any) -> None:

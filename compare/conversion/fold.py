@@ -107,12 +107,16 @@ def fold(source: Any) -> Any:
         source: a torch module, which stays as it is, or its state dict.
 
     Raises:
-        TypeError: the source is neither.
+        TypeError: the source is neither, or a key of the state dict is no text.
         ValueError: a state dict does not say how a tensor is computed from its parts.
     """
     require_torch(source)
     if isinstance(source, nn.Module):
         return _folded_module(source)
+    if wrong := [key for key in source if not isinstance(key, str)]:
+        raise TypeError(
+            f"the state dict has the key {wrong[0]!r}; expected names: write '{wrong[0]}'"
+        )
     state = dict(source)
     for name, parts in parts_by_name(source).items():
         value = _value(name, parts, source)

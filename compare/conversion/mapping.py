@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -15,7 +14,7 @@ from ..dtypes import DTYPES, INTEGERS, numpy_dtype
 from ..files.errors import FileError
 from ..files.memory import Budget
 from ..files.printable import kind_of
-from ..files.reading import parse_json, read_file
+from ..files.reading import as_path, parse_json, read_file
 from ..files.writing import atomic_file
 from .errors import MappingError
 from .layouts import known_layout
@@ -286,9 +285,24 @@ class StateMapping:
         return mapping
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the mapping to a JSON file, atomically."""
-        with atomic_file(Path(path).resolve()) as stream:
-            stream.write(json.dumps(self.as_json(), indent=1).encode())
+        """Write the mapping to a JSON file, atomically.
+
+        Raises:
+            MappingError: the file cannot be written.
+        """
+        path = as_path(path)
+        try:
+            with atomic_file(path.resolve()) as stream:
+                stream.write(json.dumps(self.as_json(), indent=1).encode())
+        except OSError as error:
+            reason = str(error.strerror or error)
+            raise MappingError(
+                path,
+                f"cannot be written: {reason}",
+                expected="a file in a folder that exists and may be written to",
+                found=reason,
+                mend="give another path",
+            ) from error
 
     @classmethod
     def load(cls, path: str | PathLike[str], memory: int | None = None) -> "StateMapping":
@@ -301,10 +315,10 @@ class StateMapping:
         Raises:
             MappingError: the file cannot be read, is not JSON, or is not a valid mapping.
         """
-        budget = Budget(memory)
+        path, budget = as_path(path), Budget(memory)
         try:
-            raw = read_file(Path(path), budget)
-            content = parse_json(raw, Path(path), budget, "its content")
+            raw = read_file(path, budget)
+            content = parse_json(raw, path, budget, "its content")
         except OSError as error:
             reason = str(error.strerror or error)
             raise MappingError.of(path, f"cannot be read: {reason}", reason) from error

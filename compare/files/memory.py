@@ -4,6 +4,7 @@ import gc
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,17 @@ class Budget:
 
     Args:
         limit: the limit. Default: the memory that is free now.
+
+    Raises:
+        TypeError: the limit is no whole number.
+        ValueError: the limit is negative.
     """
 
     def __init__(self, limit: int | None = None) -> None:
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, Integral)):
+            raise TypeError(f"memory is {limit!r}; expected a whole number of bytes, or None")
+        if limit is not None and limit < 0:
+            raise ValueError(f"memory is {limit}; expected a number of bytes, 0 or more")
         self.limit = available_bytes() if limit is None else limit
         self.held = 0
 

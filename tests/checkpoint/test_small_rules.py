@@ -258,7 +258,7 @@ def test_a_folder_of_shards_that_changes_is_read_again(tmp_path: Path) -> None:
     assert _snapshot(tmp_path).is_current()
 
 
-def test_a_mapping_of_another_type(tmp_path: Path) -> None:
+def test_arguments_of_other_kinds(tmp_path: Path) -> None:
     layer = torch.nn.Linear(3, 2)
     path = compare.save_checkpoint(tmp_path / "a.pth", layer)
     wrong: Any = {"a": "b"}
@@ -275,8 +275,35 @@ def test_a_mapping_of_another_type(tmp_path: Path) -> None:
     ):
         with pytest.raises(TypeError, match=r"mapping is a dict; expected what `compare\.match`"):
             call()
-    with pytest.raises(TypeError, match=r"ignore is 'a'; expected a list of patterns, as \['a'\]"):
+    with pytest.raises(TypeError, match=r"ignore is 'a'; expected a list of texts"):
         compare.verify_checkpoint(path, path, ignore="a")
+    other: Any
+    for other in (3, None, [3]):
+        with pytest.raises(TypeError, match=r"select is .*; expected a list of texts"):
+            compare.read_checkpoint(path, select=other)
+        with pytest.raises(TypeError, match=r"ignore is .*; expected a list of texts"):
+            compare.verify_checkpoint(path, path, ignore=other)
+    for other in ("5", True, 1.5):
+        with pytest.raises(TypeError, match=r"memory is .*; expected a whole number of bytes"):
+            compare.load_checkpoint(path, layer, memory=other)
+    with pytest.raises(ValueError, match="memory is -1; expected a number of bytes, 0 or more"):
+        compare.open_checkpoint(path, -1)
+    other = 3
+    for call in (
+        lambda: compare.convert_checkpoint(path, tmp_path / "b.pth", progress=other),
+        lambda: compare.verify_checkpoint(path, path, progress=other),
+    ):
+        with pytest.raises(TypeError, match="progress is 3; expected a function"):
+            call()
+    with pytest.raises(TypeError, match="path is an int; expected the name of a file"):
+        compare.convert_checkpoint(path, tmp_path / "b.msgpack", like=other)
+    with pytest.raises(TypeError, match="the state dict has the key 3; expected names: write '3'"):
+        compare.fold({3: torch.ones(2)})
+    mapping = compare.match(layer, variables)
+    with pytest.raises(compare.MappingError, match="cannot be written: No such file"):
+        mapping.save(tmp_path / "none" / "a.json")
+    with pytest.raises(TypeError, match="path is a NoneType; expected the name of a file"):
+        compare.StateMapping.load(cast("Any", None))
     rules: Any = ["fc"]
     with pytest.raises(TypeError, match=r"policy is .* expected a dict"):
         compare.load_checkpoint(path, layer, policy=rules)

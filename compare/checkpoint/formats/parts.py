@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...conversion.arguments import require_names
 from ...conversion.mapping import KeyPath, slashed
 from ...files.printable import shown, with_article
 from ..errors import CheckpointError
@@ -27,7 +28,10 @@ class Part(NamedTuple):
 
 def as_select(select: str | Sequence[str]) -> tuple[str, ...]:
     """Return the names of the parts; none if nothing is selected."""
-    names = (select,) if isinstance(select, str) else tuple(select)
+    if isinstance(select, str):
+        select = (select,)
+    require_names(select=select)
+    names = tuple(select)
     return tuple(name for name in names if name)
 
 
