@@ -3,7 +3,7 @@
 import glob
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -674,15 +674,19 @@ class _Matcher:
         rows = sorted(self.rows, key=lambda row: (order[row.torch_key], row.twin))
         mapping = StateMapping(tuple(rows), tuple(self.left), self.flax.kind)
         likely = self._suggestions(missing)
+        lacking = {tuple(sorted(entry.expected or ())) for entry in missing}
+        advice = {
+            key: self._advice_on(key, lacking) or likely(key)
+            for key in unexpected[:MAX_SUGGESTIONS]
+        }
         entries = tuple(
             MismatchEntry(
                 key,
                 "",
                 shape_of(self.tensors[key]),
-                reason=self.parts.get(key)
-                or (self._advice_on(key) or likely(key) if index < MAX_SUGGESTIONS else ""),
+                reason=self.parts.get(key) or advice.get(key, ""),
             )
-            for index, key in enumerate(unexpected)
+            for key in unexpected
         )
         return mapping, Mismatch(tuple(missing), entries, misshaped, tuple(self.refused))
 
@@ -737,8 +741,13 @@ class _Matcher:
                 missing.append(MismatchEntry(key, name, expected=expected, reason=reason))
         return missing
 
-    def _advice_on(self, key: str) -> str:
-        """Return what to do about a torch tensor that Flax does not need, or ""."""
+    def _advice_on(self, key: str, lacking: Collection[tuple[int, ...]]) -> str:
+        """Return what to do about a torch tensor that Flax does not need, or "".
+
+        Args:
+            key: its name.
+            lacking: the sizes of the entries that Flax lacks: it may be one of them.
+        """
         tensor = self.tensors[key]
         try:
             array = host_values(tensor) if isinstance(tensor, Tensor) else None
@@ -746,7 +755,7 @@ class _Matcher:
             return ""
         table = None if array is None else table_of(array)
         if table is None:
-            return self._original(key)
+            return "" if tuple(sorted(shape_of(tensor))) in lacking else self._original(key)
         argument = json.dumps({glob.escape(key): "verify"}, ensure_ascii=False)
         return f"its values are a table of {table.pattern}: pass policy={argument} to leave it out"
 

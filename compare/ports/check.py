@@ -11,14 +11,16 @@ from ..conversion.mapping import StateMapping, require_mapping, slashed
 from ..conversion.match import pair
 from ..conversion.state_kinds import flax_side
 from ..proof.agreement import uncompared
+from .adequacy import Adequacy
 from .calls import calls_of
 from .errors import PortDiffers, PortError, raised_by
 from .flax_side import Adapters, cast_call, port_of
 from .judge import Judge, plain_jax
 from .report import Divergence, PortReport
 from .torch_side import TorchSide
-from .weights import drawn_again, paired
+from .weights import Paired, drawn_again, paired
 
+_STATES = ("as given", "drawn again")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -60,7 +62,8 @@ def check_port(
         dtypes: the working dtypes: "float32", "bfloat16", "float16".
         adequacy: whether to change the Flax module in one place after another, if it holds, and to
             say which changes these inputs would not have noticed.
-        mapping: how the state pairs, from `compare.match`. By default it is paired here.
+        mapping: how the state pairs, from `compare.match`. By default it is paired here; if names
+            differ and there is no `rename`, as `compare.suggest` proposes, and the report says so.
         rules: `rename`, `layouts`, `policy` and the other rules of `compare.match`.
 
     Returns:
@@ -91,23 +94,23 @@ def check_port(
     with plain_jax("float64"):
         with raised_by("Flax"):
             template = port.template(cast_call(calls[0], "float64"))
-        differing: list[str] = []
-        alone: list[str] = []
         if mapping is None:
-            mapping, differing, alone = paired(side.module("float64"), port.side(template), rules)
+            pairing = paired(side.module("float64"), port.side(template), rules)
         elif rules:
             raise PortError(f"{min(rules)} has no effect beside mapping: give it to compare.match")
-        judge = Judge(side, port, template, mapping, dtypes)
-        judge.suspects = _suspects(differing)
+        else:
+            pairing = Paired(mapping, [], [])
+        judge = Judge(side, port, template, pairing.mapping, dtypes)
+        judge.suspects = _suspects(pairing.differing)
         trained = {*side.parameters, *_trained_names(template)}
         findings = [
             uncompared("parameters", port.api, name, "one side alone has it")
-            for name in alone
+            for name in pairing.alone
             if name in trained
         ]
         parted: Divergence | None = None
-        states = _states(side)
-        for label, state in states.items():
+        for label in _STATES:
+            state = _state(side, label)
             for index, call in enumerate(calls):
                 case = label if len(calls) == 1 else f"{label}, call {index}"
                 findings += judge.findings(state, call, index, case)
@@ -119,17 +122,20 @@ def check_port(
         }
         if parted is None and failed["gradients"]:
             trains = _in_training_alone(failed["gradients"])
-            parted = judge.gradient_divergence(states["drawn again"], calls[0], train=trains)
+            parted = judge.gradient_divergence(_state(side, "drawn again"), calls[0], train=trains)
         if parted is None and failed["state"]:
             trains = _in_training_alone(failed["state"])
             names = {case.rpartition(", ")[2] for case in failed["state"]}
-            parted = judge.state_divergence(states["as given"], calls[0], names, train=trains)
+            parted = judge.state_divergence(_state(side, "as given"), calls[0], names, train=trains)
         is_held = all(finding.held for finding in findings)
-        worth = judge.adequacy(states["drawn again"], calls) if adequacy and is_held else None
-    notes = [f"the layers say it differently: {line}" for line in differing]
+        worth: Adequacy | None = None
+        if adequacy and is_held:
+            worth = judge.adequacy(_state(side, "drawn again"), calls)
+    notes = [pairing.note] if pairing.note else []
+    notes += [f"the layers say it differently: {line}" for line in pairing.differing]
     notes += [
         f"one side alone has {name}, which is not trained: the other computes it, or lacks it"
-        for name in alone
+        for name in pairing.alone
         if name not in trained
     ]
     notes += judge.notes
@@ -181,15 +187,11 @@ def _suspects(differing: Sequence[str]) -> dict[str, frozenset[str]]:
     return found
 
 
-def _states(side: TorchSide) -> dict[str, dict[str, Tensor]]:
-    """Return the state dicts to try, in float64, by what they are."""
-    return {
-        "as given": _tensors(side.module("float64")),
-        "drawn again": _tensors(drawn_again(side.module("float64"))),
-    }
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
+def _state(side: TorchSide, label: str) -> dict[str, Tensor]:
+    """Return the state dict of this label in float64."""
+    module = side.module("float64")
+    if label == "drawn again":
+        drawn_again(module)
     return {
         key: tensor.detach()
         for key, tensor in module.state_dict().items()

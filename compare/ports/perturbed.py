@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .result import NamedArrays, Result
+from .result import Result
 
 # With five samples, the largest of five normal deviations is below 1/25 of their spread once in
 # 3e7 times: 0.032 ** 5. So 50 times the largest covers at least twice the spread.
 SAMPLES, FACTOR = 5, 50.0
+_PARTS = ("outputs", "gradients", "state")
 _PLACES = 1024.0  # the binary places of a number that is taken for exact: ten
 _BATCH_NORMS = (torch.ops.aten.native_batch_norm.default, torch.ops.aten.cudnn_batch_norm.default)
 
@@ -30,7 +31,7 @@ class Perturbed(TorchDispatchMode):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self._random = torch.Generator().manual_seed(seed)
+        self._random = np.random.default_rng(seed)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -57,10 +58,12 @@ class Perturbed(TorchDispatchMode):
         """
         if tensor.dtype not in (torch.float64, torch.float32):
             return tensor
-        signs = torch.randint(0, 2, tensor.shape, generator=self._random, dtype=torch.int8)
-        scaled = tensor * _PLACES
-        steps = (2 * signs - 1).to(tensor.dtype) * (scaled != scaled.round())
-        return tensor * (1.0 + steps * torch.finfo(tensor.dtype).eps)
+        eps, count = torch.finfo(tensor.dtype).eps, tensor.numel()
+        packed = np.frombuffer(self._random.bytes(-(-count // 8)), np.uint8)
+        signs = torch.from_numpy(np.unpackbits(packed, count=count)).view(tensor.shape)
+        factors = signs.to(tensor.dtype).mul_(2.0 * eps).add_(1.0 - eps)
+        is_exact = (tensor * _PLACES).frac_() == 0
+        return factors.masked_fill_(is_exact, 1.0).mul_(tensor)
 
 
 def written_by(func: Any, args: Sequence[Any]) -> list[Tensor]:
@@ -82,21 +85,20 @@ def deviations(run: Callable[[Perturbed], Result], exact: Result) -> Result:
         run: a run of the module within the mode, with its tensors and inputs moved by it as well.
         exact: the run without.
     """
-    moved = [run(Perturbed(seed)) for seed in range(SAMPLES)]
+    farthest = Result({}, {}, {})
+    for seed in range(SAMPLES):
+        moved = run(Perturbed(seed))
+        for part in _PARTS:
+            sizes = getattr(farthest, part)
+            for name, array in getattr(exact, part).items():
+                distance = _distance(getattr(moved, part)[name], array)
+                sizes[name] = np.maximum(sizes.get(name, 0.0), distance)
+    return farthest
 
-    def largest(part: str) -> NamedArrays:
-        return {
-            name: _largest([getattr(result, part)[name] for result in moved], array)
-            for name, array in getattr(exact, part).items()
-        }
 
-    return Result(largest("outputs"), largest("gradients"), largest("state"))
-
-
-def _largest(moved: list[np.ndarray], exact: np.ndarray) -> np.ndarray:
+def _distance(moved: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """Return how far the entries lie apart at most where the exact one is finite."""
     with np.errstate(invalid="ignore"):
-        differences = [
-            np.where(np.isfinite(exact), np.abs(one.astype(np.float64) - exact), 0.0)
-            for one in moved
-        ]
-    return np.array(max((one.max(initial=0.0) for one in differences), default=0.0))
+        differences = np.abs(moved.astype(np.float64) - exact)
+    farthest = np.max(differences, initial=0.0, where=np.isfinite(exact))
+    return np.nan_to_num(farthest, nan=np.inf)

@@ -1,11 +1,12 @@
 """The weights that both modules are given: paired by name, as given and drawn again."""
 
 import glob
+import json
 import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +22,10 @@ from ..conversion.errors import ConversionError, Mismatch, MismatchEntry, Traini
 from ..conversion.layers import KnownState, is_unknown, layer_types
 from ..conversion.mapping import KeyPath, StateMapping, slashed
 from ..conversion.match import pair
+from ..conversion.proposal import suggest
 from ..conversion.state_kinds import flax_side
 from ..conversion.tensors import tensor_to_numpy
+from ..files.printable import shown
 from .flax_side import Leaves, NnxPort, Port
 from .result import NamedArrays
 
@@ -31,16 +34,52 @@ _SEED = 7
 _FLAT = 0.5  # the spread that is drawn for a parameter whose entries are all the same
 
 
-def paired(
-    module: nn.Module, template: Any, rules: Mapping[str, Any]
-) -> tuple[StateMapping, list[str], list[str]]:
-    """Return how the state pairs, what the layers say differently, and what one side alone has.
+class Paired(NamedTuple):
+    """How the state of the two modules pairs.
 
-    Neither is a reason not to run them: the runs show it.
+    Attributes:
+        mapping: the mapping.
+        differing: what the layers say differently. The runs show what comes of it.
+        alone: the names that one side alone has.
+        note: by which rules names were paired that the user gave no rules for.
+    """
+
+    mapping: StateMapping
+    differing: list[str]
+    alone: list[str]
+    note: str = ""
+
+
+def paired(module: nn.Module, template: Any, rules: Mapping[str, Any]) -> Paired:
+    """Return how the state pairs: as the rules say, or as `compare.suggest` proposes.
+
+    A proposal is a guess; that the two are the same function with it, the runs show.
 
     Raises:
         ConversionError: the state does not pair.
     """
+    try:
+        return _paired(module, template, rules)
+    except ConversionError:
+        if rules.get("rename") is not None:
+            raise
+        proposal = suggest(module, template, prefix=rules.get("prefix", ""))
+        if not proposal.rename:
+            raise
+        try:
+            found = _paired(module, template, {**rules, "rename": proposal.rename})
+        except ConversionError:
+            found = None
+        if found is None:
+            raise
+    rename = json.dumps(proposal.rename, ensure_ascii=False)
+    note = f"names are paired as compare.suggest proposes: rename={rename}"
+    if proposal.in_order:
+        note += f"; only their order tells {', '.join(map(shown, proposal.in_order))} apart"
+    return found._replace(note=note)
+
+
+def _paired(module: nn.Module, template: Any, rules: Mapping[str, Any]) -> Paired:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TrainingDifference)
         alone: list[MismatchEntry] = []
@@ -65,7 +104,7 @@ def paired(
     if mismatch:
         raise ConversionError(mismatch, _advice(mismatch))
     facts = [f"{entry.name}: {entry.reason.removeprefix(_DIFFERS)}" for entry in stated]
-    return mapping, facts, [entry.policy_name for entry in alone]
+    return Paired(mapping, facts, [entry.policy_name for entry in alone])
 
 
 def _advice(mismatch: Mismatch) -> str:
