@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .difference import Difference
 from .errors import MismatchEntry
 from .layouts import is_pattern
 from .mapping import Policy, Row, slashed
 from .policies import decide
 from .state_kinds import FlaxSide
-from .stated import Difference, dense_differences, differences, embedding_differences
+from .stated import dense_differences, differences, embedding_differences
 
 FlaxName = tuple[str, ...]
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,24 +11,8 @@ import torch
 from flax import linen, nnx
 from torch import nn
 
-
-class Difference(NamedTuple):
-    """One thing that two layers say differently.
-
-    Attributes:
-        fact: the name of torch's argument, or of Flax's if torch has none.
-        torch: what torch says, as code.
-        flax: what Flax says, as code.
-        mend: how to make them equal.
-        trains_alone: whether the outputs of inference are the same.
-    """
-
-    fact: str
-    torch: str
-    flax: str
-    mend: str
-    trains_alone: bool = False
-
+from .activations import activation_differences
+from .difference import Difference
 
 Comparison = Callable[[Any, Any], Iterator[Difference]]
 Pads = tuple[tuple[int, int], ...]
@@ -49,7 +33,7 @@ def differences(torch_layer: nn.Module, flax_layer: Any) -> Iterator[Difference]
     if isinstance(torch_layer, _NORMS) and isinstance(flax_layer, _FLAX_NORMS):
         ours, theirs = type(torch_layer).__name__, type(flax_layer).__name__
         yield Difference("type", ours, theirs, "take the norm of the same name")
-    yield from _activation(torch_layer, flax_layer)
+    yield from activation_differences(torch_layer, flax_layer)
 
 
 def embedding_differences(layer: nn.Embedding) -> Iterator[Difference]:
@@ -352,65 +336,6 @@ def _not_in_torch(fact: str, value: Any, nothing: Any) -> Iterator[Difference]:
     if not is_absent:
         shown = f"{fact}=…" if hasattr(value, "shape") else f"{fact}={value!r}"
         yield Difference(fact, f"no {fact}", shown, f"leave {fact} out in Flax")
-
-
-# torch's activation: the name of Flax's function, torch's argument, Flax's argument, its default.
-_ACTIVATIONS: tuple[tuple[type[nn.Module], str, str, str, Any], ...] = (
-    (nn.GELU, "gelu", "approximate", "approximate", True),
-    (nn.LeakyReLU, "leaky_relu", "negative_slope", "negative_slope", 0.01),
-    (nn.ELU, "elu", "alpha", "alpha", 1.0),
-    (nn.CELU, "celu", "alpha", "alpha", 1.0),
-)
-
-
-# torch's activation: the names of Flax's functions that compute the same, the first the usual one.
-_FUNCTIONS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.CELU: ("celu",),
-    nn.ELU: ("elu",),
-    nn.GELU: ("gelu",),
-    nn.GLU: ("glu",),
-    nn.Hardsigmoid: ("hard_sigmoid",),
-    nn.Hardswish: ("hard_silu", "hard_swish"),
-    nn.Hardtanh: ("hard_tanh",),
-    nn.LeakyReLU: ("leaky_relu",),
-    nn.LogSigmoid: ("log_sigmoid",),
-    nn.LogSoftmax: ("log_softmax",),
-    nn.Mish: ("mish",),
-    nn.ReLU: ("relu",),
-    nn.ReLU6: ("relu6",),
-    nn.SELU: ("selu",),
-    nn.Sigmoid: ("sigmoid",),
-    nn.SiLU: ("silu", "swish"),
-    nn.Softmax: ("softmax",),
-    nn.Softplus: ("softplus",),
-    nn.Softsign: ("soft_sign",),
-    nn.Tanh: ("tanh",),
-}
-_KNOWN_FUNCTIONS = {name for names in _FUNCTIONS.values() for name in names}
-
-
-def _activation(layer: nn.Module, function: Any) -> Iterator[Difference]:
-    """Compare an activation of torch with a function of Flax, or a `partial` of it."""
-    keywords: Mapping[str, Any] = {}
-    if isinstance(function, partial):
-        function, keywords = function.func, function.keywords
-    found, wanted_names = getattr(function, "__name__", ""), _FUNCTIONS.get(type(layer))
-    if wanted_names and found in _KNOWN_FUNCTIONS and found not in wanted_names:
-        mend = f"give nnx.{wanted_names[0]} in Flax"
-        yield Difference("type", type(layer).__name__, found, mend)
-    if isinstance(layer, nn.Softplus) and found == "softplus" and layer.beta != 1:
-        yield Difference("beta", f"beta={layer.beta!r}", "softplus, of beta=1", "scale it in Flax")
-    for layer_type, name, fact, flax_name, default in _ACTIVATIONS:
-        if isinstance(layer, layer_type) and getattr(function, "__name__", "") == name:
-            ours, theirs = getattr(layer, fact), keywords.get(flax_name, default)
-            wanted = ours == "tanh" if layer_type is nn.GELU else ours
-            if wanted != theirs:
-                yield Difference(
-                    fact,
-                    f"{fact}={ours!r}",
-                    f"{flax_name}={theirs!r}",
-                    f"give partial({name}, {flax_name}={wanted!r}) in Flax",
-                )
 
 
 def _each(value: Any, rank: int) -> tuple[int, ...]:
