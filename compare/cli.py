@@ -20,6 +20,7 @@ from typer.rich_utils import rich_format_error
 
 from . import __version__
 from .commands.jobs import Job
+from .commands.module_files import module_files
 from .commands.run import (
     ClickError,
     Files,
@@ -322,8 +323,9 @@ def mutants(
         int | None, typer.Option(min=0, help="With --draw: the random seed. Default: 0.")
     ] = None,
     configurations: Annotated[
-        int, typer.Option(min=1, help="Number of random configurations without a bug.")
-    ] = 1000,
+        int | None,
+        typer.Option(min=1, help="Number of random configurations without a bug. Default: 1000."),
+    ] = None,
     first: Annotated[
         bool, typer.Option("--first", help="Stop at the first check that catches a bug.")
     ] = False,
@@ -338,7 +340,7 @@ def mutants(
 ) -> None:
     """Plant bugs one at a time, and show which checks catch each, and by what margin."""
     if mechanical:
-        if recorded or first or configurations != 1000:
+        if recorded or first or configurations is not None:
             raise typer.BadParameter(
                 "--recorded, --first and --configurations have no effect beside --mechanical: "
                 "leave them out"
@@ -352,11 +354,11 @@ def mutants(
         return
     if sources or draw is not None or seed is not None:
         raise typer.BadParameter("FILE, --draw and --seed need --mechanical")
-    if recorded and (first or configurations != 1000):
+    if recorded and (first or configurations is not None):
         raise typer.BadParameter(
             "--first and --configurations have no effect beside --recorded: leave them out"
         )
-    options = {"configurations": configurations, "first": first, "recorded": recorded}
+    options = {"configurations": configurations or 1000, "first": first, "recorded": recorded}
     _run([Job("mutants", options)], Files(json_file, html_file), only_shows=recorded)
 
 
@@ -374,9 +376,10 @@ def kill(
 @app.command()
 def fuzz(
     seconds: Annotated[
-        int, typer.Option(min=10, help="How long to read damaged checkpoints.")
-    ] = 60,
-    seed: SeedOption = 0,
+        int | None,
+        typer.Option(min=10, help="How long to read damaged checkpoints. Default: 60."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Random seed. Default: 0.")] = None,
     keep: Annotated[
         Path | None,
         typer.Option(
@@ -405,11 +408,15 @@ def fuzz(
     html_file: HtmlOption = None,
 ) -> None:
     """Damage checkpoints of every format and read them: only CheckpointError may be raised."""
-    job = Job("fuzz", {"seconds": seconds, "seed": seed, "keep": keep})
-    if layers is not None and libraries:
-        raise typer.BadParameter("--libraries has no effect beside --layers: leave one out")
+    given = {"--seconds": seconds, "--keep": keep, "--seed": seed, "--layers": layers}
+    chosen = "--libraries" if libraries else "--layers" if layers is not None else ""
+    idle = {"--libraries": tuple(given), "--layers": ("--seconds", "--keep"), "": ()}[chosen]
+    for option in idle:
+        if given[option] is not None:
+            raise typer.BadParameter(f"{option} has no effect beside {chosen}: leave one out")
+    job = Job("fuzz", {"seconds": seconds or 60, "seed": seed or 0, "keep": keep})
     if layers is not None:
-        job = Job("layers", {"pairs": layers, "seed": seed})
+        job = Job("layers", {"pairs": layers, "seed": seed or 0})
     if libraries:
         require_packages(
             *("transformers", "torchvision", "jax_resnet", "flaxmodels"),
@@ -523,7 +530,7 @@ def inspect(
     options |= dict(zip(("source", "other"), names, strict=False))
     _run(
         [Job("inspect", options, counts_bytes=True)],
-        Files(json_file, html_file, [Path(name) for name in names]),
+        Files(json_file, html_file, [*map(Path, names), *module_files(imported)]),
         only_shows=len(names) + len(imported) == 1,
         shows_all=shows_all,
     )
@@ -558,9 +565,12 @@ def match(
 
     Rules are OLD=NEW, or the argument in braces that an error names.
     """
-    files = [Path(name) for name in (source, like) if ":" not in name or Path(name).exists()]
-    for file in files:
-        require_exists(file)
+    names = [name for name in (source, like) if ":" not in name or Path(name).exists()]
+    for name in names:
+        require_exists(Path(name))
+    files = [*map(Path, names), *module_files({source, like}.difference(names))]
+    if save is not None:
+        require_writable(save)
     rules = _given_rules(rename, split, stack, tied, policy, prefix)
     rules |= {"layouts": _layouts(layout_of)}
     options = {

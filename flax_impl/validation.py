@@ -7,7 +7,11 @@ from numbers import Integral
 
 def check_dropout(dropout: float) -> None:
     """Raise ValueError unless 0 <= dropout <= 1 (NaN is refused too)."""
-    if not 0.0 <= dropout <= 1.0:
+    try:
+        is_probability = 0.0 <= dropout <= 1.0
+    except TypeError:  # of what is no number
+        is_probability = False
+    if not is_probability:
         raise ValueError(f"dropout is {dropout}; a probability lies between 0 and 1")
 
 

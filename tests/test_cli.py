@@ -161,6 +161,11 @@ def test_each_part_is_a_command(part: str, tmp_path: Path) -> None:
         (["outputs", "--device", "tpu"], "is not one of"),
         (["mutants", "--recorded", "--first"], "have no effect beside --recorded"),
         (["convert", "a", "b", "--dry-run", "--no-verify"], "no such file"),
+        (["fuzz", "--layers", "2", "--seconds", "500"], "--seconds has no effect beside --layers"),
+        (["fuzz", "--layers", "2", "--keep", "kept"], "--keep has no effect beside --layers"),
+        (["fuzz", "--libraries", "--seed", "1"], "--seed has no effect beside --libraries"),
+        (["fuzz", "--libraries", "--layers", "2"], "--layers has no effect beside --libraries"),
+        (["mutants", "--recorded", "--configurations", "1000"], "have no effect beside --recorded"),
     ],
 )
 def test_bad_usage_ends_with_2(arguments: list[str], message: str) -> None:

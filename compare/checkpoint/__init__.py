@@ -8,9 +8,9 @@
 | `.msgpack` | Flax msgpack | Flax variables | `flax.serialization.msgpack_restore(data)` |
 | `.orbax`, none | Orbax folder | Flax variables | `StandardCheckpointer().restore(path)` |
 
-The index of a folder of shards is a file `*.safetensors.index.json`. Each format stores a manifest
-where its library does not return it: the layout, the mapping, and dtype, shape and checksum of
-every tensor.
+`.ckpt` and `.pth.tar` are torch zips too. The index of a folder of shards is a file
+`*.safetensors.index.json`. Each format stores a manifest where its library does not return it: the
+layout, the mapping, and dtype, shape and checksum of every tensor.
 """
 
 from .formats import open_checkpoint

@@ -44,8 +44,8 @@ def save_checkpoint(
     """Save parameters and buffers atomically, in the format that the suffix selects.
 
     The file has a checksum of each tensor. If anything fails, the previous checkpoint at `path` is
-    unchanged. For the attention classes, the file does not depend on the framework or the device
-    that the state came from.
+    unchanged. For the attention classes, a file does not depend on the framework or the device
+    that the state came from; an Orbax folder has times and names of its own.
 
     Args:
         path: the file, or the folder for Orbax. Its parent must exist.

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import inf
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 
@@ -160,8 +161,8 @@ def compare_checkpoints(
     progress: Progress = silent,
 ) -> Comparison:
     """Compare as `verify_checkpoint` does, and say also what was compared and how."""
-    is_number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
-    if tolerance is not None and not (is_number and 0.0 <= tolerance < 1.0):
+    is_number = isinstance(tolerance, Real) and not isinstance(tolerance, bool)
+    if tolerance is not None and not (is_number and 0.0 <= float(tolerance) < 1.0):
         raise ValueError(f"tolerance is {tolerance}; expected a number from 0 to below 1")
     given = mapping if isinstance(mapping, Sequence) else [mapping]
     for table in given:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
-from .tensors import shape_of
+from .tensors import as_tensor, shape_of
 from .wrappers import require_torch
 
 _SCALED = {"original0": "g", "original1": "v"}
@@ -179,7 +179,7 @@ def _value(name: str, parts: Parts, state: Mapping[str, Any]) -> Tensor:
     Raises:
         ValueError: the parts do not say how it is computed, or do not fit together.
     """
-    tensors = {part: state[key] for part, key in parts.keys.items()}
+    tensors = {part: as_tensor(state[key]) for part, key in parts.keys.items()}
     if parts.what == "pruning":
         return tensors["mask"].to(tensors["orig"].dtype) * tensors["orig"]
     if parts.what == "weight norm":

@@ -15,7 +15,7 @@ from ..files.errors import FileError
 from ..files.memory import Budget
 from ..files.printable import kind_of
 from ..files.reading import as_path, parse_json, read_file
-from ..files.writing import atomic_file
+from ..files.writing import write_text
 from .errors import MappingError
 from .layouts import known_layout
 from .parts import Part, part_from_json
@@ -285,15 +285,14 @@ class StateMapping:
         return mapping
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the mapping to a JSON file, atomically.
+        """Write the mapping to a JSON file, atomically; a pipe or a device is written to as it is.
 
         Raises:
             MappingError: the file cannot be written.
         """
         path = as_path(path)
         try:
-            with atomic_file(path.resolve()) as stream:
-                stream.write(json.dumps(self.as_json(), indent=1).encode())
+            write_text(path, json.dumps(self.as_json(), indent=1))
         except OSError as error:
             reason = str(error.strerror or error)
             raise MappingError(

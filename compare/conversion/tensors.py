@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ..dtypes import is_extended, numpy_dtype
+from ..dtypes import DTYPES, is_extended, numpy_dtype
 from ..files.printable import kind_of
 
 # Dtypes that NumPy lacks are viewed as unsigned integers of the same width.
@@ -136,6 +136,8 @@ def to_torch(array: jax.Array | np.ndarray, *, copy: bool) -> Tensor:
     _require_values(array)
     if copy:
         return numpy_to_tensor(np.array(np.asarray(array), order="C", copy=True))
+    if isinstance(array, np.ndarray) and array.dtype.name not in DTYPES:
+        raise Untransferable(f"torch has no dtype {array.dtype}")
     if isinstance(array, np.ndarray) and (reason := _unsharable(array)):
         raise Untransferable(f"the array {reason}, so memory cannot be shared; use copy=True")
     try:

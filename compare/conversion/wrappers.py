@@ -74,12 +74,12 @@ def common_prefix(longer: Iterable[str], shorter: Iterable[str]) -> str:
 
 
 def without_prefix(name: str, prefix: str) -> str:
-    """Return the torch name without the prefix.
+    """Return the torch name without the prefix, which may lack its last dot.
 
     The steps of torch's inner wrappers are taken off anywhere, if the prefix ends with one.
     """
     if not prefix.endswith(INNER_STEPS):
-        return name.removeprefix(prefix)
+        return name.removeprefix(prefix).removeprefix("." if prefix else "")
     return _without_steps(name).removeprefix(_without_steps(prefix))
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_ISDIR, S_ISREG
 from typing import Any, BinaryIO, NamedTuple
 
 from .errors import FileError
@@ -144,7 +144,7 @@ def write_text(path: Path, text: str) -> None:
                 with os.fdopen(os.dup(stream.fileno()), "wb") as same:
                     same.write(data)
                 return
-    if status is not None and not S_ISREG(status.st_mode):
+    if status is not None and not (S_ISREG(status.st_mode) or S_ISDIR(status.st_mode)):
         with path.open("wb") as stream_:
             stream_.write(data)
         return

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..conversion.tensors import tensor_to_numpy, to_host
+from ..conversion.tensors import Untransferable, tensor_to_numpy, to_host
 from .errors import PortError
 from .trees import Arrays, is_array, is_float, named_arrays, replaced
 
@@ -57,10 +57,22 @@ def calls_of(inputs: Any) -> list[Call]:
 
 
 def _call(one: Any) -> Call:
-    call = call_of(replaced(one, lambda _, array: to_numpy(array)))
+    call = call_of(replaced(one, _taken))
     if wrong := [key for key in call.kwargs if not isinstance(key, str)]:
         raise PortError(f"inputs has the keyword {wrong[0]!r}: keywords are names")
     return call
+
+
+def _taken(name: str, array: Any) -> np.ndarray:
+    """Return the input of this name as a NumPy array of numbers."""
+    which = f"input {name}" if name else "the input"
+    try:
+        taken = to_numpy(array)
+    except Untransferable as error:
+        raise PortError(f"{which}: {error}") from error
+    if taken.dtype.kind in "OSU":
+        raise PortError(f"{which} has dtype {taken.dtype}: give numbers or truth values")
+    return taken
 
 
 def call_of(given: Any) -> Call:

@@ -79,12 +79,12 @@ def check_port(
         raise PortError(
             f"torch_module is of type {type(torch_module).__name__}; expected a torch module"
         )
-    ours, theirs = outputs if isinstance(outputs, Sequence) else (None, outputs)
+    ours, theirs = _of_both(outputs)
     known = inspect.signature(pair).parameters
     if unknown := [name for name in rules if name not in known]:
         raise PortError(f"there is no argument {unknown[0]}; rules are those of compare.match")
     for module in (torch_module, flax_module):
-        if method is not None and not callable(getattr(module, method, None)):
+        if method is not None and not callable(getattr(module, str(method), None)):
             raise PortError(f"{type(module).__name__} has no method {method!r}")
     if train is not None and not isinstance(train, Mapping):
         raise PortError(f"train is {train!r}; expected keywords, such as {{'train': True}}")
@@ -140,6 +140,17 @@ def check_port(
     ]
     notes += judge.notes
     return PortReport(tuple(findings), parted, tuple(notes), judge.slip, judge.ulps, worth)
+
+
+def _of_both(outputs: Any) -> tuple[Any, Any]:
+    """Return the functions of the outputs of torch and of Flax; one alone is that of Flax."""
+    pair = outputs if isinstance(outputs, list | tuple) else (None, outputs)
+    if len(pair) != 2 or not all(one is None or callable(one) for one in pair):
+        raise PortError(
+            f"outputs is {outputs!r}; expected a function of what Flax returns, or two functions, "
+            "for torch and for Flax"
+        )
+    return pair[0], pair[1]
 
 
 def known_dtypes(dtypes: Sequence[str]) -> tuple[str, ...]:

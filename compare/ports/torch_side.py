@@ -113,7 +113,7 @@ class TorchSide:
         function = module if self._method is None else getattr(module, self._method)
         with raised_by("torch"):
             raw = function(*call.args, **call.kwargs)
-        return raw if self._outputs is None else self._outputs(raw)
+            return raw if self._outputs is None else self._outputs(raw)
 
     def _gradients(
         self,

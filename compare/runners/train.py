@@ -72,11 +72,17 @@ def clip_grad_norm(max_norm: float) -> optax.GradientTransformation:
     """Clip as torch does: it adds 1e-6 to the norm, `optax.clip_by_global_norm` does not."""
 
     def clip(updates: Any, _parameters: Any) -> Any:
-        norm = jnp.sqrt(sum(jnp.sum(update**2) for update in jax.tree.leaves(updates)))
-        factor = jnp.minimum(1.0, max_norm / (norm + CLIP_EPS))
-        return jax.tree.map(lambda update: update * factor, updates)
+        with jax.numpy_dtype_promotion("standard"):
+            norm = _norm(jnp.stack([_norm(update) for update in jax.tree.leaves(updates)]))
+            factor = jnp.minimum(1.0, max_norm / (norm + CLIP_EPS))
+            return jax.tree.map(lambda update: (update * factor).astype(update.dtype), updates)
 
     return optax.stateless(clip)
+
+
+def _norm(values: jax.Array) -> jax.Array:
+    """Return the Euclidean norm; the square of a single entry, which may overflow, is not taken."""
+    return jnp.abs(values).reshape(()) if values.size == 1 else jnp.sqrt(jnp.sum(values**2))
 
 
 def _train_torch(course: Course, recipe: Recipe, device: str) -> Trained:

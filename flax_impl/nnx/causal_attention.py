@@ -73,7 +73,7 @@ class _CausalAttention(nnx.Module):
 
 
 class CausalAttentionWithoutBuffers(_CausalAttention):
-    """The mask is a plain array: no filter by type, such as `nnx.Param` or `Buffer`, selects it.
+    """The mask is a plain array: no type of Variable, such as `nnx.Param` or `Buffer`, selects it.
 
     It still is a leaf of `nnx.state(model)`, as NNX counts every array attribute.
     Arguments and errors are those of `_CausalAttention`.

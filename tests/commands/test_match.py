@@ -1,7 +1,9 @@
 """`match`: the names pair by rules of the command line, and the mapping serves `convert`."""
 
+import os
 import re
 import shlex
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -127,6 +129,43 @@ def test_a_module_of_ones_own(
     code, printed = run("match", files[0], "mine_to_match:other", *RULES)
     assert code == 2
     assert "is not a module that can be inspected" in printed
+
+
+def test_a_module_that_is_read_is_never_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "mine_to_keep"
+    package.mkdir()
+    code = "import torch\nlayer = torch.nn.Linear(2, 2)\n"
+    inner, outer = package / "inner.py", package / "__init__.py"
+    for file in (inner, outer):
+        file.write_text(code)
+    monkeypatch.chdir(tmp_path)
+    compare.save_checkpoint("like.msgpack", nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    for arguments in (
+        ("match", "mine_to_keep.inner:layer", "like.msgpack", "--save", inner),
+        ("match", "like.msgpack", "mine_to_keep.inner:layer", "--json", outer),
+        ("inspect", "--module", "mine_to_keep:layer", "--html", outer),
+    ):
+        status, printed = run(*arguments)
+        assert status == 2, printed
+        assert "is what is read" in printed
+    assert inner.read_text() == outer.read_text() == code
+
+
+def test_a_mapping_goes_into_a_pipe_and_not_in_its_place(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    layer = torch.nn.Linear(2, 2)
+    mapping = compare.match(layer, nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit((tmp_path / "pipe").read_text)
+        mapping.save(tmp_path / "pipe")
+        assert '"flax": "nnx"' in read.result(60)
+    assert (tmp_path / "pipe").is_fifo()
+    path = compare.save_checkpoint(tmp_path / "a.pth", layer)
+    status, printed = run("match", path, path, "--save", tmp_path / "none" / "a.json")
+    assert status == 2
+    assert "does not exist; make it first" in printed
 
 
 @pytest.mark.parametrize(

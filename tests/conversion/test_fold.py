@@ -54,6 +54,14 @@ STORED: dict[str, tuple[Callable[[], nn.Module], bool]] = {
 TEMPLATE = {"params": {"fc": {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}}}
 
 
+@pytest.mark.parametrize("as_array", [lambda tensor: tensor.numpy(), jnp.asarray])
+@pytest.mark.parametrize("name", [name for name, (_, is_plain) in STORED.items() if is_plain])
+def test_parts_may_be_numpy_or_jax_arrays(name: str, as_array: Callable[..., Any]) -> None:
+    state = STORED[name][0]().state_dict()
+    folded = compare.fold({key: as_array(tensor.detach()) for key, tensor in state.items()})
+    torch.testing.assert_close(folded["weight"], compare.fold(state)["weight"], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", STORED)
 @pytest.mark.parametrize("trained", [True, False])
 def test_the_value_of_a_call_is_converted(name: str, trained: bool) -> None:

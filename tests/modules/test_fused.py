@@ -837,6 +837,8 @@ def test_what_a_module_refuses(make: Any) -> None:
         make(8, 8, 16, 0.1, 4, implementation="flash")
     with pytest.raises(ValueError, match="dropout is 2"):
         make(8, 8, 16, 2, 4)
+    with pytest.raises(ValueError, match="dropout is None; a probability lies between 0 and 1"):
+        make(8, 8, 16, None, 4)
 
 
 @pytest.mark.parametrize("package", [torch_impl, flax_impl])

@@ -123,11 +123,18 @@ def test_outputs_that_show_nothing_do_not_hold(given: np.ndarray) -> None:
         ({"method": "nope"}, "Torch has no method 'nope'"),
         ({"renme": {}}, "there is no argument renme"),
         ({"train": 3}, "train is 3; expected keywords"),
+        ({"method": 3}, "Torch has no method 3"),
+        ({"outputs": []}, "expected a function of what Flax returns, or two functions"),
+        ({"outputs": "ab"}, "outputs is 'ab'; expected a function"),
+        ({"outputs": (lambda raw: raw.nope, None)}, "has no attribute 'nope'"),
+        ({"inputs": torch.ones(2, 4, device="meta")}, "the input: a meta tensor has no values"),
+        ({"inputs": (np.array([None]),)}, "input 0 has dtype object: give numbers"),
     ],
 )
 def test_arguments_of_other_kinds_are_named(options: dict[str, Any], message: str) -> None:
+    given = {"inputs": GIVEN} | options
     with pytest.raises(PortError, match=message):
-        compare.check_port(Torch(plain), Flax(plain), GIVEN, **options)
+        compare.check_port(Torch(plain), Flax(plain), **given)
     assert compare.check_port(Torch(plain), Flax(plain), GIVEN, dtypes="float16").held
 
 

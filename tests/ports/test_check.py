@@ -237,6 +237,49 @@ class Exponential(linen.Module):
         return jnp.exp(inputs)
 
 
+class TorchList(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)])
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            inputs = block(inputs).tanh()
+        return inputs
+
+
+class LinenList(linen.Module):
+    order: tuple[int, int] = (0, 1)
+
+    @linen.compact
+    def __call__(self, inputs: Any) -> Any:
+        blocks = [linen.Dense(4, name=f"blocks_{index}") for index in (0, 1)]
+        for index in self.order:
+            inputs = jnp.tanh(blocks[index](inputs))
+        return inputs
+
+
+def test_names_are_paired_as_proposed() -> None:
+    given = np.random.default_rng(0).standard_normal((3, 4))
+    report = compare.check_port(TorchList(), LinenList(), given, dtypes=())
+    assert report.held, str(report)
+    note = 'names are paired as compare.suggest proposes: rename={"blocks.*": "blocks_*"}'
+    assert note in report.notes
+    report = compare.check_port(TorchList(), LinenList((1, 0)), given, dtypes=())
+    assert not report.held
+    assert note in report.notes
+    with pytest.raises(
+        compare.ConversionError, match=r"unexpected blocks\.0\.weight .* did you mean"
+    ):
+        compare.check_port(TorchList(), LinenList(), given, rename={})
+
+
+class RandomInInference(linen.Module):
+    @linen.compact
+    def __call__(self, inputs: Any) -> Any:
+        return jnp.exp(inputs) + jax.random.normal(self.make_rng("noise"), inputs.shape)
+
+
 def test_what_is_random_otherwise_is_not_compared() -> None:
     given = np.random.default_rng(0).standard_normal((3, 4))
     report = compare.check_port(Noisy(0.0), Exponential(), given, dtypes=())
@@ -248,6 +291,8 @@ def test_what_is_random_otherwise_is_not_compared() -> None:
     assert "the Flax module draws random numbers there outside of a Dropout" in report.notes[0]
     with pytest.raises(PortError, match="draws random numbers in inference"):
         compare.check_port(Noisy(0.1), Exponential(), given)
+    with pytest.raises(PortError, match="the Flax module draws random numbers in inference"):
+        compare.check_port(Noisy(0.0), RandomInInference(), given)
 
 
 def test_a_parameter_of_one_side_alone_is_a_finding() -> None:

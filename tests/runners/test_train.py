@@ -1,5 +1,7 @@
 """Gradient clipping in training, which Optax computes in a different way from torch."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,25 @@ def clipped(
         updates = {name: jnp.asarray(array) for name, array in gradients.items()}
         updates, _ = clip.update(updates, clip.init(updates))
         return {name: np.asarray(array) for name, array in updates.items()}
+
+
+@pytest.mark.parametrize("gradient", [[3e20], [[-2e19]], 3e20])
+def test_one_entry_whose_square_overflows_is_clipped(gradient: Any) -> None:
+    array = np.array(gradient, np.float32)
+    parameter = torch.nn.Parameter(torch.zeros(array.shape))
+    parameter.grad = torch.from_numpy(array.copy())
+    torch.nn.utils.clip_grad_norm_([parameter], MAX_NORM)
+    ours = clipped({"scale": array}, clip_grad_norm(MAX_NORM))["scale"]
+    np.testing.assert_array_equal(ours, parameter.grad.numpy())
+    assert np.abs(ours).max() == MAX_NORM
+
+
+def test_clipping_keeps_each_dtype() -> None:
+    gradients = {"a": np.full(3, 0.5, np.float32), "b": np.full(2, 0.25)}
+    ours = clipped(gradients, clip_grad_norm(MAX_NORM))
+    assert {name: array.dtype for name, array in ours.items()} == {
+        name: array.dtype for name, array in gradients.items()
+    }
 
 
 @pytest.mark.parametrize("scale", [1e-8, 0.01, 1.0, 1e6], ids=["tiny", "below", "above", "huge"])
