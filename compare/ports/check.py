@@ -95,7 +95,7 @@ def check_port(
         with raised_by("Flax"):
             template = port.template(cast_call(calls[0], "float64"))
         if mapping is None:
-            pairing = paired(side.module("float64"), port.side(template), rules)
+            pairing = paired(side.module(), port.side(template), rules)
         elif rules:
             raise PortError(f"{min(rules)} has no effect beside mapping: give it to compare.match")
         else:
@@ -199,8 +199,8 @@ def _suspects(differing: Sequence[str]) -> dict[str, frozenset[str]]:
 
 
 def _state(side: TorchSide, label: str) -> dict[str, Tensor]:
-    """Return the state dict of this label in float64."""
-    module = side.module("float64")
+    """Return the state dict of this label, in the module's own dtype."""
+    module = side.module()
     if label == "drawn again":
         drawn_again(module)
     return {

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -85,12 +86,13 @@ class Judge:
         self._number = number
         leaves = leaves_for(self.port, self.template, state, self.mapping)
         lost = differs_after_a_file(state, self.port, self.template, self.mapping, leaves)
+        del leaves  # a large model has no room for copies
         reason = f"lost: {', '.join(lost)}" if lost else ""
         yield Finding("checkpoint", self.port.api, label, same_names(lost, ()), EQUAL, reason)
         for train, plain in self._modes(state, call).items():
             case = f"{label}, {'training' if train else 'inference'}"
             cotangents = _cotangents(plain.outputs)
-            for finding in self._in_float64(state, leaves, call, case, cotangents, train=train):
+            for finding in self._in_float64(state, call, case, cotangents, train=train):
                 is_told = finding.error in (_EMPTY, _UNSTABLE)
                 if finding.check == "outputs" and not (finding.held or is_told or self.differs):
                     self.differs, self.trained_when_differing = True, train
@@ -98,13 +100,13 @@ class Judge:
 
     def _modes(self, state: Mapping[str, Tensor], call: Call) -> dict[bool, Result]:
         """Return what torch gives in inference, and in training if that differs."""
-        inference, training = (self.side.run(state, call, train=train) for train in (False, True))
-        again = self.side.run(state, call, seed=SEED + 1)
+        run = partial(self.side.run, state, call, dtype="float32")
+        inference, training, again = run(), run(train=True), run(seed=SEED + 1)
         if inference.is_random or not _is_equal(inference, again):
             raise PortError(_random_in_inference("torch", "Flax"))
         if _is_equal(inference, training):
             return {False: inference}
-        again = self.side.run(state, call, train=True, seed=SEED + 1)
+        again = run(train=True, seed=SEED + 1)
         if training.is_random or not _is_equal(training, again):
             self.notes[_RANDOM] = None
             return {False: inference}
@@ -120,7 +122,8 @@ class Judge:
 
     def _doubled(self, state: Mapping[str, Tensor], call: Call) -> tuple[Leaves, Call]:
         """Return Flax's leaves for the state, and the call, in float64."""
-        leaves = leaves_for(self.port, self.template, state, self.mapping)
+        exact = {key: _in_float64(tensor) for key, tensor in state.items()}
+        leaves = leaves_for(self.port, self.template, exact, self.mapping)
         return cast(leaves, "float64"), cast_call(call, "float64")
 
     def state_divergence(
@@ -152,7 +155,7 @@ class Judge:
 
     def adequacy(self, state: Mapping[str, Tensor], calls: Sequence[Call]) -> Adequacy:
         """Return what the calls notice of changes of the Flax module, in inference."""
-        leaves = cast(leaves_for(self.port, self.template, state, self.mapping), "float64")
+        leaves, _ = self._doubled(state, calls[0])
         doubled = [cast_call(call, "float64") for call in calls]
         functions = [outputs_by_name(self.port, call, train=False) for call in doubled]
         return adequacy_of(functions, leaves, doubled, [self._limits[n] for n in range(len(calls))])
@@ -160,7 +163,6 @@ class Judge:
     def _in_float64(
         self,
         state: Mapping[str, Tensor],
-        leaves: Leaves,
         call: Call,
         case: str,
         cotangents: NamedArrays,
@@ -170,23 +172,15 @@ class Judge:
         exact = self.side.run(state, call, train=train, cotangents=cotangents)
 
         def perturbed(mode: Perturbed) -> Result:
-            moved = {
-                key: mode.moved(tensor) if key in self.side.parameters else tensor
-                for key, tensor in state.items()
-            }
             inputs = {
                 name: mode.moved(numpy_to_tensor(array.astype(np.float64))).numpy()
                 for name, array in call.floats.items()
             }
-            return self.side.run(
-                moved,
-                call.replaced(inputs),
-                train=train,
-                cotangents=cotangents,
-                within=lambda: mode,
-            )
+            moved = call.replaced(inputs)
+            return self.side.run(state, moved, train=train, cotangents=cotangents, mode=mode)
 
-        doubled, double = cast(leaves, "float64"), cast_call(call, "float64")
+        moved = deviations(perturbed, exact)
+        doubled, double = self._doubled(state, call)
         found = self._flax(doubled, double, cotangents, train)
         if exact.drawn:
             again = self._flax(doubled, double, cotangents, train, FLAX_SEED + 1)
@@ -194,7 +188,6 @@ class Judge:
                 self.notes[_RANDOM_FLAX] = None
                 return
             self.notes[_PATTERNS] = None
-        moved = deviations(perturbed, exact)
         expected = replace(exact, state=self._variances(exact, found, moved))
         if not any(map(shows, exact.outputs.values())):
             yield uncompared("outputs", self.port.api, case, _EMPTY)
@@ -214,7 +207,7 @@ class Judge:
             self.port.api, "jit", case, eager, found.outputs, limits["outputs"], FLOAT64
         )
         for dtype in () if exact.drawn else self.dtypes:
-            yield from self._in_dtype(dtype, state, leaves, call, case, exact, moved, train=train)
+            yield from self._in_dtype(dtype, state, doubled, call, case, exact, moved, train=train)
 
     def _part(
         self, part: str, case: str, found: Result, expected: Result, limits: NamedArrays
@@ -332,6 +325,11 @@ def _random_in_inference(framework: str, other: str) -> str:
         f"the {framework} module draws random numbers in inference, which {other} cannot draw "
         "alike: pass them as an input, or fix them"
     )
+
+
+def _in_float64(tensor: Tensor) -> Tensor:
+    """Return the tensor, in float64 if it is floating."""
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _limits(moved: NamedArrays) -> NamedArrays:

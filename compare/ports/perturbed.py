@@ -18,6 +18,7 @@ from .result import Result
 # 3e7 times: 0.032 ** 5. So 50 times the largest covers at least twice the spread.
 SAMPLES, FACTOR = 5, 50.0
 _PARTS = ("outputs", "gradients", "state")
+_PART = 1 << 17  # entries that are moved together: they stay in the processor's cache
 _PLACES = 1024.0  # the binary places of a number that is taken for exact: ten
 _BATCH_NORMS = (torch.ops.aten.native_batch_norm.default, torch.ops.aten.cudnn_batch_norm.default)
 
@@ -56,14 +57,22 @@ class Perturbed(TorchDispatchMode):
         Whole numbers, and those with few binary places, are exact and stay: they are counts, masks
         and numbers of regions, which are asked whether they are equal.
         """
-        if tensor.dtype not in (torch.float64, torch.float32):
+        if tensor.dtype not in (torch.float64, torch.float32) or not tensor.numel():
             return tensor
+        flat = tensor.contiguous().view(-1)
+        moved = torch.empty_like(flat)
+        for part, place in zip(flat.split(_PART), moved.split(_PART), strict=True):
+            self._move(part, place)
+        return moved.view(tensor.shape)
+
+    def _move(self, tensor: Tensor, moved: Tensor) -> None:
+        """Write the moved entries of a flat tensor into another one."""
         eps, count = torch.finfo(tensor.dtype).eps, tensor.numel()
         packed = np.frombuffer(self._random.bytes(-(-count // 8)), np.uint8)
-        signs = torch.from_numpy(np.unpackbits(packed, count=count)).view(tensor.shape)
-        factors = signs.to(tensor.dtype).mul_(2.0 * eps).add_(1.0 - eps)
+        signs = torch.from_numpy(np.unpackbits(packed, count=count))
+        torch.mul(signs, 2.0 * eps, out=moved).add_(1.0 - eps)
         is_exact = (tensor * _PLACES).frac_() == 0
-        return factors.masked_fill_(is_exact, 1.0).mul_(tensor)
+        moved.masked_fill_(is_exact, 1.0).mul_(tensor)
 
 
 def written_by(func: Any, args: Sequence[Any]) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ..conversion.wrappers import without_wrapper
 from .calls import Call
 from .dropout import SharedPatterns
 from .errors import PortError, raised_by
+from .perturbed import Perturbed
 from .result import NamedArrays, Result
 from .trees import arrays_of_output
 
@@ -32,28 +33,33 @@ class TorchSide:
     """
 
     def __init__(self, module: nn.Module, outputs: Outputs | None, method: str | None) -> None:
+        self._module = without_wrapper(module)
+        if any(tensor.is_meta for tensor in self._module.state_dict().values()):
+            raise PortError("the torch module is on the meta device, without data: load its state")
+        self._outputs, self._method = outputs, method
+        kinds = torch_kinds(self._module)
+        self.parameters = [key for key, kind in kinds.items() if kind == "parameter"]
+
+    def module(
+        self, dtype: str | None = None, state: Mapping[str, Tensor] | None = None
+    ) -> nn.Module:
+        """Return a copy of the module on the CPU, with the tensors of a state dict.
+
+        Args:
+            dtype: the dtype of its floating tensors. Default: as they are.
+            state: tensors to set, by their names.
+
+        Raises:
+            PortError: it cannot be copied.
+        """
         try:
-            self._module = copy.deepcopy(without_wrapper(module))
+            module = copy.deepcopy(self._module)
         except Exception as error:  # a module may hold anything
             raise PortError(
                 f"the torch module cannot be copied ({type(error).__name__}: {error}): leave what "
                 "cannot be copied, such as open files and results with a gradient, out of it"
             ) from error
-        if any(tensor.is_meta for tensor in self._module.state_dict().values()):
-            raise PortError("the torch module is on the meta device, without data: load its state")
-        self._module.cpu()
-        self._outputs, self._method = outputs, method
-        kinds = torch_kinds(self._module)
-        self.parameters = [key for key, kind in kinds.items() if kind == "parameter"]
-
-    def module(self, dtype: str, state: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """Return a copy of the module in a dtype, with the tensors of a state dict.
-
-        Args:
-            dtype: the dtype of its floating tensors.
-            state: tensors to set, by their names.
-        """
-        module = copy.deepcopy(self._module).to(getattr(torch, dtype))
+        module.to("cpu", None if dtype is None else getattr(torch, dtype))
         if state is not None:
             with torch.no_grad():
                 for key, tensor in module.state_dict(keep_vars=True).items():
@@ -69,7 +75,7 @@ class TorchSide:
         dtype: str = "float64",
         train: bool = False,
         cotangents: NamedArrays | None = None,
-        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        mode: Perturbed | None = None,
         seed: int = SEED,
     ) -> Result:
         """Call a copy of the module.
@@ -80,10 +86,12 @@ class TorchSide:
             dtype: the dtype of floating inputs and tensors.
             train: whether in training mode.
             cotangents: what the outputs are multiplied with, by name, for gradients of the sum.
-            within: a context for the forward and the backward pass.
+            mode: what moves the parameters and the results of the forward and the backward pass.
             seed: the seed of torch's own random operations.
         """
         module = self.module(dtype, state).train(train)
+        if mode is not None:
+            self._move(module, mode)
         inputs = placed_inputs(call, dtype, has_gradients=True)
         placed = call.replaced(passed(inputs))
         counts: dict[str, int] = {}
@@ -91,7 +99,7 @@ class TorchSide:
             plain_kernels(),
             torch.random.fork_rng(devices=[]),
             _counting(module, counts),
-            within(),
+            nullcontext() if mode is None else mode,
             SharedPatterns() as patterns,
         ):
             torch.manual_seed(seed)
@@ -107,6 +115,12 @@ class TorchSide:
         outputs = {name: tensor_to_numpy(tensor).copy() for name, tensor in tensors.items()}
         biased = _biased(module, state, after, counts)
         return Result(outputs, gradients, after, biased, patterns.drawn, patterns.is_foreign)
+
+    def _move(self, module: nn.Module, mode: Perturbed) -> None:
+        with torch.no_grad():
+            for key, tensor in module.state_dict(keep_vars=True).items():
+                if key in self.parameters:
+                    tensor.copy_(mode.moved(tensor))
 
     def called(self, module: nn.Module, call: Call) -> Any:
         """Return what the module returns for tensors, as it is to be compared."""
@@ -133,7 +147,7 @@ class TorchSide:
             return {name: np.zeros(tensor.shape) for name, tensor in variables.items()}
         found = torch.autograd.grad(total, list(variables.values()), allow_unused=True)
         return {
-            name: np.zeros(tensor.shape) if gradient is None else tensor_to_numpy(gradient).copy()
+            name: np.zeros(tensor.shape) if gradient is None else tensor_to_numpy(gradient)
             for (name, tensor), gradient in zip(variables.items(), found, strict=True)
         }
 
@@ -209,7 +223,7 @@ def _biased(
         key = f"{name}.running_var" if name else "running_var"
         momentum: Any = layer.momentum
         if key in after and key in before and layer.training and momentum and count > 1:
-            old = (1.0 - momentum) * tensor_to_numpy(before[key])
+            old = (1.0 - momentum) * tensor_to_numpy(before[key]).astype(after[key].dtype)
             found[key] = old + (after[key] - old) * (count - 1) / count
     return found
 

@@ -150,8 +150,8 @@ def drawn_again(module: nn.Module) -> nn.Module:
     return module
 
 
-def pulled_back(mapping: StateMapping, gradients: Mapping[KeyPath, Any]) -> NamedArrays:
-    """Return gradients by Flax's arrays as gradients by torch's tensors.
+def pulled_back(mapping: StateMapping, gradients: dict[KeyPath, Any]) -> NamedArrays:
+    """Return gradients by Flax's arrays as gradients by torch's tensors, and empty the dict.
 
     The mapping moves entries, copies them and adds tensors, so its transpose does the reverse:
     copies are added up, and both tensors of a sum have the gradient of the sum. For what is copied
@@ -159,14 +159,17 @@ def pulled_back(mapping: StateMapping, gradients: Mapping[KeyPath, Any]) -> Name
     """
     found: NamedArrays = {}
     parts: dict[str, dict[int, Any]] = {}
+    last = {row.path: row for row in mapping.rows if row.kind != "alias"}
     for row in mapping.rows:
         if row.path not in gradients or row.kind == "alias":
             continue
         made = torch_tensors(row, gradients[row.path])
+        if row is last[row.path]:
+            del gradients[row.path]
         for key in made:
             array = tensor_to_numpy(made[row.torch_key if key == row.plus else key])
             if row.part is None:
-                found[key] = found.get(key, 0.0) + array
+                found[key] = found[key] + array if key in found else array
             else:
                 of_key = parts.setdefault(key, {})
                 of_key[row.part.index] = of_key.get(row.part.index, 0.0) + array
