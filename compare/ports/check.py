@@ -15,12 +15,13 @@ from .adequacy import Adequacy
 from .calls import calls_of
 from .errors import PortDiffers, PortError, raised_by
 from .flax_side import Adapters, cast_call, port_of
-from .judge import Judge, plain_jax
+from .judge import Judge, plain_jax, traced_apart
 from .report import Divergence, PortReport
 from .torch_side import TorchSide
 from .weights import Paired, drawn_again, paired
 
 _STATES = ("as given", "drawn again")
+_MAX_PLACES = 3  # that a note names
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -91,7 +92,7 @@ def check_port(
     side = TorchSide(torch_module, ours, method)
     port = port_of(flax_module, Adapters(flax_inputs, theirs, method, train))
     calls = calls_of(inputs)
-    with plain_jax("float64"):
+    with plain_jax("float64"), traced_apart(port):
         with raised_by("Flax"):
             template = port.template(cast_call(calls[0], "float64"))
         if mapping is None:
@@ -127,6 +128,7 @@ def check_port(
             trains = _in_training_alone(failed["state"])
             names = {case.rpartition(", ")[2] for case in failed["state"]}
             parted = judge.state_divergence(_state(side, "as given"), calls[0], names, train=trains)
+        parted = parted or judge.lone_casts
         is_held = all(finding.held for finding in findings)
         worth: Adequacy | None = None
         if adequacy and is_held:
@@ -139,6 +141,15 @@ def check_port(
         if name not in trained
     ]
     notes += judge.notes
+    of_flax = port.widened | (port.casts or {})
+    for framework, places in (("torch", side.widened.lines), ("Flax", of_flax)):
+        if places:
+            shown_places = ", ".join(list(places)[:_MAX_PLACES])
+            more = f" and {len(places) - _MAX_PLACES} more" if len(places) > _MAX_PLACES else ""
+            notes.append(
+                f"{framework} asks for a narrower dtype in {shown_places}{more}; what is said of "
+                "float64 was computed in float64 there, too"
+            )
     return PortReport(tuple(findings), parted, tuple(notes), judge.slip, judge.ulps, worth)
 
 

@@ -277,4 +277,4 @@ def _last_equal(compared: Comparison, found: Sequence[Sequence[int]]) -> tuple[s
 
 
 def _short(source: SourceLine) -> str:
-    return f"{source.file.rpartition('/')[2]}:{source.line} `{source.code}`"
+    return f"{source.place} `{source.code}`"

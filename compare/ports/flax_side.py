@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from ..proof.cases import Framework
 from .calls import Call, call_of
 from .dropout import flax_patterns
 from .errors import PortError
-from .flax_dtypes import carries_in, retype, working_dtype
+from .flax_dtypes import carries_in, is_narrow, retype, widened, widened_casts, working_dtype
 from .trees import arrays_of_output
 
 Leaves = dict[KeyPath, Any]
@@ -75,12 +76,18 @@ class LinenPort:
     Args:
         module: the module, unbound.
         adapters: how it is called.
+
+    Attributes:
+        widened: the layers whose `dtype` is narrower than that of a run in float64.
+        casts: the lines that cast to a narrower dtype, if torch has such lines too; else None.
     """
 
     api: Framework = "linen"
 
     def __init__(self, module: linen.Module, adapters: Adapters) -> None:
         self.module, self.adapters = module, adapters
+        self.widened: dict[str, None] = {}
+        self.casts: dict[str, None] | None = None
         self._function = getattr(module, adapters.method or "__call__")
         self._layers: dict[tuple[str, ...], linen.Module] = {}
 
@@ -112,8 +119,17 @@ class LinenPort:
         made = self.adapters.call(call)
         variables = unflatten_dict(leaves)
         others = [name for name in variables if name != "params"]
-        with flax_patterns(), carries_in(working_dtype(leaves)):
-            raw, changed = self.module.apply(
+        dtype, module = working_dtype(leaves), self.module
+        if is_narrow(module, dtype):
+            module = module.clone(dtype=dtype)
+            self.widened[type(module).__name__] = None
+        with (
+            _casting(self.casts, dtype),
+            widened(dtype, self.widened),
+            flax_patterns(),
+            carries_in(dtype),
+        ):
+            raw, changed = module.apply(
                 variables,
                 *made.args,
                 **made.kwargs,
@@ -132,12 +148,18 @@ class NnxPort:
     Args:
         model: the model, which stays as it is.
         adapters: how it is called.
+
+    Attributes:
+        widened: as those of `LinenPort`.
+        casts: likewise.
     """
 
     api: Framework = "nnx"
 
     def __init__(self, model: nnx.Module, adapters: Adapters) -> None:
         self.module, self.adapters = nnx.clone(model), adapters
+        self.widened: dict[str, None] = {}
+        self.casts: dict[str, None] | None = None
         self._names = flax_side(model).leaves.keys()
 
     def template(self, call: Call) -> Any:
@@ -153,9 +175,9 @@ class NnxPort:
     ) -> tuple[Any, Leaves]:
         """Return what the model returns, and its state after the call."""
         made = self.adapters.call(call)
-        model = nnx.clone(self.module)
+        model, dtype = nnx.clone(self.module), working_dtype(leaves)
         nnx.update(model, unflatten_dict(leaves))
-        retype(model, working_dtype(leaves))
+        self.widened |= dict.fromkeys(retype(model, dtype))
         streams: dict[str, Any] = {
             node.key.tag: jax.random.key(seed)
             for _, node in nnx.iter_graph(model)
@@ -165,7 +187,7 @@ class NnxPort:
         model.train() if train else model.eval()
         function = getattr(model, self.adapters.method or "__call__")
         keywords = self.adapters.keywords(function, train=train)
-        with flax_patterns():
+        with _casting(self.casts, dtype), flax_patterns():
             raw = function(*made.args, **made.kwargs, **keywords)
         after = {
             path: leaf for path, leaf in flax_side(model).leaves.items() if path in self._names
@@ -174,6 +196,13 @@ class NnxPort:
 
 
 Port = LinenPort | NnxPort
+
+
+def _casting(casts: dict[str, None] | None, dtype: Any) -> AbstractContextManager[None]:
+    """Widen casts in a run in float64, if there is a place for their lines."""
+    if casts is None or dtype != jnp.float64:
+        return nullcontext()
+    return widened_casts(casts)
 
 
 def port_of(module: Any, adapters: Adapters) -> Port:

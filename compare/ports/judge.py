@@ -25,7 +25,13 @@ from .perturbed import FACTOR, Perturbed, deviations
 from .report import Divergence
 from .result import NamedArrays, Result
 from .torch_side import SEED, TorchSide
-from .trace import divergence, gradient_divergence, outputs_by_name, state_divergence
+from .trace import (
+    divergence,
+    gradient_divergence,
+    lone_casts,
+    outputs_by_name,
+    state_divergence,
+)
 from .trees import is_float
 from .weights import differs_after_a_file, leaves_for, pulled_back
 
@@ -71,6 +77,7 @@ class Judge:
         self.slip = self.ulps = 0.0
         self.differs = self.trained_when_differing = False
         self.notes: dict[str, None] = {}
+        self.lone_casts: Divergence | None = None
         self.suspects: dict[str, frozenset[str]] = {}
         self._compiled: dict[tuple[int, bool], Callable[..., Any]] = {}
         self._number = 0  # of the call
@@ -180,6 +187,9 @@ class Judge:
             return self.side.run(state, moved, train=train, cotangents=cotangents, mode=mode)
 
         moved = deviations(perturbed, exact)
+        if self.side.widened.lines and self.port.casts is None:
+            jax.clear_caches()  # what was traced before has the casts
+            self.port.casts = {}
         doubled, double = self._doubled(state, call)
         found = self._flax(doubled, double, cotangents, train)
         if exact.drawn:
@@ -206,6 +216,13 @@ class Judge:
         yield from compared(
             self.port.api, "jit", case, eager, found.outputs, limits["outputs"], FLOAT64
         )
+        if self.port.casts:
+            lone = lone_casts(self.side, self.port, state, doubled, double, train=train)
+            places = [line.place for line in lone.flax_source] if lone else []
+            reason = f"Flax casts to a narrower dtype where torch does not: {', '.join(places)}"
+            agreed = same_names(places, ())
+            yield Finding("casts", self.port.api, case, agreed, EQUAL, reason if lone else "")
+            self.lone_casts = self.lone_casts or lone
         for dtype in () if exact.drawn else self.dtypes:
             yield from self._in_dtype(dtype, state, doubled, call, case, exact, moved, train=train)
 
@@ -357,6 +374,16 @@ def _is_equal(one: Result, other: Result) -> bool:
 
 def _host(arrays: Mapping[str, Any]) -> NamedArrays:
     return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+@contextmanager
+def traced_apart(port: Port) -> Iterator[None]:
+    """Let JAX forget what it traced within, if casts were widened there."""
+    try:
+        yield
+    finally:
+        if port.casts:
+            jax.clear_caches()
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..conversion.tensors import tensor_to_numpy
 from .perturbed import written_by
 from .report import SourceLine
-from .values import Trace, Value, lines_of_frames
+from .values import Trace, Value, frames_from, lines_of_frames
 
 _Key = tuple[Any, ...]
 
@@ -95,14 +94,7 @@ class TorchRecorder(TorchDispatchMode):
 
     def _lines(self, operation: str) -> tuple[SourceLine, ...]:
         module = self._modules[-1] if self._modules else ""
-        return lines_of_frames(_frames(sys._getframe(2)), operation, module)
-
-
-def _frames(frame: FrameType | None) -> Iterator[tuple[str, int]]:
-    """Yield the file and the line of a frame and of those that called it."""
-    while frame is not None:
-        yield frame.f_code.co_filename, frame.f_lineno
-        frame = frame.f_back
+        return lines_of_frames(frames_from(sys._getframe(2)), operation, module)
 
 
 def _key(tensor: Tensor) -> _Key:

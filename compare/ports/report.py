@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from html import escape
 from itertools import zip_longest
 from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..proof.agreement import Finding
@@ -31,6 +32,11 @@ class SourceLine:
     code: str
     operation: str
     module: str = ""
+
+    @property
+    def place(self) -> str:
+        """The name of the file and the number of the line."""
+        return f"{Path(self.file).name}:{self.line}"
 
     def __str__(self) -> str:
         within = f", in {self.module}" if self.module else ""

@@ -17,6 +17,7 @@ from .dropout import SharedPatterns
 from .errors import PortError, raised_by
 from .perturbed import Perturbed
 from .result import NamedArrays, Result
+from .torch_dtypes import Widened, in_float64
 from .trees import arrays_of_output
 
 Outputs = Callable[[Any], Any]
@@ -30,6 +31,10 @@ class TorchSide:
         module: the module.
         outputs: a function that is applied to what it returns.
         method: the name of the method to call.
+
+    Attributes:
+        parameters: the names of what is trained.
+        widened: where the module asks for a narrower dtype than that of a run in float64.
     """
 
     def __init__(self, module: nn.Module, outputs: Outputs | None, method: str | None) -> None:
@@ -37,6 +42,7 @@ class TorchSide:
         if any(tensor.is_meta for tensor in self._module.state_dict().values()):
             raise PortError("the torch module is on the meta device, without data: load its state")
         self._outputs, self._method = outputs, method
+        self.widened = Widened()
         kinds = torch_kinds(self._module)
         self.parameters = [key for key, kind in kinds.items() if kind == "parameter"]
 
@@ -96,6 +102,7 @@ class TorchSide:
         placed = call.replaced(passed(inputs))
         counts: dict[str, int] = {}
         with (
+            in_float64(self.widened) if dtype == "float64" else nullcontext(),
             plain_kernels(),
             torch.random.fork_rng(devices=[]),
             _counting(module, counts),

@@ -9,7 +9,9 @@ import torch
 from ..conversion.mapping import KeyPath
 from ..conversion.tensors import tensor_to_numpy
 from .backward import first_gradient
+from .blame import lines_of
 from .calls import Call
+from .comparison import Comparison
 from .divergence import first_divergence
 from .dropout import SharedPatterns
 from .flax_side import Leaves, Port, named, on_device
@@ -17,6 +19,7 @@ from .record_jax import record, record_gradients
 from .record_torch import TorchRecorder
 from .report import Divergence
 from .result import NamedArrays
+from .torch_dtypes import in_float64
 from .torch_side import SEED, TorchSide, passed, placed_inputs, plain_kernels, weighted_sum
 from .torch_side import tensors_of as outputs_of
 from .values import Trace
@@ -46,6 +49,7 @@ def torch_trace(
             recorder.add_root(tensor)
     placed = call.replaced(inputs)
     with (
+        in_float64(side.widened),
         plain_kernels(),
         SharedPatterns(),
         torch.random.fork_rng(devices=[]),
@@ -91,6 +95,25 @@ def gradient_divergence(
             outputs_by_name(port, call, train=train), cotangents, leaves, on_device(call.arrays)
         ),
     )
+
+
+def lone_casts(
+    side: TorchSide, port: Port, state: Any, leaves: Leaves, call: Call, *, train: bool
+) -> Divergence | None:
+    """Return where Flax casts a value to a narrower dtype that torch does not cast, if it does."""
+    ours, _ = torch_trace(side, state, call, train=train)
+    theirs = flax_trace(port, leaves, call, train=train)
+    compared = Comparison(ours, theirs)
+    cast = {index for index, value in enumerate(ours.values) if "_to_copy" in value.operation}
+    lone = [
+        index
+        for index, value in enumerate(theirs.values)
+        if value.operation == "reduce_precision" and cast.isdisjoint(compared.matches[1][index])
+    ]
+    answers = [one for index in lone for one in compared.matches[1][index][-1:]]
+    lines = (lines_of(compared, 0, answers), lines_of(compared, 1, lone))
+    hint = "Flax casts this value to a narrower dtype, and torch does not."
+    return Divergence("casts", tuple(lines[0]), tuple(lines[1]), (), hint) if lines[1] else None
 
 
 def flax_trace(port: Port, leaves: Leaves, call: Call, *, train: bool) -> Trace:

@@ -2,10 +2,11 @@
 
 import linecache
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 
@@ -81,6 +82,13 @@ def is_somebodys(file: str) -> bool:
         if file.startswith(site):
             return Path(file).relative_to(site).parts[0] not in _LIBRARIES
     return not file.startswith(_STDLIB)
+
+
+def frames_from(frame: FrameType | None) -> Iterator[tuple[str, int]]:
+    """Yield the file and the line of a frame and of those that called it."""
+    while frame is not None:
+        yield frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
 
 
 def lines_of_frames(
