@@ -27,6 +27,7 @@ class MismatchEntry:
         expected: the shape in the target, in torch's layout. None if the target lacks the entry.
         reason: why it was refused.
         mend: the next step, if the reason does not say so.
+        choices: if a layout was not known, the values of `layouts` that may be right.
     """
 
     name: str
@@ -35,6 +36,7 @@ class MismatchEntry:
     expected: Shape | None = None
     reason: str = ""
     mend: str = ""
+    choices: tuple[dict[str, str], ...] = ()
 
     @property
     def policy_name(self) -> str:

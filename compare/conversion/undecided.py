@@ -70,8 +70,8 @@ def questions(
         teller = "the Flax side" if TURNED in choice else "a state dict"
         # The layout of all other matrices is given first.
         first, *rest = reversed(choice) if known and {*decided.values()} == {"same"} else choice
-        layouts = dict.fromkeys(patterns(names, keys), first)
-        argument = json.dumps(layouts, ensure_ascii=False)
+        fitting = patterns(names, keys)
+        argument = json.dumps(dict.fromkeys(fitting, first), ensure_ascii=False)
         others = f", nor {len(names) - 1:,} more" if len(names) > 1 else ""
         meanings = [_meaning(first), *(f'"{layout}" {_meaning(layout)}' for layout in rest)]
         entries.append(
@@ -81,6 +81,7 @@ def questions(
                 reason=f"{teller} does not say how this kernel is laid out{others}{known}",
                 mend=f"pass layouts={argument} (convert and verify: --layout-of NAME=LAYOUT) "
                 + "; ".join(meanings),
+                choices=tuple(dict.fromkeys(fitting, layout) for layout in (first, *rest)),
             )
         )
     return entries

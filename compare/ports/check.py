@@ -15,7 +15,7 @@ from .adequacy import Adequacy
 from .calls import calls_of
 from .errors import PortDiffers, PortError, raised_by
 from .flax_side import Adapters, cast_call, port_of
-from .judge import Judge, plain_jax, traced_apart
+from .judge import Judge, nearest, plain_jax, traced_apart
 from .report import Divergence, PortReport
 from .torch_side import TorchSide
 from .weights import Paired, drawn_again, paired
@@ -96,7 +96,8 @@ def check_port(
         with raised_by("Flax"):
             template = port.template(cast_call(calls[0], "float64"))
         if mapping is None:
-            pairing = paired(side.module(), port.side(template), rules)
+            found = paired(side.module(), port.side(template), rules)
+            pairing = found[0] if len(found) == 1 else nearest(found, side, port, template, calls)
         elif rules:
             raise PortError(f"{min(rules)} has no effect beside mapping: give it to compare.match")
         else:
@@ -133,8 +134,10 @@ def check_port(
         worth: Adequacy | None = None
         if adequacy and is_held:
             worth = judge.adequacy(_state(side, "drawn again"), calls)
-    notes = [pairing.note] if pairing.note else []
-    notes += [f"the layers say it differently: {line}" for line in pairing.differing]
+    notes = [
+        *pairing.notes,
+        *(f"the layers say it differently: {line}" for line in pairing.differing),
+    ]
     notes += [
         f"one side alone has {name}, which is not trained: the other computes it, or lacks it"
         for name in pairing.alone

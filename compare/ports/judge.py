@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from math import inf
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ from .trace import (
     state_divergence,
 )
 from .trees import is_float
-from .weights import differs_after_a_file, leaves_for, pulled_back
+from .weights import Paired, differs_after_a_file, leaves_for, pulled_back
 
 _PARTS = ("outputs", "gradients", "state")
 _BIASED = (
@@ -118,6 +119,10 @@ class Judge:
             self.notes[_RANDOM] = None
             return {False: inference}
         return {False: inference, True: training}
+
+    def eager(self, state: Mapping[str, Tensor], call: Call) -> NamedArrays:
+        """Return Flax's outputs in inference, in float64 and without `jit`."""
+        return self._eager(*self._doubled(state, call), train=False)
 
     def divergence(self, state: Mapping[str, Tensor], call: Call) -> Divergence:
         """Return where the outputs part first."""
@@ -374,6 +379,24 @@ def _is_equal(one: Result, other: Result) -> bool:
 
 def _host(arrays: Mapping[str, Any]) -> NamedArrays:
     return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+def nearest(
+    found: Sequence[Paired], side: TorchSide, port: Port, template: Any, calls: Sequence[Call]
+) -> Paired:
+    """Return the pairing with which the outputs of the first call lie nearest to torch's."""
+    state = side.module("float64").state_dict()
+    expected = side.run(state, calls[0]).outputs
+
+    def distance(pairing: Paired) -> float:
+        judge = Judge(side, port, template, pairing.mapping, ())
+        try:
+            outputs = judge.eager(state, calls[0])
+            return max(largest(outputs[name] - array) for name, array in expected.items())
+        except (PortError, ValueError, KeyError):
+            return inf
+
+    return min(found, key=distance)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,25 +42,26 @@ class Paired(NamedTuple):
         mapping: the mapping.
         differing: what the layers say differently. The runs show what comes of it.
         alone: the names that one side alone has.
-        note: by which rules names were paired that the user gave no rules for.
+        notes: by which rules entries were paired that the user gave no rules for.
     """
 
     mapping: StateMapping
     differing: list[str]
     alone: list[str]
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
 
-def paired(module: nn.Module, template: Any, rules: Mapping[str, Any]) -> Paired:
-    """Return how the state pairs: as the rules say, or as `compare.suggest` proposes.
+def paired(module: nn.Module, template: Any, rules: Mapping[str, Any]) -> list[Paired]:
+    """Return how the state may pair: as the rules say, or as `compare.suggest` proposes.
 
-    A proposal is a guess; that the two are the same function with it, the runs show.
+    There are several ways if nothing says how kernels are laid out. A proposal and a layout are
+    guesses; that the two modules are the same function with them, the runs show.
 
     Raises:
         ConversionError: the state does not pair.
     """
     try:
-        return _paired(module, template, rules)
+        return _with_layouts(module, template, rules)
     except ConversionError:
         if rules.get("rename") is not None:
             raise
@@ -67,16 +69,39 @@ def paired(module: nn.Module, template: Any, rules: Mapping[str, Any]) -> Paired
         if not proposal.rename:
             raise
         try:
-            found = _paired(module, template, {**rules, "rename": proposal.rename})
+            found = _with_layouts(module, template, {**rules, "rename": proposal.rename})
         except ConversionError:
-            found = None
-        if found is None:
+            found = []
+        if not found:
             raise
     rename = json.dumps(proposal.rename, ensure_ascii=False)
     note = f"names are paired as compare.suggest proposes: rename={rename}"
     if proposal.in_order:
         note += f"; only their order tells {', '.join(map(shown, proposal.in_order))} apart"
-    return found._replace(note=note)
+    return [one._replace(notes=(note, *one.notes)) for one in found]
+
+
+def _with_layouts(module: nn.Module, template: Any, rules: Mapping[str, Any]) -> list[Paired]:
+    """Return how the state pairs: in several ways if nothing says how kernels are laid out."""
+    try:
+        return [_paired(module, template, rules)]
+    except ConversionError as error:
+        unknown, refused = error, error.mismatch.refused
+        if not refused or not all(entry.choices for entry in refused):
+            raise
+    found = []
+    for number in range(max(len(entry.choices) for entry in refused)):
+        layouts: dict[str, str] = {}
+        for entry in refused:
+            layouts |= entry.choices[min(number, len(entry.choices) - 1)]
+        given = {**rules, "layouts": {**layouts, **(rules.get("layouts") or {})}}
+        argument = json.dumps(layouts, ensure_ascii=False)
+        note = f"nothing says how kernels are laid out; the outputs fit layouts={argument}"
+        with suppress(ConversionError):
+            found.append(_paired(module, template, given)._replace(notes=(note,)))
+    if not found:
+        raise unknown
+    return found
 
 
 def _paired(module: nn.Module, template: Any, rules: Mapping[str, Any]) -> Paired:
