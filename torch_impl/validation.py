@@ -40,8 +40,8 @@ def check_mask(shape: Sequence[int], context_length: int) -> None:
 
 def check_heads(output_embedding_dim: int, num_heads: int) -> None:
     """Raise ValueError unless num_heads is a whole number that divides output_embedding_dim."""
-    is_whole = isinstance(num_heads, Integral)
-    if num_heads < 1 or not is_whole or output_embedding_dim % num_heads:
+    is_whole = isinstance(num_heads, Integral) and not isinstance(num_heads, bool)
+    if not is_whole or num_heads < 1 or output_embedding_dim % num_heads:
         raise ValueError(
             f"output_embedding_dim={output_embedding_dim} cannot be divided into "
             f"num_heads={num_heads}: give a width that is a multiple of the number of heads"

@@ -112,8 +112,9 @@ def load_checkpoint(
         layouts: how tensors of a torch file are laid out, as `compare.match` takes them, for a file
             that does not say of which layers they are.
         cast: whether floating values may be cast to the target's dtype, and int32 to torch's int64.
-            A buffer, which may be a mask, keeps its values: in Flax it keeps the dtype of the file,
-            and in torch it is refused if a value would change.
+            The running statistics of a norm are cast like parameters. Another buffer, which may be
+            a mask, keeps its values: in Flax it keeps the dtype of the file, and in torch it is
+            refused if a value would change.
         memory: the most bytes that what is read and held at once may take. Default: the memory that
             is free.
 

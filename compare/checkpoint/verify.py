@@ -31,6 +31,7 @@ from .blocks import blocks
 from .convert import matched, paired, pairs
 from .errors import CheckpointError
 from .load import steady
+from .manifest import is_mask
 from .reader import Reader
 from .tensors import FileLayout, Tensors, whole
 from .transforms import Progress, cast, relaid, silent
@@ -475,7 +476,7 @@ def _differences(
 def _is_buffer(source: Tensors, path: KeyPath, target: Tensors, other: KeyPath) -> bool:
     """Return whether one side says that the entry is a buffer; if neither says, by its name."""
     kinds = {source.kinds.get(path, "unknown"), target.kinds.get(other, "unknown")}
-    return "buffer" in kinds or (kinds == {"unknown"} and words(other)[-1] == "mask")
+    return "buffer" in kinds or (kinds == {"unknown"} and is_mask(other, "unknown"))
 
 
 def _by_name(tensors: Tensors, other: FileLayout, has_ties: bool) -> dict[tuple[str, ...], KeyPath]:

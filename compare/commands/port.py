@@ -52,6 +52,8 @@ def report_of(file: Path, *, adequacy: bool = False) -> PortReport:
     module = _imported(file)
     if missing := [name for name in _NEEDED if not callable(getattr(module, name, None))]:
         raise _unusable(file, f"defines no function {missing[0]}()", "define it")
+    if hasattr(module, "flax_inputs") and hasattr(module, "to_flax"):
+        raise _unusable(file, "defines flax_inputs() and to_flax(), which are one", "leave one out")
     options: dict[str, Any] = {"adequacy": adequacy} | {
         argument: getattr(module, name)
         for name, argument in _FUNCTIONS.items()

@@ -230,6 +230,18 @@ class MappingError(FileError, ValueError):
     """A mapping file could not be read, or does not contain a valid mapping."""
 
     @classmethod
+    def from_file(cls, error: FileError) -> "MappingError":
+        """Return the error of a file as one of a mapping."""
+        return cls(
+            error.path,
+            error.reason,
+            expected=error.expected,
+            found=error.found,
+            mend=error.mend,
+            is_usage=error.is_usage,
+        )
+
+    @classmethod
     def of(cls, path: str | PathLike[str], reason: str, found: str) -> "MappingError":
         """Return the error of a file that is no mapping."""
         return cls(

@@ -293,8 +293,10 @@ class StateMapping:
         path = as_path(path)
         try:
             write_text(path, json.dumps(self.as_json(), indent=1))
-        except OSError as error:
-            reason = str(error.strerror or error)
+        except FileError as error:
+            raise MappingError.from_file(error) from error
+        except (OSError, ValueError) as error:  # ValueError: a name with a null
+            reason = str(getattr(error, "strerror", None) or error)
             raise MappingError(
                 path,
                 f"cannot be written: {reason}",
@@ -322,14 +324,7 @@ class StateMapping:
             reason = str(error.strerror or error)
             raise MappingError.of(path, f"cannot be read: {reason}", reason) from error
         except FileError as error:
-            raise MappingError(
-                error.path,
-                error.reason,
-                expected=error.expected,
-                found=error.found,
-                mend=error.mend,
-                is_usage=error.is_usage,
-            ) from error
+            raise MappingError.from_file(error) from error
         except ValueError as error:
             reason = f"not JSON ({error})"
             raise MappingError.of(path, f"not a valid mapping: {reason}", reason) from error

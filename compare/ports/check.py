@@ -43,9 +43,9 @@ def check_port(
 
     The state of the torch module is converted, and both are run in float64 on the same inputs: with
     the weights as they are, and with weights drawn again. Outputs, the gradients by each parameter
-    and each floating input, and the state after the call are compared. The limit is how far torch's
-    own values move if each of its results moves by one unit in the last place. Then both are run in
-    the working dtypes. Neither module is changed.
+    and each floating input, and the state after the call are compared. The limit is fifty times the
+    farthest that torch's own values move if each of its results moves by one unit in the last
+    place. Then both are run in the working dtypes. Neither module is changed.
 
     Args:
         torch_module: the module that was ported.
@@ -87,6 +87,8 @@ def check_port(
     for module in (torch_module, flax_module):
         if method is not None and not callable(getattr(module, str(method), None)):
             raise PortError(f"{type(module).__name__} has no method {method!r}")
+    if flax_inputs is not None and not callable(flax_inputs):
+        raise PortError(f"flax_inputs is {flax_inputs!r}; expected a function of torch's arguments")
     if train is not None and not isinstance(train, Mapping):
         raise PortError(f"train is {train!r}; expected keywords, such as {{'train': True}}")
     side = TorchSide(torch_module, ours, method)

@@ -72,6 +72,8 @@ def clip_grad_norm(max_norm: float) -> optax.GradientTransformation:
     """Clip as torch does: it adds 1e-6 to the norm, `optax.clip_by_global_norm` does not."""
 
     def clip(updates: Any, _parameters: Any) -> Any:
+        if not jax.tree.leaves(updates):
+            return updates
         with jax.numpy_dtype_promotion("standard"):
             norm = _norm(jnp.stack([_norm(update) for update in jax.tree.leaves(updates)]))
             factor = jnp.minimum(1.0, max_norm / (norm + CLIP_EPS))

@@ -216,6 +216,15 @@ def test_no_tolerance_covers_these(one: torch.Tensor, other: torch.Tensor, tmp_p
     assert found.name == "a"
 
 
+@pytest.mark.parametrize("name", ["mask", "attn.mask", "h.0.attn.mask"])
+def test_a_tolerance_does_not_cover_a_mask_of_a_state_dict(name: str, tmp_path: Path) -> None:
+    paths = [tmp_path / "a.pth", tmp_path / "b.pth"]
+    for path, entry in zip(paths, (1.0, 1.25), strict=True):
+        compare.save_checkpoint(path, {name: torch.tensor([entry, 2.0])})
+    (found,) = compare.verify_checkpoint(*paths, tolerance=0.9)
+    assert found.name == name
+
+
 def test_a_tolerance_does_not_cover_buffers(tmp_path: Path) -> None:
     source = torch_module()
     one = compare.save_checkpoint(tmp_path / "one.pth", source)

@@ -44,6 +44,11 @@ def test_the_verdict_is_the_exit_code(arguments: str, code: int, tmp_path: Path)
     ("text", "message"),
     [
         ("x = 1", "defines no function torch_module()"),
+        (
+            "from tests.ports.blocks import torch_block as torch_module, inputs\n"
+            "flax_module = flax_inputs = to_flax = torch_module",
+            "defines flax_inputs() and to_flax(), which are one",
+        ),
         ("import nonsense_of_nobody", "cannot be imported (ModuleNotFoundError"),
         ("def torch_module(): 1 / 0\ndef flax_module(): ...\ndef inputs(): ...", "ZeroDivision"),
         (

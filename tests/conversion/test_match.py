@@ -15,7 +15,6 @@ from flax import nnx
 import compare
 from compare.conversion.errors import ConversionError
 from compare.conversion.mapping import LINEN, NNX, Row, StateMapping
-from compare.files.errors import FileError
 from compare.proof.cases import PRIME_BIAS
 from compare.runners.run import build_nnx, linen_template
 
@@ -419,8 +418,10 @@ def test_a_mapping_does_not_replace_a_folder(tmp_path: Path) -> None:
     (tmp_path / "mine" / "precious").write_text("x")
     layer = torch.nn.Linear(3, 2, bias=False)
     mapping = compare.match(layer, {"params": {"kernel": jnp.zeros((3, 2))}})
-    with pytest.raises(FileError, match="is a folder: name a file in it"):
+    with pytest.raises(compare.MappingError, match="is a folder: name a file in it"):
         mapping.save(tmp_path / "mine")
+    with pytest.raises(compare.MappingError, match="cannot be written: embedded null byte"):
+        mapping.save("mine\0")
     assert (tmp_path / "mine" / "precious").read_text() == "x"
 
 

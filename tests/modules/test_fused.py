@@ -830,7 +830,7 @@ def test_what_a_module_refuses(make: Any) -> None:
         ValueError, match="output_embedding_dim=10 cannot be divided into num_heads=4"
     ):
         make(8, 10, 16, 0.1, 4)
-    for num_heads in (0, 2.5):
+    for num_heads in (0, 2.5, True, "2", None):
         with pytest.raises(ValueError, match=f"num_heads={num_heads}"):
             make(8, 10, 16, 0.1, num_heads)
     with pytest.raises(ValueError, match="implementation is 'flash'; expected one of"):

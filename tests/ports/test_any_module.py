@@ -124,6 +124,7 @@ def test_outputs_that_show_nothing_do_not_hold(given: np.ndarray) -> None:
         ({"renme": {}}, "there is no argument renme"),
         ({"train": 3}, "train is 3; expected keywords"),
         ({"method": 3}, "Torch has no method 3"),
+        ({"flax_inputs": 3}, "flax_inputs is 3; expected a function"),
         ({"outputs": []}, "expected a function of what Flax returns, or two functions"),
         ({"outputs": "ab"}, "outputs is 'ab'; expected a function"),
         ({"outputs": (lambda raw: raw.nope, None)}, "has no attribute 'nope'"),

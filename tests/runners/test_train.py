@@ -34,6 +34,10 @@ def test_one_entry_whose_square_overflows_is_clipped(gradient: Any) -> None:
     assert np.abs(ours).max() == MAX_NORM
 
 
+def test_nothing_to_clip() -> None:
+    assert clipped({}, clip_grad_norm(MAX_NORM)) == {}
+
+
 def test_clipping_keeps_each_dtype() -> None:
     gradients = {"a": np.full(3, 0.5, np.float32), "b": np.full(2, 0.25)}
     ours = clipped(gradients, clip_grad_norm(MAX_NORM))
