@@ -12,6 +12,7 @@ from ..conversion.match import pair
 from ..conversion.state_kinds import flax_side
 from ..proof.agreement import uncompared
 from .adequacy import Adequacy
+from .batch import batch_findings, with_more_rows
 from .calls import calls_of
 from .errors import PortDiffers, PortError, raised_by
 from .flax_side import Adapters, cast_call, port_of
@@ -120,6 +121,11 @@ def check_port(
                 findings += judge.findings(state, call, index, case)
                 if parted is None and judge.differs:
                     parted = judge.divergence(state, call)
+                if label == _STATES[-1]:
+                    of_batch = list(batch_findings(judge, state, call, index, case))
+                    findings += of_batch
+                    if parted is None and any(not one.held and not one.error for one in of_batch):
+                        parted = judge.divergence(state, with_more_rows(call))
         failed = {
             check: [one.case for one in findings if one.check == check and not one.held]
             for check in ("gradients", "state")

@@ -82,7 +82,9 @@ class Judge:
         self.suspects: dict[str, frozenset[str]] = {}
         self._compiled: dict[tuple[int, bool], Callable[..., Any]] = {}
         self._number = 0  # of the call
-        self._limits: dict[int, NamedArrays] = {}  # of the outputs in inference, by the call
+        # torch's outputs in inference, and their limits, by the number of the call.
+        self.exact: dict[int, NamedArrays] = {}
+        self.limits: dict[int, NamedArrays] = {}
         self.trained: list[KeyPath] = [
             row.path for row in mapping.rows if row.torch_key in side.parameters
         ]
@@ -170,7 +172,7 @@ class Judge:
         leaves, _ = self._doubled(state, calls[0])
         doubled = [cast_call(call, "float64") for call in calls]
         functions = [outputs_by_name(self.port, call, train=False) for call in doubled]
-        return adequacy_of(functions, leaves, doubled, [self._limits[n] for n in range(len(calls))])
+        return adequacy_of(functions, leaves, doubled, [self.limits[n] for n in range(len(calls))])
 
     def _in_float64(
         self,
@@ -215,7 +217,8 @@ class Judge:
                     raise PortError(_random_in_inference("Flax", "torch"))
             yield from of_part
         if not train:
-            self._limits[self._number] = limits["outputs"]
+            self.limits[self._number] = limits["outputs"]
+            self.exact[self._number] = exact.outputs
         self._measure(found.outputs, exact.outputs, moved.outputs)
         eager = self._eager(doubled, double, train)
         yield from compared(
