@@ -44,7 +44,9 @@ def test_a_right_port_holds(port: Any) -> None:
     assert report.divergence is None
     assert "keeps the unbiased variance" in report.notes[0]
     checks = {finding.check for finding in report.findings}
-    assert checks == {*("checkpoint", "outputs", "gradients", "state", "jit", "outputs in float32")}
+    assert checks == {
+        *("batch", "checkpoint", "outputs", "gradients", "state", "jit", "outputs in float32")
+    }
     assert any(finding.case.endswith(", input 0") for finding in report.findings)
     assert module.training
     assert all(torch.equal(tensor, state[key]) for key, tensor in module.state_dict().items())
