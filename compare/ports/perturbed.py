@@ -71,7 +71,8 @@ class Perturbed(TorchDispatchMode):
         packed = np.frombuffer(self._random.bytes(-(-count // 8)), np.uint8)
         signs = torch.from_numpy(np.unpackbits(packed, count=count))
         torch.mul(signs, 2.0 * eps, out=moved).add_(1.0 - eps)
-        is_exact = (tensor * _PLACES).frac_() == 0
+        scaled = tensor * _PLACES  # infinite for the largest numbers, which stay as well
+        is_exact = scaled.round() == scaled
         moved.masked_fill_(is_exact, 1.0).mul_(tensor)
 
 

@@ -50,6 +50,10 @@ def plain(fc: Any, inputs: Any) -> Any:
         (lambda fc, x: torch.log(fc(x)), lambda fc, x: jnp.log(fc(x))),  # NaN on both sides
         (lambda fc, x: {"a": fc(x)}, plain),
         (
+            lambda fc, x: fc(x).masked_fill(x > 0, torch.finfo(x.dtype).min).softmax(-1),
+            lambda fc, x: jax.nn.softmax(jnp.where(x > 0, jnp.finfo(x.dtype).min, fc(x))),
+        ),
+        (
             lambda fc, x: fc(x) * (torch.arange(4.0) / 2 % 1 == 0),  # whole numbers are exact
             lambda fc, x: fc(x) * (jnp.arange(4.0) / 2 % 1 == 0),
         ),
@@ -59,6 +63,7 @@ def plain(fc: Any, inputs: Any) -> Any:
         "in place",
         "nan",
         "one array in a dict",
+        "the smallest number behind a mask",
         "numbers that are asked for equality",
     ],
 )
