@@ -619,13 +619,28 @@ def port(
 @app.command()
 def ports(
     every: Annotated[
-        int, typer.Option("--every", metavar="N", min=1, help="Take one of N wrong ports.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--every", metavar="N", min=1, help="Take one of N wrong ports. Default: all."
+        ),
+    ] = None,
+    libraries: Annotated[
+        bool,
+        typer.Option(
+            "--libraries", help="Instead check models that transformers has in both frameworks."
+        ),
+    ] = False,
     json_file: JsonOption = None,
     html_file: HtmlOption = None,
 ) -> None:
     """Check the example ports, right and wrong ones: how often are the true lines named?"""
-    _run([Job("ports", {"every": every})], Files(json_file, html_file))
+    job = Job("ports", {"every": every or 1})
+    if libraries:
+        if every is not None:
+            raise typer.BadParameter("--every has no effect beside --libraries: leave one out")
+        require_packages("transformers", install="transformers==4.57.1")
+        job = Job("library-ports")
+    _run([job], Files(json_file, html_file))
 
 
 @app.command()

@@ -51,7 +51,7 @@ def masked_attention(
         mask = is_nonzero(mask)
     if dropout is not None:
         return reference_attention(queries, keys, values, mask, dropout)
-    if queries.shape != keys.shape:
+    if queries.shape != keys.shape or values.shape[:-2] != keys.shape[:-2]:
         keys, values = for_each_head(queries, keys), for_each_head(queries, values)
     if implementation == "fused" or (
         implementation == "auto" and queries.shape[-2] >= MIN_FUSED_TOKENS

@@ -70,7 +70,7 @@ def attend(
     dropouts = () if dropout is None else (dropout,)
     if implementation == "reference":
         return reference_attention(queries, keys, values, mask, *dropouts), None
-    if queries.shape != keys.shape:
+    if queries.shape != keys.shape or values.shape[:-2] != keys.shape[:-2]:
         keys, values = for_each_head(queries, keys), for_each_head(queries, values)
     if dropout is None and (implementation == "fused" or num_tokens >= MIN_FUSED_TOKENS):
         layout = kernel_layout(queries, keys, values, mask)

@@ -16,6 +16,7 @@ OTHER_MODULES = {
     "fuzz": "compare.stress.fuzz",
     "layers": "compare.stress.layer_fuzz",
     "libraries": "compare.stress.libraries",
+    "library-ports": "compare.ports.library_ports",
 }
 
 

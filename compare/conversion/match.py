@@ -114,9 +114,10 @@ def match(
         policy: torch keys or Flax paths (patterns) to what happens to an entry that exists on one
             side only: `ignore`, `verify` (allow it only if it is the causal mask, or a table of
             positions, sinusoids, rotary frequencies or relative positions) or `refuse`, the
-            default. GPT-2's `attn.bias` and `attn.masked_bias` are verified by default. Likewise
-            for what two layers say differently: `{"conv.padding": "ignore"}` allows it, and
-            `{"scale.kind": "ignore"}` that one side alone trains it.
+            default. GPT-2's `attn.bias` and `attn.masked_bias` are verified by default. For what
+            two layers say differently there is only `ignore`, which allows it:
+            `{"conv.padding": "ignore"}`, and `{"scale.kind": "ignore"}` for what one side alone
+            trains.
         prefix: what the torch names begin with and the Flax names do not: "module." for a state
             dict of DataParallel. Rules of `rename` see the names without it.
         module: the Linen module of the variables, so that its layers can be compared with torch's.
@@ -568,7 +569,7 @@ class _Matcher:
         name = f"{key}.kind"
         if not one_trained(torch_kind, flax_kind):
             return None
-        if decide(name, self.policy, self.used_policies) in ("ignore", "verify"):
+        if decide(name, self.policy, self.used_policies) == "ignore":
             return None
         kinds = f"is a {torch_kind} in torch and a {flax_kind} in Flax"
         return Refused(f"{kinds}: one is trained, the other is not", allowing_of(name))

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..conversion.mapping import StateMapping, require_mapping, slashed
@@ -95,7 +96,12 @@ def check_port(
     side = TorchSide(torch_module, ours, method)
     port = port_of(flax_module, Adapters(flax_inputs, theirs, method, train))
     calls = calls_of(inputs)
-    with plain_jax("float64"), traced_apart(port):
+    with (
+        plain_jax("float64"),
+        traced_apart(port),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         with raised_by("Flax"):
             template = port.template(cast_call(calls[0], "float64"))
         if mapping is None:

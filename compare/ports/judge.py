@@ -208,7 +208,7 @@ class Judge:
         expected = replace(exact, state=self._variances(exact, found, moved))
         if not any(map(shows, exact.outputs.values())):
             yield uncompared("outputs", self.port.api, case, _EMPTY)
-        limits = {part: _limits(getattr(moved, part)) for part in _PARTS}
+        limits = {part: _limits(getattr(moved, part), getattr(exact, part)) for part in _PARTS}
         for part in _PARTS:
             of_part = list(self._part(part, case, found, expected, limits[part]))
             if not train and not all(finding.held for finding in of_part):
@@ -240,7 +240,7 @@ class Judge:
         """Yield what was found of the outputs, the gradients or the state."""
         theirs, ours = getattr(found, part), getattr(expected, part)
         scale = max(map(largest, ours.values()), default=0.0)
-        unstable = [name for name in limits if limits[name] > _COARSE * scale]
+        unstable = [name for name in limits if scale and limits[name] > _COARSE * scale]
         for name in unstable:
             yield uncompared(part, self.port.api, f"{case}, {name}", _UNSTABLE)
         ours, theirs = (
@@ -287,7 +287,8 @@ class Judge:
         growth = float(jax.numpy.finfo(dtype).eps) / float(np.finfo(np.float64).eps)
         limits = {}
         for name, array in exact.outputs.items():
-            limit = FACTOR * float(moved.outputs[name]) * growth
+            unit = float(np.finfo(np.float64).eps) * largest(array)
+            limit = FACTOR * max(float(moved.outputs[name]), unit) * growth
             if name in own.outputs and own.outputs[name].shape == array.shape:
                 error = np.abs(own.outputs[name].astype(np.float64) - array)
                 limit = max(
@@ -357,9 +358,16 @@ def _in_float64(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _limits(moved: NamedArrays) -> NamedArrays:
-    """Return how far the arrays may lie from torch's, by how far torch's own values moved."""
-    return {name: FACTOR * size for name, size in moved.items()}
+def _limits(moved: NamedArrays, exact: NamedArrays) -> NamedArrays:
+    """Return how far the arrays may lie from torch's, by how far torch's own values moved.
+
+    At least as far as the last result moves that made the largest entry; a whole number, as that of
+    a saturated tanh, is not moved in the runs.
+    """
+    eps = float(np.finfo(np.float64).eps)
+    return {
+        name: FACTOR * np.maximum(size, eps * largest(exact[name])) for name, size in moved.items()
+    }
 
 
 def _cotangents(outputs: NamedArrays) -> NamedArrays:

@@ -18,6 +18,12 @@ from .result import Result
 # 3e7 times: 0.032 ** 5. So 50 times the largest covers at least twice the spread.
 SAMPLES, FACTOR = 5, 50.0
 _PARTS = ("outputs", "gradients", "state")
+# Functions whose whole results are rounded.
+_ROUNDED = {
+    *("tanh", "sigmoid", "exp", "expm1", "exp2", "erf", "erfc", "log", "log1p", "log2", "log10"),
+    *("sin", "cos", "tan", "atan", "atan2", "sinh", "cosh", "rsqrt", "_softmax", "_log_softmax"),
+    *("gelu", "silu", "softplus", "log_sigmoid_forward", "logsumexp", "mish", "elu"),
+}
 _PART = 1 << 17  # entries that are moved together: they stay in the processor's cache
 _PLACES = 1024.0  # the binary places of a number that is taken for exact: ten
 _BATCH_NORMS = (torch.ops.aten.native_batch_norm.default, torch.ops.aten.cudnn_batch_norm.default)
@@ -43,36 +49,39 @@ class Perturbed(TorchDispatchMode):
             argument.copy_(self.moved(argument))
         if any(argument.alias_info is not None for argument in func._schema.returns):
             return result  # a view, or what was written
+        is_rounded = func.overloadpacket.__name__.rstrip("_") in _ROUNDED
         if isinstance(result, Tensor):
-            return self.moved(result)
+            return self.moved(result, is_rounded=is_rounded)
         if isinstance(result, tuple | list):
             return type(result)(
-                self.moved(one) if isinstance(one, Tensor) else one for one in result
+                self.moved(one, is_rounded=is_rounded) if isinstance(one, Tensor) else one
+                for one in result
             )
         return result
 
-    def moved(self, tensor: Tensor) -> Tensor:
+    def moved(self, tensor: Tensor, *, is_rounded: bool = False) -> Tensor:
         """Return the tensor with each entry moved by one unit in the last place.
 
         Whole numbers, and those with few binary places, are exact and stay: they are counts, masks
-        and numbers of regions, which are asked whether they are equal.
+        and numbers of regions, which are asked whether they are equal. What is rounded, as the 1 of
+        a saturated tanh, is moved too.
         """
         if tensor.dtype not in (torch.float64, torch.float32) or not tensor.numel():
             return tensor
         flat = tensor.contiguous().view(-1)
         moved = torch.empty_like(flat)
         for part, place in zip(flat.split(_PART), moved.split(_PART), strict=True):
-            self._move(part, place)
+            self._move(part, place, is_rounded)
         return moved.view(tensor.shape)
 
-    def _move(self, tensor: Tensor, moved: Tensor) -> None:
+    def _move(self, tensor: Tensor, moved: Tensor, is_rounded: bool) -> None:
         """Write the moved entries of a flat tensor into another one."""
         eps, count = torch.finfo(tensor.dtype).eps, tensor.numel()
         packed = np.frombuffer(self._random.bytes(-(-count // 8)), np.uint8)
         signs = torch.from_numpy(np.unpackbits(packed, count=count))
         torch.mul(signs, 2.0 * eps, out=moved).add_(1.0 - eps)
         scaled = tensor * _PLACES  # infinite for the largest numbers, which stay as well
-        is_exact = scaled.round() == scaled
+        is_exact = scaled.isinf() if is_rounded else scaled.round() == scaled
         moved.masked_fill_(is_exact, 1.0).mul_(tensor)
 
 

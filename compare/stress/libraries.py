@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
+import jax.numpy as jnp
 import numpy as np
 import torch
 from flax.traverse_util import flatten_dict
@@ -22,7 +24,6 @@ from ..conversion.match import match
 from ..conversion.proposal import suggest
 from ..conversion.renamed import renamed
 from ..report.model import Block, Cell, Check, Section, Table
-from . import library_ports
 from .library_names import PAIRS, NamedPair, variables_of
 
 _AUTO = "transformers.models.auto.modeling_flax_auto"
@@ -59,6 +60,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
         for name in ("marian", "pegasus", "roformer")
     },
 }
+_CLIP = jnp.clip
 _BIAS = {"final_logits_bias.kind": "ignore"}  # of zeros: a buffer in torch, trained in Flax
 
 
@@ -79,7 +81,7 @@ class Head(NamedTuple):
 
 
 def sections() -> Iterator[Section | str]:
-    """Yield progress messages, and sections of transformers' heads, proposed names and ports."""
+    """Yield progress messages, a section of transformers' heads, and one of proposed names."""
     heads = []
     for name, architecture in _classes():
         yield f"libraries: {name}"
@@ -90,7 +92,6 @@ def sections() -> Iterator[Section | str]:
         yield f"libraries: {pair.name}"
         found.append(_proposed(pair))
     yield _names_section(found)
-    yield from library_ports.sections()
 
 
 def _classes() -> list[tuple[str, str]]:
@@ -134,7 +135,7 @@ def _converted(name: str, architecture: str) -> Head:
         config = _configuration(architecture)
         source = getattr(transformers, name.removeprefix("Flax"))(config).eval()
         _draw(source)
-        with library_ports.old_clip():
+        with patch.object(jnp, "clip", _clip):
             model = getattr(transformers, name)(config)
     except Exception as error:  # of transformers itself, with this version of JAX or torch
         return Head(architecture, 0, {}, f"cannot be built: {type(error).__name__}")
@@ -162,6 +163,11 @@ def _converted(name: str, architecture: str) -> Head:
     ]
     outcome = f"{differing[0]} and {len(differing) - 1} more differ" if differing else "same"
     return Head(architecture, len(found), arguments, outcome)
+
+
+def _clip(array: Any, *limits: Any, a_min: Any = None, a_max: Any = None) -> Any:
+    """Take the keywords that T5 passes, which JAX 0.10 no longer has."""
+    return _CLIP(array, *(limits or (a_min, a_max)))
 
 
 def _draw(source: torch.nn.Module) -> None:

@@ -242,6 +242,8 @@ def test_what_the_message_advises_works() -> None:
     assert "give padding=((1, 1), (1, 1)) in Flax" in str(caught.value)
     assert "policy={'c.padding': 'ignore'}" in str(caught.value)
     compare.torch_to_nnx(source, Model(((1, 1), (1, 1))))
+    with pytest.raises(ConversionError, match="computes something else: padding"):
+        compare.match(source, Model(), policy={"c.padding": "verify"})
     allowed = compare.match(source, Model(), policy={"c.padding": "ignore"})
     compare.torch_to_nnx(source, Model(), mapping=allowed)
     with pytest.raises(compare.ConversionError, match="this policy fits nothing"):

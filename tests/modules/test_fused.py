@@ -519,6 +519,32 @@ def test_flax_heads_that_are_not_alike_are_the_formulas() -> None:
         assert found.dtype == expected.dtype and jnp.array_equal(found, expected)
 
 
+@pytest.mark.parametrize("kind", ["causal", "closed"])
+@pytest.mark.parametrize("implementation", ["auto", "fused", "reference"])
+def test_values_may_have_fewer_heads_than_keys(kind: str, implementation: Any) -> None:
+    size = 130
+    generator = np.random.default_rng(0)
+    queries, keys = generator.standard_normal((2, 2, 4, size, 8))
+    values = generator.standard_normal((2, 2, size, 8))
+    mask = np.triu(np.ones((size, size)), 1)
+    if kind == "closed":
+        mask[3] = 1
+    arrays = queries, keys, values, mask
+    tensors: Any = [torch.from_numpy(array) for array in arrays]
+    attend: Any = torch_impl.masked_attention
+    of_torch = attend(*tensors, implementation=implementation).numpy()
+    with jax.enable_x64(True):
+        on_device: Any = [jnp.asarray(array) for array in arrays]
+        attend = flax_impl.masked_attention
+        in_flax = implementation if implementation == "reference" else "fused"
+        of_flax = attend(*on_device, implementation=in_flax)
+    repeated: Any = [queries, keys, values.repeat(2, 1), mask]
+    repeated = [torch.from_numpy(array) for array in repeated]
+    expected = torch_impl.reference_attention(*repeated).numpy()
+    for found in (of_torch, np.asarray(of_flax)):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("implementation", ["fused", "reference"])
 def test_a_numpy_mask_is_not_narrowed(implementation: Any) -> None:
     """Without x64, JAX would make 0 of 1e-50 and of 2**32."""

@@ -54,6 +54,10 @@ def plain(fc: Any, inputs: Any) -> Any:
             lambda fc, x: jax.nn.softmax(jnp.where(x > 0, jnp.finfo(x.dtype).min, fc(x))),
         ),
         (
+            lambda fc, x: torch.tanh(19.08 + 0.01 * torch.tanh(fc(x))),
+            lambda fc, x: jnp.tanh(19.08 + 0.01 * jnp.tanh(fc(x))),
+        ),
+        (
             lambda fc, x: fc(x) * (torch.arange(4.0) / 2 % 1 == 0),  # whole numbers are exact
             lambda fc, x: fc(x) * (jnp.arange(4.0) / 2 % 1 == 0),
         ),
@@ -64,6 +68,7 @@ def plain(fc: Any, inputs: Any) -> Any:
         "nan",
         "one array in a dict",
         "the smallest number behind a mask",
+        "saturated",
         "numbers that are asked for equality",
     ],
 )
@@ -142,6 +147,13 @@ def test_arguments_of_other_kinds_are_named(options: dict[str, Any], message: st
     with pytest.raises(PortError, match=message):
         compare.check_port(Torch(plain), Flax(plain), **given)
     assert compare.check_port(Torch(plain), Flax(plain), GIVEN, dtypes="float16").held
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_mode_does_not_matter(mode: Any) -> None:
+    with mode():
+        assert compare.check_port(Torch(plain), Flax(plain), GIVEN, dtypes=()).held
+        assert not torch.is_grad_enabled()
 
 
 def test_a_compiled_module_is_taken_and_one_without_data_refused() -> None:

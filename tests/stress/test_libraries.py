@@ -1,7 +1,6 @@
 """Models of other libraries: a recorded command, and its verdicts."""
 
 import json
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 from compare import cli
-from compare.ports.report import Divergence, PortReport, SourceLine
 from compare.report.model import Section
-from compare.stress import libraries, library_ports
+from compare.stress import libraries
 from compare.stress.library_names import PAIRS, NamedPair
-from tests.ports import blocks
 
 RECORD = Path(libraries.__file__).parents[1] / "records/libraries-cpu.json"
 
@@ -79,37 +76,11 @@ def named(true: dict[str, str]) -> NamedPair:
 def test_a_wrong_name_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     for true, held in (({"a": "x", "b": "y"}, True), ({"a": "y", "b": "x"}, False)):
         monkeypatch.setattr(libraries, "PAIRS", [named(true)])
-        monkeypatch.setattr(library_ports, "PORTS", ())
         monkeypatch.setattr(libraries, "_classes", list)
         monkeypatch.setattr(libraries, "version", lambda _: "0")
         found: list[Any] = [item for item in libraries.sections() if isinstance(item, Section)]
         assert found[1].checks[0].held is held
         assert found[1].checks[0].measured == f"{2 if held else 0} of 2 modules"
-
-
-def test_a_bug_is_planted_into_a_copy() -> None:
-    text = "WIDTH = 8"
-    with library_ports.planted(blocks, text, "WIDTH = 5") as (wrong, line):
-        assert wrong.WIDTH == 5 and blocks.WIDTH == 8
-        assert Path(str(blocks.__file__)).read_text().split("\n")[line - 1].startswith(text)
-        assert wrong.__name__ in sys.modules
-    assert wrong.__name__ not in sys.modules
-    with (
-        pytest.raises(ValueError, match="has no 'nothing'"),
-        library_ports.planted(blocks, "nothing", "x"),
-    ):
-        pass
-
-
-def test_at_which_place_the_line_is_named() -> None:
-    port = library_ports.PORTS[0]
-    lines = tuple(SourceLine(f"/a/{file}", 7, "", "") for file in ("b.py", "modeling_flax_bert.py"))
-    report = PortReport((), Divergence("outputs", (), lines, (), ""))
-    for wrong, line, place in ((report, 7, "second"), (report, 8, ""), ("an error", 7, "")):
-        judged = library_ports._Judged(port, PortReport(()), wrong, line)
-        assert library_ports._place(judged.wrong, judged) == place
-        (found,) = library_ports._section([judged]).checks[1:]
-        assert found.held is bool(place)
 
 
 @pytest.mark.slow

@@ -9,17 +9,15 @@ from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
-import jax.numpy as jnp
 import numpy as np
 import torch
 
 from ..conversion.errors import ConversionError
-from ..ports.check import check_port
-from ..ports.errors import PortError
-from ..ports.report import PortReport, SourceLine
 from ..report.model import Cell, Check, Section, Table
+from .check import check_port
+from .errors import PortError
+from .report import PortReport, SourceLine
 
 _TOKENS, _SIZE = 7, 32
 _TRANSFORMER = {
@@ -39,7 +37,8 @@ class LibraryPort(NamedTuple):
         config: the arguments of its configuration.
         inputs: makes the inputs.
         outputs: the fields of what both return that are compared.
-        bug: a line of the Flax code, and what is written in its place.
+        bug: a part of the Flax code, and what is written in its place.
+        repairs: other changes, without which the code does not run with today's JAX.
     """
 
     name: str
@@ -48,6 +47,7 @@ class LibraryPort(NamedTuple):
     inputs: Callable[[], Any]
     outputs: tuple[str, ...]
     bug: tuple[str, str]
+    repairs: tuple[tuple[str, str], ...] = ()
 
 
 def _ids(*shape: int, high: int = 99) -> np.ndarray:
@@ -118,6 +118,13 @@ PORTS = (
         _both,
         ("last_hidden_state",),
         (".mean(axis=-1, keepdims=True)", ".var(axis=-1, keepdims=True)"),
+        (
+            ("jnp.clip(relative_position, a_max=", "jnp.minimum(relative_position, "),
+            (
+                "jnp.clip(relative_position_if_large, a_max=",
+                "jnp.minimum(relative_position_if_large, ",
+            ),
+        ),
     ),
     LibraryPort(
         "resnet",
@@ -146,33 +153,37 @@ def sections() -> Iterator[Section | str]:
     for port in PORTS:
         yield f"libraries: the port of {port.name}"
         original = import_module(f"transformers.models.{port.name}.modeling_flax_{port.name}")
-        with planted(original, *port.bug) as (wrong, line):
-            found.append(_Judged(port, _judged(port, original), _judged(port, wrong), line))
+        with planted(original, *port.repairs) as (right, _):
+            judged = _judged(port, right)
+        with planted(original, *port.repairs, port.bug) as (wrong, line):
+            found.append(_Judged(port, judged, _judged(port, wrong), line))
     yield _section(found)
 
 
 @contextmanager
-def planted(original: Any, old: str, new: str) -> Iterator[tuple[Any, int]]:
-    """Import a copy of a module in which one text is replaced where it stands first.
+def planted(original: Any, *changes: tuple[str, str]) -> Iterator[tuple[Any, int]]:
+    """Import a copy of a module in which texts are replaced where each stands first.
 
     Yields:
-        The module, and the number of the line.
+        The module, and the number of the line of the last change.
     """
-    source = Path(original.__file__).read_text(encoding="utf-8")
-    before, _, after = source.partition(old)
-    if before == source:
-        raise ValueError(f"{original.__file__} has no {old!r}: this version is another one")
+    source, number = Path(original.__file__).read_text(encoding="utf-8"), 0
+    for old, new in changes:
+        before, _, after = source.partition(old)
+        if before == source:
+            raise ValueError(f"{original.__file__} has no {old!r}: this version is another one")
+        source, number = f"{before}{new}{after}", before.count("\n") + 1
     name = f"{original.__name__}_planted"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / Path(original.__file__).name
-        file.write_text(f"{before}{new}{after}", encoding="utf-8")
+        file.write_text(source, encoding="utf-8")
         spec = spec_from_file_location(name, file)
         assert spec is not None and spec.loader is not None
         module = module_from_spec(spec)
         sys.modules[name] = module
         try:
             spec.loader.exec_module(module)
-            yield module, before.count("\n") + 1
+            yield module, number
         finally:
             del sys.modules[name]
 
@@ -187,10 +198,9 @@ def _judged(port: LibraryPort, code: Any) -> PortReport | str:
     if port.inputs is _images:
         options["flax_inputs"] = _channels_last
     try:
-        with old_clip():
-            torch.manual_seed(0)
-            flax_module = getattr(code, f"Flax{port.model}")(config, _do_init=False).module
-            return check_port(torch_class(config).eval(), flax_module, port.inputs(), **options)
+        torch.manual_seed(0)
+        flax_module = getattr(code, f"Flax{port.model}")(config, _do_init=False).module
+        return check_port(torch_class(config).eval(), flax_module, port.inputs(), **options)
     except (PortError, ConversionError) as error:
         return str(error)
 
@@ -207,18 +217,6 @@ class _Fields:
 
 def _channels_last(images: Any) -> Any:
     return images.transpose(0, 2, 3, 1)
-
-
-@contextmanager
-def old_clip() -> Iterator[None]:
-    """Let `jnp.clip` take the keywords that T5 passes, which JAX 0.10 no longer has."""
-    original = jnp.clip
-
-    def clip(array: Any, *limits: Any, a_min: Any = None, a_max: Any = None) -> Any:
-        return original(array, *(limits or (a_min, a_max)))
-
-    with patch.object(jnp, "clip", clip):
-        yield
 
 
 def _section(found: list[_Judged]) -> Section:
