@@ -105,6 +105,15 @@ def layers() -> str:
     return table(found["columns"], found["rows"])
 
 
+def library_ports() -> str:
+    found = first_table(record("library-ports")["sections"][0])
+    rows = [
+        [model, verdict, slip, f"`{code}`", f"`{bug}`", place]
+        for model, verdict, slip, code, bug, place in found["rows"]
+    ]
+    return table(found["columns"], rows)
+
+
 def libraries() -> str:
     classes, names = (first_table(section) for section in record("libraries")["sections"])
     built, same = (sum(row[column] for row in classes["rows"]) for column in (2, 3))
@@ -167,6 +176,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bound": bound,
     "mutants": mutants,
     "ports": ports,
+    "library-ports": library_ports,
     "mechanical": mechanical,
     "layers": layers,
     "libraries": libraries,
