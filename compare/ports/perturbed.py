@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .result import Result
 
@@ -70,8 +70,9 @@ class Perturbed(TorchDispatchMode):
             return tensor
         flat = tensor.contiguous().view(-1)
         moved = torch.empty_like(flat)
-        for part, place in zip(flat.split(_PART), moved.split(_PART), strict=True):
-            self._move(part, place, is_rounded)
+        with _disable_current_modes():  # other modes have nothing to do here, and take time
+            for part, place in zip(flat.split(_PART), moved.split(_PART), strict=True):
+                self._move(part, place, is_rounded)
         return moved.view(tensor.shape)
 
     def _move(self, tensor: Tensor, moved: Tensor, is_rounded: bool) -> None:
@@ -106,13 +107,16 @@ def deviations(run: Callable[[Perturbed], Result], exact: Result) -> Result:
     """
     farthest = Result({}, {}, {})
     for seed in range(SAMPLES):
-        moved = run(Perturbed(seed))
-        for part in _PARTS:
-            sizes = getattr(farthest, part)
-            for name, array in getattr(exact, part).items():
-                distance = _distance(getattr(moved, part)[name], array)
-                sizes[name] = np.maximum(sizes.get(name, 0.0), distance)
+        _keep_farthest(farthest, run(Perturbed(seed)), exact)
     return farthest
+
+
+def _keep_farthest(farthest: Result, moved: Result, exact: Result) -> None:
+    for part in _PARTS:
+        sizes = getattr(farthest, part)
+        for name, array in getattr(exact, part).items():
+            distance = _distance(getattr(moved, part)[name], array)
+            sizes[name] = np.maximum(sizes.get(name, 0.0), distance)
 
 
 def _distance(moved: np.ndarray, exact: np.ndarray) -> np.ndarray:
