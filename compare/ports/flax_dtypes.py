@@ -7,6 +7,7 @@ their initial carry in it, and NNX's Embed returns it. A run in float64 would be
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,11 +15,11 @@ from unittest.mock import patch
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx
-from jax._src.lax import lax as lax_module
 
 from .values import frames_from, is_somebodys, lines_of_frames
 
-_CONVERT = "_convert_element_type"  # what every cast in JAX calls
+# What every cast in JAX calls, and its module; neither is public, so that either may be gone.
+_CONVERT, _CONVERTS = "_convert_element_type", "jax._src.lax.lax"
 _JAX = str(Path(jax.__file__).parent)
 _WIDE = 8  # the bytes of float64
 
@@ -86,8 +87,10 @@ def widened_casts(lines: dict[str, None]) -> Iterator[None]:
     `reduce_precision` to float64's own precision. JAX keeps what it traced here, so that its caches
     must be cleared afterwards.
     """
-    original = getattr(lax_module, _CONVERT, None)
-    if original is None:  # another version of JAX: a cast is then a difference
+    try:
+        lax_module = import_module(_CONVERTS)
+        original = getattr(lax_module, _CONVERT)
+    except (ImportError, AttributeError):  # a cast is then a difference
         yield
         return
 
