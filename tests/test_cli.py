@@ -174,6 +174,17 @@ def test_bad_usage_ends_with_2(arguments: list[str], message: str) -> None:
     assert message in " ".join(done.output.replace("│", " ").split())
 
 
+def test_a_link_that_leads_to_itself_is_no_target(tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "state.safetensors", torch_module())
+    (tmp_path / "loop.pth").symlink_to("loop.pth")
+    for arguments in (("convert", path, "loop.pth"), ("inspect", path, "--json", "loop.pth")):
+        names = [str(tmp_path / one) if one == "loop.pth" else str(one) for one in arguments]
+        done = CliRunner().invoke(app, names)
+        assert done.exit_code in (1, 2) and isinstance(done.exception, SystemExit)
+        said = " ".join(done.output.replace("│", " ").split())
+        assert "a link that leads to itself" in said or "could not be written" in said
+
+
 @pytest.mark.slow
 def test_a_report_goes_into_a_pipe_and_not_in_its_place(tmp_path: Path) -> None:
     path = compare.save_checkpoint(tmp_path / "state.safetensors", torch_module())

@@ -224,6 +224,8 @@ def linen_to_torch(
 
     Returns:
         A state dict for `load_state_dict`, weights (out, in), on the CPU unless memory is shared.
+        If the mapping was made of a module within `torch.compile`, DataParallel or AveragedModel,
+        it is one for the module within.
         With `strict=False`, also the lists of what did not fit.
 
     Raises:
@@ -279,6 +281,8 @@ def nnx_to_torch(
 
     Returns:
         A state dict for `load_state_dict`, weights (out, in), on the CPU unless memory is shared.
+        If the mapping was made of a module within `torch.compile`, DataParallel or AveragedModel,
+        it is one for the module within.
         With `strict=False`, also the lists of what did not fit.
 
     Raises:

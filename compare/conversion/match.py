@@ -125,7 +125,8 @@ def match(
         inputs: with `module`, the arguments of its call: a tuple, or a dict of keywords.
 
     Returns:
-        The mapping, good for both directions.
+        The mapping, good for both directions. Of a module within `torch.compile`, DataParallel or
+        AveragedModel it has the names of the module within, into which the way back leads.
 
     Raises:
         ConversionError: one list of everything wrong: layers without a counterpart, or that compute

@@ -1,7 +1,9 @@
 """The error of reading and writing files."""
 
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Any
 
 from .printable import readable, shown
 
@@ -46,3 +48,17 @@ class FileError(Exception):
         separator = "\n" if "\n" in reason else ": "
         message = "; ".join([f"{shown(self.path)}: {reason}", *parts])
         super().__init__(readable(f"{message}{separator}{mend}"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let the error pass from one process to another, as those of a pool do."""
+        again = partial(
+            type(self),
+            self.path,
+            self.reason,
+            expected=self.expected,
+            found=self.found,
+            mend=self.mend,
+            key=self.key,
+            is_usage=self.is_usage,
+        )
+        return again, (), self.__dict__

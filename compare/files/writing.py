@@ -64,6 +64,25 @@ class Rules(NamedTuple):
 NO_RULES = Rules()
 
 
+def resolved(path: Path) -> Path:
+    """Return the path without links.
+
+    Raises:
+        FileError: a link leads to itself.
+    """
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # so does Python 3.11
+        raise FileError(
+            path,
+            "is a link that leads to itself",
+            expected="a file or folder, or a name that is free",
+            found="a loop of links",
+            mend="remove the link, or choose another name",
+            is_usage=True,
+        ) from error
+
+
 def require_apart(target: Path, inputs: Iterable[Path], name: Path | None = None) -> None:
     """Raise FileError if writing the target would change an input, under whatever name.
 
@@ -73,7 +92,7 @@ def require_apart(target: Path, inputs: Iterable[Path], name: Path | None = None
         name: the target as the user named it, for the message.
     """
     name = target if name is None else name
-    place, own = target.resolve(), identity(target)
+    place, own = resolved(target), identity(target)
     around = {identity(parent) for parent in place.parents} - {None}
     for source in inputs:
         source_identity = identity(source)
@@ -102,7 +121,7 @@ def require_distinct(targets: Iterable[Path]) -> None:
     """Raise FileError if two targets are one place, or one lies in the other."""
     seen: dict[Any, Path] = {}
     for target in targets:
-        place = target.resolve()
+        place = resolved(target)
         # Many file systems do not distinguish upper and lower case, or the forms of an accent.
         name = unicodedata.normalize("NFC", place.name).casefold()
         key = identity(place.parent) or place.parent, name
@@ -148,7 +167,7 @@ def write_text(path: Path, text: str) -> None:
         with path.open("wb") as stream_:
             stream_.write(data)
         return
-    with atomic_file(path.resolve()) as stream_:
+    with atomic_file(resolved(path)) as stream_:
         stream_.write(data)
 
 

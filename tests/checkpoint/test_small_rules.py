@@ -1,7 +1,9 @@
 """Small rules of the files, each where it makes a difference."""
 
+import copy
 import json
 import os
+import pickle
 import re
 import struct
 from contextlib import closing
@@ -256,6 +258,16 @@ def test_a_folder_of_shards_that_changes_is_read_again(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"a": "b"}}))
     assert not before.is_current()
     assert _snapshot(tmp_path).is_current()
+
+
+def test_an_error_passes_from_one_process_to_another(tmp_path: Path) -> None:
+    path = compare.save_checkpoint(tmp_path / "a.pth", torch.nn.Linear(3, 2))
+    with pytest.raises(compare.CheckpointError) as caught:
+        compare.load_checkpoint(path, torch.nn.Linear(4, 2))
+    for again in (copy.copy(caught.value), pickle.loads(pickle.dumps(caught.value))):
+        assert str(again) == str(caught.value)
+        assert again.mismatch == caught.value.mismatch
+        assert (again.path, again.key, again.mend) == (str(path), caught.value.key, again.mend)
 
 
 def test_arguments_of_other_kinds(tmp_path: Path) -> None:

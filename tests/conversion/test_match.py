@@ -420,6 +420,9 @@ def test_a_mapping_does_not_replace_a_folder(tmp_path: Path) -> None:
     mapping = compare.match(layer, {"params": {"kernel": jnp.zeros((3, 2))}})
     with pytest.raises(compare.MappingError, match="is a folder: name a file in it"):
         mapping.save(tmp_path / "mine")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    with pytest.raises(compare.MappingError, match="is a link that leads to itself"):
+        mapping.save(tmp_path / "loop.json")
     with pytest.raises(compare.MappingError, match="cannot be written: embedded null byte"):
         mapping.save("mine\0")
     assert (tmp_path / "mine" / "precious").read_text() == "x"
