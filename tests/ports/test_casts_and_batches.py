@@ -58,7 +58,7 @@ class Nnx(nnx.Module):
         return computed(self.fc(inputs), self.norm_casts, self.softmax_casts)
 
 
-BOTH = pytest.mark.parametrize("make", [Linen, Nnx])
+BOTH = pytest.mark.parametrize("make", [Linen, pytest.param(Nnx, marks=pytest.mark.again)])
 
 
 @BOTH
