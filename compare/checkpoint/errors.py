@@ -40,11 +40,7 @@ class CheckpointError(FileError, ValueError):
             error.path if path is None else path,
             error.reason,
             getattr(error, "mismatch", None),
-            key=error.key,
-            expected=error.expected,
-            found=error.found,
-            mend=error.mend,
-            is_usage=error.is_usage,
+            **error.details,
         )
 
     @classmethod

@@ -30,7 +30,8 @@ def require_names(**names: Any) -> None:
             or not isinstance(listed, Collection)
             or not all(isinstance(name, str) for name in listed)
         ):
-            raise TypeError(f'{argument} is {listed!r}; expected a list of texts, as ["a", "b"]')
+            example = [listed] if isinstance(listed, str) else ["a", "b"]
+            raise TypeError(f"{argument} is {listed!r}; expected a list of texts, as {example}")
 
 
 def require_callback(progress: Any) -> None:

@@ -232,14 +232,7 @@ class MappingError(FileError, ValueError):
     @classmethod
     def from_file(cls, error: FileError) -> "MappingError":
         """Return the error of a file as one of a mapping."""
-        return cls(
-            error.path,
-            error.reason,
-            expected=error.expected,
-            found=error.found,
-            mend=error.mend,
-            is_usage=error.is_usage,
-        )
+        return cls(error.path, error.reason, **error.details)
 
     @classmethod
     def of(cls, path: str | PathLike[str], reason: str, found: str) -> "MappingError":

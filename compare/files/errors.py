@@ -49,16 +49,12 @@ class FileError(Exception):
         message = "; ".join([f"{shown(self.path)}: {reason}", *parts])
         super().__init__(readable(f"{message}{separator}{mend}"))
 
+    @property
+    def details(self) -> dict[str, Any]:
+        """The arguments by name with which an error of the same file is made."""
+        names = ("expected", "found", "mend", "key", "is_usage")
+        return {name: getattr(self, name) for name in names}
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Let the error pass from one process to another, as those of a pool do."""
-        again = partial(
-            type(self),
-            self.path,
-            self.reason,
-            expected=self.expected,
-            found=self.found,
-            mend=self.mend,
-            key=self.key,
-            is_usage=self.is_usage,
-        )
-        return again, (), self.__dict__
+        return partial(type(self), self.path, self.reason, **self.details), (), self.__dict__

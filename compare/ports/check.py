@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from .report import Divergence, PortReport
 from .torch_side import TorchSide
 from .weights import Paired, drawn_again, paired
 
-_STATES = ("as given", "drawn again")
+_GIVEN, _DRAWN = "as given", "drawn again"  # the weights
 _MAX_PLACES = 3  # that a note names
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -86,15 +86,10 @@ def check_port(
     known = inspect.signature(pair).parameters
     if unknown := [name for name in rules if name not in known]:
         raise PortError(f"there is no argument {unknown[0]}; rules are those of compare.match")
-    for module in (torch_module, flax_module):
-        if method is not None and not callable(getattr(module, str(method), None)):
-            raise PortError(f"{type(module).__name__} has no method {method!r}")
-    if flax_inputs is not None and not callable(flax_inputs):
-        raise PortError(f"flax_inputs is {flax_inputs!r}; expected a function of torch's arguments")
-    if train is not None and not isinstance(train, Mapping):
-        raise PortError(f"train is {train!r}; expected keywords, such as {{'train': True}}")
+    adapters = Adapters(flax_inputs, theirs, method, train)
+    _require_usable(adapters, torch_module, flax_module)
     side = TorchSide(torch_module, ours, method)
-    port = port_of(flax_module, Adapters(flax_inputs, theirs, method, train))
+    port = port_of(flax_module, adapters)
     calls = calls_of(inputs)
     with (
         plain_jax("float64"),
@@ -120,14 +115,14 @@ def check_port(
             if name in trained
         ]
         parted: Divergence | None = None
-        for label in _STATES:
+        for label in (_GIVEN, _DRAWN):
             state = _state(side, label)
             for index, call in enumerate(calls):
                 case = label if len(calls) == 1 else f"{label}, call {index}"
                 findings += judge.findings(state, call, index, case)
                 if parted is None and judge.differs:
                     parted = judge.divergence(state, call)
-                if label == _STATES[-1]:
+                if label == _DRAWN:
                     of_batch = list(batch_findings(judge, state, call, index, case))
                     findings += of_batch
                     if parted is None and any(not one.held and not one.error for one in of_batch):
@@ -138,36 +133,50 @@ def check_port(
         }
         if parted is None and failed["gradients"]:
             trains = _in_training_alone(failed["gradients"])
-            parted = judge.gradient_divergence(_state(side, "drawn again"), calls[0], train=trains)
+            parted = judge.gradient_divergence(_state(side, _DRAWN), calls[0], train=trains)
         if parted is None and failed["state"]:
             trains = _in_training_alone(failed["state"])
             names = {case.rpartition(", ")[2] for case in failed["state"]}
-            parted = judge.state_divergence(_state(side, "as given"), calls[0], names, train=trains)
+            parted = judge.state_divergence(_state(side, _GIVEN), calls[0], names, train=trains)
         parted = parted or judge.lone_casts
         is_held = all(finding.held for finding in findings)
         worth: Adequacy | None = None
         if adequacy and is_held:
-            worth = judge.adequacy(_state(side, "drawn again"), calls)
-    notes = [
-        *pairing.notes,
-        *(f"the layers say it differently: {line}" for line in pairing.differing),
-    ]
-    notes += [
-        f"one side alone has {name}, which is not trained: the other computes it, or lacks it"
-        for name in pairing.alone
-        if name not in trained
-    ]
-    notes += judge.notes
-    of_flax = port.widened | (port.casts or {})
-    for framework, places in (("torch", side.widened.lines), ("Flax", of_flax)):
+            worth = judge.adequacy(_state(side, _DRAWN), calls)
+    notes = tuple(_notes(pairing, trained, judge))
+    return PortReport(tuple(findings), parted, notes, judge.slip, judge.ulps, worth)
+
+
+def _notes(pairing: Paired, trained: Collection[str], judge: Judge) -> Iterator[str]:
+    yield from pairing.notes
+    for line in pairing.differing:
+        yield f"the layers say it differently: {line}"
+    for name in pairing.alone:
+        if name not in trained:
+            reason = "which is not trained: the other computes it, or lacks it"
+            yield f"one side alone has {name}, {reason}"
+    yield from judge.notes
+    of_flax = judge.port.widened | (judge.port.casts or {})
+    for framework, lines in (("torch", judge.side.widened.lines), ("Flax", of_flax)):
+        places, others = list(lines)[:_MAX_PLACES], len(lines) - _MAX_PLACES
         if places:
-            shown_places = ", ".join(list(places)[:_MAX_PLACES])
-            more = f" and {len(places) - _MAX_PLACES} more" if len(places) > _MAX_PLACES else ""
-            notes.append(
-                f"{framework} asks for a narrower dtype in {shown_places}{more}; what is said of "
-                "float64 was computed in float64 there, too"
+            more = f" and {others} more" if others > 0 else ""
+            yield (
+                f"{framework} asks for a narrower dtype in {', '.join(places)}{more}; what is said "
+                "of float64 was computed in float64 there, too"
             )
-    return PortReport(tuple(findings), parted, tuple(notes), judge.slip, judge.ulps, worth)
+
+
+def _require_usable(adapters: Adapters, *modules: Any) -> None:
+    """Raise PortError for what says how the modules are called, but cannot."""
+    inputs, method, train = adapters.inputs, adapters.method, adapters.train
+    for module in modules:
+        if method is not None and not callable(getattr(module, str(method), None)):
+            raise PortError(f"{type(module).__name__} has no method {method!r}")
+    if inputs is not None and not callable(inputs):
+        raise PortError(f"flax_inputs is {inputs!r}; expected a function of torch's arguments")
+    if train is not None and not isinstance(train, Mapping):
+        raise PortError(f"train is {train!r}; expected keywords, such as {{'train': True}}")
 
 
 def _of_both(outputs: Any) -> tuple[Any, Any]:
@@ -229,7 +238,7 @@ def _suspects(differing: Sequence[str]) -> dict[str, frozenset[str]]:
 def _state(side: TorchSide, label: str) -> dict[str, Tensor]:
     """Return the state dict of this label, in the module's own dtype."""
     module = side.module()
-    if label == "drawn again":
+    if label == _DRAWN:
         drawn_again(module)
     return {
         key: tensor.detach()

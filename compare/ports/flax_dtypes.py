@@ -20,7 +20,7 @@ from .values import frames_from, is_somebodys, lines_of_frames
 
 # What every cast in JAX calls, and its module; neither is public, so that either may be gone.
 _CONVERT, _CONVERTS = "_convert_element_type", "jax._src.lax.lax"
-_JAX = str(Path(jax.__file__).parent)
+_JAX = f"{Path(jax.__file__).parent}/"
 _WIDE = 8  # the bytes of float64
 
 
@@ -53,11 +53,7 @@ def is_narrow(layer: Any, dtype: Any) -> bool:
     """Return whether a layer says that it computes in a narrower dtype than float64, the dtype."""
     said = getattr(layer, "dtype", None)
     try:
-        return (
-            said is not None
-            and jnp.dtype(dtype) == jnp.float64 != jnp.dtype(said)
-            and bool(jnp.issubdtype(said, jnp.floating))
-        )
+        return said is not None and jnp.dtype(dtype) == jnp.float64 and _is_narrow(said)
     except TypeError:  # what is called dtype is none
         return False
 

@@ -24,7 +24,7 @@ from .flax_side import SEED as FLAX_SEED
 from .flax_side import Leaves, Port, cast, cast_call, gradients_of, named, on_device
 from .perturbed import FACTOR, Perturbed, deviations
 from .report import Divergence
-from .result import NamedArrays, Result
+from .result import PARTS, NamedArrays, Result
 from .torch_side import SEED, TorchSide
 from .trace import (
     divergence,
@@ -36,7 +36,6 @@ from .trace import (
 from .trees import is_float
 from .weights import Paired, differs_after_a_file, leaves_for, pulled_back
 
-_PARTS = ("outputs", "gradients", "state")
 _BIASED = (
     "in training, torch's BatchNorm keeps the unbiased variance of a batch of n entries and Flax's "
     "the biased one, (n-1)/n of it; everything else of the running variances agrees"
@@ -101,8 +100,7 @@ class Judge:
         yield Finding("checkpoint", self.port.api, label, same_names(lost, ()), EQUAL, reason)
         for train, plain in self._modes(state, call).items():
             case = f"{label}, {'training' if train else 'inference'}"
-            cotangents = _cotangents(plain.outputs)
-            for finding in self._in_float64(state, call, case, cotangents, train=train):
+            for finding in self._in_float64(state, call, case, plain, train=train):
                 is_told = finding.error in (_EMPTY, _UNSTABLE)
                 if finding.check == "outputs" and not (finding.held or is_told or self.differs):
                     self.differs, self.trained_when_differing = True, train
@@ -179,10 +177,11 @@ class Judge:
         state: Mapping[str, Tensor],
         call: Call,
         case: str,
-        cotangents: NamedArrays,
+        plain: Result,
         *,
         train: bool,
     ) -> Iterator[Finding]:
+        cotangents = _cotangents(plain.outputs)
         exact = self.side.run(state, call, train=train, cotangents=cotangents)
 
         def perturbed(mode: Perturbed) -> Result:
@@ -193,7 +192,8 @@ class Judge:
             moved = call.replaced(inputs)
             return self.side.run(state, moved, train=train, cotangents=cotangents, mode=mode)
 
-        moved = deviations(perturbed, exact)
+        farthest = deviations(perturbed, exact)
+        limits = {part: _limits(getattr(farthest, part), getattr(exact, part)) for part in PARTS}
         if self.side.widened.lines and self.port.casts is None:
             jax.clear_caches()  # what was traced before has the casts
             self.port.casts = {}
@@ -205,21 +205,23 @@ class Judge:
                 self.notes[_RANDOM_FLAX] = None
                 return
             self.notes[_PATTERNS] = None
-        expected = replace(exact, state=self._variances(exact, found, moved))
+        expected = replace(exact, state=self._variances(exact, found, limits["state"]))
         if not any(map(shows, exact.outputs.values())):
             yield uncompared("outputs", self.port.api, case, _EMPTY)
-        limits = {part: _limits(getattr(moved, part), getattr(exact, part)) for part in _PARTS}
-        for part in _PARTS:
-            of_part = list(self._part(part, case, found, expected, limits[part]))
-            if not train and not all(finding.held for finding in of_part):
-                again = self._flax(doubled, double, cotangents, train, FLAX_SEED + 1)
-                if not _is_equal(found, again):
-                    raise PortError(_random_in_inference("Flax", "torch"))
-            yield from of_part
+        findings = [
+            finding
+            for part in PARTS
+            for finding in self._part(part, case, found, expected, limits[part])
+        ]
+        if not train and not all(finding.held for finding in findings):
+            again = self._flax(doubled, double, cotangents, train, FLAX_SEED + 1)
+            if not _is_equal(found, again):
+                raise PortError(_random_in_inference("Flax", "torch"))
+        yield from findings
         if not train:
             self.limits[self._number] = limits["outputs"]
             self.exact[self._number] = exact.outputs
-        self._measure(found.outputs, exact.outputs, moved.outputs)
+        self._measure(found.outputs, exact.outputs, limits["outputs"])
         eager = self._eager(doubled, double, train)
         yield from compared(
             self.port.api, "jit", case, eager, found.outputs, limits["outputs"], FLOAT64
@@ -232,7 +234,18 @@ class Judge:
             yield Finding("casts", self.port.api, case, agreed, EQUAL, reason if lone else "")
             self.lone_casts = self.lone_casts or lone
         for dtype in () if exact.drawn else self.dtypes:
-            yield from self._in_dtype(dtype, state, doubled, call, case, exact, moved, train=train)
+            # The modes were told by runs in float32.
+            own = (
+                plain
+                if dtype == "float32"
+                else self.side.run(state, call, dtype=dtype, train=train)
+            )
+            with plain_jax(dtype):
+                outputs = self._eager(cast(doubled, dtype), cast_call(call, dtype), train)
+            wider = _limits_in(dtype, limits["outputs"], own.outputs, exact.outputs)
+            yield from compared(
+                self.port.api, f"outputs in {dtype}", case, outputs, exact.outputs, wider, WORKING
+            )
 
     def _part(
         self, part: str, case: str, found: Result, expected: Result, limits: NamedArrays
@@ -249,7 +262,7 @@ class Judge:
         )
         yield from compared(self.port.api, part, case, theirs, ours, limits, FLOAT64)
 
-    def _variances(self, exact: Result, found: Result, moved: Result) -> NamedArrays:
+    def _variances(self, exact: Result, found: Result, limits: NamedArrays) -> NamedArrays:
         """Return the state that is expected, with Flax's running variances where Flax has them.
 
         Of a batch, torch's BatchNorm keeps the unbiased variance, and Flax's the biased one. No
@@ -258,7 +271,7 @@ class Judge:
         state = dict(exact.state)
         for name, biased in exact.biased.items():
             other = found.state.get(name)
-            limit = FACTOR * moved.state[name]
+            limit = limits[name]
             if (
                 other is not None
                 and other.shape == biased.shape
@@ -268,36 +281,6 @@ class Judge:
                 state[name] = biased
                 self.notes[_BIASED] = None
         return state
-
-    def _in_dtype(
-        self,
-        dtype: str,
-        state: Mapping[str, Tensor],
-        leaves: Leaves,
-        call: Call,
-        case: str,
-        exact: Result,
-        moved: Result,
-        *,
-        train: bool,
-    ) -> Iterator[Finding]:
-        own = self.side.run(state, call, dtype=dtype, train=train)
-        with plain_jax(dtype):
-            outputs = self._eager(cast(leaves, dtype), cast_call(call, dtype), train)
-        growth = float(jax.numpy.finfo(dtype).eps) / float(np.finfo(np.float64).eps)
-        limits = {}
-        for name, array in exact.outputs.items():
-            unit = float(np.finfo(np.float64).eps) * largest(array)
-            limit = FACTOR * max(float(moved.outputs[name]), unit) * growth
-            if name in own.outputs and own.outputs[name].shape == array.shape:
-                error = np.abs(own.outputs[name].astype(np.float64) - array)
-                limit = max(
-                    limit, 4.0 * float(np.where(np.isfinite(error), error, 0.0).max(initial=0.0))
-                )
-            limits[name] = np.array(limit)
-        yield from compared(
-            self.port.api, f"outputs in {dtype}", case, outputs, exact.outputs, limits, WORKING
-        )
 
     def _flax(
         self,
@@ -330,7 +313,7 @@ class Judge:
             raw, _ = self.port.apply(leaves, call.replaced(on_device(call.arrays)), train=train)
         return _host(named(raw))
 
-    def _measure(self, found: NamedArrays, exact: NamedArrays, moved: NamedArrays) -> None:
+    def _measure(self, found: NamedArrays, exact: NamedArrays, limits: NamedArrays) -> None:
         for name, array in exact.items():
             if name not in found or found[name].shape != array.shape or not is_float(array):
                 continue
@@ -343,7 +326,7 @@ class Judge:
             with np.errstate(invalid="ignore"):
                 difference = np.abs(found[name].astype(np.float64) - array)
             self.ulps = max(self.ulps, float(np.nanmax(difference, initial=0.0)) / unit)
-            self.slip = max(self.slip, FACTOR * float(moved[name]) / size)
+            self.slip = max(self.slip, float(limits[name]) / size)
 
 
 def _random_in_inference(framework: str, other: str) -> str:
@@ -368,6 +351,20 @@ def _limits(moved: NamedArrays, exact: NamedArrays) -> NamedArrays:
     return {
         name: FACTOR * np.maximum(size, eps * largest(exact[name])) for name, size in moved.items()
     }
+
+
+def _limits_in(
+    dtype: str, limits: NamedArrays, own: NamedArrays, exact: NamedArrays
+) -> NamedArrays:
+    """Return the limits in a working dtype, in which torch's own outputs have their own error."""
+    growth = float(jax.numpy.finfo(dtype).eps) / float(np.finfo(np.float64).eps)
+    wider = {name: np.array(limits[name] * growth) for name in exact}
+    for name, array in exact.items():
+        if name in own and own[name].shape == array.shape:
+            error = np.abs(own[name].astype(np.float64) - array)
+            farthest = np.where(np.isfinite(error), error, 0.0).max(initial=0.0)
+            wider[name] = np.maximum(wider[name], 4.0 * farthest)
+    return wider
 
 
 def _cotangents(outputs: NamedArrays) -> NamedArrays:

@@ -1,6 +1,5 @@
 """Check transformers' own ports: models that it has in both frameworks, right and with a bug."""
 
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,7 +16,8 @@ from ..conversion.errors import ConversionError
 from ..report.model import Cell, Check, Section, Table
 from .check import check_port
 from .errors import PortError
-from .report import PortReport, SourceLine
+from .report import PortReport
+from .wrong_ports import place_of
 
 _TOKENS, _SIZE = 7, 32
 _TRANSFORMER = {
@@ -249,9 +249,8 @@ def _place(report: PortReport | str, judged: _Judged) -> str:
     """Return at which place the line of the bug is named, or nothing."""
     if isinstance(report, str) or report.divergence is None:
         return ""
-    lines: tuple[SourceLine, ...] = report.divergence.flax_source
-    file = re.compile(rf"modeling_flax_{judged.port.name}\.py")
-    numbers = [line.line if file.search(line.file) else 0 for line in lines]
-    if judged.line not in numbers:
-        return ""
-    return ("first", "second", "third")[numbers.index(judged.line)]
+    file = f"modeling_flax_{judged.port.name}.py"
+    lines = report.divergence.flax_source
+    numbers = [line.line if line.file.endswith(file) else 0 for line in lines]
+    place = place_of(judged.line, numbers)
+    return "" if place is None else ("first", "second", "third")[place]

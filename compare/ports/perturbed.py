@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from .result import Result
+from .result import PARTS, Result
 
 # With five samples, the largest of five normal deviations is below 1/25 of their spread once in
 # 3e7 times: 0.032 ** 5. So 50 times the largest covers at least twice the spread.
 SAMPLES, FACTOR = 5, 50.0
-_PARTS = ("outputs", "gradients", "state")
 # Functions whose whole results are rounded.
 _ROUNDED = {
     *("tanh", "sigmoid", "exp", "expm1", "exp2", "erf", "erfc", "log", "log1p", "log2", "log10"),
@@ -112,7 +111,7 @@ def deviations(run: Callable[[Perturbed], Result], exact: Result) -> Result:
 
 
 def _keep_farthest(farthest: Result, moved: Result, exact: Result) -> None:
-    for part in _PARTS:
+    for part in PARTS:
         sizes = getattr(farthest, part)
         for name, array in getattr(exact, part).items():
             distance = _distance(getattr(moved, part)[name], array)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 NamedArrays = dict[str, np.ndarray]
+PARTS = ("outputs", "gradients", "state")  # of a result that are compared
 
 
 @dataclass(frozen=True)

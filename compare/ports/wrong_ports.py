@@ -2,6 +2,7 @@
 
 import tempfile
 import tomllib
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,12 +100,13 @@ def judged(bug: WrongPort, check: Any) -> Named:
     torch = [source.line for source in parted.torch_source] if parted else []
     return Named(
         not report.held,
-        _place(bug.flax_line(), flax),
-        _place(bug.torch_line(), torch),
+        place_of(bug.flax_line(), flax),
+        place_of(bug.torch_line(), torch),
         parted.hint if parted else "",
         str(report),
     )
 
 
-def _place(line: int, lines: list[int]) -> int | None:
+def place_of(line: int, lines: Sequence[int]) -> int | None:
+    """Return where the number of the line stands among those of named lines, from 0, or None."""
     return lines.index(line) if line in lines else None

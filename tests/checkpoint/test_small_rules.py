@@ -287,7 +287,7 @@ def test_arguments_of_other_kinds(tmp_path: Path) -> None:
     ):
         with pytest.raises(TypeError, match=r"mapping is a dict; expected what `compare\.match`"):
             call()
-    with pytest.raises(TypeError, match=r"ignore is 'a'; expected a list of texts"):
+    with pytest.raises(TypeError, match=r"ignore is 'a'; expected a list of texts, as \['a'\]"):
         compare.verify_checkpoint(path, path, ignore="a")
     other: Any
     for other in (3, None, [3]):
