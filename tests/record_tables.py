@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compare.conversion.mapping import ROWS, slashed
+from compare.ports.library_ports import PORTS
 
 ROOT = Path(__file__).parent.parent
 READMES = sorted(path for path in ROOT.rglob("README.md") if ".venv" not in path.parts)
@@ -107,11 +108,11 @@ def layers() -> str:
 
 def library_ports() -> str:
     found = first_table(record("library-ports")["sections"][0])
+    bugs = {port.model: port.bug for port in PORTS}
     rows = [
-        [model, verdict, slip, f"`{code}`", f"`{bug}`", place]
-        for model, verdict, slip, code, bug, place in found["rows"]
+        [*row[:-1], "`{}` becomes `{}`".format(*bugs[row[0]]), row[-1]] for row in found["rows"]
     ]
-    return table(found["columns"], rows)
+    return table([*found["columns"][:-1], "bug", "its line is the"], rows)
 
 
 def libraries() -> str:

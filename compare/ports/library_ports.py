@@ -228,15 +228,17 @@ def _section(found: list[_Judged]) -> Section:
         place = _place(wrong, one)
         held, named = held + is_held, named + bool(place)
         slip = f"{right.slip:.0e}" if isinstance(right, PortReport) else right[:60]
-        old, new = one.port.bug
-        rows.append([one.port.model, "held" if is_held else "differs", slip, old, new, place])
-    columns = ["model", "as it is", "slip seen from", "code", "bug", "its line is the"]
+        rows.append([one.port.model, "held" if is_held else "differs", slip, place])
+    columns = ["model", "as it is", "slip seen from", "the bug's line is the"]
+    bugs = ["{}: {} becomes {}".format(one.port.model, *one.port.bug) for one in found]
     section = Section(
         "Ports of transformers",
         [
             "Small models with drawn weights. Nothing is passed but which fields are compared, and "
             "for images the order of the axes.",
             Table(columns, rows),
+            "The bugs:",
+            *bugs,
         ],
     )
     for name, count in (("right ports hold", held), ("the line of the bug is named", named)):
