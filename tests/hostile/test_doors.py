@@ -265,6 +265,7 @@ def test_what_the_reader_would_refuse_replaces_nothing(
     assert content(here / f"a{suffix}") == before
 
 
+@pytest.mark.again
 def test_twenty_thousand_names_of_one_tensor_are_read_again(here: Path) -> None:
     weight = torch.ones(2)
     state = {f"tied.layer.{i}.weight": weight for i in range(20_000)}

@@ -62,7 +62,12 @@ def test_every_pattern_matches_its_module() -> None:
 
 
 @pytest.mark.parametrize(
-    "mutant", planted_here(), ids=lambda mutant: f"{mutant.name}-{mutant.implementation}"
+    "mutant",
+    [
+        pytest.param(mutant, marks=pytest.mark.again if "mixed tiles" in mutant.name else ())
+        for mutant in planted_here()
+    ],
+    ids=lambda mutant: f"{mutant.name}-{mutant.implementation}",
 )
 @pytest.mark.slow
 def test_a_check_sees_it(mutant: Mutant) -> None:
@@ -70,7 +75,7 @@ def test_a_check_sees_it(mutant: Mutant) -> None:
     assert judge(mutant, [check], first=True).caught_by == [check]
 
 
-@pytest.mark.parametrize("mutant", READERS[::90], ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", READERS[90::90], ids=lambda mutant: mutant.name)
 @pytest.mark.slow
 def test_a_check_sees_a_readers_bug(mutant: Mutant) -> None:
     assert judge(mutant, first=True).caught_by

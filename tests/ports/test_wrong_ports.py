@@ -8,14 +8,14 @@ from compare.ports.wrong_ports import EXAMPLES, WrongPort, judged, text_of, wron
 BUGS = {bug.name: bug for bug in wrong_ports()}
 # One of each kind that the method treats in its own way. A plain run takes one of them.
 DRAWN = (
-    "candidate through a sigmoid",  # a step of a scan
+    "chosen probabilities not renormalized",  # nothing where torch has a statement
     *(
         pytest.param(name, marks=pytest.mark.again)
         for name in (
             "branch cut from the gradient",
             "features concatenated in the wrong order",
             "padding mask inverted",
-            "chosen probabilities not renormalized",  # nothing where torch has a statement
+            "candidate through a sigmoid",  # a step of a scan
             "dilation forgotten, padding reduced to keep the shape",  # where the layer is built
             "momentum 0.1 copied from PyTorch's convention",
         )
