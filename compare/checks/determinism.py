@@ -16,15 +16,8 @@ from ..proof import tolerances
 from ..proof.agreement import Finding, agreement, identical
 from ..proof.cases import Framework, Trial
 from ..proof.parity import exact_and_limit
-from ..runners.run import (
-    compiled,
-    flax_forward,
-    flax_state,
-    flax_template,
-    jax_on,
-    ready_torch,
-    run,
-)
+from ..runners.jax_settings import jax_on
+from ..runners.run import compiled, flax_forward, flax_state, flax_template, ready_torch, run
 
 Result = TypeVar("Result")
 CACHE = "TORCHINDUCTOR_CACHE_DIR"

@@ -14,7 +14,7 @@ from ..proof.agreement import Agreement, Finding, agreement, same_names
 from ..proof.cases import Framework, Trial
 from ..proof.reference import causal_mask
 from ..runners.attend import Attention
-from ..runners.run import jax_on
+from ..runners.jax_settings import jax_on
 from . import torch_function
 from .heads import (
     TOKENS,

@@ -14,7 +14,8 @@ from ..proof import tolerances
 from ..proof.agreement import Agreement, Finding, agreement, identical, same_names
 from ..proof.cases import Framework, Trial, draw
 from ..proof.parity import against_reference, exact_and_limit
-from ..runners.run import build_linen, jax_on, ready_linen, ready_nnx, ready_torch, run
+from ..runners.jax_settings import jax_on
+from ..runners.run import build_linen, ready_linen, ready_nnx, ready_torch, run
 from .calls import CALL_FACTS
 
 RATES = (0.1, 0.6, 0.9, 1.0)  # on both sides of 1/2, and the largest

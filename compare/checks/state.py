@@ -22,7 +22,8 @@ from ..proof.agreement import Agreement, Finding, agreement, identical, same_nam
 from ..proof.cases import Framework, State, Trial
 from ..proof.parity import exact_and_limit
 from ..proof.reference import causal_mask
-from ..runners.run import build_linen, build_nnx, build_torch, jax_on, linen_template
+from ..runners.jax_settings import jax_on
+from ..runners.run import build_linen, build_nnx, build_torch, linen_template
 
 SUFFIXES = (".pth", ".safetensors", ".msgpack")
 

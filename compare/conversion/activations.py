@@ -5,12 +5,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
-import torch
-from flax import linen, nnx
-from torch import nn
 
+from ..frameworks import jax, linen, nn, nnx, torch
 from .difference import Difference
 
 # Between what float32 rounds in a function of one number and what another function differs by.

@@ -4,12 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import jax
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..files.printable import kind_of
+from ..frameworks import Tensor, jax, torch
 from .errors import Mismatch, MismatchEntry, Shape, dropping
 from .layouts import Layout, is_one_of, layout, to_flax
 from .layouts import to_torch as torch_layout

@@ -11,15 +11,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, TypeVar, overload
 
-import jax
 import numpy as np
-import torch
-from flax import nnx
-from flax.traverse_util import unflatten_dict
-from torch import Tensor
 
 from ..files.interrupts import uninterrupted
 from ..files.printable import kind_of
+from ..frameworks import Tensor, jax, nnx, torch, unflatten_dict
 from .apply_mapping import flax_from_torch, torch_from_flax
 from .arguments import require_flags
 from .errors import ConversionError, Mismatch, MismatchEntry

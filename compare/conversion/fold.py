@@ -9,12 +9,17 @@ import re
 from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
-from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
-from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
-
+from ..frameworks import (
+    SpectralNorm,
+    Tensor,
+    WeightNorm,
+    nn,
+    parametrize,
+    prune,
+    remove_spectral_norm,
+    remove_weight_norm,
+    torch,
+)
 from .tensors import as_tensor, shape_of
 from .wrappers import require_torch
 

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-import torch
-from flax import linen, nnx
-
 from ..files.printable import kind_of, shown
+from ..frameworks import linen, nnx, torch
 from .layers import is_conv1d_of_transformers
 from .layouts import is_pattern, layout
 from .mapping import KeyPath

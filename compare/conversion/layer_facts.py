@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import nn
-
 from ..files.printable import kind_of
+from ..frameworks import nn, torch
 from .layers import SUPPORTED
 
 Facts = dict[str, Any]

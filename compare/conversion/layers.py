@@ -5,11 +5,7 @@ from collections.abc import Container, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-from flax import linen, nnx
-from torch import nn
-from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
-
+from ..frameworks import is_lazy, is_parametrized, linen, nn, nnx
 from .mapping import KeyPath, Left, Row
 from .parts import equal_part
 from .state_kinds import FlaxSide

@@ -5,9 +5,8 @@ from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from ..frameworks import Tensor, torch
 from .errors import Shape
 from .rearranged import rearrangement
 

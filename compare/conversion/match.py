@@ -11,14 +11,11 @@ from math import prod
 from typing import Any
 
 import numpy as np
-import torch
-from flax import linen
-from torch import Tensor
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..files.memory import collector_paused
 from ..files.printable import kind_of, shown
 from ..files.warn import warn
+from ..frameworks import Tensor, is_parametrized, linen, torch
 from .apply_mapping import same_bits, unfit
 from .arguments import require_rules
 from .errors import (

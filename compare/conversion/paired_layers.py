@@ -4,8 +4,7 @@ import glob
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
+from ..frameworks import torch
 from .difference import Difference
 from .errors import MismatchEntry
 from .layouts import is_pattern

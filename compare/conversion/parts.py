@@ -6,9 +6,8 @@ from math import gcd
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from ..frameworks import Tensor, torch
 from .errors import Shape
 
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..files.printable import shown
+from ..frameworks import torch
 from .arguments import require_rules
 from .errors import TrainingDifference
 from .match import is_legacy_mask, pair, torch_name

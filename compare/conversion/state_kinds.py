@@ -20,14 +20,10 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
-import torch
-from flax import nnx
-from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from ..files.printable import kind_of
+from ..frameworks import Tensor, is_lazy, jax, nnx, torch
 from .mapping import KeyPath, slashed, words
 from .trees import is_nested, leaves_of
 

@@ -5,12 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
-import torch
-from flax import linen, nnx
-from torch import nn
 
+from ..frameworks import jax, linen, nn, nnx, torch
 from .activations import activation_differences
 from .difference import Difference
 

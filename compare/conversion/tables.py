@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from math import exp, log
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
+
+from ..frameworks import jnp
 
 SINUSOID_BASE = 10_000.0
 MAX_BASE = 1e9

@@ -3,15 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from ..dtypes import DTYPES, is_extended, numpy_dtype
 from ..files.printable import kind_of
+from ..frameworks import Tensor, is_lazy, jax, jnp, torch
 
 # Dtypes that NumPy lacks are viewed as unsigned integers of the same width.
 _CARRIERS = {1: (torch.uint8, np.uint8), 2: (torch.uint16, np.uint16)}

@@ -7,11 +7,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-import torch
-from flax import linen as nn
-from flax.core import meta
-
+from ..frameworks import jax, meta, torch
+from ..frameworks import linen as nn
 from .mapping import KeyPath
 
 _ABSENT = object()

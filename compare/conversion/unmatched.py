@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import jax
 import numpy as np
-from torch import Tensor
 
 from ..dtypes import numpy_dtype
 from ..files.printable import kind_of
+from ..frameworks import Tensor, jax
 from .mapping import Refill
 from .tables import PATTERNS, computed, table_of
 from .tensors import Untransferable, tensor_to_numpy, to_host

@@ -4,11 +4,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from flax import nnx
-from torch import nn
-
 from ..files.printable import kind_of
+from ..frameworks import nn, nnx, torch
 
 _WRAPPERS = (
     nn.DataParallel,

@@ -1,6 +1,6 @@
 """Find where the gradients of two runs part first, while their values agree."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -8,10 +8,10 @@ from .blame import aligned, distinct, lines_of
 from .comparison import Comparison
 from .fingerprints import close
 from .report import Divergence
-from .values import Trace
+from .values import Gradients, Trace
 
 _STOPS = ("stop_gradient", "detach", "custom_jvp_call", "custom_vjp_call")
-Traced = tuple[Trace, Mapping[int, np.ndarray]]
+Traced = tuple[Trace, Gradients]
 
 
 def first_gradient(torch: Traced, flax: Traced) -> Divergence | None:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from ..conversion.tensors import Untransferable, tensor_to_numpy, to_host
+from ..frameworks import torch
 from .errors import PortError
 from .trees import Arrays, is_array, is_float, named_arrays, replaced
 
@@ -87,3 +87,10 @@ def to_numpy(array: Any) -> np.ndarray:
     if isinstance(array, torch.Tensor):
         return tensor_to_numpy(array).copy()
     return np.array(to_host(array)) if is_array(array) else np.asarray(array)
+
+
+def with_more_rows(call: Call) -> Call:
+    """Return the call with as many other rows, made of the same entries, after its own."""
+    return call.replaced(
+        {name: np.concatenate([array, np.roll(array, 1)]) for name, array in call.arrays.items()}
+    )

@@ -1,29 +1,20 @@
 """Check that a Flax module is the same function as a torch module."""
 
 import inspect
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from ..conversion.mapping import StateMapping, require_mapping, slashed
+from ..conversion.mapping import StateMapping, require_mapping
 from ..conversion.match import pair
-from ..conversion.state_kinds import flax_side
-from ..proof.agreement import uncompared
-from .adequacy import Adequacy
-from .batch import batch_findings, with_more_rows
+from ..frameworks import nn, torch
 from .calls import calls_of
-from .errors import PortDiffers, PortError, raised_by
-from .flax_side import Adapters, cast_call, port_of
-from .judge import Judge, nearest, plain_jax, traced_apart
-from .report import Divergence, PortReport
+from .errors import PortDiffers, PortError
+from .flax_side import Adapters, port_of
+from .live import LiveReference
+from .report import PortReport
 from .torch_side import TorchSide
-from .weights import Paired, drawn_again, paired
+from .verdict import report_of
 
-_GIVEN, _DRAWN = "as given", "drawn again"  # the weights
-_MAX_PLACES = 3  # that a note names
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -88,83 +79,10 @@ def check_port(
         raise PortError(f"there is no argument {unknown[0]}; rules are those of compare.match")
     adapters = Adapters(flax_inputs, theirs, method, train)
     _require_usable(adapters, torch_module, flax_module)
-    side = TorchSide(torch_module, ours, method)
+    reference = LiveReference(TorchSide(torch_module, ours, method), calls_of(inputs))
     port = port_of(flax_module, adapters)
-    calls = calls_of(inputs)
-    with (
-        plain_jax("float64"),
-        traced_apart(port),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
-        with raised_by("Flax"):
-            template = port.template(cast_call(calls[0], "float64"))
-        if mapping is None:
-            found = paired(side.module(), port.side(template), rules)
-            pairing = found[0] if len(found) == 1 else nearest(found, side, port, template, calls)
-        elif rules:
-            raise PortError(f"{min(rules)} has no effect beside mapping: give it to compare.match")
-        else:
-            pairing = Paired(mapping, [], [])
-        judge = Judge(side, port, template, pairing.mapping, dtypes)
-        judge.suspects = _suspects(pairing.differing)
-        trained = {*side.parameters, *_trained_names(template)}
-        findings = [
-            uncompared("parameters", port.api, name, "one side alone has it")
-            for name in pairing.alone
-            if name in trained
-        ]
-        parted: Divergence | None = None
-        for label in (_GIVEN, _DRAWN):
-            state = _state(side, label)
-            for index, call in enumerate(calls):
-                case = label if len(calls) == 1 else f"{label}, call {index}"
-                findings += judge.findings(state, call, index, case)
-                if parted is None and judge.differs:
-                    parted = judge.divergence(state, call)
-                if label == _DRAWN:
-                    of_batch = list(batch_findings(judge, state, call, index, case))
-                    findings += of_batch
-                    if parted is None and any(not one.held and not one.error for one in of_batch):
-                        parted = judge.divergence(state, with_more_rows(call))
-        failed = {
-            check: [one.case for one in findings if one.check == check and not one.held]
-            for check in ("gradients", "state")
-        }
-        if parted is None and failed["gradients"]:
-            trains = _in_training_alone(failed["gradients"])
-            parted = judge.gradient_divergence(_state(side, _DRAWN), calls[0], train=trains)
-        if parted is None and failed["state"]:
-            trains = _in_training_alone(failed["state"])
-            names = {case.rpartition(", ")[2] for case in failed["state"]}
-            parted = judge.state_divergence(_state(side, _GIVEN), calls[0], names, train=trains)
-        parted = parted or judge.lone_casts
-        is_held = all(finding.held for finding in findings)
-        worth: Adequacy | None = None
-        if adequacy and is_held:
-            worth = judge.adequacy(_state(side, _DRAWN), calls)
-    notes = tuple(_notes(pairing, trained, judge))
-    return PortReport(tuple(findings), parted, notes, judge.slip, judge.ulps, worth)
-
-
-def _notes(pairing: Paired, trained: Collection[str], judge: Judge) -> Iterator[str]:
-    yield from pairing.notes
-    for line in pairing.differing:
-        yield f"the layers say it differently: {line}"
-    for name in pairing.alone:
-        if name not in trained:
-            reason = "which is not trained: the other computes it, or lacks it"
-            yield f"one side alone has {name}, {reason}"
-    yield from judge.notes
-    of_flax = judge.port.widened | (judge.port.casts or {})
-    for framework, lines in (("torch", judge.side.widened.lines), ("Flax", of_flax)):
-        places, others = list(lines)[:_MAX_PLACES], len(lines) - _MAX_PLACES
-        if places:
-            more = f" and {others} more" if others > 0 else ""
-            yield (
-                f"{framework} asks for a narrower dtype in {', '.join(places)}{more}; what is said "
-                "of float64 was computed in float64 there, too"
-            )
+    with torch.inference_mode(False), torch.enable_grad():
+        return report_of(reference, port, mapping, rules, dtypes, adequacy=adequacy)
 
 
 def _require_usable(adapters: Adapters, *modules: Any) -> None:
@@ -213,35 +131,3 @@ def assert_port(torch_module: nn.Module, flax_module: Any, inputs: Any, **option
     report = check_port(torch_module, flax_module, inputs, **options)
     if not report.held:
         raise PortDiffers(str(report))
-
-
-def _in_training_alone(cases: Iterable[str]) -> bool:
-    return not any(", inference" in case for case in cases)
-
-
-def _trained_names(template: Any) -> set[str]:
-    side = flax_side(template)
-    return {slashed(path) for path, kind in side.kinds.items() if kind == "parameter"}
-
-
-def _suspects(differing: Sequence[str]) -> dict[str, frozenset[str]]:
-    """Return the arguments in Flax that differ, by the last step of their layer's name."""
-    found: dict[str, frozenset[str]] = {}
-    for line in differing:
-        name, _, where = line.partition(": ")
-        step = name.rpartition(".")[0].rpartition(".")[2]
-        words = frozenset(re.findall(r"(\w+)=", where))
-        found[step] = found.get(step, frozenset()) | words
-    return found
-
-
-def _state(side: TorchSide, label: str) -> dict[str, Tensor]:
-    """Return the state dict of this label, in the module's own dtype."""
-    module = side.module()
-    if label == _DRAWN:
-        drawn_again(module)
-    return {
-        key: tensor.detach()
-        for key, tensor in module.state_dict().items()
-        if isinstance(tensor, Tensor)
-    }

@@ -10,12 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import jax
-import jax.numpy as jnp
-import torch
-from flax import linen, nnx
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from ..frameworks import Tensor, TorchDispatchMode, jax, jnp, linen, nnx, torch
 
 # Even, so that what is left runs on over a power of 2. Roundings of one unit grow by it.
 _FOLDS = 1018.0

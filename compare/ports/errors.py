@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import jax
-
 from ..conversion.errors import ConversionError
+from ..frameworks import jax
 from .values import is_somebodys
 
 _TRACED = (jax.errors.ConcretizationTypeError, jax.errors.NonConcreteBooleanIndexError)
@@ -45,3 +44,11 @@ def raised_by(framework: str) -> Iterator[None]:
 
 class PortDiffers(AssertionError):
     """The two modules differ; the message is the report."""
+
+
+def random_in_inference(framework: str, other: str) -> str:
+    """Return why a module that is random in inference cannot be compared."""
+    return (
+        f"the {framework} module draws random numbers in inference, which {other} cannot draw "
+        "alike: pass them as an input, or fix them"
+    )

@@ -3,29 +3,26 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from math import inf
 from typing import Any
 
-import jax
 import numpy as np
-from torch import Tensor
 
 from ..conversion.mapping import KeyPath, StateMapping
-from ..conversion.tensors import numpy_to_tensor
+from ..frameworks import jax
 from ..proof.agreement import Finding, agreement, same_names, uncompared
-from ..runners.run import jax_on
+from ..runners.jax_settings import jax_on
 from .adequacy import Adequacy
 from .adequacy import adequacy as adequacy_of
-from .calls import Call
-from .errors import PortError, raised_by
+from .calls import Call, with_more_rows
+from .errors import PortError, raised_by, random_in_inference
 from .findings import EQUAL, FLOAT64, WORKING, compared, largest, shows
 from .flax_side import SEED as FLAX_SEED
 from .flax_side import Leaves, Port, cast, cast_call, gradients_of, named, on_device
-from .perturbed import FACTOR, Perturbed, deviations
+from .perturbed import FACTOR
+from .reference import GIVEN, Case, Reference, cotangents_of
 from .report import Divergence
-from .result import PARTS, NamedArrays, Result
-from .torch_side import SEED, TorchSide
+from .result import PARTS, NamedArrays, Result, is_equal
 from .trace import (
     divergence,
     gradient_divergence,
@@ -34,15 +31,11 @@ from .trace import (
     state_divergence,
 )
 from .trees import is_float
-from .weights import Paired, differs_after_a_file, leaves_for, pulled_back
+from .weights import Paired, differs_after_a_file, in_float64, leaves_for, pulled_back
 
 _BIASED = (
     "in training, torch's BatchNorm keeps the unbiased variance of a batch of n entries and Flax's "
     "the biased one, (n-1)/n of it; everything else of the running variances agrees"
-)
-_RANDOM = (
-    "training is not compared, because the torch module draws random numbers there that are no "
-    "dropout pattern"
 )
 _RANDOM_FLAX = (
     "training is not compared, because the Flax module draws random numbers there outside of a "
@@ -66,185 +59,148 @@ class Judge:
 
     def __init__(
         self,
-        side: TorchSide,
+        reference: Reference,
         port: Port,
         template: Any,
         mapping: StateMapping,
         dtypes: Sequence[str],
     ) -> None:
-        self.side, self.port, self.template, self.mapping = side, port, template, mapping
-        self.dtypes = dtypes
+        self.reference, self.port, self.template = reference, port, template
+        self.mapping, self.dtypes = mapping, dtypes
         self.slip = self.ulps = 0.0
-        self.differs = self.trained_when_differing = False
+        self.differs: Case | None = None
         self.notes: dict[str, None] = {}
         self.lone_casts: Divergence | None = None
         self.suspects: dict[str, frozenset[str]] = {}
         self._compiled: dict[tuple[int, bool], Callable[..., Any]] = {}
-        self._number = 0  # of the call
         # torch's outputs in inference, and their limits, by the number of the call.
         self.exact: dict[int, NamedArrays] = {}
         self.limits: dict[int, NamedArrays] = {}
         self.trained: list[KeyPath] = [
-            row.path for row in mapping.rows if row.torch_key in side.parameters
+            row.path for row in mapping.rows if row.torch_key in reference.parameters
         ]
 
-    def findings(
-        self, state: Mapping[str, Tensor], call: Call, number: int, label: str
-    ) -> Iterator[Finding]:
+    def findings(self, weights: str, number: int, label: str) -> Iterator[Finding]:
         """Yield what was found with these weights and the inputs of the call of this number."""
-        self._number = number
+        state = self.reference.state(weights)
         leaves = leaves_for(self.port, self.template, state, self.mapping)
         lost = differs_after_a_file(state, self.port, self.template, self.mapping, leaves)
         del leaves  # a large model has no room for copies
         reason = f"lost: {', '.join(lost)}" if lost else ""
         yield Finding("checkpoint", self.port.api, label, same_names(lost, ()), EQUAL, reason)
-        for train, plain in self._modes(state, call).items():
-            case = f"{label}, {'training' if train else 'inference'}"
-            for finding in self._in_float64(state, call, case, plain, train=train):
+        for train, plain in self.reference.modes(weights, number).items():
+            title = f"{label}, {'training' if train else 'inference'}"
+            for finding in self._in_float64(Case(weights, number, train), title, plain):
                 is_told = finding.error in (_EMPTY, _UNSTABLE)
                 if finding.check == "outputs" and not (finding.held or is_told or self.differs):
-                    self.differs, self.trained_when_differing = True, train
+                    self.differs = Case(weights, number, train)
                 yield finding
 
-    def _modes(self, state: Mapping[str, Tensor], call: Call) -> dict[bool, Result]:
-        """Return what torch gives in inference, and in training if that differs."""
-        run = partial(self.side.run, state, call, dtype="float32")
-        inference, training, again = run(), run(train=True), run(seed=SEED + 1)
-        if inference.is_random or not _is_equal(inference, again):
-            raise PortError(_random_in_inference("torch", "Flax"))
-        if _is_equal(inference, training):
-            return {False: inference}
-        again = run(train=True, seed=SEED + 1)
-        if training.is_random or not _is_equal(training, again):
-            self.notes[_RANDOM] = None
-            return {False: inference}
-        return {False: inference, True: training}
-
-    def eager(self, state: Mapping[str, Tensor], call: Call) -> NamedArrays:
+    def eager(self, weights: str, call: Call) -> NamedArrays:
         """Return Flax's outputs in inference, in float64 and without `jit`."""
-        return self._eager(*self._doubled(state, call), train=False)
+        return self._eager(self._leaves(weights), cast_call(call, "float64"), train=False)
 
-    def divergence(self, state: Mapping[str, Tensor], call: Call) -> Divergence:
+    def divergence(self, case: Case) -> Divergence | None:
         """Return where the outputs part first."""
-        train = self.trained_when_differing
-        leaves, double = self._doubled(state, call)
-        return divergence(
-            self.side, self.port, state, leaves, double, train=train, suspects=self.suspects
-        )
+        call = self.reference.calls[case.number]
+        double = cast_call(with_more_rows(call) if case.is_longer else call, "float64")
+        if (traced := self.reference.trace(case)) is None:
+            return None
+        leaves, suspects = self._leaves(case.weights), self.suspects
+        return divergence(traced[0], self.port, leaves, double, train=case.train, suspects=suspects)
 
-    def _doubled(self, state: Mapping[str, Tensor], call: Call) -> tuple[Leaves, Call]:
-        """Return Flax's leaves for the state, and the call, in float64."""
-        exact = {key: _in_float64(tensor) for key, tensor in state.items()}
-        leaves = leaves_for(self.port, self.template, exact, self.mapping)
-        return cast(leaves, "float64"), cast_call(call, "float64")
+    def _leaves(self, weights: str) -> Leaves:
+        """Return Flax's leaves for the weights, in float64."""
+        state = self.reference.state(weights)
+        exact = {key: in_float64(tensor) for key, tensor in state.items()}
+        return cast(leaves_for(self.port, self.template, exact, self.mapping), "float64")
 
-    def state_divergence(
-        self, state: Mapping[str, Tensor], call: Call, names: Collection[str], *, train: bool
-    ) -> Divergence:
+    def state_divergence(self, case: Case, names: Collection[str]) -> Divergence | None:
         """Return where the buffers of these names part first."""
-        leaves, double = self._doubled(state, call)
         changed = {row.torch_key: row.path for row in self.mapping.rows if row.torch_key in names}
+        traced = self.reference.trace(case, buffers=tuple(changed))
+        if traced is None:
+            return None
+        call = cast_call(self.reference.calls[case.number], "float64")
+        leaves, suspects = self._leaves(case.weights), self.suspects
         return state_divergence(
-            self.side,
-            self.port,
-            state,
-            leaves,
-            double,
-            changed,
-            train=train,
-            suspects=self.suspects,
+            traced[0], self.port, leaves, call, changed, train=case.train, suspects=suspects
         )
 
-    def gradient_divergence(
-        self, state: Mapping[str, Tensor], call: Call, *, train: bool
-    ) -> Divergence | None:
+    def gradient_divergence(self, case: Case) -> Divergence | None:
         """Return where the gradients part first."""
-        leaves, double = self._doubled(state, call)
-        cotangents = _cotangents(self.side.run(state, call, train=train).outputs)
-        return gradient_divergence(
-            self.side, self.port, state, leaves, double, cotangents, train=train
-        )
+        traced = self.reference.trace(case, has_gradients=True)
+        if traced is None:
+            return None
+        call = cast_call(self.reference.calls[case.number], "float64")
+        cotangents = cotangents_of(self.reference.outputs(case))
+        leaves = self._leaves(case.weights)
+        return gradient_divergence(traced, self.port, leaves, call, cotangents, train=case.train)
 
-    def adequacy(self, state: Mapping[str, Tensor], calls: Sequence[Call]) -> Adequacy:
+    def adequacy(self, weights: str) -> Adequacy:
         """Return what the calls notice of changes of the Flax module, in inference."""
-        leaves, _ = self._doubled(state, calls[0])
-        doubled = [cast_call(call, "float64") for call in calls]
+        doubled = [cast_call(call, "float64") for call in self.reference.calls]
         functions = [outputs_by_name(self.port, call, train=False) for call in doubled]
-        return adequacy_of(functions, leaves, doubled, [self.limits[n] for n in range(len(calls))])
+        limits = [self.limits[number] for number in range(len(doubled))]
+        return adequacy_of(functions, self._leaves(weights), doubled, limits)
 
-    def _in_float64(
-        self,
-        state: Mapping[str, Tensor],
-        call: Call,
-        case: str,
-        plain: Result,
-        *,
-        train: bool,
-    ) -> Iterator[Finding]:
-        cotangents = _cotangents(plain.outputs)
-        exact = self.side.run(state, call, train=train, cotangents=cotangents)
-
-        def perturbed(mode: Perturbed) -> Result:
-            inputs = {
-                name: mode.moved(numpy_to_tensor(array.astype(np.float64))).numpy()
-                for name, array in call.floats.items()
-            }
-            moved = call.replaced(inputs)
-            return self.side.run(state, moved, train=train, cotangents=cotangents, mode=mode)
-
-        farthest = deviations(perturbed, exact)
+    def _in_float64(self, case: Case, title: str, plain: Result) -> Iterator[Finding]:
+        train, number = case.train, case.number
+        cotangents = cotangents_of(plain.outputs)
+        exact, farthest = self.reference.exact(case)
         limits = {part: _limits(getattr(farthest, part), getattr(exact, part)) for part in PARTS}
-        if self.side.widened.lines and self.port.casts is None:
+        if self.reference.widened and self.port.casts is None:
             jax.clear_caches()  # what was traced before has the casts
             self.port.casts = {}
-        doubled, double = self._doubled(state, call)
-        found = self._flax(doubled, double, cotangents, train)
+        doubled = self._leaves(case.weights)
+        double = cast_call(self.reference.calls[number], "float64")
+
+        def flax(seed: int = FLAX_SEED) -> Result:
+            return self._flax(doubled, double, cotangents, case, seed)
+
+        found = flax()
         if exact.drawn:
-            again = self._flax(doubled, double, cotangents, train, FLAX_SEED + 1)
-            if not _is_equal(found, again):
+            if not is_equal(found, flax(FLAX_SEED + 1)):
                 self.notes[_RANDOM_FLAX] = None
                 return
             self.notes[_PATTERNS] = None
         expected = replace(exact, state=self._variances(exact, found, limits["state"]))
         if not any(map(shows, exact.outputs.values())):
-            yield uncompared("outputs", self.port.api, case, _EMPTY)
+            yield uncompared("outputs", self.port.api, title, _EMPTY)
         findings = [
             finding
             for part in PARTS
-            for finding in self._part(part, case, found, expected, limits[part])
+            for finding in self._part(part, title, found, expected, limits[part])
         ]
-        if not train and not all(finding.held for finding in findings):
-            again = self._flax(doubled, double, cotangents, train, FLAX_SEED + 1)
-            if not _is_equal(found, again):
-                raise PortError(_random_in_inference("Flax", "torch"))
+        has_failed = not train and not all(finding.held for finding in findings)
+        if has_failed and not is_equal(found, flax(FLAX_SEED + 1)):
+            raise PortError(random_in_inference("Flax", "torch"))
         yield from findings
         if not train:
-            self.limits[self._number] = limits["outputs"]
-            self.exact[self._number] = exact.outputs
+            self.limits[number] = limits["outputs"]
+            self.exact[number] = exact.outputs
         self._measure(found.outputs, exact.outputs, limits["outputs"])
         eager = self._eager(doubled, double, train)
         yield from compared(
-            self.port.api, "jit", case, eager, found.outputs, limits["outputs"], FLOAT64
+            self.port.api, "jit", title, eager, found.outputs, limits["outputs"], FLOAT64
         )
         if self.port.casts:
-            lone = lone_casts(self.side, self.port, state, doubled, double, train=train)
+            traced = self.reference.trace(case)
+            lone = traced and lone_casts(traced[0], self.port, doubled, double, train=train)
             places = [line.place for line in lone.flax_source] if lone else []
             reason = f"Flax casts to a narrower dtype where torch does not: {', '.join(places)}"
             agreed = same_names(places, ())
-            yield Finding("casts", self.port.api, case, agreed, EQUAL, reason if lone else "")
+            yield Finding("casts", self.port.api, title, agreed, EQUAL, reason if lone else "")
             self.lone_casts = self.lone_casts or lone
         for dtype in () if exact.drawn else self.dtypes:
             # The modes were told by runs in float32.
-            own = (
-                plain
-                if dtype == "float32"
-                else self.side.run(state, call, dtype=dtype, train=train)
-            )
+            is_run = dtype == "float32"
+            own = plain.outputs if is_run else self.reference.outputs(case, dtype)
             with plain_jax(dtype):
-                outputs = self._eager(cast(doubled, dtype), cast_call(call, dtype), train)
-            wider = _limits_in(dtype, limits["outputs"], own.outputs, exact.outputs)
+                outputs = self._eager(cast(doubled, dtype), cast_call(double, dtype), train)
+            wider = _limits_in(dtype, limits["outputs"], own, exact.outputs)
             yield from compared(
-                self.port.api, f"outputs in {dtype}", case, outputs, exact.outputs, wider, WORKING
+                self.port.api, f"outputs in {dtype}", title, outputs, exact.outputs, wider, WORKING
             )
 
     def _part(
@@ -287,8 +243,8 @@ class Judge:
         leaves: Leaves,
         call: Call,
         cotangents: NamedArrays,
-        train: bool,
-        seed: int = FLAX_SEED,
+        case: Case,
+        seed: int,
     ) -> Result:
         def run(
             leaves: Leaves, arrays: dict[str, Any], cotangents: dict[str, Any], seed: Any
@@ -296,17 +252,26 @@ class Judge:
             floats = {name: arrays[name] for name in call.floats}
             placed = call.replaced(arrays)
             return gradients_of(
-                self.port, leaves, self.trained, placed, floats, cotangents, train=train, seed=seed
+                self.port,
+                leaves,
+                self.trained,
+                placed,
+                floats,
+                cotangents,
+                train=case.train,
+                seed=seed,
             )
 
-        compiled = self._compiled.setdefault((self._number, train), jax.jit(run))
+        compiled = self._compiled.setdefault((case.number, case.train), jax.jit(run))
         with raised_by("Flax"):
             outputs, after, by_params, by_inputs = compiled(leaves, call.arrays, cotangents, seed)
         gradients = pulled_back(self.mapping, by_params) | {
             f"input {name}": np.asarray(gradient) for name, gradient in by_inputs.items()
         }
         state = {path: leaf for path, leaf in after.items() if path not in self.trained}
-        return Result(_host(outputs), gradients, pulled_back(self.mapping, state))
+        reduced = self.reference.reduced
+        after = pulled_back(self.mapping, state)
+        return Result(_host(outputs), reduced(gradients), reduced(after))
 
     def _eager(self, leaves: Leaves, call: Call, train: bool) -> NamedArrays:
         with raised_by("Flax"):
@@ -327,18 +292,6 @@ class Judge:
                 difference = np.abs(found[name].astype(np.float64) - array)
             self.ulps = max(self.ulps, float(np.nanmax(difference, initial=0.0)) / unit)
             self.slip = max(self.slip, float(limits[name]) / size)
-
-
-def _random_in_inference(framework: str, other: str) -> str:
-    return (
-        f"the {framework} module draws random numbers in inference, which {other} cannot draw "
-        "alike: pass them as an input, or fix them"
-    )
-
-
-def _in_float64(tensor: Tensor) -> Tensor:
-    """Return the tensor, in float64 if it is floating."""
-    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _limits(moved: NamedArrays, exact: NamedArrays) -> NamedArrays:
@@ -367,39 +320,18 @@ def _limits_in(
     return wider
 
 
-def _cotangents(outputs: NamedArrays) -> NamedArrays:
-    random = np.random.default_rng(1)
-    return {
-        name: random.standard_normal(array.shape)
-        for name, array in outputs.items()
-        if is_float(array)
-    }
-
-
-def _is_equal(one: Result, other: Result) -> bool:
-    return all(
-        np.array_equal(array, getattr(other, part).get(name), equal_nan=array.dtype.kind == "f")
-        for part in ("outputs", "state")
-        for name, array in getattr(one, part).items()
-        if not name.endswith("num_batches_tracked")
-    )
-
-
 def _host(arrays: Mapping[str, Any]) -> NamedArrays:
     return {name: np.asarray(array) for name, array in arrays.items()}
 
 
-def nearest(
-    found: Sequence[Paired], side: TorchSide, port: Port, template: Any, calls: Sequence[Call]
-) -> Paired:
+def nearest(found: Sequence[Paired], reference: Reference, port: Port, template: Any) -> Paired:
     """Return the pairing with which the outputs of the first call lie nearest to torch's."""
-    state = side.module("float64").state_dict()
-    expected = side.run(state, calls[0]).outputs
+    expected = reference.outputs(Case(GIVEN, 0))
 
     def distance(pairing: Paired) -> float:
-        judge = Judge(side, port, template, pairing.mapping, ())
+        judge = Judge(reference, port, template, pairing.mapping, ())
         try:
-            outputs = judge.eager(state, calls[0])
+            outputs = judge.eager(GIVEN, reference.calls[0])
             return max(largest(outputs[name] - array) for name, array in expected.items())
         except (PortError, ValueError, KeyError):
             return inf

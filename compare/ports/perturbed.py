@@ -8,10 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from ..frameworks import Tensor, TorchDispatchMode, _disable_current_modes, torch
 from .result import PARTS, Result
 
 # With five samples, the largest of five normal deviations is below 1/25 of their spread once in

@@ -6,11 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..conversion.tensors import tensor_to_numpy
+from ..frameworks import Tensor, TorchDispatchMode, nn, torch
 from .perturbed import written_by
 from .report import SourceLine
 from .values import Trace, Value, frames_from, lines_of_frames

@@ -29,3 +29,13 @@ class Result:
     biased: NamedArrays = field(default_factory=dict)
     drawn: int = 0
     is_random: bool = False
+
+
+def is_equal(one: Result, other: Result) -> bool:
+    """Return whether two results have equal outputs and state; counters of batches may differ."""
+    return all(
+        np.array_equal(array, getattr(other, part).get(name), equal_nan=array.dtype.kind == "f")
+        for part in ("outputs", "state")
+        for name, array in getattr(one, part).items()
+        if not name.endswith("num_batches_tracked")
+    )

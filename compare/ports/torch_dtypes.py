@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
+from ..frameworks import TorchDispatchMode, torch
 from .values import frames_from, lines_of_frames
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)

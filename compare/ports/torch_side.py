@@ -6,12 +6,11 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from ..conversion.state_kinds import torch_kinds
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from ..conversion.wrappers import without_wrapper
+from ..frameworks import Tensor, nn, torch
 from .calls import Call
 from .dropout import SharedPatterns
 from .errors import PortError, raised_by

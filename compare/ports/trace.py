@@ -1,87 +1,24 @@
-"""Run both modules once more and record every value, to find where they part."""
+"""Find where the two modules part: compare every value of torch with every value of Flax."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-import torch
-
 from ..conversion.mapping import KeyPath
-from ..conversion.tensors import tensor_to_numpy
-from .backward import first_gradient
+from .backward import Traced, first_gradient
 from .blame import lines_of
 from .calls import Call
 from .comparison import Comparison
 from .divergence import first_divergence
-from .dropout import SharedPatterns
 from .flax_side import Leaves, Port, named, on_device
 from .record_jax import record, record_gradients
-from .record_torch import TorchRecorder
 from .report import Divergence
 from .result import NamedArrays
-from .torch_dtypes import in_float64
-from .torch_side import SEED, TorchSide, passed, placed_inputs, plain_kernels, weighted_sum
-from .torch_side import tensors_of as outputs_of
 from .values import Trace
-
-Gradients = dict[int, np.ndarray]
-
-
-def torch_trace(
-    side: TorchSide,
-    state: Any,
-    call: Call,
-    *,
-    train: bool,
-    cotangents: NamedArrays | None = None,
-    buffers: Sequence[str] = (),
-) -> tuple[Trace, Gradients]:
-    """Return the values of a call of the torch module in float64, and gradients by them.
-
-    There are gradients if there are cotangents. If there are names of buffers, these after the call
-    are what is followed in place of the outputs.
-    """
-    module = side.module("float64", state).train(train)
-    inputs = passed(placed_inputs(call, "float64", has_gradients=cotangents is not None))
-    recorder = TorchRecorder()
-    for tensor in (*inputs.values(), *module.state_dict(keep_vars=True).values()):
-        if isinstance(tensor, torch.Tensor):
-            recorder.add_root(tensor)
-    placed = call.replaced(inputs)
-    with (
-        in_float64(side.widened),
-        plain_kernels(),
-        SharedPatterns(),
-        torch.random.fork_rng(devices=[]),
-        torch.set_grad_enabled(cotangents is not None),
-    ):
-        torch.manual_seed(SEED)
-        with recorder.modules_of(module), recorder:
-            outputs = outputs_of(side.called(module, placed))
-    after = module.state_dict()
-    followed = {name: after[name] for name in buffers} or outputs
-    for name, tensor in followed.items():
-        if (index := recorder.index_of(tensor)) is not None:
-            recorder.trace.outputs[name] = index
-    if cotangents is None:
-        return recorder.trace, {}
-    total = weighted_sum(outputs, cotangents)
-    tensors = {
-        index: tensor for index, tensor in enumerate(recorder.tensors) if tensor.requires_grad
-    }
-    if not isinstance(total, torch.Tensor) or not tensors:
-        return recorder.trace, {}
-    found = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)
-    return recorder.trace, {
-        index: np.zeros(tensor.shape) if gradient is None else tensor_to_numpy(gradient).copy()
-        for (index, tensor), gradient in zip(tensors.items(), found, strict=True)
-    }
 
 
 def gradient_divergence(
-    side: TorchSide,
+    torch: Traced,
     port: Port,
-    state: Any,
     leaves: Leaves,
     call: Call,
     cotangents: NamedArrays,
@@ -90,7 +27,7 @@ def gradient_divergence(
 ) -> Divergence | None:
     """Return where the gradients part, walking back from the outputs; None if it cannot be told."""
     return first_gradient(
-        torch_trace(side, state, call, train=train, cotangents=cotangents),
+        torch,
         record_gradients(
             outputs_by_name(port, call, train=train), cotangents, leaves, on_device(call.arrays)
         ),
@@ -98,13 +35,12 @@ def gradient_divergence(
 
 
 def lone_casts(
-    side: TorchSide, port: Port, state: Any, leaves: Leaves, call: Call, *, train: bool
+    torch: Trace, port: Port, leaves: Leaves, call: Call, *, train: bool
 ) -> Divergence | None:
     """Return where Flax casts a value to a narrower dtype that torch does not cast, if it does."""
-    ours, _ = torch_trace(side, state, call, train=train)
     theirs = flax_trace(port, leaves, call, train=train)
-    compared = Comparison(ours, theirs)
-    cast = {index for index, value in enumerate(ours.values) if "_to_copy" in value.operation}
+    compared = Comparison(torch, theirs)
+    cast = {index for index, value in enumerate(torch.values) if "_to_copy" in value.operation}
     lone = [
         index
         for index, value in enumerate(theirs.values)
@@ -131,9 +67,8 @@ def outputs_by_name(port: Port, call: Call, *, train: bool) -> Callable[..., dic
 
 
 def divergence(
-    side: TorchSide,
+    torch: Trace,
     port: Port,
-    state: Any,
     leaves: Leaves,
     call: Call,
     *,
@@ -141,15 +76,13 @@ def divergence(
     suspects: Mapping[str, frozenset[str]],
 ) -> Divergence:
     """Return where the outputs of the two modules part first."""
-    ours, _ = torch_trace(side, state, call, train=train)
     theirs = flax_trace(port, leaves, call, train=train)
-    return first_divergence(ours, theirs, suspects=suspects)
+    return first_divergence(torch, theirs, suspects=suspects)
 
 
 def state_divergence(
-    side: TorchSide,
+    torch: Trace,
     port: Port,
-    state: Any,
     leaves: Leaves,
     call: Call,
     changed: Mapping[str, KeyPath],
@@ -163,6 +96,5 @@ def state_divergence(
         _, after = port.apply(leaves, call.replaced(arrays), train=train)
         return {name: after[path] for name, path in changed.items() if path in after}
 
-    ours, _ = torch_trace(side, state, call, train=train, buffers=tuple(changed))
     theirs = record(function, leaves, on_device(call.arrays))
-    return first_divergence(ours, theirs, "state", suspects=suspects)
+    return first_divergence(torch, theirs, "state", suspects=suspects)

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
-import torch
 
 from ..conversion.mapping import dotted
 from ..conversion.trees import leaves_of, with_leaves
+from ..dtypes import is_extended
+from ..frameworks import jax, torch
 from .errors import PortError
 
 Arrays = dict[str, Any]
@@ -60,4 +60,4 @@ def replaced(tree: Any, function: Callable[[str, Any], Any]) -> Any:
 
 def is_float(array: Any) -> bool:
     """Return whether the entries of a NumPy array are floating, bfloat16 and the like included."""
-    return bool(jax.numpy.issubdtype(array.dtype, jax.numpy.floating))
+    return array.dtype.kind == "f" or is_extended(array.dtype.name)

@@ -46,6 +46,9 @@ class Value:
         return () if self.source is None else (self.source, *self.callers)
 
 
+Gradients = dict[int, np.ndarray]  # by the index of a value
+
+
 @dataclass
 class Trace:
     """The values of one run in their order, and those of them that are its outputs."""

@@ -10,13 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from flax import nnx
-from flax.traverse_util import flatten_dict
-from torch import Tensor, nn
 
-from ..checkpoint.load import load_checkpoint
-from ..checkpoint.save import save_checkpoint
 from ..conversion.apply_mapping import torch_tensors
 from ..conversion.convert import torch_to_linen, torch_to_nnx
 from ..conversion.errors import ConversionError, Mismatch, MismatchEntry, TrainingDifference
@@ -27,12 +21,12 @@ from ..conversion.proposal import suggest
 from ..conversion.state_kinds import flax_side
 from ..conversion.tensors import tensor_to_numpy
 from ..files.printable import shown
+from ..frameworks import Tensor, flatten_dict, nn, nnx, torch
 from .flax_side import Leaves, NnxPort, Port
 from .result import NamedArrays
+from .trees import is_float
 
 _DIFFERS = "computes something else: "
-_SEED = 7
-_FLAT = 0.5  # the spread that is drawn for a parameter whose entries are all the same
 
 
 class Paired(NamedTuple):
@@ -141,8 +135,15 @@ def _advice(mismatch: Mismatch) -> str:
     )
 
 
+def in_float64(tensor: Any) -> Any:
+    """Return a tensor or array, in float64 if it is floating."""
+    if isinstance(tensor, Tensor):
+        return tensor.double() if tensor.is_floating_point() else tensor
+    return tensor.astype(np.float64) if is_float(tensor) else tensor
+
+
 def leaves_for(
-    port: Port, template: Any, state: Mapping[str, Tensor], mapping: StateMapping
+    port: Port, template: Any, state: Mapping[str, Any], mapping: StateMapping
 ) -> Leaves:
     """Return Flax's leaves with the values of a torch state dict."""
     if isinstance(port, NnxPort):
@@ -155,24 +156,6 @@ def _leaves(filled: Any) -> Leaves:
     if isinstance(filled, nnx.Module):
         return flax_side(filled).leaves
     return flatten_dict(dict(filled))
-
-
-def drawn_again(module: nn.Module) -> nn.Module:
-    """Return the module with parameters drawn again, in place; buffers stay.
-
-    Each entry is the parameter's mean plus a normal deviate of its spread, or of 0.5 where all
-    entries are the same: fresh biases of 0, scales of 1 and symmetric matrices hide bugs.
-    """
-    random = torch.Generator().manual_seed(_SEED)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if not parameter.is_floating_point():
-                continue
-            values = parameter.double()
-            spread = float(values.std()) if values.numel() > 1 else 0.0
-            drawn = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
-            parameter.copy_(values.mean() + (spread or _FLAT) * drawn)
-    return module
 
 
 def pulled_back(mapping: StateMapping, gradients: dict[KeyPath, Any]) -> NamedArrays:
@@ -208,9 +191,12 @@ def pulled_back(mapping: StateMapping, gradients: dict[KeyPath, Any]) -> NamedAr
 
 
 def differs_after_a_file(
-    state: Mapping[str, Tensor], port: Port, template: Any, mapping: StateMapping, leaves: Leaves
+    state: Mapping[str, Any], port: Port, template: Any, mapping: StateMapping, leaves: Leaves
 ) -> list[str]:
     """Return the Flax paths whose bits differ when torch's state comes through a file."""
+    from ..checkpoint.load import load_checkpoint  # they need torch
+    from ..checkpoint.save import save_checkpoint
+
     if not state or not leaves:
         return []
     with tempfile.TemporaryDirectory() as folder:

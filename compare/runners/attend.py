@@ -13,7 +13,7 @@ import torch_impl
 
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from ..proof.cases import Framework
-from .run import jax_on
+from .jax_settings import jax_on
 
 Heads = list[np.ndarray]  # queries, keys and values, (..., tokens, head_dim)
 

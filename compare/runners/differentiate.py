@@ -15,15 +15,8 @@ import torch
 from ..conversion.convert import linen_to_torch, torch_to_linen
 from ..conversion.tensors import numpy_state, numpy_to_tensor, torch_state
 from ..proof.cases import Config, Framework, State
-from .run import (
-    NnxAttention,
-    flax_forward,
-    flax_state,
-    flax_template,
-    jax_on,
-    linen_template,
-    ready_torch,
-)
+from .jax_settings import jax_on
+from .run import NnxAttention, flax_forward, flax_state, flax_template, linen_template, ready_torch
 
 
 class Derivatives(NamedTuple):

@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from ..proof.cases import Framework, Trial
 from ..proof.reference import Stages
-from .run import NnxFunction, flax_forward, flax_state, flax_template, jax_on, ready_torch
+from .jax_settings import jax_on
+from .run import NnxFunction, flax_forward, flax_state, flax_template, ready_torch
 
 # The stage that each child module outputs. The scores are recorded as the input of the softmax.
 PRODUCERS = {

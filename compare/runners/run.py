@@ -1,7 +1,6 @@
 """Build one implementation with a given state, run it, and return NumPy arrays."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ import torch_impl
 from ..conversion.convert import torch_to_linen, torch_to_nnx
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy, torch_state
 from ..proof.cases import Config, Framework, State
+from .jax_settings import jax_on
 
 TorchAttention = (
     torch_impl.CausalAttentionWithBuffer
@@ -99,20 +99,6 @@ def devices_to_run(device: str | None) -> list[str]:
     if device is not None:
         return [device]
     return ["cpu"] if missing_cuda() else ["cpu", "cuda"]
-
-
-@contextmanager
-def jax_on(
-    device: str, dtype: Any = np.float32, matmul: Literal["highest", "default"] = "highest"
-) -> Iterator[None]:
-    """Run JAX on the device: x64 is on for float64, and by default matrix products avoid TF32."""
-    x64 = np.dtype(dtype) == np.float64
-    with (
-        jax.enable_x64(x64),
-        jax.default_matmul_precision(matmul),
-        jax.default_device(jax.devices(device)[0]),
-    ):
-        yield
 
 
 def run(

@@ -14,7 +14,8 @@ from ..conversion.convert import linen_to_torch
 from ..conversion.tensors import numpy_state, numpy_to_tensor, tensor_to_numpy
 from ..proof.cases import Framework
 from ..proof.reference_training import CLIP_EPS, SGD, Course, Recipe, TrainingRun
-from .run import TorchFunction, jax_on, linen_apply, ready_linen, ready_nnx, ready_torch
+from .jax_settings import jax_on
+from .run import TorchFunction, linen_apply, ready_linen, ready_nnx, ready_torch
 
 
 class Trained(NamedTuple):

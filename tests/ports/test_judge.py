@@ -12,6 +12,7 @@ import compare
 from compare.ports.calls import calls_of
 from compare.ports.flax_side import Adapters, port_of
 from compare.ports.judge import _limits, _limits_in, nearest, plain_jax
+from compare.ports.live import LiveReference
 from compare.ports.torch_side import TorchSide
 from compare.ports.weights import Paired
 
@@ -64,5 +65,5 @@ def test_the_outputs_tell_a_layout_that_nothing_says(is_turned: bool) -> None:
             Paired(compare.match(module.state_dict(), template, layouts={"weight": name}), [], [])
             for name in ("transposed", "same")
         ]
-        chosen = nearest(found, TorchSide(module, None, None), port, template, calls)
+        chosen = nearest(found, LiveReference(TorchSide(module, None, None), calls), port, template)
     assert chosen is found[0 if is_turned else 1]

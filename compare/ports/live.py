@@ -1,0 +1,136 @@
+"""What a torch module gives, computed here."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+
+import numpy as np
+
+from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
+from ..dtypes import numpy_dtype
+from ..frameworks import Tensor, nn, torch
+from .calls import Call, with_more_rows
+from .errors import PortError, random_in_inference
+from .perturbed import Perturbed, deviations
+from .reference import DRAWN, Case, Exact, cotangents_of, draw, spread_of
+from .result import NamedArrays, Result, is_equal
+from .torch_side import SEED, TorchSide
+from .torch_trace import torch_trace
+from .values import Gradients, Trace
+
+_RANDOM = (
+    "training is not compared, because the torch module draws random numbers there that are no "
+    "dropout pattern"
+)
+
+
+class LiveReference:
+    """A torch module that is run.
+
+    Args:
+        side: the module.
+        calls: the calls.
+        reduced: what gradients and state are compared as; as they are by default.
+    """
+
+    def __init__(
+        self,
+        side: TorchSide,
+        calls: Sequence[Call],
+        reduced: Callable[[NamedArrays], NamedArrays] = lambda arrays: arrays,
+    ) -> None:
+        self.side, self.calls, self.reduced = side, calls, reduced
+        self.parameters = side.parameters
+        self.notes: dict[str, None] = {}
+        # Of the last weights and call alone: a large model has no room for more.
+        self.state = lru_cache(maxsize=1)(self._state)
+        self.modes = lru_cache(maxsize=1)(self._modes)
+
+    @property
+    def widened(self) -> dict[str, None]:
+        """The lines that ask for a narrower dtype, as far as they have run."""
+        return self.side.widened.lines
+
+    def source(self) -> nn.Module:
+        """Return the module."""
+        return self.side.module()
+
+    def _state(self, weights: str) -> Mapping[str, Tensor]:
+        module = self.side.module()
+        if weights == DRAWN:
+            drawn_again(module)
+        return {
+            key: tensor.detach()
+            for key, tensor in module.state_dict().items()
+            if isinstance(tensor, Tensor)
+        }
+
+    def _modes(self, weights: str, number: int) -> dict[bool, Result]:
+        """Return what torch gives in inference, and in training if that differs."""
+        run = partial(self.side.run, self.state(weights), self.calls[number], dtype="float32")
+        inference, training, again = run(), run(train=True), run(seed=SEED + 1)
+        if inference.is_random or not is_equal(inference, again):
+            raise PortError(random_in_inference("torch", "Flax"))
+        if is_equal(inference, training):
+            return {False: inference}
+        again = run(train=True, seed=SEED + 1)
+        if training.is_random or not is_equal(training, again):
+            self.notes[_RANDOM] = None
+            return {False: inference}
+        return {False: inference, True: training}
+
+    def exact(self, case: Case) -> Exact:
+        """Return the run in float64, and how far it moves."""
+        state, call = self.state(case.weights), self._call(case)
+        cotangents = cotangents_of(self.modes(case.weights, case.number)[case.train].outputs)
+        exact = self._reduced(self.side.run(state, call, train=case.train, cotangents=cotangents))
+
+        def perturbed(mode: Perturbed) -> Result:
+            inputs = {
+                name: mode.moved(numpy_to_tensor(array.astype(np.float64))).numpy()
+                for name, array in call.floats.items()
+            }
+            moved = call.replaced(inputs)
+            result = self.side.run(state, moved, train=case.train, cotangents=cotangents, mode=mode)
+            return self._reduced(result)
+
+        return Exact(exact, deviations(perturbed, exact))
+
+    def outputs(self, case: Case, dtype: str = "float64") -> NamedArrays:
+        """Return the outputs in a dtype."""
+        state, call = self.state(case.weights), self._call(case)
+        return self.side.run(state, call, dtype=dtype, train=case.train).outputs
+
+    def trace(
+        self, case: Case, *, has_gradients: bool = False, buffers: Sequence[str] = ()
+    ) -> tuple[Trace, Gradients]:
+        """Return the values of the run, and gradients by them."""
+        state, call = self.state(case.weights), self._call(case)
+        cotangents = cotangents_of(self.outputs(case)) if has_gradients else None
+        return torch_trace(
+            self.side, state, call, train=case.train, cotangents=cotangents, buffers=buffers
+        )
+
+    def _call(self, case: Case) -> Call:
+        call = self.calls[case.number]
+        return with_more_rows(call) if case.is_longer else call
+
+    def _reduced(self, result: Result) -> Result:
+        gradients, state = self.reduced(result.gradients), self.reduced(result.state)
+        return replace(result, gradients=gradients, state=state)
+
+
+def drawn_again(module: nn.Module) -> nn.Module:
+    """Return the module with parameters drawn again, in place; buffers stay."""
+    floating = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.is_floating_point()
+    }
+    spreads = {name: spread_of(tensor_to_numpy(parameter)) for name, parameter in floating.items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in floating.items()}
+    with torch.no_grad():
+        for name, entries in draw(spreads, shapes):
+            dtype = numpy_dtype(str(floating[name].dtype).removeprefix("torch."))
+            floating[name].copy_(numpy_to_tensor(np.asarray(entries).astype(dtype)))
+    return module
