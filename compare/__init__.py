@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .conversion.proposal import Proposal, suggest
     from .ports.check import assert_port, check_port
     from .ports.errors import PortDiffers, PortError
+    from .ports.record import record
     from .ports.report import PortReport
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ _HOMES = {
     "nnx_to_torch": ".conversion.convert",
     "open_checkpoint": ".checkpoint",
     "read_checkpoint": ".checkpoint",
+    "record": ".ports.record",
     "save_checkpoint": ".checkpoint",
     "suggest": ".conversion.proposal",
     "torch_to_linen": ".conversion.convert",
@@ -79,6 +81,7 @@ __all__ = [
     "nnx_to_torch",
     "open_checkpoint",
     "read_checkpoint",
+    "record",
     "save_checkpoint",
     "suggest",
     "torch_to_linen",

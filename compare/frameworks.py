@@ -7,7 +7,8 @@ need of the other framework is to ask whether a value is one of its kinds, and n
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
-    "Absent",
+    "HAS_JAX",
+    "HAS_TORCH",
     "SpectralNorm",
     "Tensor",
     "TorchDispatchMode",

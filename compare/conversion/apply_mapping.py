@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..files.printable import kind_of
-from ..frameworks import Tensor, jax, torch
+from ..frameworks import HAS_TORCH, Tensor, jax, torch
 from .errors import Mismatch, MismatchEntry, Shape, dropping
 from .layouts import Layout, is_one_of, layout, to_flax
 from .layouts import to_torch as torch_layout
@@ -170,7 +170,8 @@ def _tensors(row: Row, chosen: Layout, leaf: Any, copy: bool) -> dict[str, Tenso
         slices = [_to_tensor(chosen, host[index], True) for index in range(len(host))]
         return dict(zip(row.stack, slices, strict=True))
     tensor = _to_tensor(chosen, leaf, copy)
-    return {row.torch_key: tensor} | ({row.plus: torch.zeros_like(tensor)} if row.plus else {})
+    zeros: Any = torch.zeros_like(tensor) if HAS_TORCH else np.zeros_like(tensor)
+    return {row.torch_key: tensor} | ({row.plus: zeros} if row.plus else {})
 
 
 def torch_tensors(row: Row, leaf: Any) -> dict[str, Tensor]:
@@ -302,7 +303,8 @@ def same_bits(tensor: Any, other: Any) -> bool:
     """Return whether two tensors have the same dtype, shape and bits."""
     if tensor is other:
         return True
-    if not (isinstance(tensor, Tensor) and isinstance(other, Tensor)):
+    kind = Tensor if HAS_TORCH else np.ndarray
+    if not (isinstance(tensor, kind) and isinstance(other, kind)):
         return False
     tensor, other = dense(tensor), dense(other)
     same = tensor.dtype == other.dtype and tensor.shape == other.shape

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..files.printable import kind_of
-from ..frameworks import nn, torch
+from ..frameworks import HAS_TORCH, nn, torch
 from .layers import SUPPORTED
 
 Facts = dict[str, Any]
@@ -81,10 +81,13 @@ def layers_from(stored: Mapping[str, Facts]) -> dict[str, nn.Module]:
     return {name: _layer(facts) for name, facts in stored.items()}
 
 
-def _layer(facts: Facts) -> nn.Module:
+def _layer(facts: Facts) -> Any:
     layer_type = _TYPES[facts["type"]]
-    layer = layer_type.__new__(layer_type)
-    nn.Module.__init__(layer)
+    layer: Any = object.__new__(layer_type)
+    if HAS_TORCH:
+        nn.Module.__init__(layer)
+    else:
+        layer.parameters = layer.buffers = tuple  # none
     for fact in _FACTS[layer_type]:
         setattr(layer, fact, _value(facts[fact]))
     return layer

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..dtypes import DTYPES, is_extended, numpy_dtype
 from ..files.printable import kind_of
-from ..frameworks import Tensor, is_lazy, jax, jnp, torch
+from ..frameworks import HAS_TORCH, Tensor, is_lazy, jax, jnp, torch
 
 # Dtypes that NumPy lacks are viewed as unsigned integers of the same width.
 _CARRIERS = {1: (torch.uint8, np.uint8), 2: (torch.uint16, np.uint16)}
@@ -21,15 +21,18 @@ class Untransferable(ValueError):
     """The value has no exact counterpart in the other framework; the message says why."""
 
 
-def tensor_to_numpy(tensor: Tensor) -> np.ndarray:
+def tensor_to_numpy(tensor: Any) -> np.ndarray:
     """Return the tensor as a NumPy array, sharing memory if the tensor is on the CPU.
 
+    A NumPy array is returned as it is.
     bfloat16 and float8 become the `ml_dtypes` of the same name.
 
     Raises:
         Untransferable: a meta, sparse or quantized tensor, a dtype without a NumPy counterpart, or
             a subclass of Tensor that computes its values, as DTensor.
     """
+    if isinstance(tensor, np.ndarray):
+        return tensor
     tensor = dense(tensor).cpu()
     name = str(tensor.dtype).removeprefix("torch.")
     try:
@@ -44,8 +47,11 @@ def tensor_to_numpy(tensor: Tensor) -> np.ndarray:
 def as_tensor(value: Any) -> Any:
     """Return a NumPy or JAX array as a tensor, and anything else as it is.
 
-    A NumPy array that can be written to shares its memory with the tensor.
+    A NumPy array that can be written to shares its memory with the tensor. Without torch, arrays
+    are returned as they are.
     """
+    if not HAS_TORCH:
+        return value
     try:
         if isinstance(value, np.ndarray) and value.flags.writeable:
             return numpy_to_tensor(value)
@@ -92,7 +98,7 @@ def torch_state(state: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     return {key: numpy_to_tensor(array) for key, array in state.items()}
 
 
-def to_jax(tensor: Tensor, *, copy: bool, owned: bool = False) -> jax.Array:
+def to_jax(tensor: Any, *, copy: bool, owned: bool = False) -> jax.Array:
     """Return the tensor as a JAX array of the same dtype.
 
     A copy is made in host memory and placed on JAX's default device. With `copy=False`, the array
@@ -106,6 +112,8 @@ def to_jax(tensor: Tensor, *, copy: bool, owned: bool = False) -> jax.Array:
         Untransferable: as `tensor_to_numpy`; a 64-bit value that JAX would narrow with loss; with
             `copy=False`, a tensor whose memory cannot be shared.
     """
+    if isinstance(tensor, np.ndarray):
+        return jax.device_put(np.array(tensor, order="C"))
     tensor = _fit_x64(dense(tensor, copy=copy), copy=copy)
     if copy:
         # `device_put` keeps the memory if JAX can; `jnp.asarray` would copy it twice.
@@ -118,7 +126,7 @@ def to_jax(tensor: Tensor, *, copy: bool, owned: bool = False) -> jax.Array:
         raise Untransferable(f"memory cannot be shared ({error}); use copy=True") from error
 
 
-def to_torch(array: jax.Array | np.ndarray, *, copy: bool) -> Tensor:
+def to_torch(array: jax.Array | np.ndarray, *, copy: bool) -> Any:
     """Return the array as a tensor of the same dtype.
 
     A copy is made on the CPU; the parts of a sharded array are gathered. With `copy=False`, the
@@ -130,6 +138,8 @@ def to_torch(array: jax.Array | np.ndarray, *, copy: bool) -> Tensor:
             whose memory cannot be shared.
     """
     _require_values(array)
+    if not HAS_TORCH:
+        return np.array(np.asarray(array), order="C")
     if copy:
         return numpy_to_tensor(np.array(np.asarray(array), order="C", copy=True))
     if isinstance(array, np.ndarray) and array.dtype.name not in DTYPES:
@@ -170,7 +180,7 @@ def _require_values(array: jax.Array | np.ndarray) -> None:
         raise Untransferable(f"dtype {array.dtype} has no torch counterpart")
 
 
-def dense(tensor: Tensor, *, copy: bool = True) -> Tensor:
+def dense(tensor: Any, *, copy: bool = True) -> Any:
     """Return the tensor detached, with its conjugate and negative bits applied.
 
     Raises:
@@ -178,6 +188,8 @@ def dense(tensor: Tensor, *, copy: bool = True) -> Tensor:
             which has no plain values;
             with `copy=False`, a conjugated or negated view, whose values are not in memory.
     """
+    if isinstance(tensor, np.ndarray) and not HAS_TORCH:
+        return tensor
     if not isinstance(tensor, Tensor):
         raise Untransferable(f"is {kind_of(tensor)}, not a tensor; give torch.as_tensor(...)")
     if is_lazy(tensor):

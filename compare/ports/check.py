@@ -2,26 +2,27 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 from ..conversion.mapping import StateMapping, require_mapping
 from ..conversion.match import pair
+from ..files.reading import as_path
 from ..frameworks import nn, torch
 from .calls import calls_of
 from .errors import PortDiffers, PortError
 from .flax_side import Adapters, port_of
-from .live import LiveReference
+from .live import LiveReference, known_dtypes
+from .recorded import RecordedReference
 from .report import PortReport
 from .torch_side import TorchSide
 from .verdict import report_of
 
-_DTYPES = ("float32", "bfloat16", "float16")
-
 
 def check_port(
-    torch_module: nn.Module,
+    torch_module: nn.Module | str | PathLike[str],
     flax_module: Any,
-    inputs: Any,
+    inputs: Any = None,
     *,
     flax_inputs: Callable[..., Any] | None = None,
     outputs: Callable[[Any], Any] | Sequence[Callable[[Any], Any] | None] | None = None,
@@ -41,10 +42,11 @@ def check_port(
     place. Then both are run in the working dtypes. Neither module is changed.
 
     Args:
-        torch_module: the module that was ported.
+        torch_module: the module that was ported; or the path of what `compare.record` wrote of it,
+            where torch is not installed.
         flax_module: a Linen module, or an NNX model, whose own weights do not matter.
         inputs: one call, as torch takes it: an array, a tuple of arguments, or a dict of keywords;
-            or a list of calls.
+            or a list of calls. A record has its own.
         flax_inputs: a function from torch's arguments to those of Flax (one, a tuple, or a dict of
             keywords), for other layouts: `lambda images: images.transpose(0, 2, 3, 1)`. It is
             given JAX arrays that may be traced.
@@ -69,15 +71,23 @@ def check_port(
     """
     require_mapping(mapping)
     dtypes = known_dtypes(dtypes)
-    if not isinstance(torch_module, nn.Module):
-        raise PortError(
-            f"torch_module is of type {type(torch_module).__name__}; expected a torch module"
-        )
     ours, theirs = _of_both(outputs)
     known = inspect.signature(pair).parameters
     if unknown := [name for name in rules if name not in known]:
         raise PortError(f"there is no argument {unknown[0]}; rules are those of compare.match")
     adapters = Adapters(flax_inputs, theirs, method, train)
+    if isinstance(torch_module, str | PathLike):
+        _require_usable(adapters, flax_module)
+        if inputs is not None or ours is not None:
+            raise PortError("a record has its own inputs and outputs: give them to compare.record")
+        recorded = RecordedReference(as_path(torch_module))
+        port = port_of(flax_module, adapters)
+        return report_of(recorded, port, mapping, rules, dtypes, adequacy=adequacy)
+    if not isinstance(torch_module, nn.Module):
+        raise PortError(
+            f"torch_module is of type {type(torch_module).__name__}; expected a torch module, or "
+            "the path of a record"
+        )
     _require_usable(adapters, torch_module, flax_module)
     reference = LiveReference(TorchSide(torch_module, ours, method), calls_of(inputs))
     port = port_of(flax_module, adapters)
@@ -108,21 +118,12 @@ def _of_both(outputs: Any) -> tuple[Any, Any]:
     return pair[0], pair[1]
 
 
-def known_dtypes(dtypes: Sequence[str]) -> tuple[str, ...]:
-    """Return the working dtypes; one name is one of them.
-
-    Raises:
-        PortError: one is not known.
-    """
-    names = (dtypes,) if isinstance(dtypes, str) else dtypes
-    if not isinstance(names, Sequence) or not all(
-        isinstance(name, str) and name in _DTYPES for name in names
-    ):
-        raise PortError(f"dtypes is {dtypes!r}; expected names among {', '.join(_DTYPES)}")
-    return tuple(names)
-
-
-def assert_port(torch_module: nn.Module, flax_module: Any, inputs: Any, **options: Any) -> None:
+def assert_port(
+    torch_module: nn.Module | str | PathLike[str],
+    flax_module: Any,
+    inputs: Any = None,
+    **options: Any,
+) -> None:
     """Raise PortDiffers with the report's text unless the port holds; see `check_port`.
 
     Raises:

@@ -5,7 +5,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .fingerprints import Fingerprints, all_close, close_rows, same_value, sizes
+from .fingerprints import Fingerprints, all_close, close_rows, same_size, same_value, sizes
 from .stacks import stacks
 from .values import Trace, Value
 
@@ -27,7 +27,7 @@ _SAME = {
 
 def _is_uniform(value: Value) -> bool:
     array = value.array
-    return array.size > 1 and bool((array == array.flat[0]).all())
+    return value.is_whole and array.size > 1 and bool((array == array.flat[0]).all())
 
 
 def _may_be_one(one: Value, other: Value) -> bool:
@@ -106,7 +106,9 @@ class Comparison:
                 if _is_uniform(one) and _is_uniform(other) and not _may_be_one(one, other):
                     continue
                 is_few = bool(self.prints[1].is_few[index] or self.prints[0].is_few[candidate])
-                is_same = same_value(one.array, other.array, is_few=is_few)
+                is_whole = one.is_whole and other.is_whole
+                same = same_value if is_whole else same_size
+                is_same = same(one.array, other.array, is_few=is_few)
                 if is_same:
                     pairs.append((candidate, index))
                 if sizes(one.array) == sizes(other.array) and not is_few:
@@ -126,9 +128,9 @@ class Comparison:
         same = [
             others[partner].array.squeeze()
             for partner in self.matches[side][index]
-            if others[partner].array.squeeze().shape == array.shape
+            if others[partner].array.squeeze().shape == array.shape and others[partner].is_whole
         ]
-        repeated = len(set(array.shape)) < array.ndim
+        repeated = len(set(array.shape)) < array.ndim and values[index].is_whole
         return repeated and bool(same) and not any(all_close(one, array) for one in same)
 
     def _drop_lone_repeats(self, side: int) -> None:

@@ -74,7 +74,8 @@ def _best_pair(
         best: tuple[float, tuple[int, int], Related] | None = None
         for rank, one in enumerate(ours[:_MAX_PAIRS]):
             for other_rank, other in enumerate(theirs[:_MAX_PAIRS]):
-                relation = related(torch[one].array, flax[other].array)
+                is_whole = torch[one].is_whole and flax[other].is_whole
+                relation = related(torch[one].array, flax[other].array) if is_whole else None
                 if relation is None:
                     continue
                 score = relation.rank + 0.05 * (rank + other_rank)
@@ -95,6 +96,8 @@ def _of_parents(
         values = compared.traces[side].values
         for index, ancestors in _first_values(compared, side, found[side][0], walked[side]):
             for ancestor in ancestors:
+                if not (values[ancestor].is_whole and values[index].is_whole):
+                    continue
                 relation = related(values[ancestor].array, values[index].array)
                 if relation is not None and relation.rank <= _TELLING:
                     what = relation.hint.replace("torch's", "one that both have,")

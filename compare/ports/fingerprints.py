@@ -35,16 +35,20 @@ class Fingerprints:
         self.rows = np.full((len(values), QUANTILES), np.nan)
         self.is_few = np.zeros(len(values), bool)
         for index, value in enumerate(values):
-            entries = numbers(value.array)
-            if not entries.size:
-                continue
-            ordered = np.sort(entries, axis=None)
-            fractions = (np.arange(QUANTILES) + 0.5) / QUANTILES
-            self.rows[index] = ordered[(fractions * len(ordered)).astype(int)]
-            scale = typical(self.rows[index])
-            steps = np.diff(ordered[np.isfinite(ordered)])
-            distinct = 1 + int((steps > TOLERANCE * scale).sum())
-            self.is_few[index] = distinct <= min(_FEW, max(1, ordered.size - 1))
+            if value.quantiles is not None:
+                self.rows[index], self.is_few[index] = value.quantiles, value.is_few
+            elif value.array.size:
+                self.rows[index], self.is_few[index] = fingerprint(value.array)
+
+
+def fingerprint(array: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Return the quantiles of the entries, and whether they are few different numbers."""
+    ordered = np.sort(numbers(array), axis=None)
+    fractions = (np.arange(QUANTILES) + 0.5) / QUANTILES
+    row = ordered[(fractions * len(ordered)).astype(int)]
+    steps = np.diff(ordered[np.isfinite(ordered)])
+    distinct = 1 + int((steps > TOLERANCE * typical(row)).sum())
+    return row, distinct <= min(_FEW, max(1, ordered.size - 1))
 
 
 def numbers(array: np.ndarray) -> np.ndarray:
@@ -91,6 +95,13 @@ def same_value(one: np.ndarray, other: np.ndarray, *, is_few: bool) -> bool:
         return True
     order = order_between(one, other)
     return order is None or is_order_of_axes(order)
+
+
+def same_size(one: np.ndarray, other: np.ndarray, *, is_few: bool) -> bool:
+    """Return whether values, one of which is not kept whole, may be the same by their sizes."""
+    if is_few:
+        return sizes(one) == sizes(other)
+    return max(one.size, other.size) % min(one.size, other.size) == 0
 
 
 def sizes(array: np.ndarray) -> list[int]:

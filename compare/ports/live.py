@@ -22,6 +22,7 @@ _RANDOM = (
     "training is not compared, because the torch module draws random numbers there that are no "
     "dropout pattern"
 )
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class LiveReference:
@@ -32,6 +33,8 @@ class LiveReference:
         calls: the calls.
         reduced: what gradients and state are compared as; as they are by default.
     """
+
+    is_live = True
 
     def __init__(
         self,
@@ -107,9 +110,10 @@ class LiveReference:
         """Return the values of the run, and gradients by them."""
         state, call = self.state(case.weights), self._call(case)
         cotangents = cotangents_of(self.outputs(case)) if has_gradients else None
-        return torch_trace(
-            self.side, state, call, train=case.train, cotangents=cotangents, buffers=buffers
+        trace, gradients = torch_trace(
+            self.side, state, call, train=case.train, cotangents=cotangents
         )
+        return trace.following(buffers), gradients
 
     def _call(self, case: Case) -> Call:
         call = self.calls[case.number]
@@ -134,3 +138,17 @@ def drawn_again(module: nn.Module) -> nn.Module:
             dtype = numpy_dtype(str(floating[name].dtype).removeprefix("torch."))
             floating[name].copy_(numpy_to_tensor(np.asarray(entries).astype(dtype)))
     return module
+
+
+def known_dtypes(dtypes: Sequence[str]) -> tuple[str, ...]:
+    """Return the working dtypes; one name is one of them.
+
+    Raises:
+        PortError: one is not known.
+    """
+    names = (dtypes,) if isinstance(dtypes, str) else dtypes
+    if not isinstance(names, Sequence) or not all(
+        isinstance(name, str) and name in _DTYPES for name in names
+    ):
+        raise PortError(f"dtypes is {dtypes!r}; expected names among {', '.join(_DTYPES)}")
+    return tuple(names)

@@ -24,7 +24,8 @@ def stacks(values: Sequence[Value], lengths: set[int]) -> Iterator[tuple[Value, 
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, value in enumerate(values):
-        if value.source is not None and value.array.size and value.depends:
+        is_part = value.source is not None and value.depends and value.is_whole
+        if is_part and value.array.size:
             places = tuple((line.file, line.line) for line in value.lines)
             groups.setdefault((places, value.operation, value.array.shape), []).append(index)
     left = _MAX_IN_ALL

@@ -1,6 +1,5 @@
 """Run the torch module once more and record every value."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,12 +23,10 @@ def torch_trace(
     *,
     train: bool,
     cotangents: NamedArrays | None = None,
-    buffers: Sequence[str] = (),
 ) -> tuple[Trace, Gradients]:
     """Return the values of a call of the torch module in float64, and gradients by them.
 
-    There are gradients if there are cotangents. If there are names of buffers, these after the call
-    are what is followed in place of the outputs.
+    There are gradients if there are cotangents.
     """
     module = side.module("float64", state).train(train)
     inputs = passed(placed_inputs(call, "float64", has_gradients=cotangents is not None))
@@ -49,20 +46,25 @@ def torch_trace(
         with recorder.modules_of(module), recorder:
             outputs = outputs_of(side.called(module, placed))
     after = module.state_dict()
-    followed = {name: after[name] for name in buffers} or outputs
-    for name, tensor in followed.items():
-        if (index := recorder.index_of(tensor)) is not None:
-            recorder.trace.outputs[name] = index
+    trace, buffers = (
+        recorder.trace,
+        {key: after[key] for key in after if key not in side.parameters},
+    )
+    for followed, tensors in ((trace.outputs, outputs), (trace.buffers, buffers)):
+        for name, tensor in tensors.items():
+            if (
+                isinstance(tensor, torch.Tensor)
+                and (index := recorder.index_of(tensor)) is not None
+            ):
+                followed[name] = index
     if cotangents is None:
-        return recorder.trace, {}
+        return trace, {}
     total = weighted_sum(outputs, cotangents)
-    tensors = {
-        index: tensor for index, tensor in enumerate(recorder.tensors) if tensor.requires_grad
-    }
-    if not isinstance(total, torch.Tensor) or not tensors:
-        return recorder.trace, {}
-    found = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)
-    return recorder.trace, {
+    made = {index: tensor for index, tensor in enumerate(recorder.tensors) if tensor.requires_grad}
+    if not isinstance(total, torch.Tensor) or not made:
+        return trace, {}
+    found = torch.autograd.grad(total, list(made.values()), allow_unused=True)
+    return trace, {
         index: np.zeros(tensor.shape) if gradient is None else tensor_to_numpy(gradient).copy()
-        for (index, tensor), gradient in zip(tensors.items(), found, strict=True)
+        for (index, tensor), gradient in zip(made.items(), found, strict=True)
     }

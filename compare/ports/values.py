@@ -2,7 +2,7 @@
 
 import linecache
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -31,6 +31,8 @@ class Value:
         parents: the values it was made of, by their indices.
         depends: whether it depends on inputs or state.
         callers: the lines from which the line was reached, the nearest first.
+        quantiles: of a value that is not kept whole, those of its entries.
+        is_few: of such a value, whether it has few different numbers.
     """
 
     array: np.ndarray
@@ -39,6 +41,13 @@ class Value:
     parents: tuple[int, ...] = ()
     depends: bool = True
     callers: tuple[SourceLine, ...] = ()
+    quantiles: np.ndarray | None = None
+    is_few: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its entries are kept."""
+        return self.quantiles is None
 
     @property
     def lines(self) -> tuple[SourceLine, ...]:
@@ -51,10 +60,24 @@ Gradients = dict[int, np.ndarray]  # by the index of a value
 
 @dataclass
 class Trace:
-    """The values of one run in their order, and those of them that are its outputs."""
+    """The values of one run in their order.
+
+    Attributes:
+        values: the values.
+        outputs: those that are followed back, by the names of the outputs.
+        buffers: those that buffers have after the call, by their names.
+    """
 
     values: list[Value] = field(default_factory=list)
     outputs: dict[str, int] = field(default_factory=dict)
+    buffers: dict[str, int] = field(default_factory=dict)
+
+    def following(self, buffers: Sequence[str]) -> "Trace":
+        """Return the trace with these buffers in the place of the outputs, if there are any."""
+        if not buffers:
+            return self
+        outputs = {name: self.buffers[name] for name in buffers if name in self.buffers}
+        return Trace(self.values, outputs, self.buffers)
 
     @cached_property
     def children(self) -> dict[int, list[int]]:

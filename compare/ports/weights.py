@@ -21,7 +21,7 @@ from ..conversion.proposal import suggest
 from ..conversion.state_kinds import flax_side
 from ..conversion.tensors import tensor_to_numpy
 from ..files.printable import shown
-from ..frameworks import Tensor, flatten_dict, nn, nnx, torch
+from ..frameworks import Tensor, flatten_dict, nn, nnx
 from .flax_side import Leaves, NnxPort, Port
 from .result import NamedArrays
 from .trees import is_float
@@ -185,8 +185,7 @@ def pulled_back(mapping: StateMapping, gradients: dict[KeyPath, Any]) -> NamedAr
         row = next(row for row in mapping.by_key[key] if row.part)
         assert row.part is not None
         if len(index) == row.part.count:
-            tensors = [torch.from_numpy(np.ascontiguousarray(index[i])) for i in sorted(index)]
-            found[key] = row.part.join(tensors).numpy()
+            found[key] = row.part.join([np.ascontiguousarray(index[i]) for i in sorted(index)])
     return found
 
 

@@ -1,0 +1,120 @@
+"""The file of a record: arrays by name in safetensors, and a head in JSON."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from safetensors.numpy import save
+
+from ..dtypes import DTYPES, numpy_dtype
+from ..files.errors import FileError
+from ..files.memory import Budget
+from ..files.printable import all_readable
+from ..files.reading import opened, parse_json
+from ..files.writing import atomic_file
+from .errors import PortError
+
+VERSION = 1
+_KEY = "attention-parity record"
+# What the safetensors library takes of NumPy; arrays of other dtypes are stored as bytes.
+_PLAIN = ("float64", "float32", "float16", "bool", "int64", "int32", "int16", "int8", "uint8")
+_MAX_ENTRIES = 1 << 34  # of an array that is known by its shape alone
+
+
+def write(path: Path, head: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write the file in one step.
+
+    Raises:
+        FileError: it cannot be written there.
+    """
+    stored, dtypes = {}, {}
+    for name, array in arrays.items():
+        if array.dtype.name in _PLAIN:
+            stored[name] = np.ascontiguousarray(array).reshape(array.shape)
+        else:
+            dtypes[name] = [array.dtype.name, list(array.shape)]
+            stored[name] = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
+    text = json.dumps({"version": VERSION, "dtypes": dtypes, **head}, allow_nan=False)
+    with atomic_file(path) as stream:
+        stream.write(save(stored, metadata={_KEY: text}))
+
+
+class RecordFile:
+    """A record that is read: its head, and its arrays when they are asked for.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        head: the head, with all text made printable.
+
+    Raises:
+        PortError: it is no record.
+        FileError: it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with opened(path):  # a regular file, or an error of ours
+            pass
+        try:
+            self._file: Any = safetensors.safe_open(str(path), framework="numpy")
+            text = (self._file.metadata() or {})[_KEY]
+            head = parse_json(text, path, Budget(), "its head")
+            self._dtypes = dict(head["dtypes"])
+            version = head["version"]
+        except FileError:
+            raise
+        except Exception as error:  # the library raises its own class, and reading may raise any
+            raise not_sound(path, error) from error
+        if version != VERSION:
+            raise PortError(
+                f"{path} is a record of version {version!r}, and this program reads version "
+                f"{VERSION}: record the module again"
+            )
+        self.head: dict[str, Any] = all_readable(head)
+        self._names = set(self._file.keys())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def array(self, name: str) -> np.ndarray:
+        """Return an array.
+
+        Raises:
+            PortError: the file has none of that name, or its bytes do not fit its dtype.
+        """
+        try:
+            stored: np.ndarray = self._file.get_tensor(name)
+            if name not in self._dtypes:
+                return stored
+            dtype, shape = self._dtypes[name]
+            if dtype not in DTYPES:
+                raise ValueError(f"{name} has the dtype {dtype!r}")
+            return np.frombuffer(stored.tobytes(), numpy_dtype(dtype)).reshape(tuple(shape))
+        except Exception as error:
+            raise not_sound(self.path, error) from error
+
+    def named(self, start: str) -> dict[str, np.ndarray]:
+        """Return the arrays whose names begin so, by what follows, in the order of the head."""
+        return {name: self.array(start + name) for name in self.head["names"].get(start, [])}
+
+
+def placeholder(shape: tuple[int, ...]) -> np.ndarray:
+    """Return an array of NaN that takes no memory, for one of which only the shape is known."""
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"{shape} is no shape")
+    if np.prod(shape, dtype=np.float64) > _MAX_ENTRIES:
+        raise ValueError(f"an array of shape {shape} is too large")
+    return np.broadcast_to(np.float64(np.nan), shape)
+
+
+def not_sound(path: Path, error: object) -> PortError:
+    """Return the error for a file that is no record, or a damaged one."""
+    text = all_readable(str(error))[:200]
+    return PortError(
+        f"{path} is no sound record ({type(error).__name__}: {text}): write it with compare.record"
+    )

@@ -1,0 +1,223 @@
+"""What a torch module gave, read from a record. Nothing here needs torch."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..conversion.layer_facts import layers_from, require_valid
+from ..conversion.layers import KnownState
+from ..dtypes import numpy_dtype
+from .calls import Call
+from .errors import PortError
+from .fingerprints import QUANTILES
+from .record import checksum, start_of
+from .record_file import RecordFile, not_sound, placeholder
+from .reference import DRAWN, GIVEN, Case, Exact, draw
+from .report import SourceLine
+from .result import NamedArrays, Result
+from .sketch import sketched
+from .values import Gradients, Trace, Value
+
+_SOUND = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
+
+
+class _Tensor(np.ndarray):
+    """An entry of a state dict that knows its kind, and which other names it has."""
+
+    kind: str
+    memory: object
+
+
+class RecordedReference:
+    """What a torch module gave, as `compare.record` wrote it.
+
+    Args:
+        path: the file.
+
+    Raises:
+        PortError: it is no record.
+        FileError: it cannot be read.
+    """
+
+    is_live = False
+
+    def __init__(self, path: Path) -> None:
+        self._file = RecordFile(path)
+        self._cases: dict[Case, dict[str, Any]] = {}
+        try:
+            head = self._file.head
+            self.parameters: list[str] = list(head["parameters"])
+            self.notes: dict[str, None] = dict.fromkeys(head["notes"])
+            self.widened: dict[str, None] = dict.fromkeys(head["widened"])
+            self.dtypes: list[str] = list(head["dtype_names"])
+            require_valid(head["layers"])
+            self._layers = layers_from(head["layers"])
+            self._cases = {Case(*one["case"]): one for one in head["cases"]}
+            self.calls: Sequence[Call] = [
+                self._call(number, tree) for number, tree in enumerate(head["calls"])
+            ]
+        except PortError:
+            raise
+        except _SOUND as error:
+            raise not_sound(path, error) from error
+        # Of the last weights alone: a large model has no room for more.
+        self.state = lru_cache(maxsize=1)(self._state)
+
+    def _call(self, number: int, tree: Mapping[str, Any]) -> Call:
+        arrays = self._file.named(f"call {number}/")
+        return Call(_from_json(tree["args"], arrays), _from_json(tree["kwargs"], arrays))
+
+    def source(self) -> KnownState:
+        """Return the state with the layers that are known."""
+        kinds: Mapping[str, str] = self._file.head["kinds"]
+        aliases: Mapping[str, str] = self._file.head["aliases"]
+        tensors: dict[str, Any] = {}
+        for key, array in self.state(GIVEN).items():
+            tensor: Any = array.view(_Tensor)
+            tensor.kind, tensor.memory = kinds[key], aliases.get(key, key)
+            tensors[key] = tensor
+        return KnownState(tensors, self._layers)
+
+    def _state(self, weights: str) -> Mapping[str, np.ndarray]:
+        head = self._file.head
+        try:
+            state = self._file.named("state/")
+            if weights == DRAWN:
+                self._draw(state)
+            aliases = head["aliases"]
+            return {key: state[aliases.get(key, key)] for key in head["state_names"]}
+        except _SOUND as error:
+            raise not_sound(self._file.path, error) from error
+
+    def _draw(self, state: dict[str, np.ndarray]) -> None:
+        head = self._file.head
+        shapes = {key: state[key].shape for key in head["spreads"]}
+        for key, entries in draw(head["spreads"], shapes):
+            drawn = np.asarray(entries).astype(numpy_dtype(state[key].dtype.name))
+            if checksum(drawn) != head["drawn"][key]:
+                raise PortError(
+                    f"NumPy {np.__version__} draws other weights for {key} than the NumPy of the "
+                    f"record {self._file.path}: record the module again with this version"
+                )
+            state[key] = drawn
+
+    def modes(self, weights: str, number: int) -> dict[bool, Result]:
+        """Return the outputs in float32 in inference, and in training if it is compared."""
+        cases = [case for case in self._cases if case[:2] == (weights, number)]
+        return {case.train: Result(self._file.named(f"{start_of(case)}float32/")) for case in cases}
+
+    def exact(self, case: Case) -> Exact:
+        """Return the run in float64, and how far it moves."""
+        start, known = start_of(case), self._cases[case]
+
+        def named(what: str) -> NamedArrays:
+            return self._file.named(f"{start}{what}/")
+
+        exact = Result(
+            named("outputs"),
+            named("gradients"),
+            named("state"),
+            named("biased"),
+            int(known["drawn"]),
+            bool(known["is_random"]),
+        )
+        moved = Result(named("moved outputs"), named("moved gradients"), named("moved state"))
+        return Exact(exact, moved)
+
+    def outputs(self, case: Case, dtype: str = "float64") -> NamedArrays:
+        """Return the outputs in a dtype.
+
+        Raises:
+            PortError: they are not recorded.
+        """
+        part = "outputs" if dtype == "float64" else dtype
+        if not (found := self._file.named(f"{start_of(case)}{part}/")):
+            raise PortError(
+                f"{self._file.path} has no outputs in {dtype}: record them with "
+                f"compare.record(…, dtypes=[{dtype!r}])"
+            )
+        return found
+
+    def reduced(self, arrays: NamedArrays) -> NamedArrays:
+        """Return gradients or state as the record has them."""
+        return sketched(arrays)
+
+    def trace(
+        self, case: Case, *, has_gradients: bool = False, buffers: Sequence[str] = ()
+    ) -> tuple[Trace, Gradients] | None:
+        """Return the values of the run, and gradients by them, if they are recorded."""
+        if case not in self._cases:
+            return None
+        try:
+            stored = self._cases[case]["trace"]
+            trace = self._trace(case, stored)
+            named = self._file.named(f"{start_of(case)}gradients by values/")
+            gradients = {int(index): array for index, array in named.items()}
+            if not set(gradients) <= set(range(len(trace.values))):
+                raise ValueError("there are gradients by values that are not there")
+        except _SOUND as error:
+            raise not_sound(self._file.path, error) from error
+        return trace.following(buffers), gradients if has_gradients else {}
+
+    def _trace(self, case: Case, stored: Mapping[str, Any]) -> Trace:
+        lines = [_line(*parts) for parts in stored["lines"]]
+        trace = Trace()
+        for index, row in enumerate(stored["values"]):
+            operation, parents, depends, places, shape, how, name, *few = row
+            if not all(isinstance(parent, int) and 0 <= parent < index for parent in parents):
+                raise ValueError(f"value {index} is made of values that come later")
+            value = Value(placeholder(tuple(shape)), str(operation), None, tuple(parents))
+            value.depends = bool(depends)
+            value.source = lines[places[0]] if places else None
+            value.callers = tuple(lines[place] for place in places[1:])
+            if how == "root":
+                value.array = self._root(case, name)
+            elif how == "whole":
+                whole = self._file.array(f"{start_of(case)}values/{name}")
+                value.array = whole.reshape(tuple(shape))
+            else:
+                value.quantiles = self._file.array(f"{start_of(case)}values/{name}")
+                value.is_few = bool(few[0])
+                if value.quantiles.shape != (QUANTILES,):
+                    raise ValueError(f"value {index} has no {QUANTILES} quantiles")
+            trace.add(value)
+        for followed, indices in ((trace.outputs, "outputs"), (trace.buffers, "buffers")):
+            followed |= {str(name): int(index) for name, index in stored[indices].items()}
+            if not set(followed.values()) <= set(range(len(trace.values))):
+                raise ValueError(f"its {indices} are values that are not there")
+        return trace
+
+    def _root(self, case: Case, name: str) -> np.ndarray:
+        """Return an input or an entry of the state, in float64 if it is floating."""
+        kind, _, key = name.partition("/")
+        if kind == "call":
+            array = self.calls[case.number].arrays[key]
+        else:
+            array = self.state(case.weights)[key]
+        return array.astype(np.float64) if array.dtype.kind in "fV" else array
+
+    @cached_property
+    def title(self) -> str:
+        """The name of the module and the version of torch that ran it."""
+        return f"{self._file.head['module']}, torch {self._file.head['torch']}"
+
+
+def _line(file: str, line: int, code: str, operation: str, module: str) -> SourceLine:
+    return SourceLine(str(file), int(line), str(code), str(operation), str(module))
+
+
+def _from_json(tree: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    """Return nested arguments from JSON; the inverse of how they were written."""
+    if isinstance(tree, list):
+        return [_from_json(value, arrays) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, value),) = tree.items()
+    if kind == "array":
+        return arrays[value]
+    if kind == "tuple":
+        return tuple(_from_json(one, arrays) for one in value)
+    return {key: _from_json(one, arrays) for key, one in value.items()}
