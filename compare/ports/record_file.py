@@ -1,7 +1,8 @@
 """The file of a record: arrays by name in safetensors, and a head in JSON."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,12 @@ class RecordFile:
         self.path = path
         with opened(path):  # a regular file, or an error of ours
             pass
-        try:
+        with reading(path):
             self._file: Any = safetensors.safe_open(str(path), framework="numpy")
             text = (self._file.metadata() or {})[_KEY]
             head = parse_json(text, path, Budget(), "its head")
             self._dtypes = dict(head["dtypes"])
             version = head["version"]
-        except FileError:
-            raise
-        except Exception as error:  # the library raises its own class, and reading may raise any
-            raise not_sound(path, error) from error
         if version != VERSION:
             raise PortError(
                 f"{path} is a record of version {version!r}, and this program reads version "
@@ -87,7 +84,7 @@ class RecordFile:
         Raises:
             PortError: the file has none of that name, or its bytes do not fit its dtype.
         """
-        try:
+        with reading(self.path):
             stored: np.ndarray = self._file.get_tensor(name)
             if name not in self._dtypes:
                 return stored
@@ -95,8 +92,6 @@ class RecordFile:
             if dtype not in DTYPES:
                 raise ValueError(f"{name} has the dtype {dtype!r}")
             return np.frombuffer(stored.tobytes(), numpy_dtype(dtype)).reshape(tuple(shape))
-        except Exception as error:
-            raise not_sound(self.path, error) from error
 
     def named(self, start: str) -> dict[str, np.ndarray]:
         """Return the arrays whose names begin so, by what follows, in the order of the head."""
@@ -112,9 +107,16 @@ def placeholder(shape: tuple[int, ...]) -> np.ndarray:
     return np.broadcast_to(np.float64(np.nan), shape)
 
 
-def not_sound(path: Path, error: object) -> PortError:
-    """Return the error for a file that is no record, or a damaged one."""
-    text = all_readable(str(error))[:200]
-    return PortError(
-        f"{path} is no sound record ({type(error).__name__}: {text}): write it with compare.record"
-    )
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise PortError for whatever is wrong with what a record says."""
+    try:
+        yield
+    except (FileError, PortError):
+        raise
+    except Exception as error:  # the library raises its own class, and a head may hold anything
+        text = all_readable(str(error))[:200]
+        raise PortError(
+            f"{path} is no sound record ({type(error).__name__}: {text}): write it with "
+            "compare.record"
+        ) from error

@@ -1,7 +1,7 @@
 """What a torch module gave, read from a record. Nothing here needs torch."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,12 @@ from .calls import Call
 from .errors import PortError
 from .fingerprints import QUANTILES
 from .record import checksum, start_of
-from .record_file import RecordFile, not_sound, placeholder
+from .record_file import RecordFile, placeholder, reading
 from .reference import DRAWN, GIVEN, Case, Exact, draw
 from .report import SourceLine
-from .result import NamedArrays, Result
+from .result import PARTS, NamedArrays, Result
 from .sketch import sketched
 from .values import Gradients, Trace, Value
-
-_SOUND = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
 
 class _Tensor(np.ndarray):
@@ -46,23 +44,20 @@ class RecordedReference:
 
     def __init__(self, path: Path) -> None:
         self._file = RecordFile(path)
-        self._cases: dict[Case, dict[str, Any]] = {}
-        try:
+        with reading(path):
             head = self._file.head
             self.parameters: list[str] = list(head["parameters"])
             self.notes: dict[str, None] = dict.fromkeys(head["notes"])
             self.widened: dict[str, None] = dict.fromkeys(head["widened"])
-            self.dtypes: list[str] = list(head["dtype_names"])
             require_valid(head["layers"])
             self._layers = layers_from(head["layers"])
             self._cases = {Case(*one["case"]): one for one in head["cases"]}
             self.calls: Sequence[Call] = [
                 self._call(number, tree) for number, tree in enumerate(head["calls"])
             ]
-        except PortError:
-            raise
-        except _SOUND as error:
-            raise not_sound(path, error) from error
+            wanted = {(one, call) for one in (GIVEN, DRAWN) for call in range(len(self.calls))}
+            if not wanted or {case[:2] for case in self._cases if not case.train} != wanted:
+                raise ValueError("its runs are not those of its calls")
         # Of the last weights alone: a large model has no room for more.
         self.state = lru_cache(maxsize=1)(self._state)
 
@@ -72,25 +67,23 @@ class RecordedReference:
 
     def source(self) -> KnownState:
         """Return the state with the layers that are known."""
-        kinds: Mapping[str, str] = self._file.head["kinds"]
-        aliases: Mapping[str, str] = self._file.head["aliases"]
         tensors: dict[str, Any] = {}
-        for key, array in self.state(GIVEN).items():
-            tensor: Any = array.view(_Tensor)
-            tensor.kind, tensor.memory = kinds[key], aliases.get(key, key)
-            tensors[key] = tensor
+        state = self.state(GIVEN)
+        with reading(self._file.path):
+            kinds, aliases = self._file.head["kinds"], self._file.head["aliases"]
+            for key, array in state.items():
+                tensor: Any = array.view(_Tensor)
+                tensor.kind, tensor.memory = kinds[key], aliases.get(key, key)
+                tensors[key] = tensor
         return KnownState(tensors, self._layers)
 
     def _state(self, weights: str) -> Mapping[str, np.ndarray]:
-        head = self._file.head
-        try:
+        with reading(self._file.path):
             state = self._file.named("state/")
             if weights == DRAWN:
                 self._draw(state)
-            aliases = head["aliases"]
-            return {key: state[aliases.get(key, key)] for key in head["state_names"]}
-        except _SOUND as error:
-            raise not_sound(self._file.path, error) from error
+            aliases = self._file.head["aliases"]
+            return {key: state[aliases.get(key, key)] for key in self._file.head["state_names"]}
 
     def _draw(self, state: dict[str, np.ndarray]) -> None:
         head = self._file.head
@@ -116,15 +109,19 @@ class RecordedReference:
         def named(what: str) -> NamedArrays:
             return self._file.named(f"{start}{what}/")
 
-        exact = Result(
-            named("outputs"),
-            named("gradients"),
-            named("state"),
-            named("biased"),
-            int(known["drawn"]),
-            bool(known["is_random"]),
-        )
-        moved = Result(named("moved outputs"), named("moved gradients"), named("moved state"))
+        with reading(self._file.path):
+            exact = Result(
+                named("outputs"),
+                named("gradients"),
+                named("state"),
+                named("biased"),
+                int(known["drawn"]),
+                bool(known["is_random"]),
+            )
+            moved = Result(named("moved outputs"), named("moved gradients"), named("moved state"))
+            for part in PARTS:
+                if getattr(exact, part).keys() != getattr(moved, part).keys():
+                    raise ValueError(f"how far its {part} move is not known")
         return Exact(exact, moved)
 
     def outputs(self, case: Case, dtype: str = "float64") -> NamedArrays:
@@ -134,7 +131,9 @@ class RecordedReference:
             PortError: they are not recorded.
         """
         part = "outputs" if dtype == "float64" else dtype
-        if not (found := self._file.named(f"{start_of(case)}{part}/")):
+        with reading(self._file.path):
+            found = self._file.named(f"{start_of(case)}{part}/")
+        if not found:
             raise PortError(
                 f"{self._file.path} has no outputs in {dtype}: record them with "
                 f"compare.record(…, dtypes=[{dtype!r}])"
@@ -151,15 +150,12 @@ class RecordedReference:
         """Return the values of the run, and gradients by them, if they are recorded."""
         if case not in self._cases:
             return None
-        try:
-            stored = self._cases[case]["trace"]
-            trace = self._trace(case, stored)
+        with reading(self._file.path):
+            trace = self._trace(case, self._cases[case]["trace"])
             named = self._file.named(f"{start_of(case)}gradients by values/")
             gradients = {int(index): array for index, array in named.items()}
             if not set(gradients) <= set(range(len(trace.values))):
                 raise ValueError("there are gradients by values that are not there")
-        except _SOUND as error:
-            raise not_sound(self._file.path, error) from error
         return trace.following(buffers), gradients if has_gradients else {}
 
     def _trace(self, case: Case, stored: Mapping[str, Any]) -> Trace:
@@ -198,11 +194,6 @@ class RecordedReference:
         else:
             array = self.state(case.weights)[key]
         return array.astype(np.float64) if array.dtype.kind in "fV" else array
-
-    @cached_property
-    def title(self) -> str:
-        """The name of the module and the version of torch that ran it."""
-        return f"{self._file.head['module']}, torch {self._file.head['torch']}"
 
 
 def _line(file: str, line: int, code: str, operation: str, module: str) -> SourceLine:
