@@ -29,7 +29,7 @@ from .torch_side import TorchSide
 from .values import Trace
 
 _MIN_KEPT = 1 << 24  # bytes of values between inputs and outputs that are kept whole
-_SHARE_KEPT = 8  # or this part of the weights, for each run
+_SHARE_KEPT = 16  # or this part of the weights, for each run
 
 
 def record(
