@@ -41,6 +41,11 @@ _RANDOM_FLAX = (
     "training is not compared, because the Flax module draws random numbers there outside of a "
     "Dropout layer"
 )
+_NO_GRADIENTS = (
+    "gradients are not compared, because JAX has none of a `while` loop: lax.scan, or a fori_loop "
+    "with a fixed number of steps, has"
+)
+_REVERSE = "Reverse-mode differentiation does not work"  # as JAX says it
 _COARSE = float(np.finfo(np.float32).eps)  # a coarser limit shows no more than float32 would
 _UNSTABLE = (
     "torch's own values jump when each of its results moves by one unit in the last place: a "
@@ -69,6 +74,7 @@ class Judge:
         self.mapping, self.dtypes = mapping, dtypes
         self.slip = self.ulps = 0.0
         self.differs: Case | None = None
+        self.has_gradients = True  # whether JAX has gradients of the module
         self.notes: dict[str, None] = {}
         self.lone_casts: Divergence | None = None
         self.suspects: dict[str, frozenset[str]] = {}
@@ -163,6 +169,8 @@ class Judge:
             return self._flax(doubled, double, cotangents, case, seed)
 
         found = flax()
+        if not self.has_gradients:
+            exact = replace(exact, gradients={})
         if exact.drawn:
             if not is_equal(found, flax(FLAX_SEED + 1)):
                 self.notes[_RANDOM_FLAX] = None
@@ -253,12 +261,13 @@ class Judge:
         def run(
             leaves: Leaves, arrays: dict[str, Any], cotangents: dict[str, Any], seed: Any
         ) -> Any:
-            floats = {name: arrays[name] for name in call.floats}
+            names = call.floats if self.has_gradients else ()
+            floats = {name: arrays[name] for name in names}
             placed = call.replaced(arrays)
             return gradients_of(
                 self.port,
                 leaves,
-                self.trained,
+                self.trained if self.has_gradients else [],
                 placed,
                 floats,
                 cotangents,
@@ -268,7 +277,15 @@ class Judge:
 
         compiled = self._compiled.setdefault((case.number, case.train), jax.jit(run))
         with raised_by("Flax"):
-            outputs, after, by_params, by_inputs = compiled(leaves, call.arrays, cotangents, seed)
+            try:
+                made = compiled(leaves, call.arrays, cotangents, seed)
+            except ValueError as error:
+                if _REVERSE not in str(error) or not self.has_gradients:
+                    raise
+                self.notes[_NO_GRADIENTS], self.has_gradients = None, False
+                self._compiled.clear()
+                return self._flax(leaves, call, cotangents, case, seed)
+        outputs, after, by_params, by_inputs = made
         gradients = pulled_back(self.mapping, by_params) | {
             f"input {name}": np.asarray(gradient) for name, gradient in by_inputs.items()
         }

@@ -2,7 +2,9 @@
 
 The function is traced to a jaxpr, whose equations are evaluated one by one in a single compiled
 program that returns all of their results. What is called within (`jit`, `remat`, functions with
-custom gradients) is looked into; a `scan` gives the values of each step.
+custom gradients) is looked into; a `scan` gives the values of each step. Which branch a `cond`
+takes, and how many steps a `while` makes, is asked of a first run; then the branch is looked into,
+and the loop is a scan. Within a scan they stay whole, because each step may do otherwise.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from .report import SourceLine
 from .values import Trace, Value, lines_of_frames
@@ -32,7 +34,10 @@ CALLED = {
 }
 # What has gradients of its own, or steps, which are not looked into for gradients.
 _WHOLE = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "scan")
+_MAX_STEPS = 512  # of a `while` that is looked into
+_MAX_RUNS = 5  # what lies deeper in branches and loops is not looked into
 Lines = tuple[SourceLine, ...]  # the innermost first
+_Way = tuple[int, ...]  # the equations that led to one, and itself
 _Atom = tuple[Any, int | None]  # a value while it is traced, and its index in the trace
 
 
@@ -66,14 +71,20 @@ def record(function: Callable[..., Mapping[str, Any]], *arguments: Any) -> Trace
     """
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
     flat = jax.tree.leaves(arguments)
-    recorder = _Recorder()
+    choices: dict[_Way, int] = {}
+    for _ in range(_MAX_RUNS):
+        recorder = _Recorder(choices)
 
-    def run(*flat: Any) -> list[Any]:
-        recorder.start()
-        recorder.run(closed, flat)
-        return recorder.results
+        def run(*flat: Any, recorder: _Recorder = recorder) -> tuple[list[Any], dict[str, Any]]:
+            recorder.start()
+            recorder.run(closed, flat)
+            asked = {str(number): one for number, one in enumerate(recorder.asked.values())}
+            return recorder.results, asked
 
-    results = jax.jit(run)(*flat)
+        results, answers = jax.jit(run)(*flat)
+        if not answers:
+            break
+        choices |= {way: int(answers[str(number)]) for number, way in enumerate(recorder.asked)}
     trace, places = _unrolled(recorder.metas, results)
     trace.outputs = {
         name: places[index][-1]
@@ -162,9 +173,15 @@ def _parents(meta: _Meta, step: int, places: Mapping[int, list[int]]) -> tuple[i
 
 
 class _Recorder:
-    """Evaluates jaxprs and keeps each result, with what is known of it."""
+    """Evaluates jaxprs and keeps each result, with what is known of it.
 
-    def __init__(self) -> None:
+    Args:
+        choices: the branches that are taken, and the numbers of steps, where they are known. None
+            if they are not to be asked.
+    """
+
+    def __init__(self, choices: Mapping[_Way, int] | None = None) -> None:
+        self.choices = choices
         self.start()
 
     def start(self, shifts: Mapping[int, Any] | None = None) -> None:
@@ -172,6 +189,8 @@ class _Recorder:
         self.metas: list[_Meta] = []
         self.results: list[Any] = []
         self.outputs: list[int | None] = []
+        self.asked: dict[_Way, Any] = {}
+        self.way: _Way = ()
         self.shifts = shifts
 
     def run(self, closed: ClosedJaxpr, flat: Sequence[Any]) -> list[Any]:
@@ -214,6 +233,13 @@ class _Recorder:
         return [read(atom) for atom in jaxpr.outvars]
 
     def _apply(self, equation: Any, inputs: list[_Atom], lines: Lines) -> list[_Atom]:
+        before, self.way = self.way, (*self.way, id(equation))
+        try:
+            return self._applied(equation, inputs, lines)
+        finally:
+            self.way = before
+
+    def _applied(self, equation: Any, inputs: list[_Atom], lines: Lines) -> list[_Atom]:
         name = equation.primitive.name
         is_whole = self.shifts is not None and name in _WHOLE
         if name in CALLED and CALLED[name] in equation.params and not is_whole:
@@ -226,7 +252,16 @@ class _Recorder:
                 lines,
             )
         if name == "scan" and not is_whole:
-            return self._scan(equation, inputs, lines)
+            return self._scan(equation.params, inputs, lines)
+        if name in ("cond", "while") and self.choices is not None and self.shifts is None:
+            if (choice := self.choices.get(self.way)) is not None:
+                chosen = self._branch if name == "cond" else self._loop
+                found = chosen(equation.params, inputs, lines, choice)
+                if found is not None:
+                    return found
+            else:
+                values = [value for value, _ in inputs]
+                self.asked[self.way] = values[0] if name == "cond" else _count(equation, values)
         results = bound(equation, [value for value, _ in inputs])
         return [self.add(result, self._meta(name, lines, inputs)) for result in results]
 
@@ -235,9 +270,35 @@ class _Recorder:
         depends = any(self.metas[index].depends for index in parents)
         return _named(name, lines, parents, depends)
 
-    def _scan(self, equation: Any, inputs: list[_Atom], lines: Lines) -> list[_Atom]:
+    def _branch(
+        self, params: Mapping[str, Any], inputs: list[_Atom], lines: Lines, choice: int
+    ) -> list[_Atom]:
+        """Evaluate the branch of a `cond` that is taken."""
+        branches = params["branches"]
+        taken: ClosedJaxpr = branches[min(max(choice, 0), len(branches) - 1)]
+        constants = [(leaf, None) for leaf in taken.consts]
+        return self.evaluate(taken.jaxpr, constants, inputs[1:], lines)
+
+    def _loop(
+        self, params: Mapping[str, Any], inputs: list[_Atom], lines: Lines, steps: int
+    ) -> list[_Atom] | None:
+        """Evaluate a `while` as a scan, if it has not too many steps."""
+        begin, fixed = params["cond_nconsts"], params["body_nconsts"]
+        if steps > _MAX_STEPS:
+            return None
+        if not steps:
+            return inputs[begin + fixed :]
+        scan = {
+            "num_consts": fixed,
+            "num_carry": len(inputs) - begin - fixed,
+            "jaxpr": params["body_jaxpr"],
+            "length": steps,
+            "reverse": False,
+        }
+        return self._scan(scan, inputs[begin:], lines)
+
+    def _scan(self, params: Mapping[str, Any], inputs: list[_Atom], lines: Lines) -> list[_Atom]:
         """Evaluate a scan whose steps also give every value within the step."""
-        params = equation.params
         fixed, carried = params["num_consts"], params["num_carry"]
         body: ClosedJaxpr = params["jaxpr"]
         within = _Recorder()
@@ -282,6 +343,22 @@ class _Recorder:
             parents = outer if made is None else (begin + made,)
             results.append(self.add(result, _named("scan", lines, parents, depends)))
         return results
+
+
+def _count(equation: Any, inputs: Sequence[Any]) -> Any:
+    """Return how many steps a `while` makes."""
+    params = equation.params
+    first, second = params["cond_nconsts"], params["body_nconsts"]
+    test, step = jaxpr_as_fun(params["cond_jaxpr"]), jaxpr_as_fun(params["body_jaxpr"])
+    of_test, of_step = inputs[:first], inputs[first : first + second]
+
+    def again(state: tuple[Any, list[Any]]) -> Any:
+        return test(*of_test, *state[1])[0]
+
+    def advanced(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+        return state[0] + 1, list(step(*of_step, *state[1]))
+
+    return jax.lax.while_loop(again, advanced, (0, list(inputs[first + second :])))[0]
 
 
 def bound(equation: Any, inputs: Sequence[Any]) -> list[Any]:
