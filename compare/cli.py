@@ -593,7 +593,7 @@ def port(
             metavar="FILE.py",
             dir_okay=False,
             help="A Python file, whose code is run. It defines torch_module(), flax_module() and "
-            "inputs().",
+            "inputs(); or flax_module(), and record, the path of a file of compare.record.",
         ),
     ],
     adequacy: Annotated[

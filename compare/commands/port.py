@@ -1,4 +1,7 @@
-"""Check the port that a file defines: `torch_module()`, `flax_module()` and `inputs()`."""
+"""Check the port that a file defines: `flax_module()`, and `torch_module()` with its `inputs()`.
+
+In their place, the file may name a record: `record = "net.safetensors"`.
+"""
 
 import importlib.util
 import sys
@@ -50,8 +53,12 @@ def report_of(file: Path, *, adequacy: bool = False) -> PortReport:
         FileError: the file does not define a port, or it cannot be compared.
     """
     module = _imported(file)
-    if missing := [name for name in _NEEDED if not callable(getattr(module, name, None))]:
+    has_record = hasattr(module, "record")
+    needed = _NEEDED[1:2] if has_record else _NEEDED
+    if missing := [name for name in needed if not callable(getattr(module, name, None))]:
         raise _unusable(file, f"defines no function {missing[0]}()", "define it")
+    if has_record and (both := [name for name in _NEEDED[::2] if hasattr(module, name)]):
+        raise _unusable(file, f"defines record and {both[0]}(), which it has", "leave one out")
     if hasattr(module, "flax_inputs") and hasattr(module, "to_flax"):
         raise _unusable(file, "defines flax_inputs() and to_flax(), which are one", "leave one out")
     options: dict[str, Any] = {"adequacy": adequacy} | {
@@ -67,7 +74,9 @@ def report_of(file: Path, *, adequacy: bool = False) -> PortReport:
     if any(outputs):
         options["outputs"] = outputs
     try:
-        made = [getattr(module, name)() for name in _NEEDED]
+        made = [getattr(module, name)() for name in needed]
+        if has_record:  # its path, from the folder of the file
+            made.insert(0, file.parent / module.record)
         return check_port(*made, **options)
     except (PortError, ConversionError) as error:
         raise _unusable(file, f"cannot be compared: {error}", "see above") from error
@@ -96,5 +105,5 @@ def _imported(file: Path) -> ModuleType:
 
 
 def _unusable(file: Path, reason: str, mend: str) -> FileError:
-    expected = "a file that defines torch_module(), flax_module() and inputs()"
+    expected = "a file that defines torch_module(), flax_module() and inputs(), or a record"
     return FileError(file, reason, expected=expected, found=reason, mend=mend, is_usage=True)

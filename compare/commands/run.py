@@ -74,7 +74,11 @@ def run(
         only_shows: whether the command has a verdict only if it has checks.
         shows_all: whether long tables are shown whole.
     """
-    require_packages("torch", "jax", "flax", *(() if jobs[0].part in STATE else ("scipy", "optax")))
+    part = jobs[0].part
+    if part == "port":  # a record needs no torch
+        require_packages("jax", "flax")
+    else:
+        require_packages("torch", "jax", "flax", *(() if part in STATE else ("scipy", "optax")))
     if files.html is not None:
         require_packages("jinja2", "matplotlib")
     require_device(device)

@@ -102,6 +102,7 @@ class _Recorder:
             for name, parameter in module.named_parameters()
             if parameter.is_floating_point()
         }
+        self._keep("spreads/", {key: np.array(spread) for key, spread in spreads.items()})
         drawn = self.reference.state(DRAWN)
         head: dict[str, Any] = {
             "module": type(module).__name__,
@@ -112,7 +113,6 @@ class _Recorder:
             "parameters": self.reference.parameters,
             "kinds": {key: kind for key, kind in torch_kinds(module).items() if key in state},
             "layers": facts_of(module),
-            "spreads": spreads,
             "drawn": {key: checksum(tensor_to_numpy(drawn[key])) for key in spreads},
             "calls": [self._call(number, call) for number, call in enumerate(self.reference.calls)],
         }

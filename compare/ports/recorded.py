@@ -87,8 +87,10 @@ class RecordedReference:
 
     def _draw(self, state: dict[str, np.ndarray]) -> None:
         head = self._file.head
-        shapes = {key: state[key].shape for key in head["spreads"]}
-        for key, entries in draw(head["spreads"], shapes):
+        stored = self._file.named("spreads/")
+        spreads = {key: (float(mean), float(spread)) for key, (mean, spread) in stored.items()}
+        shapes = {key: state[key].shape for key in spreads}
+        for key, entries in draw(spreads, shapes):
             drawn = np.asarray(entries).astype(numpy_dtype(state[key].dtype.name))
             if checksum(drawn) != head["drawn"][key]:
                 raise PortError(

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import compare
 from compare.cli import app
 from compare.commands import ports
 from compare.report.model import Table
 
+from ..ports.blocks import inputs, torch_block
 from ..support import sections_of
 
 FILE = """
@@ -38,6 +40,21 @@ def test_the_verdict_is_the_exit_code(arguments: str, code: int, tmp_path: Path)
         assert "part first here" in done.output
     else:
         assert content["divergence"] is None
+
+
+def test_a_record_stands_in_the_place_of_the_torch_module(tmp_path: Path) -> None:
+    compare.record(tmp_path / "block.safetensors", torch_block(), inputs(), dtypes=())
+    text = (
+        "from tests.ports.blocks import LinenBlock as flax_module\nrecord = 'block.safetensors'\n"
+    )
+    file = tmp_path / "port.py"
+    file.write_text(f"{text}dtypes = ()\n", encoding="utf-8")
+    done = CliRunner().invoke(app, ["port", str(file)])
+    assert done.exit_code == 0, done.output
+    file.write_text(f"{text}def inputs(): ...\n", encoding="utf-8")
+    done = CliRunner().invoke(app, ["port", str(file)])
+    assert done.exit_code == 2
+    assert "defines record and inputs(), which it has" in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize(
