@@ -36,7 +36,7 @@ class _Kind(type):
     """The kind of classes that stand for what is not there: each name in one is another."""
 
     def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") or cls is Absent:
             raise AttributeError(name)
         made = _Kind(name, (Absent,), {"__module__": f"{cls.__module__}{cls.__name__}."})
         setattr(cls, name, made)

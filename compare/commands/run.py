@@ -111,15 +111,22 @@ def _print_and_write(
     raise typer.Exit(1 if report.claims and not report.held else 0)
 
 
-def _sections(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
-    """Yield the sections of each job in turn, and show the progress."""
-    from ..runners.compile_cache import compilation_cache
+def _is_alone(jobs: Sequence[Job]) -> bool:
+    """Return whether no second process shall work ahead."""
+    if all(job.ahead is None for job in jobs):
+        return True
     from ..runners.run import sees_accelerator
-    from .ahead import Ahead
 
     # Two processes would each reserve most of an accelerator's memory, if JAX is let.
     reserves = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") not in ("false", "False", "0")
-    alone = (sees_accelerator() and reserves) or all(job.ahead is None for job in jobs)
+    return reserves and sees_accelerator()
+
+
+def _sections(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
+    """Yield the sections of each job in turn, and show the progress."""
+    from ..runners.compile_cache import compilation_cache
+
+    alone = _is_alone(jobs)
     live = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -166,6 +173,8 @@ def _sections(jobs: Sequence[Job], console: Console) -> Iterator[Section]:
                         continue
                     yield item
                     if second is None and not alone:  # the first section is on the screen
+                        from .ahead import Ahead
+
                         second = stack.enter_context(closing(Ahead(jobs)))
             except FileError as error:  # nothing was compared
                 if error.is_usage:
@@ -276,12 +285,14 @@ def _require_safe(files: Files) -> None:
 
 def _all_files(inputs: Sequence[Path]) -> Iterator[Path]:
     """Yield the inputs, and the shards that an index among them names."""
-    from ..checkpoint.formats.shards import files_in
+    yield from inputs
+    checkpoints = [path for path in inputs if path.suffix != ".py"]
+    if checkpoints:
+        from ..checkpoint.formats.shards import files_in  # it needs torch
 
-    for path in inputs:
-        yield path
-        with suppress(OSError):
-            yield from files_in(path)
+        for path in checkpoints:
+            with suppress(OSError):
+                yield from files_in(path)
 
 
 @contextmanager

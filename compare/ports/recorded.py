@@ -89,6 +89,8 @@ class RecordedReference:
         head = self._file.head
         stored = self._file.named("spreads/")
         spreads = {key: (float(mean), float(spread)) for key, (mean, spread) in stored.items()}
+        if spreads.keys() != head["drawn"].keys():
+            raise ValueError("what is drawn is not known")
         shapes = {key: state[key].shape for key in spreads}
         for key, entries in draw(spreads, shapes):
             drawn = np.asarray(entries).astype(numpy_dtype(state[key].dtype.name))
