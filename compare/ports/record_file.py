@@ -13,7 +13,7 @@ from safetensors.numpy import save
 from ..dtypes import DTYPES, numpy_dtype
 from ..files.errors import FileError
 from ..files.memory import Budget
-from ..files.printable import all_readable
+from ..files.printable import all_readable, shown
 from ..files.reading import opened, parse_json
 from ..files.writing import atomic_file
 from .errors import PortError
@@ -69,7 +69,7 @@ class RecordFile:
             version = head["version"]
         if version != VERSION:
             raise PortError(
-                f"{path} is a record of version {version!r}, and this program reads version "
+                f"{shown(path)} is a record of version {version!r}, and this program reads version "
                 f"{VERSION}: record the module again"
             )
         self.head: dict[str, Any] = all_readable(head)
@@ -117,6 +117,6 @@ def reading(path: Path) -> Iterator[None]:
     except Exception as error:  # the library raises its own class, and a head may hold anything
         text = all_readable(str(error))[:200]
         raise PortError(
-            f"{path} is no sound record ({type(error).__name__}: {text}): write it with "
+            f"{shown(path)} is no sound record ({type(error).__name__}: {text}): write it with "
             "compare.record"
         ) from error

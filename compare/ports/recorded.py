@@ -10,6 +10,7 @@ import numpy as np
 from ..conversion.layer_facts import layers_from, require_valid
 from ..conversion.layers import KnownState
 from ..dtypes import numpy_dtype
+from ..files.printable import shown
 from .calls import Call
 from .errors import PortError
 from .fingerprints import QUANTILES
@@ -97,14 +98,17 @@ class RecordedReference:
             if checksum(drawn) != head["drawn"][key]:
                 raise PortError(
                     f"NumPy {np.__version__} draws other weights for {key} than the NumPy of the "
-                    f"record {self._file.path}: record the module again with this version"
+                    f"record {shown(self._file.path)}: record the module again with this version"
                 )
             state[key] = drawn
 
     def modes(self, weights: str, number: int) -> dict[bool, Result]:
         """Return the outputs in float32 in inference, and in training if it is compared."""
         cases = [case for case in self._cases if case[:2] == (weights, number)]
-        return {case.train: Result(self._file.named(f"{start_of(case)}float32/")) for case in cases}
+        with reading(self._file.path):
+            return {
+                case.train: Result(self._file.named(f"{start_of(case)}float32/")) for case in cases
+            }
 
     def exact(self, case: Case) -> Exact:
         """Return the run in float64, and how far it moves."""
@@ -139,7 +143,7 @@ class RecordedReference:
             found = self._file.named(f"{start_of(case)}{part}/")
         if not found:
             raise PortError(
-                f"{self._file.path} has no outputs in {dtype}: record them with "
+                f"{shown(self._file.path)} has no outputs in {dtype}: record them with "
                 f"compare.record(…, dtypes=[{dtype!r}])"
             )
         return found
