@@ -19,6 +19,7 @@ from .comparison import VIEWS, Comparison, plain_name
 from .places import between, built_at, conditions_of, returned_after
 from .relations import Related, related
 from .report import Divergence, SourceLine
+from .steps import steps_of
 from .values import Trace, Value
 
 _MAX_LINES, _MAX_LAST, _MAX_PAIRS, _MAX_FIRST = 3, 3, 40, 6
@@ -53,7 +54,8 @@ def first_divergence(
         for side in (0, 1)
     ]
     lines = [_near_lines(compared, side, first[side], first[1 - side], suspects) for side in (0, 1)]
-    return Divergence(what, lines[0], lines[1], _last_equal(compared, found), hint)
+    last_equal, steps = _last_equal(compared, found), steps_of(compared)
+    return Divergence(what, lines[0], lines[1], last_equal, hint, steps)
 
 
 def _parting(compared: Comparison) -> list[tuple[int, int]]:

@@ -12,11 +12,12 @@ from itertools import permutations
 
 import numpy as np
 
+from .report import EQUAL
 from .values import Value
 
 QUANTILES = 33
 # Far above what float64 rounds in a module, and far below what a wrong statement changes.
-TOLERANCE = 1e-9
+TOLERANCE = EQUAL
 _MAX_ORDERED = 1 << 21  # entries of values whose order is looked at
 _FEW = 8  # different numbers; a value with as few may match others by chance
 _MAX_AXES = 6

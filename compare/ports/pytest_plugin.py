@@ -51,7 +51,9 @@ def check_port(request: pytest.FixtureRequest) -> Callable[..., PortReport]:
 
     count = 0
 
-    def checked(torch_module: Any, flax_module: Any, inputs: Any, **options: Any) -> PortReport:
+    def checked(
+        torch_module: Any, flax_module: Any, inputs: Any = None, **options: Any
+    ) -> PortReport:
         nonlocal count
         count += 1
         report = check(torch_module, flax_module, inputs, **options)

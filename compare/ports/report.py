@@ -1,6 +1,6 @@
 """What a check of a port found, as data and as text."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from itertools import zip_longest
 from math import isfinite
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .adequacy import Adequacy
 
 _MAX_LISTED = 8
+_STEPS_BEFORE, _STEPS_AFTER = 8, 8  # about the first that differs
+EQUAL = 1e-9  # as values are compared: see fingerprints.py
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,27 @@ class SourceLine:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A line of torch's run beside Flax's line for the same value.
+
+    Attributes:
+        torch: torch's line.
+        flax: Flax's line; None if no value is like torch's.
+        error: how far the values lie apart, relative to the largest entry; None if that is not
+            known.
+    """
+
+    torch: SourceLine | None
+    flax: SourceLine | None
+    error: float | None
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether the values are the same, up to roundings of float64."""
+        return self.error is not None and self.error <= EQUAL
+
+
+@dataclass(frozen=True)
 class Divergence:
     """Where the values part first.
 
@@ -53,6 +76,7 @@ class Divergence:
         flax_source: Flax's lines, likewise.
         last_equal: the last values that both have, as the lines that made them.
         hint: how the values are related, if that was recognized.
+        steps: the lines of both runs side by side.
     """
 
     what: str
@@ -60,6 +84,14 @@ class Divergence:
     flax_source: tuple[SourceLine, ...] = ()
     last_equal: tuple[str, ...] = ()
     hint: str = ""
+    steps: tuple[Step, ...] = field(default=(), compare=False)
+
+    @property
+    def steps_near(self) -> tuple[tuple[int, Step], ...]:
+        """The steps about the first whose values differ, with their numbers from 1."""
+        numbered = tuple(enumerate(self.steps, 1))
+        first = next((number for number, step in numbered if not step.is_equal), 1)
+        return numbered[max(first - _STEPS_BEFORE - 1, 0) : first + _STEPS_AFTER]
 
     def __str__(self) -> str:
         lines = [f"The {self.what} part first here:"]
@@ -144,6 +176,9 @@ class PortReport:
             head = f"<tr><th>torch: {self.divergence.what} part first</th><th>Flax</th></tr>"
             parts.append(f"<table>{head}{''.join(f'<tr>{row}</tr>' for row in rows)}</table>")
             parts.append(f"<p>{escape(self.divergence.hint)}</p>")
+            rows = [_row(number, step) for number, step in self.divergence.steps_near]
+            head = "<tr><th></th><th>torch</th><th>Flax</th><th>difference</th></tr>"
+            parts.append(f"<table>{head}{''.join(rows)}</table>" if rows else "")
         failed = [finding for finding in self.findings if not finding.held]
         parts += [f"<p>{escape(_told(finding))}</p>" for finding in failed[:_MAX_LISTED]]
         if self.adequacy:
@@ -166,6 +201,13 @@ def _cell(line: SourceLine | None) -> str:
     if line is None:
         return ""
     return f"{escape(line.file)}:{line.line}<br><code>{escape(line.code)}</code>"
+
+
+def _row(number: int, step: Step) -> str:
+    color = "#d8f0d8" if step.is_equal else "#f8d8d0"
+    error = "" if step.error is None else f"{step.error:.1e}"
+    cells = (str(number), _cell(step.torch), _cell(step.flax), error)
+    return f'<tr style="background: {color}">{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
 def _told(finding: Finding) -> str:

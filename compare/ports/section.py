@@ -4,9 +4,11 @@ from pathlib import Path
 
 from ..files.printable import all_readable
 from ..report.machine import report_here
-from ..report.model import Block, Section, Table
+from ..report.model import Block, Curves, Section, Table
 from ..report.verdicts import settle
-from .report import PortReport
+from .report import Divergence, PortReport
+
+_SMALLEST = 1e-17  # a logarithmic axis has no 0
 
 
 def section_of(report: PortReport, name: str) -> Section:
@@ -31,11 +33,41 @@ def section_of(report: PortReport, name: str) -> Section:
         ]
         blocks.append(Table(("side", "line", "code", "operation"), rows))
         blocks += [f"Equal before: {line}" for line in parted.last_equal]
+        blocks += _steps(parted)
     if report.adequacy:
         blocks.append(report.adequacy.verdict)
         blocks += [f"Not noticed: {line}" for line in report.adequacy.lines]
     blocks += [f"Note: {note}" for note in report.notes]
     return Section(f"Port: {name}", blocks, verdicts, list(report.findings), report.as_json())
+
+
+def _steps(parted: Divergence) -> list[Block]:
+    """Return the lines of both runs side by side, and how far they lie apart."""
+    if not parted.steps:
+        return []
+    rows = [
+        (
+            number,
+            f"{step.torch.line}: {step.torch.code}" if step.torch else "",
+            f"{step.flax.line}: {step.flax.code}" if step.flax else "",
+            "equal" if step.is_equal else "differs",
+        )
+        for number, step in parted.steps_near
+    ]
+    known = [(n, step.error) for n, step in enumerate(parted.steps, 1) if step.error is not None]
+    differing = [number for number, step in enumerate(parted.steps, 1) if not step.is_equal]
+    return [
+        "The lines of both runs side by side, about the first whose values differ:",
+        Table(("step", "torch", "Flax", "values"), rows),
+        Curves(
+            "Differences",
+            "step",
+            "of the largest entry",
+            [number for number, _ in known],
+            {"float64": [max(error, _SMALLEST) for _, error in known]},
+            differing[:1],
+        ),
+    ]
 
 
 def page_of(report: PortReport, name: str) -> str:

@@ -1,5 +1,6 @@
 """`check_port`: a right port holds, a wrong one is named to the line, and nothing is changed."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from flax import linen, nnx
 
 import compare
 from compare import PortDiffers, PortError, PortReport
+from compare.ports.section import page_of
 
 from . import blocks
 from .blocks import LinenBlock, NnxBlock, inputs, torch_block
@@ -442,3 +444,28 @@ def test_a_loop_against_vmap() -> None:
     parted = report.divergence
     assert parted.torch_source[0].code == "scaled = hidden / hidden.abs().sum()", str(report)
     assert parted.flax_source[0].code == "scaled = hidden / jnp.abs(hidden).max()", str(report)
+
+
+def test_the_lines_of_both_runs_lie_side_by_side() -> None:
+    report = compare.check_port(torch_block(), LinenBlock(factor=0.5), inputs(), dtypes=())
+    assert report.divergence is not None
+    steps = report.divergence.steps
+    parts = [step for step in steps if not step.is_equal]
+    assert [step.is_equal for step in steps] == [True] * (len(steps) - len(parts)) + [False] * len(
+        parts
+    )
+    assert parts[0].torch is not None
+    assert "TORCH RESIDUAL" in parts[0].torch.code
+    assert parts[-1].error is not None
+    assert parts[-1].error > 1e-3
+    for step in steps[: -len(parts)]:
+        assert step.torch is not None
+        assert step.flax is not None
+    page = page_of(report, "block")
+    assert "The lines of both runs side by side" in page
+    assert "<svg" in page
+    assert not re.search(r"(src|href)=.?https?:", page), "the page needs a network"
+    shown = report._repr_html_()
+    assert shown.count("#d8f0d8") == len(steps) - len(parts)
+    assert shown.count("#f8d8d0") == len(parts)
+    assert len(report.as_json()["divergence"]["steps"]) == len(steps)
