@@ -55,6 +55,15 @@ def _absent(name: str) -> Any:
     return _Kind(name, (Absent,), {"__module__": ""})
 
 
+def _inherit(nn: Any, names: tuple[str, ...], bases: tuple[str, ...]) -> None:
+    """Let layers that are not there inherit from what torch's own inherit from."""
+    kinds = [
+        getattr(getattr(nn.modules, home), name) for home, name in (b.split(".") for b in bases)
+    ]
+    for name in names:
+        setattr(nn, name, _Kind(name, tuple(kinds), {"__module__": "torch.nn."}))
+
+
 def _never(_: object) -> bool:
     """Say that a value has no property of a framework that is not installed."""
     return False
@@ -90,6 +99,22 @@ if TYPE_CHECKING or HAS_TORCH:
     from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
     from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 else:
+    for names, bases in {
+        ("Conv1d", "Conv2d", "Conv3d"): ("conv._ConvNd",),
+        ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"): (
+            "conv._ConvTransposeNd",
+            "conv._ConvNd",
+        ),
+        ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"): (
+            "batchnorm._BatchNorm",
+            "batchnorm._NormBase",
+        ),
+        ("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"): (
+            "instancenorm._InstanceNorm",
+            "batchnorm._NormBase",
+        ),
+    }.items():
+        _inherit(torch.nn, names, bases)
     Tensor, nn, is_lazy, is_parametrized = torch.Tensor, torch.nn, _never, _never
     parametrize, prune = nn.utils.parametrize, nn.utils.prune
     SpectralNorm = remove_spectral_norm = WeightNorm = remove_weight_norm = Absent

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from ..proof.agreement import Finding, uncompared
-from .calls import with_more_rows
+from .calls import rows_of, with_more_rows
 from .errors import PortError
 from .findings import FLOAT64, compared
 from .judge import Judge
@@ -23,13 +23,12 @@ def batch_findings(judge: Judge, weights: str, number: int, label: str) -> Itera
     """
     exact, limits, api = judge.exact[number], judge.limits[number], judge.port.api
     call = judge.reference.calls[number]
-    sizes = {array.shape[:1] for array in (*call.arrays.values(), *exact.values())}
-    if len(sizes) != 1 or not (size := sizes.pop()):
+    if not (count := rows_of(call, exact)):
         return
     case = f"{label}, inference"
 
     def of_rows(outputs: NamedArrays) -> Iterator[Finding]:
-        rows = {name: array[: size[0]] for name, array in outputs.items()}
+        rows = {name: array[:count] for name, array in outputs.items()}
         return compared(api, "batch", case, rows, exact, limits, FLOAT64)
 
     try:

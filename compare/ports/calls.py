@@ -94,3 +94,9 @@ def with_more_rows(call: Call) -> Call:
     return call.replaced(
         {name: np.concatenate([array, np.roll(array, 1)]) for name, array in call.arrays.items()}
     )
+
+
+def rows_of(call: Call, outputs: Mapping[str, np.ndarray]) -> int:
+    """Return how many rows the batch has; 0 if inputs and outputs do not all have as many."""
+    sizes = {array.shape[:1] for array in (*call.arrays.values(), *outputs.values())}
+    return sum(sizes.pop()) if len(sizes) == 1 else 0

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from ..conversion.layer_facts import facts_of
+from ..conversion.layers import is_unknown, refusal
 from ..conversion.state_kinds import torch_kinds
 from ..conversion.tensors import tensor_to_numpy
-from ..files.printable import kind_of
+from ..files.printable import kind_of, shown
 from ..files.reading import as_path
 from ..frameworks import is_parametrized, nn, torch
-from .calls import Call, calls_of
+from .calls import Call, calls_of, rows_of
 from .errors import PortError
 from .fingerprints import fingerprint
 from .live import LiveReference, known_dtypes
@@ -72,6 +73,9 @@ def record(
         raise PortError(
             "the module computes weights from other tensors: record compare.fold(torch_module)"
         )
+    for name, layer in torch_module.named_modules():
+        if not is_unknown(layer) and (reason := refusal(layer)):
+            raise PortError(f"{shown(name)}: {reason}" if name else reason)
     calls, working = calls_of(inputs), known_dtypes(dtypes)
     with torch.inference_mode(False), torch.enable_grad():
         reference = LiveReference(TorchSide(torch_module, outputs, method), calls, sketched)
@@ -96,7 +100,8 @@ class _Recorder:
         first = _first_names(module)
         self._keep("state/", {key: state[key] for key in state if first[key] == key})
         size = sum(array.nbytes for array in state.values())
-        self.kept = max(_MIN_KEPT, size // _SHARE_KEPT)
+        # For each run: both weights on each call, some in training too.
+        self.kept = max(_MIN_KEPT, size // _SHARE_KEPT) // len(self.reference.calls)
         spreads = {
             name: spread_of(state[name])
             for name, parameter in module.named_parameters()
@@ -162,6 +167,8 @@ class _Recorder:
                 }
             )
         longer = Case(weights, number, is_longer=True)
+        if not rows_of(self.reference.calls[number], modes[False].outputs):
+            return found
         with suppress(PortError):  # torch takes no other number of rows
             self._keep(f"{start_of(longer)}outputs/", self.reference.outputs(longer))
         return found
@@ -250,4 +257,5 @@ def _as_json(tree: Any) -> Any:
             return tree
         case float() if np.isfinite(tree):
             return tree
-    raise PortError(f"an argument is {kind_of(tree)}, which a record cannot keep: give arrays")
+    what = repr(tree) if isinstance(tree, float) else kind_of(tree)
+    raise PortError(f"an argument is {what}, which a record cannot keep: give arrays")

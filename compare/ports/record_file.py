@@ -1,5 +1,6 @@
 """The file of a record: arrays by name in safetensors, and a head in JSON."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,13 +14,13 @@ from safetensors.numpy import save
 from ..dtypes import DTYPES, numpy_dtype
 from ..files.errors import FileError
 from ..files.memory import Budget
-from ..files.printable import all_readable, shown
+from ..files.printable import all_readable, kind_of, shown
 from ..files.reading import opened, parse_json
 from ..files.writing import atomic_file
 from .errors import PortError
 
 VERSION = 1
-_KEY = "attention-parity record"
+_KEY, _SUM = "attention-parity record", "attention-parity sha256"
 # What the safetensors library takes of NumPy; arrays of other dtypes are stored as bytes.
 _PLAIN = ("float64", "float32", "float16", "bool", "int64", "int32", "int16", "int8", "uint8")
 _MAX_ENTRIES = 1 << 34  # of an array that is known by its shape alone
@@ -38,9 +39,31 @@ def write(path: Path, head: Mapping[str, Any], arrays: Mapping[str, np.ndarray])
         else:
             dtypes[name] = [array.dtype.name, list(array.shape)]
             stored[name] = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
-    text = json.dumps({"version": VERSION, "dtypes": dtypes, **head}, allow_nan=False)
+    try:
+        text = json.dumps(
+            {"version": VERSION, "dtypes": dtypes, **head}, allow_nan=False, default=_number
+        )
+    except (TypeError, ValueError) as error:
+        raise PortError(f"what the layers say cannot be recorded: {error}") from error
+    metadata = {_KEY: text, _SUM: _checksum(text, stored)}
     with atomic_file(path) as stream:
-        stream.write(save(stored, metadata={_KEY: text}))
+        stream.write(save(stored, metadata=metadata))
+
+
+def _number(value: Any) -> Any:
+    """Return a number of NumPy or torch as one of Python."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{kind_of(value)} is no number")
+
+
+def _checksum(text: str, arrays: Mapping[str, np.ndarray]) -> str:
+    """Return a checksum of the head and the arrays, against damage."""
+    found = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        found.update(name.encode())
+        found.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
 
 
 class RecordFile:
@@ -63,7 +86,13 @@ class RecordFile:
             pass
         with reading(path):
             self._file: Any = safetensors.safe_open(str(path), framework="numpy")
-            text = (self._file.metadata() or {})[_KEY]
+            metadata = self._file.metadata() or {}
+            text, expected = metadata[_KEY], metadata[_SUM]
+            self._names = set(self._file.keys())
+            arrays = {name: self._file.get_tensor(name) for name in self._names}
+            if _checksum(text, arrays) != expected:
+                raise ValueError("its checksum is another one: it was damaged")
+            del arrays
             head = parse_json(text, path, Budget(), "its head")
             self._dtypes = dict(head["dtypes"])
             version = head["version"]
@@ -72,11 +101,7 @@ class RecordFile:
                 f"{shown(path)} is a record of version {version!r}, and this program reads version "
                 f"{VERSION}: record the module again"
             )
-        self.head: dict[str, Any] = all_readable(head)
-        self._names = set(self._file.keys())
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._names
+        self.head: dict[str, Any] = {**all_readable(head), "calls": head["calls"]}
 
     def array(self, name: str) -> np.ndarray:
         """Return an array.

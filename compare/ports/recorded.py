@@ -47,7 +47,9 @@ class RecordedReference:
         self._file = RecordFile(path)
         with reading(path):
             head = self._file.head
-            self.parameters: list[str] = list(head["parameters"])
+            self.parameters = [key for key in head["parameters"] if key in head["kinds"]]
+            if self.parameters != head["parameters"]:
+                raise ValueError("its parameters are no names of its state")
             self.notes: dict[str, None] = dict.fromkeys(head["notes"])
             self.widened: dict[str, None] = dict.fromkeys(head["widened"])
             require_valid(head["layers"])
@@ -128,8 +130,11 @@ class RecordedReference:
             )
             moved = Result(named("moved outputs"), named("moved gradients"), named("moved state"))
             for part in PARTS:
-                if getattr(exact, part).keys() != getattr(moved, part).keys():
+                sizes = getattr(moved, part)
+                if getattr(exact, part).keys() != sizes.keys() or any(map(np.ndim, sizes.values())):
                     raise ValueError(f"how far its {part} move is not known")
+            if not exact.biased.keys() <= exact.state.keys():
+                raise ValueError("it has variances of no buffer")
         return Exact(exact, moved)
 
     def outputs(self, case: Case, dtype: str = "float64") -> NamedArrays:

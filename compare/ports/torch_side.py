@@ -38,7 +38,8 @@ class TorchSide:
 
     def __init__(self, module: nn.Module, outputs: Outputs | None, method: str | None) -> None:
         self._module = without_wrapper(module)
-        if any(tensor.is_meta for tensor in self._module.state_dict().values()):
+        state = self._module.state_dict().values()
+        if any(isinstance(one, Tensor) and one.is_meta for one in state):
             raise PortError("the torch module is on the meta device, without data: load its state")
         self._outputs, self._method = outputs, method
         self.widened = Widened()

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 import compare
 from compare.conversion.errors import ConversionError
 from compare.files.errors import FileError
-from compare.ports.record_file import RecordFile
+from compare.ports.record_file import RecordFile, _checksum
 from compare.ports.recorded import RecordedReference
 from compare.ports.reference import DRAWN, GIVEN, Case
 from compare.ports.sketch import MAX_ENTRIES, sketched
@@ -59,6 +59,7 @@ class Net(torch.nn.Module):
 
 inputs = np.random.default_rng(0).standard_normal((5, 4)).astype("float32")
 compare.record("net.safetensors", Net(), inputs)
+compare.record("conv.safetensors", torch.nn.Conv2d(2, 2, 2), np.ones((1, 2, 3, 3), "float32"))
 """
 FLAX = """
 import compare, jax.numpy as jnp
@@ -79,6 +80,12 @@ class Net(nn.Module):
 
 
 compare.assert_port("net.safetensors", Net(False))
+compare.assert_port(
+    "conv.safetensors",
+    nn.Conv(2, (2, 2), padding="VALID"),
+    flax_inputs=lambda images: images.transpose(0, 2, 3, 1),
+    outputs=lambda images: images.transpose(0, 3, 1, 2),
+)
 report = compare.check_port("net.safetensors", Net(True))
 print(report.divergence.torch_source[0].code)
 print(report.divergence.flax_source[0].code)
@@ -172,6 +179,16 @@ def test_a_large_gradient_is_compared_by_sums(tmp_path: Path) -> None:
     assert "as given, inference, fc.weight" in failed
 
 
+def test_sums_see_what_lies_beside_numbers_that_are_not_finite() -> None:
+    mask = np.triu(np.full((200, 200), -np.inf), 1)
+    (sums,) = sketched({"a": mask}).values()
+    for place, value in (((4, 4), 1.0), ((4, 5), np.nan), ((4, 5), np.inf), ((5, 4), -np.inf)):
+        edited = mask.copy()
+        edited[place] = value
+        assert not np.array_equal(sketched({"a": edited})["a"], sums)
+    assert np.isfinite(sums).all()
+
+
 class Block(torch.nn.Module):
     """As many parameters for a token as in a block of 100 million at 256 tokens."""
 
@@ -221,20 +238,39 @@ def test_arguments_and_dtypes_come_back(tmp_path: Path) -> None:
             return {"a": self.tied(first) * scale, "b": second + 1, "c": flags["on"]}
 
     pair = (torch.ones(1, 2, dtype=torch.bfloat16), torch.arange(3))
-    call = {"pair": pair, "scale": 0.5, "flags": {"on": np.array([True]), "name": "x", "no": None}}
+    call = {
+        "pair": pair,
+        "scale": 0.5,
+        "flags": {"on": np.array([True]), "name": "\x1b", "no": None},
+    }
     path = compare.record(tmp_path / "nested.safetensors", Nested(), call, dtypes="bfloat16")
     reference = RecordedReference(path)
     (again,) = reference.calls
     assert again.kwargs["scale"] == 0.5
     assert isinstance(again.kwargs["pair"], tuple)
     assert again.kwargs["pair"][0].dtype.name == "bfloat16"
-    assert again.kwargs["flags"] == {"on": np.array([True]), "name": "x", "no": None}
+    assert again.kwargs["flags"] == {"on": np.array([True]), "name": "\x1b", "no": None}
     state = reference.state(DRAWN)
     assert state["tied.weight"] is state["fc.weight"]
     assert state["fc.weight"].dtype.name == "bfloat16"
     assert reference.outputs(Case(GIVEN, 0), "bfloat16").keys() == {"a", "b", "c"}
     with pytest.raises(compare.PortError, match="no outputs in float16: record them with"):
         reference.outputs(Case(GIVEN, 0), "float16")
+
+
+def test_numbers_of_numpy_are_taken(tmp_path: Path) -> None:
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            groups: Any = np.int64(2)
+            self.norm = torch.nn.GroupNorm(groups, 4)
+
+        def forward(self, inputs: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return self.norm(inputs) * scale
+
+    given = np.ones((1, 4), np.float32), np.float32(2.0)
+    path = compare.record(tmp_path / "scaled.safetensors", Scaled(), given, dtypes=())
+    assert RecordedReference(path).calls[0].arrays["1"].shape == ()
 
 
 def test_outputs_and_a_method_are_given_to_both(tmp_path: Path) -> None:
@@ -273,6 +309,8 @@ def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
         (torch.nn.Linear, given, "expected a torch module"),
         (torch.nn.Linear(2, 2), (given, object()), "an argument is .*object"),
         (torch.nn.Linear(2, 2), (), r"the torch module raised TypeError"),
+        (torch.nn.Linear(2, 2), (given, float("inf")), "an argument is inf"),
+        (torch.nn.Embedding(5, 3, max_norm=1.0), given, "max_norm changes its weight"),
     )
     for module, call, message in refused:
         with pytest.raises(compare.PortError, match=message):
@@ -303,7 +341,9 @@ def edited(path: Path, target: Path, edit: Callable[[Any], None]) -> Path:
     """Write a copy of a record with another head."""
     head = copy.deepcopy(json.loads(RecordFile(path)._file.metadata()["attention-parity record"]))
     edit(head)
-    save_file(load_file(path), target, {"attention-parity record": json.dumps(head)})
+    text, arrays = json.dumps(head), load_file(path)
+    metadata = {"attention-parity record": text, "attention-parity sha256": _checksum(text, arrays)}
+    save_file(arrays, target, metadata)
     return target
 
 
@@ -349,8 +389,10 @@ def test_a_damaged_head_is_refused(
 def test_other_files_are_no_records(tmp_path: Path, recorded: Path) -> None:
     checkpoint = compare.save_checkpoint(tmp_path / "a.safetensors", torch.nn.Linear(2, 2))
     (tmp_path / "b.safetensors").write_bytes(b"\x00" * 100)
-    (tmp_path / "c.safetensors").write_bytes(recorded.read_bytes()[:-10])
-    for path in (checkpoint, *(tmp_path / f"{name}.safetensors" for name in "bc")):
+    raw = recorded.read_bytes()
+    (tmp_path / "c.safetensors").write_bytes(raw[:-10])
+    (tmp_path / "d.safetensors").write_bytes(raw[:-10] + bytes([raw[-10] ^ 1]) + raw[-9:])
+    for path in (checkpoint, *(tmp_path / f"{name}.safetensors" for name in "bcd")):
         with pytest.raises(compare.PortError, match="no sound record"):
             RecordedReference(path)
     os.mkfifo(tmp_path / "pipe")
