@@ -3,15 +3,16 @@
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Shaped
+import torch.nn.functional as F
+from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 STRIP_QUERIES = 64  # the queries of a strip share the same ranges of keys
 STRIPS_IN_WIDE = 8  # a wide strip has 512 queries
-ROWS_AT_ONCE = 1024  # rows of a mask that are packed at a time
+ROWS_AT_ONCE = 512  # rows of a mask that are packed at a time
+_SHIFTS = torch.arange(8, device="cpu")[:, None]
 MAX_CACHED_LENGTHS = 8  # numbers of tokens for which the layout of a mask is cached
 
 
@@ -37,7 +38,7 @@ class MaskLayout(NamedTuple):
 
 
 class _Cached(NamedTuple):
-    packed: bytes
+    packed: Tensor
     layout: MaskLayout
 
 
@@ -62,10 +63,10 @@ def mask_layout(
     if mask.is_inference() and not is_on_cpu:  # an inference tensor has no version
         return examine(used_mask)
     stamp = None if is_on_cpu else (mask._version, mask.data_ptr(), mask.shape, mask.stride())
-    packed = pack(used_mask) if is_on_cpu else b""
+    packed = pack(used_mask) if is_on_cpu else torch.empty(0)
     layouts: dict[object, _Cached] = _cache.setdefault(mask, {})
     cached = layouts.pop((num_tokens, stamp), None)
-    if cached is None or cached.packed != packed:
+    if cached is None or not torch.equal(cached.packed, packed):
         cached = _Cached(packed, examine(used_mask))
     layouts[num_tokens, stamp] = cached  # the most recently used is last
     if len(layouts) > MAX_CACHED_LENGTHS:
@@ -129,10 +130,18 @@ def _ranges(is_open: Bool[Tensor, " tokens"]) -> tuple[tuple[int, int], ...]:
     )
 
 
-def pack(mask: Shaped[Tensor, "tokens tokens"]) -> bytes:
-    """Return which pairs are blocked, with 8 pairs in a byte. Two masks are the same if these are.
+def pack(mask: Shaped[Tensor, "tokens tokens"]) -> Int64[Tensor, " words"]:
+    """Return which pairs are blocked, with 64 pairs in a word. Two masks are the same if these are.
 
-    The masks have the same shape, and any nonzero entry blocks.
+    Each word is the sum of 8 words of 8 bools, one byte each, shifted by 0 to 7 bits.
     """
-    parts = mask.split(ROWS_AT_ONCE)
-    return b"".join(np.packbits(rows.bool().numpy()).tobytes() for rows in parts)
+    packed = []
+    for rows in mask.split(ROWS_AT_ONCE):
+        # Any nonzero entry becomes True.
+        blocked = rows.to(torch.bool, copy=True, memory_format=torch.contiguous_format)
+        columns, height = -blocked.shape[1] % 8, -blocked.shape[0] % 8
+        if columns or height:
+            blocked = F.pad(blocked, (0, columns, 0, height))
+        words = blocked.view(torch.int64).view(8, -1)
+        packed.append(words.bitwise_left_shift_(_SHIFTS).sum(dim=0))
+    return packed[0] if len(packed) == 1 else torch.cat(packed)

@@ -608,7 +608,7 @@ _FUSED = [
         "torch_impl.mask_layout",
         (
             (r"stamp = None if is_on_cpu else ", "stamp = "),
-            (r" or cached\.packed != packed", ""),
+            (r" or not torch\.equal\(cached\.packed, packed\)", ""),
         ),
     ),
     Mutant(
