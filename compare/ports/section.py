@@ -6,7 +6,7 @@ from ..files.printable import all_readable
 from ..report.machine import report_here
 from ..report.model import Block, Curves, Section, Table
 from ..report.verdicts import settle
-from .report import Divergence, PortReport
+from .report import EQUAL, Divergence, PortReport
 
 _SMALLEST = 1e-17  # a logarithmic axis has no 0
 
@@ -55,7 +55,7 @@ def _steps(parted: Divergence) -> list[Block]:
         for number, step in parted.steps_near
     ]
     known = [(n, step.error) for n, step in enumerate(parted.steps, 1) if step.error is not None]
-    differing = [number for number, step in enumerate(parted.steps, 1) if not step.is_equal]
+    differing = [number for number, error in known if error > EQUAL]
     return [
         "The lines of both runs side by side, about the first whose values differ:",
         Table(("step", "torch", "Flax", "values"), rows),
