@@ -224,9 +224,7 @@ def atomic_folder(path: Path, rules: Rules = NO_RULES) -> Iterator[Path]:
         FileError: another program created or replaced the folder meanwhile; its version stays.
     """
     sweep(path)
-    before = _state(path)
-    if before is not None:
-        rules.require_own(path)
+    before = _own_state(path, rules)
     with _temporary(path) as outer:
         # Orbax replaces the folder that it is given. The lock stays on the outer folder.
         folder = outer / "new"
@@ -337,6 +335,23 @@ def _state(path: Path) -> State | None:
         return state_of(path.lstat())
     except FileNotFoundError:
         return None
+
+
+def _own_state(path: Path, rules: Rules) -> State | None:
+    """Return the state of the old folder, after what it holds was looked at.
+
+    A folder that another process exchanges meanwhile loses its files one by one, so what is wrong
+    with it counts only if it is still there.
+    """
+    while (before := _state(path)) is not None:
+        try:
+            rules.require_own(path)
+        except (FileError, OSError):
+            if _state(path) == before:
+                raise
+        else:
+            break
+    return before
 
 
 def _install(new: Path, path: Path, before: State | None, rules: Rules) -> None:

@@ -17,6 +17,7 @@ import compare
 from compare.checkpoint.errors import CheckpointError, UnverifiedCheckpoint
 from compare.checkpoint.formats import open_checkpoint, orbax
 from compare.files import writing
+from compare.files.errors import FileError
 from compare.stress import fuzz, kill
 from compare.stress.corrupt import FORMATS, seeds, state
 from compare.stress.fuzz_worker import Input, WrongTensorsError, outcome
@@ -238,6 +239,24 @@ def test_two_writers_and_a_reader(suffix: str, tmp_path: Path) -> None:
         writer.join()
     assert not failed
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_folder_that_goes_while_it_is_looked_at_is_not_refused(tmp_path: Path) -> None:
+    """Its files are removed one by one by the writer that has exchanged it."""
+    path, looked = tmp_path / "folder", list[Path]()
+    path.mkdir()
+
+    def require_own(folder: Path) -> None:
+        looked.append(folder)
+        if len(looked) == 1:
+            path.rename(tmp_path / "old")
+            path.mkdir()
+            raise FileError(folder, "holds what is gone", expected="", found="", mend="")
+
+    with writing.atomic_folder(path, writing.Rules(require_own=require_own)) as folder:
+        (folder / "mine").touch()
+    assert (path / "mine").exists()
+    assert looked[:2] == [path, path]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
