@@ -7,7 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
-import torch
+
+from ..frameworks import torch
 
 BLOCK_BYTES = 8 << 20
 # A part of a transposed array should fit into a processor's cache, but its columns must not be so

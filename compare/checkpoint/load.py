@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
-import torch
-from flax import nnx
 
 from ..conversion.apply_mapping import flax_from_torch
 from ..conversion.arguments import require_flags, require_rules
@@ -34,6 +32,7 @@ from ..files.memory import collector_paused
 from ..files.printable import kind_of, shown
 from ..files.reading import Snapshot, as_path
 from ..files.warn import warn
+from ..frameworks import nnx, torch
 from .errors import CheckpointError, UnverifiedCheckpoint
 from .formats import open_checkpoint
 from .formats.parts import collections_alone

@@ -3,10 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-from torch.nn.parameter import is_lazy
-
 from ..conversion.apply_mapping import same_bits
 from ..conversion.convert import StateDict
 from ..conversion.errors import ConversionError, Mismatch, MismatchEntry, dropping
@@ -18,6 +14,7 @@ from ..conversion.unmatched import lacking, objection_to
 from ..dtypes import FLOATING
 from ..files.interrupts import uninterrupted
 from ..files.printable import kind_of
+from ..frameworks import Tensor, is_lazy, torch
 from .tensors import Spec
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from torch import nn
 
 from ..conversion.layer_facts import LAYER_BYTES, layers_from
 from ..conversion.mapping import KeyPath, StateMapping, slashed, words
@@ -14,6 +13,7 @@ from ..conversion.state_kinds import linen_kind
 from ..files.memory import Budget
 from ..files.printable import shown
 from ..files.reading import InputFile, Snapshot
+from ..frameworks import nn
 from .blocks import BLOCK_BYTES, WORKERS, blocks, in_batches
 from .errors import CheckpointError, naming
 from .manifest import Algorithm, Manifest, checksum, start

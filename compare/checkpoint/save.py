@@ -8,11 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-import torch
-from flax import nnx
-from torch import Tensor
 
 from ..conversion.convert import StateDict, linen_to_torch, nnx_to_torch
 from ..conversion.errors import ConversionError
@@ -27,6 +23,7 @@ from ..files.memory import Budget
 from ..files.printable import kind_of, shown
 from ..files.reading import as_path
 from ..files.writing import Rules
+from ..frameworks import Tensor, jax, nnx, torch
 from .errors import CheckpointError
 from .formats import Format, exists, format_of
 from .manifest import COLLECTIONS

@@ -285,14 +285,12 @@ def _require_safe(files: Files) -> None:
 
 def _all_files(inputs: Sequence[Path]) -> Iterator[Path]:
     """Yield the inputs, and the shards that an index among them names."""
-    yield from inputs
-    checkpoints = [path for path in inputs if path.suffix != ".py"]
-    if checkpoints:
-        from ..checkpoint.formats.shards import files_in  # it needs torch
+    from ..checkpoint.formats.shards import files_in
 
-        for path in checkpoints:
-            with suppress(OSError):
-                yield from files_in(path)
+    for path in inputs:
+        yield path
+        with suppress(OSError):
+            yield from files_in(path)
 
 
 @contextmanager

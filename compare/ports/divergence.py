@@ -76,8 +76,7 @@ def _best_pair(
         best: tuple[float, tuple[int, int], Related] | None = None
         for rank, one in enumerate(ours[:_MAX_PAIRS]):
             for other_rank, other in enumerate(theirs[:_MAX_PAIRS]):
-                is_whole = torch[one].is_whole and flax[other].is_whole
-                relation = related(torch[one].array, flax[other].array) if is_whole else None
+                relation = _relation(torch[one], flax[other])
                 if relation is None:
                     continue
                 score = relation.rank + 0.05 * (rank + other_rank)
@@ -86,6 +85,11 @@ def _best_pair(
         if best is not None:
             return best[1], best[2]
     return None, None
+
+
+def _relation(torch: Value, flax: Value) -> Related | None:
+    """Return how two values are related, if both are kept whole."""
+    return related(torch.array, flax.array) if torch.is_whole and flax.is_whole else None
 
 
 def _of_parents(
@@ -98,9 +102,7 @@ def _of_parents(
         values = compared.traces[side].values
         for index, ancestors in _first_values(compared, side, found[side][0], walked[side]):
             for ancestor in ancestors:
-                if not (values[ancestor].is_whole and values[index].is_whole):
-                    continue
-                relation = related(values[ancestor].array, values[index].array)
+                relation = _relation(values[ancestor], values[index])
                 if relation is not None and relation.rank <= _TELLING:
                     what = relation.hint.replace("torch's", "one that both have,")
                     what = what.replace("Flax's value", f"{name}'s value")

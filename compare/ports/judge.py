@@ -14,13 +14,13 @@ from ..proof.agreement import Finding, agreement, same_names, uncompared
 from ..runners.jax_settings import jax_on
 from .adequacy import Adequacy
 from .adequacy import adequacy as adequacy_of
-from .calls import Call, with_more_rows
+from .calls import Call
 from .errors import PortError, raised_by, random_in_inference
 from .findings import EQUAL, FLOAT64, WORKING, compared, largest, shows
 from .flax_side import SEED as FLAX_SEED
 from .flax_side import Leaves, Port, cast, cast_call, gradients_of, named, on_device
 from .perturbed import FACTOR
-from .reference import GIVEN, Case, Reference, cotangents_of
+from .reference import GIVEN, Case, Reference, call_in, cotangents_of
 from .report import Divergence
 from .result import PARTS, NamedArrays, Result, is_equal
 from .trace import (
@@ -112,12 +112,15 @@ class Judge:
 
     def divergence(self, case: Case) -> Divergence | None:
         """Return where the outputs part first."""
-        call = self.reference.calls[case.number]
-        double = cast_call(with_more_rows(call) if case.is_longer else call, "float64")
+        double = self._call(case)
         if (traced := self.reference.trace(case)) is None:
             return None
         leaves, suspects = self._leaves(case.weights), self.suspects
         return divergence(traced[0], self.port, leaves, double, train=case.train, suspects=suspects)
+
+    def _call(self, case: Case) -> Call:
+        """Return the call of a run, in float64."""
+        return cast_call(call_in(self.reference.calls, case), "float64")
 
     def _leaves(self, weights: str) -> Leaves:
         """Return Flax's leaves for the weights, in float64."""
@@ -131,10 +134,15 @@ class Judge:
         traced = self.reference.trace(case, buffers=tuple(changed))
         if traced is None:
             return None
-        call = cast_call(self.reference.calls[case.number], "float64")
         leaves, suspects = self._leaves(case.weights), self.suspects
         return state_divergence(
-            traced[0], self.port, leaves, call, changed, train=case.train, suspects=suspects
+            traced[0],
+            self.port,
+            leaves,
+            self._call(case),
+            changed,
+            train=case.train,
+            suspects=suspects,
         )
 
     def gradient_divergence(self, case: Case) -> Divergence | None:
@@ -142,8 +150,7 @@ class Judge:
         traced = self.reference.trace(case, has_gradients=True)
         if traced is None:
             return None
-        call = cast_call(self.reference.calls[case.number], "float64")
-        cotangents = cotangents_of(self.reference.outputs(case))
+        call, cotangents = self._call(case), cotangents_of(self.reference.outputs(case))
         leaves = self._leaves(case.weights)
         return gradient_divergence(traced, self.port, leaves, call, cotangents, train=case.train)
 
@@ -163,7 +170,7 @@ class Judge:
             jax.clear_caches()  # what was traced before has the casts
             self.port.casts = {}
         doubled = self._leaves(case.weights)
-        double = cast_call(self.reference.calls[number], "float64")
+        double = self._call(case)
 
         def flax(seed: int = FLAX_SEED) -> Result:
             return self._flax(doubled, double, cotangents, case, seed)

@@ -7,12 +7,11 @@ from functools import lru_cache, partial
 import numpy as np
 
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
-from ..dtypes import numpy_dtype
 from ..frameworks import Tensor, nn, torch
-from .calls import Call, with_more_rows
+from .calls import Call
 from .errors import PortError, random_in_inference
 from .perturbed import Perturbed, deviations
-from .reference import DRAWN, Case, Exact, cotangents_of, draw, spread_of
+from .reference import DRAWN, Case, Exact, call_in, cotangents_of, draw, spread_of
 from .result import NamedArrays, Result, is_equal
 from .torch_side import SEED, TorchSide
 from .torch_trace import torch_trace
@@ -84,7 +83,7 @@ class LiveReference:
 
     def exact(self, case: Case) -> Exact:
         """Return the run in float64, and how far it moves."""
-        state, call = self.state(case.weights), self._call(case)
+        state, call = self.state(case.weights), call_in(self.calls, case)
         cotangents = cotangents_of(self.modes(case.weights, case.number)[case.train].outputs)
         exact = self._reduced(self.side.run(state, call, train=case.train, cotangents=cotangents))
 
@@ -101,23 +100,19 @@ class LiveReference:
 
     def outputs(self, case: Case, dtype: str = "float64") -> NamedArrays:
         """Return the outputs in a dtype."""
-        state, call = self.state(case.weights), self._call(case)
+        state, call = self.state(case.weights), call_in(self.calls, case)
         return self.side.run(state, call, dtype=dtype, train=case.train).outputs
 
     def trace(
         self, case: Case, *, has_gradients: bool = False, buffers: Sequence[str] = ()
     ) -> tuple[Trace, Gradients]:
         """Return the values of the run, and gradients by them."""
-        state, call = self.state(case.weights), self._call(case)
+        state, call = self.state(case.weights), call_in(self.calls, case)
         cotangents = cotangents_of(self.outputs(case)) if has_gradients else None
         trace, gradients = torch_trace(
             self.side, state, call, train=case.train, cotangents=cotangents
         )
         return trace.following(buffers), gradients
-
-    def _call(self, case: Case) -> Call:
-        call = self.calls[case.number]
-        return with_more_rows(call) if case.is_longer else call
 
     def _reduced(self, result: Result) -> Result:
         gradients, state = self.reduced(result.gradients), self.reduced(result.state)
@@ -131,12 +126,11 @@ def drawn_again(module: nn.Module) -> nn.Module:
         for name, parameter in module.named_parameters()
         if parameter.is_floating_point()
     }
-    spreads = {name: spread_of(tensor_to_numpy(parameter)) for name, parameter in floating.items()}
-    shapes = {name: tuple(parameter.shape) for name, parameter in floating.items()}
+    arrays = {name: tensor_to_numpy(parameter) for name, parameter in floating.items()}
+    spreads = {name: spread_of(array) for name, array in arrays.items()}
     with torch.no_grad():
-        for name, entries in draw(spreads, shapes):
-            dtype = numpy_dtype(str(floating[name].dtype).removeprefix("torch."))
-            floating[name].copy_(numpy_to_tensor(np.asarray(entries).astype(dtype)))
+        for name, entries in draw(spreads, arrays):
+            floating[name].copy_(numpy_to_tensor(entries))
     return module
 
 

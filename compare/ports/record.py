@@ -91,7 +91,7 @@ class _Recorder:
         self.reference, self.dtypes = reference, dtypes
         self.arrays: dict[str, np.ndarray] = {}
         self.names: dict[str, list[str]] = {}  # of the arrays that begin so, in their order
-        self.kept = _MIN_KEPT
+        self.kept = 0  # bytes of values that are kept whole, for each run
 
     def content(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Return the head and the arrays of the file."""
@@ -112,7 +112,6 @@ class _Recorder:
         head: dict[str, Any] = {
             "module": type(module).__name__,
             "torch": torch.__version__,
-            "dtype_names": list(self.dtypes),
             "state_names": list(state),
             "aliases": {key: name for key, name in first.items() if key != name and key in state},
             "parameters": self.reference.parameters,
@@ -162,7 +161,6 @@ class _Recorder:
                 {
                     "case": [weights, number, train],
                     "drawn": result.drawn,
-                    "is_random": result.is_random,
                     "trace": self._trace(start, case, trace, gradients),
                 }
             )

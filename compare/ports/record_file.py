@@ -88,11 +88,9 @@ class RecordFile:
             self._file: Any = safetensors.safe_open(str(path), framework="numpy")
             metadata = self._file.metadata() or {}
             text, expected = metadata[_KEY], metadata[_SUM]
-            self._names = set(self._file.keys())
-            arrays = {name: self._file.get_tensor(name) for name in self._names}
-            if _checksum(text, arrays) != expected:
+            names = set(self._file.keys())
+            if _checksum(text, {name: self._file.get_tensor(name) for name in names}) != expected:
                 raise ValueError("its checksum is another one: it was damaged")
-            del arrays
             head = parse_json(text, path, Budget(), "its head")
             self._dtypes = dict(head["dtypes"])
             version = head["version"]

@@ -9,7 +9,6 @@ import numpy as np
 
 from ..conversion.layer_facts import layers_from, require_valid
 from ..conversion.layers import KnownState
-from ..dtypes import numpy_dtype
 from ..files.printable import shown
 from .calls import Call
 from .errors import PortError
@@ -20,6 +19,7 @@ from .reference import DRAWN, GIVEN, Case, Exact, draw
 from .report import SourceLine
 from .result import PARTS, NamedArrays, Result
 from .sketch import sketched
+from .trees import is_float
 from .values import Gradients, Trace, Value
 
 
@@ -94,9 +94,7 @@ class RecordedReference:
         spreads = {key: (float(mean), float(spread)) for key, (mean, spread) in stored.items()}
         if spreads.keys() != head["drawn"].keys():
             raise ValueError("what is drawn is not known")
-        shapes = {key: state[key].shape for key in spreads}
-        for key, entries in draw(spreads, shapes):
-            drawn = np.asarray(entries).astype(numpy_dtype(state[key].dtype.name))
+        for key, drawn in draw(spreads, state):
             if checksum(drawn) != head["drawn"][key]:
                 raise PortError(
                     f"NumPy {np.__version__} draws other weights for {key} than the NumPy of the "
@@ -126,7 +124,6 @@ class RecordedReference:
                 named("state"),
                 named("biased"),
                 int(known["drawn"]),
-                bool(known["is_random"]),
             )
             moved = Result(named("moved outputs"), named("moved gradients"), named("moved state"))
             for part in PARTS:
@@ -206,7 +203,7 @@ class RecordedReference:
             array = self.calls[case.number].arrays[key]
         else:
             array = self.state(case.weights)[key]
-        return array.astype(np.float64) if array.dtype.kind in "fV" else array
+        return array.astype(np.float64) if is_float(array) else array
 
 
 def _line(file: str, line: int, code: str, operation: str, module: str) -> SourceLine:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .calls import Call
+from .calls import Call, with_more_rows
 from .result import NamedArrays, Result
 from .trees import is_float
 from .values import Gradients, Trace
@@ -97,6 +97,12 @@ class Reference(Protocol):
         """
 
 
+def call_in(calls: Sequence[Call], case: Case) -> Call:
+    """Return the call of a run."""
+    call = calls[case.number]
+    return with_more_rows(call) if case.is_longer else call
+
+
 def cotangents_of(outputs: NamedArrays) -> NamedArrays:
     """Return what the floating outputs are multiplied with for gradients of their sum."""
     random = np.random.default_rng(1)
@@ -115,13 +121,15 @@ def spread_of(values: np.ndarray) -> tuple[float, float]:
 
 
 def draw(
-    spreads: Mapping[str, tuple[float, float]], shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, Any]]:
-    """Yield the names of parameters, and drawn entries in float64.
+    spreads: Mapping[str, tuple[float, float]], arrays: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the names of parameters, and drawn entries in the shapes and dtypes of their arrays.
 
     Each is the mean plus a normal deviate of the spread: fresh biases of 0, scales of 1 and
     symmetric matrices hide bugs.
     """
     random = np.random.default_rng(_SEED)
     for name, (mean, spread) in spreads.items():
-        yield name, mean + spread * random.standard_normal(shapes[name])
+        array = arrays[name]
+        drawn = mean + spread * random.standard_normal(array.shape)
+        yield name, np.asarray(drawn).astype(array.dtype)

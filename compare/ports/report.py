@@ -56,7 +56,7 @@ class Step:
             known.
     """
 
-    torch: SourceLine | None
+    torch: SourceLine
     flax: SourceLine | None
     error: float | None
 

@@ -48,7 +48,7 @@ def _steps(parted: Divergence) -> list[Block]:
     rows = [
         (
             number,
-            f"{step.torch.line}: {step.torch.code}" if step.torch else "",
+            f"{step.torch.line}: {step.torch.code}",
             f"{step.flax.line}: {step.flax.code}" if step.flax else "",
             "equal" if step.is_equal else "differs",
         )

@@ -12,19 +12,20 @@ from .report import SourceLine, Step
 def steps_of(compared: Comparison) -> tuple[Step, ...]:
     """Return the lines of the torch run in order, each with Flax's line for the same value."""
     found: list[Step] = []
-    for torch, flax, error in _pairs(compared):
+    for ours, theirs, error in _pairs(compared):
+        torch, flax = _bare(ours), _bare(theirs) if theirs else None
         last = found[-1] if found else None
-        if last and last.torch == _bare(torch) and last.flax in (_bare(flax), None):
+        if last and last.torch == torch and last.flax in (flax, None):
             errors = [one for one in (last.error, error) if one is not None]
-            found[-1] = Step(last.torch, _bare(flax) or last.flax, max(errors, default=None))
+            found[-1] = Step(torch, flax, max(errors, default=None))
         else:
-            found.append(Step(_bare(torch), _bare(flax), error))
+            found.append(Step(torch, flax, error))
     return tuple(found)
 
 
-def _bare(line: SourceLine | None) -> SourceLine | None:
+def _bare(line: SourceLine) -> SourceLine:
     """Return a line without what was run in it: one line may make several values."""
-    return line and SourceLine(line.file, line.line, line.code, "")
+    return SourceLine(line.file, line.line, line.code, "")
 
 
 def _pairs(

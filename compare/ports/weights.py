@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..checkpoint.load import load_checkpoint
+from ..checkpoint.save import save_checkpoint
 from ..conversion.apply_mapping import torch_tensors
 from ..conversion.convert import torch_to_linen, torch_to_nnx
 from ..conversion.errors import ConversionError, Mismatch, MismatchEntry, TrainingDifference
@@ -193,9 +195,6 @@ def differs_after_a_file(
     state: Mapping[str, Any], port: Port, template: Any, mapping: StateMapping, leaves: Leaves
 ) -> list[str]:
     """Return the Flax paths whose bits differ when torch's state comes through a file."""
-    from ..checkpoint.load import load_checkpoint  # they need torch
-    from ..checkpoint.save import save_checkpoint
-
     if not state or not leaves:
         return []
     with tempfile.TemporaryDirectory() as folder:

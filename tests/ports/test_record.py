@@ -329,8 +329,8 @@ def test_what_has_no_effect_is_refused(recorded: Path) -> None:
 
 
 def test_other_draws_are_refused(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def draw(spreads: Any, shapes: Any) -> Any:
-        return ((name, np.zeros(shapes[name])) for name in spreads)
+    def draw(spreads: Any, arrays: Any) -> Any:
+        return ((name, np.zeros_like(arrays[name])) for name in spreads)
 
     monkeypatch.setattr("compare.ports.recorded.draw", draw)
     with pytest.raises(compare.PortError, match="draws other weights"):

@@ -15,11 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from ...files.errors import FileError
 from ...files.memory import Budget
 from ...files.printable import kind_of
+from ...frameworks import torch
 
 # No opcode makes an object that takes more.
 _BYTES_PER_OPCODE = 250

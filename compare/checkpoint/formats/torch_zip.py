@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from ...conversion.mapping import KeyPath
 from ...conversion.tensors import numpy_to_tensor
@@ -22,6 +21,7 @@ from ...files.page_cache import read_ahead
 from ...files.printable import kind_of, shown
 from ...files.reading import InputFile, Snapshot
 from ...files.writing import NO_RULES, Rules, atomic_file
+from ...frameworks import torch
 from ..blocks import WORKERS, contiguous
 from ..errors import CheckpointError
 from ..manifest import KEY, Manifest, checksum, in_manifests_order, manifest_of
