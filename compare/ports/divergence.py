@@ -54,7 +54,7 @@ def first_divergence(
         for side in (0, 1)
     ]
     lines = [_near_lines(compared, side, first[side], first[1 - side], suspects) for side in (0, 1)]
-    last_equal, steps = _last_equal(compared, found), steps_of(compared)
+    last_equal, steps = _last_equal(compared, found), steps_of(compared, pair if relation else None)
     return Divergence(what, lines[0], lines[1], last_equal, hint, steps)
 
 

@@ -47,18 +47,17 @@ def _steps(parted: Divergence) -> list[Block]:
         return []
     rows = [
         (
-            number,
+            f"{number} {'=' if step.is_equal else '≠'}",
             f"{step.torch.line}: {step.torch.code}",
             f"{step.flax.line}: {step.flax.code}" if step.flax else "",
-            "equal" if step.is_equal else "differs",
         )
         for number, step in parted.steps_near
     ]
     known = [(n, step.error) for n, step in enumerate(parted.steps, 1) if step.error is not None]
     differing = [number for number, error in known if error > EQUAL]
     return [
-        "The lines of both runs side by side, about the first whose values differ:",
-        Table(("step", "torch", "Flax", "values"), rows),
+        "The lines of both runs side by side, about the first whose values differ (≠):",
+        Table(("step", "torch", "Flax"), rows),
         Curves(
             "Differences",
             "step",

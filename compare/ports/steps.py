@@ -4,15 +4,19 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .comparison import VIEWS, Comparison, plain_name
-from .fingerprints import sizes
+from .comparison import VIEWS, Comparison
 from .report import SourceLine, Step
 
 
-def steps_of(compared: Comparison) -> tuple[Step, ...]:
-    """Return the lines of the torch run in order, each with Flax's line for the same value."""
+def steps_of(compared: Comparison, pair: tuple[int, int] | None) -> tuple[Step, ...]:
+    """Return the lines of the torch run in order, each with Flax's line for the same value.
+
+    Args:
+        compared: the values of the two runs.
+        pair: two values that do not match and are related, as indices.
+    """
     found: list[Step] = []
-    for ours, theirs, error in _pairs(compared):
+    for ours, theirs, error in _pairs(compared, pair):
         torch, flax = _bare(ours), _bare(theirs) if theirs else None
         last = found[-1] if found else None
         if last and last.torch == torch and last.flax in (flax, None):
@@ -29,32 +33,21 @@ def _bare(line: SourceLine) -> SourceLine:
 
 
 def _pairs(
-    compared: Comparison,
+    compared: Comparison, pair: tuple[int, int] | None
 ) -> Iterator[tuple[SourceLine, SourceLine | None, float | None]]:
-    """Yield torch's lines, and for each the line of the value that matches, or of the likeliest.
+    """Yield torch's lines, and for each Flax's line for the value that matches.
 
-    The likeliest is the next value without a match that the same operation makes in the same sizes;
-    of an output, the output of the same name.
+    An output without a match stands beside the output of the same name, and the first of the pair
+    beside the second. For other values without a match nothing says which is theirs.
     """
-    ends = dict(zip(*(trace.outputs.values() for trace in compared.traces), strict=False))
     torch, flax = (trace.values for trace in compared.traces)
-    lone = [index for index, value in enumerate(flax) if not compared.is_matched(1, index)]
+    ends = dict(zip(*(trace.outputs.values() for trace in compared.traces), strict=False))
+    beside = ends | (dict([pair]) if pair else {})
     for index, value in enumerate(torch):
         is_view = any(step in value.operation for step in VIEWS)
-        is_end = index in ends
-        if value.source is None or not value.depends or (is_view and not is_end):
+        if value.source is None or not value.depends or (is_view and index not in beside):
             continue
-        partners = compared.matches[0][index]
-        if not partners and is_end:
-            partners = [ends[index]]
-        elif not partners:
-            partners = [
-                one
-                for one in lone
-                if plain_name(flax[one].operation) == plain_name(value.operation)
-                and sizes(flax[one].array) == sizes(value.array)
-            ][:1]
-            lone = [one for one in lone if one not in partners]
+        partners = compared.matches[0][index] or [beside[one] for one in [index] if one in beside]
         made = [one for one in partners if flax[one].source is not None][:1]
         if not made:
             yield value.source, None, None
