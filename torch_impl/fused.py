@@ -97,14 +97,12 @@ def _are_plain(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> b
 
 def _are_finite(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Return whether no value and no score is inf or NaN: |q . k| <= head_dim max|q| max|k|."""
-    # aminmax is the fastest single pass over a tensor that also propagates NaN and inf; of the
-    # values only their sum is needed. If it overflows, the formula is used, which is right too.
-    queries, keys, values = map(_in_memory_order, (queries, keys, values))
-    extremes = [extreme for tensor in (queries, keys) for extreme in torch.aminmax(tensor)]
-    sum_of_values = values.sum(dtype=torch.promote_types(queries.dtype, torch.float32))
-    low, high, low_key, high_key, total = torch.stack([*extremes, sum_of_values]).tolist()
+    # aminmax is the fastest single pass over a tensor that also propagates NaN and inf.
+    tensors = map(_in_memory_order, (queries, keys, values))
+    extremes = [extreme for tensor in tensors for extreme in torch.aminmax(tensor)]
+    low, high, low_key, high_key, *of_values = torch.stack(extremes).tolist()
     max_score = queries.shape[-1] * max(-low, high) * max(-low_key, high_key)
-    return math.isfinite(total) and max_score <= torch.finfo(queries.dtype).max
+    return all(map(math.isfinite, of_values)) and max_score <= torch.finfo(queries.dtype).max
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
