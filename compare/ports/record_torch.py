@@ -75,7 +75,9 @@ class TorchRecorder(TorchDispatchMode):
         for tensor in [*_tensors_in(result), *written]:
             if tensor.device.type == "meta":
                 continue
-            value = Value(_array(tensor), name, None, tuple(dict.fromkeys(parents)), depends)
+            # What lies in memory that nothing has written to is no value, and differs each time.
+            array = np.zeros(tensor.shape) if "empty" in name else _array(tensor)
+            value = Value(array, name, None, tuple(dict.fromkeys(parents)), depends)
             value.source, value.callers = next(iter(lines), None), lines[1:]
             self._note(tensor, self.trace.add(value), is_written=bool(written))
         return result

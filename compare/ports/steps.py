@@ -61,5 +61,7 @@ def _distance(compared: Comparison, torch: int, flax: int) -> float | None:
     finite = np.isfinite(ours) & np.isfinite(theirs)
     if not finite.any():
         return None
-    scale = np.abs(ours[finite]).max()
-    return float(np.abs(ours - theirs)[finite].max() / (scale or 1.0))
+    scale = np.abs(ours[finite]).max() or 1.0
+    with np.errstate(over="ignore"):
+        distance = float(np.abs(ours[finite] - theirs[finite]).max() / scale)
+    return distance if np.isfinite(distance) else None
