@@ -164,7 +164,8 @@ class Judge:
     def _in_float64(self, case: Case, title: str, plain: Result) -> Iterator[Finding]:
         train, number = case.train, case.number
         cotangents = cotangents_of(plain.outputs)
-        exact, farthest = self.reference.exact(case)
+        measured = self.reference.exact(case)
+        exact, farthest = measured
         limits = {part: _limits(getattr(farthest, part), getattr(exact, part)) for part in PARTS}
         if self.reference.widened and self.port.casts is None:
             jax.clear_caches()  # what was traced before has the casts
@@ -186,11 +187,13 @@ class Judge:
         expected = replace(exact, state=self._variances(exact, found, limits["state"]))
         if not any(map(shows, exact.outputs.values())):
             yield uncompared("outputs", self.port.api, title, _EMPTY)
-        findings = [
-            finding
-            for part in PARTS
-            for finding in self._part(part, title, found, expected, limits[part])
-        ]
+        by_part = {
+            part: list(self._part(part, title, found, expected, limits[part])) for part in PARTS
+        }
+        if not all(finding.held for finding in by_part["gradients"]):
+            surer = _limits(self.reference.surer(case, measured), exact.gradients)
+            by_part["gradients"] = list(self._part("gradients", title, found, expected, surer))
+        findings = [finding for part in PARTS for finding in by_part[part]]
         has_failed = not train and not all(finding.held for finding in findings)
         if has_failed and not is_equal(found, flax(FLAX_SEED + 1)):
             raise PortError(random_in_inference("Flax", "torch"))

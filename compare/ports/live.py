@@ -10,7 +10,7 @@ from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from ..frameworks import Tensor, nn, torch
 from .calls import Call
 from .errors import PortError, random_in_inference
-from .perturbed import Perturbed, deviations
+from .perturbed import FIRST, SAMPLES, Perturbed, keep_farthest
 from .reference import DRAWN, Case, Exact, call_in, cotangents_of, draw, spread_of
 from .result import NamedArrays, Result, is_equal
 from .torch_side import SEED, TorchSide
@@ -81,22 +81,41 @@ class LiveReference:
             return {False: inference}
         return {False: inference, True: training}
 
-    def exact(self, case: Case) -> Exact:
-        """Return the run in float64, and how far it moves."""
+    def exact(self, case: Case, *, samples: int = FIRST) -> Exact:
+        """Return the run in float64, and how far it moves: gradients in so many samples."""
+        exact = Exact(self._in_float64(case, None), Result({}, {}, {}))
+        for seed in range(SAMPLES):
+            moved = self._in_float64(case, Perturbed(seed), has_gradients=seed < samples)
+            keep_farthest(exact.farthest, moved, exact.result)
+        return exact
+
+    def surer(self, case: Case, exact: Exact) -> NamedArrays:
+        """Return how far the gradients move in all samples."""
+        for seed in range(FIRST, SAMPLES):
+            moved = self._in_float64(case, Perturbed(seed))
+            keep_farthest(exact.farthest, moved, exact.result)
+        return exact.farthest.gradients
+
+    def _in_float64(
+        self, case: Case, mode: Perturbed | None, *, has_gradients: bool = True
+    ) -> Result:
+        """Run the module, with its tensors and inputs moved by the mode as well."""
         state, call = self.state(case.weights), call_in(self.calls, case)
         cotangents = cotangents_of(self.modes(case.weights, case.number)[case.train].outputs)
-        exact = self._reduced(self.side.run(state, call, train=case.train, cotangents=cotangents))
-
-        def perturbed(mode: Perturbed) -> Result:
+        if mode is not None:
             inputs = {
                 name: mode.moved(numpy_to_tensor(array.astype(np.float64))).numpy()
                 for name, array in call.floats.items()
             }
-            moved = call.replaced(inputs)
-            result = self.side.run(state, moved, train=case.train, cotangents=cotangents, mode=mode)
-            return self._reduced(result)
-
-        return Exact(exact, deviations(perturbed, exact))
+            call = call.replaced(inputs)
+        result = self.side.run(
+            state,
+            call,
+            train=case.train,
+            cotangents=cotangents if has_gradients else None,
+            mode=mode,
+        )
+        return self._reduced(result)
 
     def outputs(self, case: Case, dtype: str = "float64") -> NamedArrays:
         """Return the outputs in a dtype."""

@@ -4,7 +4,7 @@ How far the outputs move says how well the function is conditioned: what another
 operations may change. Source: Parker, "Monte Carlo Arithmetic", UCLA CSD-970002, 1997.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,14 @@ from .result import PARTS, Result
 # With five samples, the largest of five normal deviations is below 1/25 of their spread once in
 # 3e7 times: 0.032 ** 5. So 50 times the largest covers at least twice the spread.
 SAMPLES, FACTOR = 5, 50.0
+FIRST = 2  # samples with a backward pass; the others have one only where gradients differ
 # Functions whose whole results are rounded.
 _ROUNDED = {
     *("tanh", "sigmoid", "exp", "expm1", "exp2", "erf", "erfc", "log", "log1p", "log2", "log10"),
     *("sin", "cos", "tan", "atan", "atan2", "sinh", "cosh", "rsqrt", "_softmax", "_log_softmax"),
     *("gelu", "silu", "softplus", "log_sigmoid_forward", "logsumexp", "mish", "elu"),
 }
-_PART = 1 << 17  # entries that are moved together: they stay in the processor's cache
+_PART = 1 << 15  # entries that are moved together: they stay in the processor's cache
 _PLACES = 1024.0  # the binary places of a number that is taken for exact: ten
 _BATCH_NORMS = (torch.ops.aten.native_batch_norm.default, torch.ops.aten.cudnn_batch_norm.default)
 
@@ -36,6 +37,11 @@ class Perturbed(TorchDispatchMode):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self._random = np.random.default_rng(seed)
+        signs = 2.0 * self._random.integers(2, size=4 * _PART) - 1.0
+        self._factors = {
+            dtype: (1.0 + torch.finfo(dtype).eps * signs).astype(numpy)
+            for dtype, numpy in ((torch.float64, np.float64), (torch.float32, np.float32))
+        }
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -48,39 +54,47 @@ class Perturbed(TorchDispatchMode):
             return result  # a view, or what was written
         is_rounded = func.overloadpacket.__name__.rstrip("_") in _ROUNDED
         if isinstance(result, Tensor):
-            return self.moved(result, is_rounded=is_rounded)
+            return self._moved_in_place(result, is_rounded)
         if isinstance(result, tuple | list):
             return type(result)(
-                self.moved(one, is_rounded=is_rounded) if isinstance(one, Tensor) else one
+                self._moved_in_place(one, is_rounded) if isinstance(one, Tensor) else one
                 for one in result
             )
         return result
 
-    def moved(self, tensor: Tensor, *, is_rounded: bool = False) -> Tensor:
-        """Return the tensor with each entry moved by one unit in the last place.
+    def moved(self, tensor: Tensor) -> Tensor:
+        """Return a copy of the tensor with each entry moved by one unit in the last place.
 
         Whole numbers, and those with few binary places, are exact and stay: they are counts, masks
         and numbers of regions, which are asked whether they are equal. What is rounded, as the 1 of
         a saturated tanh, is moved too.
         """
-        if tensor.dtype not in (torch.float64, torch.float32) or not tensor.numel():
-            return tensor
-        flat = tensor.contiguous().view(-1)
-        moved = torch.empty_like(flat)
-        with _disable_current_modes():  # other modes have nothing to do here, and take time
-            for part, place in zip(flat.split(_PART), moved.split(_PART), strict=True):
-                self._move(part, place, is_rounded)
-        return moved.view(tensor.shape)
+        return self._moved_in_place(tensor.detach().clone(), is_rounded=False)
 
-    def _move(self, tensor: Tensor, moved: Tensor, is_rounded: bool) -> None:
-        """Write the moved entries of a flat tensor into another one."""
-        eps, count = torch.finfo(tensor.dtype).eps, tensor.numel()
-        packed = np.frombuffer(self._random.bytes(-(-count // 8)), np.uint8)
-        signs = torch.from_numpy(np.unpackbits(packed, count=count))
-        torch.mul(signs, 2.0 * eps, out=moved).add_(1.0 - eps)
-        scaled = tensor * _PLACES  # infinite for the largest numbers, which stay as well
-        is_exact = scaled.isinf() if is_rounded else scaled.round() == scaled
-        moved.masked_fill_(is_exact, 1.0).mul_(tensor)
+    def _moved_in_place(self, tensor: Tensor, is_rounded: bool) -> Tensor:
+        """Move the entries of a tensor that nothing else refers to, and return it or its copy."""
+        if tensor.dtype not in self._factors or not tensor.numel():
+            return tensor
+        with _disable_current_modes():  # other modes have nothing to do here, and take time
+            flat = tensor.detach().resolve_neg().contiguous().view(-1)
+            with np.errstate(over="ignore", invalid="ignore"):
+                self._move(flat.numpy(), self._factors[tensor.dtype], is_rounded)
+            return flat.view(tensor.shape)
+
+    def _move(self, array: np.ndarray, factors: np.ndarray, is_rounded: bool) -> None:
+        """Move the entries of a flat array.
+
+        The signs are drawn once, and for each part the place where its own begin.
+        """
+        of_part = np.empty((2, min(_PART, array.size)), array.dtype)
+        for start in range(0, array.size, _PART):
+            part = array[start : start + _PART]
+            scaled, whole = of_part[:, : part.size]
+            np.multiply(part, _PLACES, out=scaled)  # infinite for the largest, which stay as well
+            is_exact = np.isinf(scaled) if is_rounded else np.rint(scaled, out=whole) == scaled
+            first = self._random.integers(factors.size - _PART)
+            of_entries = factors[first : first + part.size]
+            np.multiply(part, of_entries, out=part, where=~is_exact if is_exact.any() else True)
 
 
 def written_by(func: Any, args: Sequence[Any]) -> list[Tensor]:
@@ -95,25 +109,12 @@ def written_by(func: Any, args: Sequence[Any]) -> list[Tensor]:
     return [args[place] for place in places if isinstance(args[place], Tensor)]
 
 
-def deviations(run: Callable[[Perturbed], Result], exact: Result) -> Result:
-    """Return how far results move at most under perturbation, one number for each array.
-
-    Args:
-        run: a run of the module within the mode, with its tensors and inputs moved by it as well.
-        exact: the run without.
-    """
-    farthest = Result({}, {}, {})
-    for seed in range(SAMPLES):
-        _keep_farthest(farthest, run(Perturbed(seed)), exact)
-    return farthest
-
-
-def _keep_farthest(farthest: Result, moved: Result, exact: Result) -> None:
+def keep_farthest(farthest: Result, moved: Result, exact: Result) -> None:
+    """Widen how far results move, one number for each array, by what a run in the mode gave."""
     for part in PARTS:
-        sizes = getattr(farthest, part)
-        for name, array in getattr(exact, part).items():
-            distance = _distance(getattr(moved, part)[name], array)
-            sizes[name] = np.maximum(sizes.get(name, 0.0), distance)
+        sizes, arrays = getattr(farthest, part), getattr(exact, part)
+        for name, array in getattr(moved, part).items():
+            sizes[name] = np.maximum(sizes.get(name, 0.0), _distance(array, arrays[name]))
 
 
 def _distance(moved: np.ndarray, exact: np.ndarray) -> np.ndarray:

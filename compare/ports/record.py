@@ -22,6 +22,7 @@ from .calls import Call, calls_of, rows_of
 from .errors import PortError
 from .fingerprints import fingerprint
 from .live import LiveReference, known_dtypes
+from .perturbed import SAMPLES
 from .record_file import write
 from .reference import DRAWN, GIVEN, Case, spread_of
 from .result import PARTS, NamedArrays
@@ -146,7 +147,7 @@ class _Recorder:
         for train, plain in modes.items():
             case = Case(weights, number, train)
             start = start_of(case)
-            result, farthest = self.reference.exact(case)
+            result, farthest = self.reference.exact(case, samples=SAMPLES)
             for part in PARTS:
                 self._keep(f"{start}{part}/", getattr(result, part))
                 moved = getattr(farthest, part)

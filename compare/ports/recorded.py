@@ -134,6 +134,10 @@ class RecordedReference:
                 raise ValueError("it has variances of no buffer")
         return Exact(exact, moved)
 
+    def surer(self, case: Case, exact: Exact) -> NamedArrays:
+        """Return how far the gradients move: what is recorded is of all samples."""
+        return exact.farthest.gradients
+
     def outputs(self, case: Case, dtype: str = "float64") -> NamedArrays:
         """Return the outputs in a dtype.
 

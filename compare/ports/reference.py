@@ -76,7 +76,14 @@ class Reference(Protocol):
         """
 
     def exact(self, case: Case) -> Exact:
-        """Return the run in float64, with gradients."""
+        """Return the run in float64, with gradients, and how far it moves.
+
+        How far gradients move may be of fewer samples than the rest: then it is too little rather
+        than too much, and `surer` tells it of all.
+        """
+
+    def surer(self, case: Case, exact: Exact) -> NamedArrays:
+        """Return how far the gradients move in all samples: asked where they differ."""
 
     def outputs(self, case: Case, dtype: str = "float64") -> NamedArrays:
         """Return the outputs in a dtype.

@@ -85,16 +85,22 @@ def agreement(
         raise ValueError(f"cannot compare shapes {found.shape} and {expected.shape}")
     if not found.size:
         raise ValueError(f"nothing to compare: the arrays have shape {found.shape}")
-    found, expected = found.astype(np.float64), expected.astype(np.float64)
-    finite = np.isfinite(found) & np.isfinite(expected)
-    equal = (found == expected) | (np.isnan(found) & np.isnan(expected))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        difference = np.where(finite, np.abs(found - expected), np.where(equal, 0.0, np.inf))
-        limits = np.broadcast_to(np.nan if limit is None else limit, found.shape)
-        ratio = np.where(difference == 0.0, 0.0, difference / limits)
-    ratio = np.where(np.isnan(ratio) | np.isinf(limits), np.inf, ratio)
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    bound = np.nan if limit is None else limit
+    limits = np.broadcast_to(bound, found.shape)
+    largest = max(float(expected.max()), -float(expected.min()))
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = np.abs(found - expected)
+    if not np.isfinite(difference.max()):
+        finite = np.isfinite(found) & np.isfinite(expected)
+        equal = (found == expected) | (np.isnan(found) & np.isnan(expected))
+        difference = np.where(finite, difference, np.where(equal, 0.0, np.inf))
+        largest = float(np.abs(expected[finite]).max(initial=0.0))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        ratio = np.divide(difference, limits, out=np.zeros_like(difference), where=difference != 0)
+    if not np.isfinite(bound).all():
+        ratio = np.where(np.isnan(ratio) | np.isinf(limits), np.inf, ratio)
     index = tuple(int(i) for i in np.unravel_index(np.argmax(ratio), ratio.shape))
-    largest = np.abs(expected[finite]).max(initial=0.0)
     absolute = float(difference.max())
     relative = absolute / largest if largest else (0.0 if absolute == 0.0 else float("inf"))
     return Agreement(
