@@ -1,7 +1,7 @@
 """Run the Flax module, Linen or NNX, as a pure function of its state: outputs, gradients, state."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -90,15 +90,17 @@ class LinenPort:
         self.casts: dict[str, None] | None = None
         self._function = getattr(module, adapters.method or "__call__")
         self._layers: dict[tuple[str, ...], linen.Module] = {}
+        self._init: Callable[[], Any] = dict
 
     def template(self, call: Call) -> Any:
-        """Return fresh variables of the module."""
+        """Return the variables of the module, without values."""
 
         def keep(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
             self._layers.setdefault(context.module.path, context.module)
             return method(*args, **kwargs)
 
-        def init(arrays: dict[str, Any]) -> Any:
+        def init() -> Any:
+            arrays = on_device(call.arrays)
             made = self.adapters.call(call.replaced(arrays))
             keywords = self.adapters.keywords(self._function, train=False)
             return self.module.init(
@@ -106,7 +108,22 @@ class LinenPort:
             )
 
         with linen.intercept_methods(keep), carries_in(jnp.float64):
-            return jax.jit(init)(call.arrays)
+            self._init = init
+            return jax.eval_shape(init)
+
+    def filled(self, template: Any, known: Container[KeyPath]) -> Any:
+        """Return the variables with fresh values where no value is known."""
+        shapes = flatten_dict(dict(template))
+        unknown = [path for path in shapes if path not in known]
+
+        def values() -> Leaves:
+            made = flatten_dict(dict(self._init()))
+            return {path: made[path] for path in unknown}
+
+        if not unknown:
+            return template
+        with carries_in(jnp.float64):
+            return unflatten_dict(shapes | jax.jit(values)())
 
     def side(self, template: Any) -> FlaxSide:
         """Return the variables with what the layers, which existed when they were made, say."""
@@ -165,6 +182,10 @@ class NnxPort:
     def template(self, call: Call) -> Any:
         """Return the model, whose layers say their layouts."""
         return self.module
+
+    def filled(self, template: Any, known: Container[KeyPath]) -> Any:
+        """Return the model, which has values."""
+        return template
 
     def side(self, template: Any) -> FlaxSide:
         """Return the model's leaves with what its layers say."""

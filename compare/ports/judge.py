@@ -19,8 +19,9 @@ from .errors import PortError, raised_by, random_in_inference
 from .findings import EQUAL, FLOAT64, WORKING, compared, largest, shows
 from .flax_side import SEED as FLAX_SEED
 from .flax_side import Leaves, Port, cast, cast_call, gradients_of, named, on_device
+from .memory import give_back
 from .perturbed import FACTOR
-from .reference import GIVEN, Case, Reference, call_in, cotangents_of
+from .reference import DRAWN, GIVEN, Case, Reference, call_in, cotangents_of
 from .report import Divergence
 from .result import PARTS, NamedArrays, Result, is_equal
 from .trace import (
@@ -70,7 +71,8 @@ class Judge:
         mapping: StateMapping,
         dtypes: Sequence[str],
     ) -> None:
-        self.reference, self.port, self.template = reference, port, template
+        self.reference, self.port = reference, port
+        self.template = port.filled(template, mapping.by_path)
         self.mapping, self.dtypes = mapping, dtypes
         self.slip = self.ulps = 0.0
         self.differs: Case | None = None
@@ -88,8 +90,9 @@ class Judge:
 
     def findings(self, weights: str, number: int, label: str) -> Iterator[Finding]:
         """Yield what was found with these weights and the inputs of the call of this number."""
-        if self.reference.is_live:
+        if self.reference.is_live and weights == DRAWN:
             yield self._through_a_file(weights, label)
+            self._give_back()
         for train, plain in self.reference.modes(weights, number).items():
             title = f"{label}, {'training' if train else 'inference'}"
             for finding in self._in_float64(Case(weights, number, train), title, plain):
@@ -97,6 +100,11 @@ class Judge:
                 if finding.check == "outputs" and not (finding.held or is_told or self.differs):
                     self.differs = Case(weights, number, train)
                 yield finding
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self.reference.is_large:
+            give_back()
 
     def _through_a_file(self, weights: str, label: str) -> Finding:
         """Return whether the state is the same when it is loaded from a file."""
@@ -125,8 +133,9 @@ class Judge:
     def _leaves(self, weights: str) -> Leaves:
         """Return Flax's leaves for the weights, in float64."""
         state = self.reference.state(weights)
-        exact = {key: in_float64(tensor) for key, tensor in state.items()}
-        return cast(leaves_for(self.port, self.template, exact, self.mapping), "float64")
+        if any(row.plus for row in self.mapping.rows):  # a sum is to be exact
+            state = {key: in_float64(tensor) for key, tensor in state.items()}
+        return cast(leaves_for(self.port, self.template, state, self.mapping), "float64")
 
     def state_divergence(self, case: Case, names: Collection[str]) -> Divergence | None:
         """Return where the buffers of these names part first."""
@@ -295,14 +304,16 @@ class Judge:
                 self.notes[_NO_GRADIENTS], self.has_gradients = None, False
                 self._compiled.clear()
                 return self._flax(leaves, call, cotangents, case, seed)
-        outputs, after, by_params, by_inputs = made
-        gradients = pulled_back(self.mapping, by_params) | {
-            f"input {name}": np.asarray(gradient) for name, gradient in by_inputs.items()
-        }
-        state = {path: leaf for path, leaf in after.items() if path not in self.trained}
+        outputs, after, by_params, by_inputs = jax.block_until_ready(made)
+        self._give_back()
         reduced = self.reference.reduced
-        after = pulled_back(self.mapping, state)
-        return Result(_host(outputs), reduced(gradients), reduced(after))
+        by_inputs = {f"input {name}": np.asarray(array) for name, array in by_inputs.items()}
+        gradients = pulled_back(self.mapping, by_params, reduced) | reduced(by_inputs)
+        state = {path: leaf for path, leaf in after.items() if path not in self.trained}
+        after = pulled_back(self.mapping, state, reduced)
+        result = Result(_host(outputs), gradients, after)
+        self._give_back()
+        return result
 
     def _eager(self, leaves: Leaves, call: Call, train: bool) -> NamedArrays:
         with raised_by("Flax"):

@@ -10,9 +10,11 @@ from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from ..frameworks import Tensor, nn, torch
 from .calls import Call
 from .errors import PortError, random_in_inference
+from .memory import LARGE, give_back
 from .perturbed import FIRST, SAMPLES, Perturbed, keep_farthest
 from .reference import DRAWN, Case, Exact, call_in, cotangents_of, draw, spread_of
 from .result import NamedArrays, Result, is_equal
+from .sketch import MAX_ENTRIES, sketched
 from .torch_side import SEED, TorchSide
 from .torch_trace import torch_trace
 from .values import Gradients, Trace
@@ -20,6 +22,10 @@ from .values import Gradients, Trace
 _RANDOM = (
     "training is not compared, because the torch module draws random numbers there that are no "
     "dropout pattern"
+)
+_SKETCHED = (
+    f"the module is large: gradients and buffers of more than {MAX_ENTRIES:,} entries are compared "
+    "as weighted sums of neighbours"
 )
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -30,7 +36,8 @@ class LiveReference:
     Args:
         side: the module.
         calls: the calls.
-        reduced: what gradients and state are compared as; as they are by default.
+        reduced: what gradients and state are compared as; by default as they are, or as sums if
+            the module is large.
     """
 
     is_live = True
@@ -39,11 +46,15 @@ class LiveReference:
         self,
         side: TorchSide,
         calls: Sequence[Call],
-        reduced: Callable[[NamedArrays], NamedArrays] = lambda arrays: arrays,
+        reduced: Callable[[NamedArrays], NamedArrays] | None = None,
     ) -> None:
-        self.side, self.calls, self.reduced = side, calls, reduced
+        self.side, self.calls = side, calls
         self.parameters = side.parameters
+        self.is_large = side.size > LARGE
         self.notes: dict[str, None] = {}
+        if self.is_large and reduced is None:
+            self.notes[_SKETCHED], reduced = None, sketched
+        self.reduced = reduced or (lambda arrays: arrays)
         # Of the last weights and call alone: a large model has no room for more.
         self.state = lru_cache(maxsize=1)(self._state)
         self.modes = lru_cache(maxsize=1)(self._modes)
@@ -58,11 +69,9 @@ class LiveReference:
         return self.side.module()
 
     def _state(self, weights: str) -> Mapping[str, Tensor]:
-        module = self.side.module()
-        if weights == DRAWN:
-            drawn_again(module)
+        module = drawn_again(self.side.module()) if weights == DRAWN else self.side.given
         return {
-            key: tensor.detach()
+            key: tensor.detach().cpu()
             for key, tensor in module.state_dict().items()
             if isinstance(tensor, Tensor)
         }
@@ -85,16 +94,20 @@ class LiveReference:
         """Return the run in float64, and how far it moves: gradients in so many samples."""
         exact = Exact(self._in_float64(case, None), Result({}, {}, {}))
         for seed in range(SAMPLES):
-            moved = self._in_float64(case, Perturbed(seed), has_gradients=seed < samples)
-            keep_farthest(exact.farthest, moved, exact.result)
+            self._sample(case, exact, seed, has_gradients=seed < samples)
+        if self.is_large:
+            give_back()
         return exact
 
     def surer(self, case: Case, exact: Exact) -> NamedArrays:
         """Return how far the gradients move in all samples."""
         for seed in range(FIRST, SAMPLES):
-            moved = self._in_float64(case, Perturbed(seed))
-            keep_farthest(exact.farthest, moved, exact.result)
+            self._sample(case, exact, seed, has_gradients=True)
         return exact.farthest.gradients
+
+    def _sample(self, case: Case, exact: Exact, seed: int, *, has_gradients: bool) -> None:
+        moved = self._in_float64(case, Perturbed(seed), has_gradients=has_gradients)
+        keep_farthest(exact.farthest, moved, exact.result)
 
     def _in_float64(
         self, case: Case, mode: Perturbed | None, *, has_gradients: bool = True
@@ -103,10 +116,9 @@ class LiveReference:
         state, call = self.state(case.weights), call_in(self.calls, case)
         cotangents = cotangents_of(self.modes(case.weights, case.number)[case.train].outputs)
         if mode is not None:
-            inputs = {
-                name: mode.moved(numpy_to_tensor(array.astype(np.float64))).numpy()
-                for name, array in call.floats.items()
-            }
+            inputs = {name: array.astype(np.float64) for name, array in call.floats.items()}
+            for array in inputs.values():
+                mode.move(numpy_to_tensor(array))
             call = call.replaced(inputs)
         result = self.side.run(
             state,
@@ -120,7 +132,10 @@ class LiveReference:
     def outputs(self, case: Case, dtype: str = "float64") -> NamedArrays:
         """Return the outputs in a dtype."""
         state, call = self.state(case.weights), call_in(self.calls, case)
-        return self.side.run(state, call, dtype=dtype, train=case.train).outputs
+        outputs = self.side.run(state, call, dtype=dtype, train=case.train).outputs
+        if self.is_large:
+            give_back()
+        return outputs
 
     def trace(
         self, case: Case, *, has_gradients: bool = False, buffers: Sequence[str] = ()

@@ -15,7 +15,7 @@ from .result import PARTS, Result
 # With five samples, the largest of five normal deviations is below 1/25 of their spread once in
 # 3e7 times: 0.032 ** 5. So 50 times the largest covers at least twice the spread.
 SAMPLES, FACTOR = 5, 50.0
-FIRST = 2  # samples with a backward pass; the others have one only where gradients differ
+FIRST = 1  # samples with a backward pass; the others have one only where gradients differ
 # Functions whose whole results are rounded.
 _ROUNDED = {
     *("tanh", "sigmoid", "exp", "expm1", "exp2", "erf", "erfc", "log", "log1p", "log2", "log10"),
@@ -49,30 +49,32 @@ class Perturbed(TorchDispatchMode):
         """Run the operation and move its results, in their place if it wrote them there."""
         result = func(*args, **(kwargs or {}))
         for argument in written_by(func, args):
-            argument.copy_(self.moved(argument))
+            self.move(argument)
         if any(argument.alias_info is not None for argument in func._schema.returns):
             return result  # a view, or what was written
         is_rounded = func.overloadpacket.__name__.rstrip("_") in _ROUNDED
         if isinstance(result, Tensor):
-            return self._moved_in_place(result, is_rounded)
+            return self._moved(result, is_rounded=is_rounded)
         if isinstance(result, tuple | list):
             return type(result)(
-                self._moved_in_place(one, is_rounded) if isinstance(one, Tensor) else one
+                self._moved(one, is_rounded=is_rounded) if isinstance(one, Tensor) else one
                 for one in result
             )
         return result
 
-    def moved(self, tensor: Tensor) -> Tensor:
-        """Return a copy of the tensor with each entry moved by one unit in the last place.
+    def move(self, tensor: Tensor) -> None:
+        """Move each entry of the tensor by one unit in the last place.
 
         Whole numbers, and those with few binary places, are exact and stay: they are counts, masks
         and numbers of regions, which are asked whether they are equal. What is rounded, as the 1 of
         a saturated tanh, is moved too.
         """
-        return self._moved_in_place(tensor.detach().clone(), is_rounded=False)
+        moved = self._moved(tensor)
+        if moved.data_ptr() != tensor.data_ptr():
+            tensor.copy_(moved)
 
-    def _moved_in_place(self, tensor: Tensor, is_rounded: bool) -> Tensor:
-        """Move the entries of a tensor that nothing else refers to, and return it or its copy."""
+    def _moved(self, tensor: Tensor, *, is_rounded: bool = False) -> Tensor:
+        """Return the tensor with its entries moved in place if its memory allows, or a copy."""
         if tensor.dtype not in self._factors or not tensor.numel():
             return tensor
         with _disable_current_modes():  # other modes have nothing to do here, and take time

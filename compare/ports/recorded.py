@@ -13,6 +13,7 @@ from ..files.printable import shown
 from .calls import Call
 from .errors import PortError
 from .fingerprints import QUANTILES
+from .memory import LARGE
 from .record import checksum, start_of
 from .record_file import RecordFile, placeholder, reading
 from .reference import DRAWN, GIVEN, Case, Exact, draw
@@ -45,6 +46,7 @@ class RecordedReference:
 
     def __init__(self, path: Path) -> None:
         self._file = RecordFile(path)
+        self.is_large = path.stat().st_size > 4 * LARGE
         with reading(path):
             head = self._file.head
             self.parameters = [key for key in head["parameters"] if key in head["kinds"]]

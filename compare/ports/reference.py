@@ -50,10 +50,12 @@ class Reference(Protocol):
         calls: the calls.
         parameters: the torch names of what is trained.
         notes: what is not compared, and why.
+        is_large: whether memory is short for it.
         is_live: whether the module is here, so that its state can be saved and loaded.
     """
 
     is_live: bool
+    is_large: bool
     calls: Sequence[Call]
     parameters: list[str]
     notes: dict[str, None]

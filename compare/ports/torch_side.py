@@ -32,18 +32,21 @@ class TorchSide:
         method: the name of the method to call.
 
     Attributes:
+        given: the module itself.
         parameters: the names of what is trained.
+        size: how many entries its state has.
         widened: where the module asks for a narrower dtype than that of a run in float64.
     """
 
     def __init__(self, module: nn.Module, outputs: Outputs | None, method: str | None) -> None:
-        self._module = without_wrapper(module)
-        state = self._module.state_dict().values()
-        if any(isinstance(one, Tensor) and one.is_meta for one in state):
+        self.given = without_wrapper(module)
+        state = [one for one in self.given.state_dict().values() if isinstance(one, Tensor)]
+        if any(one.is_meta for one in state):
             raise PortError("the torch module is on the meta device, without data: load its state")
+        self.size = sum(one.numel() for one in state)
         self._outputs, self._method = outputs, method
         self.widened = Widened()
-        kinds = torch_kinds(self._module)
+        kinds = torch_kinds(self.given)
         self.parameters = [key for key, kind in kinds.items() if kind == "parameter"]
 
     def module(
@@ -59,7 +62,7 @@ class TorchSide:
             PortError: it cannot be copied.
         """
         try:
-            module = copy.deepcopy(self._module)
+            module = copy.deepcopy(self.given)
         except Exception as error:  # a module may hold anything
             raise PortError(
                 f"the torch module cannot be copied ({type(error).__name__}: {error}): leave what "
@@ -127,7 +130,7 @@ class TorchSide:
         with torch.no_grad():
             for key, tensor in module.state_dict(keep_vars=True).items():
                 if key in self.parameters:
-                    tensor.copy_(mode.moved(tensor))
+                    mode.move(tensor)
 
     def called(self, module: nn.Module, call: Call) -> Any:
         """Return what the module returns for tensors, as it is to be compared."""

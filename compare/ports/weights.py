@@ -4,7 +4,8 @@ import glob
 import json
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from ..conversion.errors import ConversionError, Mismatch, MismatchEntry, Traini
 from ..conversion.layers import KnownState, is_unknown, layer_types
 from ..conversion.mapping import KeyPath, StateMapping, slashed
 from ..conversion.match import pair
+from ..conversion.parts import Part
 from ..conversion.proposal import suggest
 from ..conversion.state_kinds import flax_side
 from ..conversion.tensors import tensor_to_numpy
@@ -160,35 +162,44 @@ def _leaves(filled: Any) -> Leaves:
     return flatten_dict(dict(filled))
 
 
-def pulled_back(mapping: StateMapping, gradients: dict[KeyPath, Any]) -> NamedArrays:
+def pulled_back(
+    mapping: StateMapping,
+    gradients: dict[KeyPath, Any],
+    reduced: Callable[[NamedArrays], NamedArrays],
+) -> NamedArrays:
     """Return gradients by Flax's arrays as gradients by torch's tensors, and empty the dict.
 
     The mapping moves entries, copies them and adds tensors, so its transpose does the reverse:
     copies are added up, and both tensors of a sum have the gradient of the sum. For what is copied
-    or added nowhere, such as buffers, it is the conversion itself.
+    or added nowhere, such as buffers, it is the conversion itself. Each is reduced at once.
     """
     found: NamedArrays = {}
-    parts: dict[str, dict[int, Any]] = {}
-    last = {row.path: row for row in mapping.rows if row.kind != "alias"}
-    for row in mapping.rows:
-        if row.path not in gradients or row.kind == "alias":
-            continue
+    sums: dict[str, dict[int, Any]] = {}  # by tensor, and by the number of its part
+    rows = [row for row in mapping.rows if row.path in gradients and row.kind != "alias"]
+    last = {row.path: row for row in rows}
+    waiting = Counter(key for row in rows for key in row.keys)
+    for row in rows:
         made = torch_tensors(row, gradients[row.path])
         if row is last[row.path]:
             del gradients[row.path]
+        number = row.part.index if row.part else 0
         for key in made:
             array = tensor_to_numpy(made[row.torch_key if key == row.plus else key])
-            if row.part is None:
-                found[key] = found[key] + array if key in found else array
-            else:
-                of_key = parts.setdefault(key, {})
-                of_key[row.part.index] = of_key.get(row.part.index, 0.0) + array
-    for key, index in parts.items():
-        row = next(row for row in mapping.by_key[key] if row.part)
-        assert row.part is not None
-        if len(index) == row.part.count:
-            found[key] = row.part.join([np.ascontiguousarray(index[i]) for i in sorted(index)])
+            of_key = sums.setdefault(key, {})
+            of_key[number] = of_key[number] + array if number in of_key else array
+            waiting[key] -= 1
+            if not waiting[key]:
+                found |= reduced(_joined(key, row.part, sums.pop(key)))
     return found
+
+
+def _joined(key: str, part: Part | None, arrays: dict[int, Any]) -> NamedArrays:
+    """Return a tensor by name, of its parts; nothing if some are missing."""
+    if part is None:
+        return {key: arrays[0]}
+    if len(arrays) < part.count:
+        return {}
+    return {key: part.join([np.ascontiguousarray(arrays[i]) for i in sorted(arrays)])}
 
 
 def differs_after_a_file(
