@@ -13,8 +13,8 @@ from .trees import is_float
 
 FLOAT64 = (
     f"{FACTOR:g} times the farthest that torch's own values moved in {SAMPLES} runs in which each "
-    "result moved by one unit in the last place (compare/ports/perturbed.py), at least of the "
-    "largest entry"
+    "result moved by one unit in the last place (compare/ports/perturbed.py), for gradients that "
+    "hold in the first of them alone; at least of the largest entry"
 )
 WORKING = (
     "the float64 limit times the roundoff of the dtype over that of float64, or four times torch's "
