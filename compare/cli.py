@@ -624,6 +624,15 @@ def ports(
             "--every", metavar="N", min=1, help="Take one of N wrong ports. Default: all."
         ),
     ] = None,
+    right: Annotated[
+        int,
+        typer.Option(
+            "--right",
+            metavar="N",
+            min=0,
+            help="Also draw N right ports: other styles, sizes and numbers of the examples.",
+        ),
+    ] = 0,
     libraries: Annotated[
         bool,
         typer.Option(
@@ -634,10 +643,11 @@ def ports(
     html_file: HtmlOption = None,
 ) -> None:
     """Check the example ports, right and wrong ones: how often are the true lines named?"""
-    job = Job("ports", {"every": every or 1})
+    job = Job("ports", {"every": every or 1, "right": right})
     if libraries:
-        if every is not None:
-            raise typer.BadParameter("--every has no effect beside --libraries: leave one out")
+        if every is not None or right:
+            name = "--right" if right else "--every"
+            raise typer.BadParameter(f"{name} has no effect beside --libraries: leave one out")
         require_packages("transformers", install="transformers==4.57.1")
         job = Job("library-ports")
     _run([job], Files(json_file, html_file))

@@ -5,28 +5,31 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..ports.wrong_ports import EXAMPLES, Named, WrongPort, judged, text_of, wrong_ports
+from ..ports.right_ports import RightPort, drawn
+from ..ports.wrong_ports import EXAMPLES, Named, WrongPort, judged, wrong_ports
 from ..report.model import Cell, Check, Section, Table
 from .port import report_of
 
 
-def sections(every: int = 1) -> Iterator[Section | str]:
+def sections(every: int = 1, right: int = 0) -> Iterator[Section | str]:
     """Yield progress messages, then a section on the right ports and one on the wrong ones.
 
     Args:
         every: take each wrong port of so many.
+        right: how many right ports are drawn, besides the examples.
     """
+    ports = [RightPort(example, [], 0) for example in EXAMPLES] + [drawn(n) for n in range(right)]
     alarms = []
-    for example in EXAMPLES:
-        yield f"the right port of {example}"
+    for number, port in enumerate(ports, 1):
+        yield f"right port {number} of {len(ports)}: {port}"
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            file = Path(folder) / f"{example}.py"
-            file.write_text(text_of(example), encoding="utf-8")
-            alarms += [] if report_of(file).held else [example]
-    measured = f"{len(alarms)} false alarms of {len(EXAMPLES)}"
+            file = Path(folder) / f"{port.example}.py"
+            file.write_text(port.text(), encoding="utf-8")
+            alarms += [] if report_of(file).held else [str(port)]
+    measured = f"{len(alarms)} false alarms of {len(ports)}"
     check = Check("right ports hold", "all", not alarms, measured, "none")
-    yield Section("Right ports", [measured], [check])
+    yield Section("Right ports", [measured, *alarms], [check])
     bugs = wrong_ports()[::every]
     results: list[tuple[WrongPort, Named]] = []
     for bug in bugs:

@@ -1,4 +1,4 @@
-"""A pytest plugin: the fixture `check_port`, the marker `port` and the option `--port-report`.
+"""A pytest plugin: the fixture `check_port`, the marker `port`, and options for its reports.
 
 It imports no framework before a test asks for the fixture.
 """
@@ -16,7 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from .report import PortReport
 
-_OPTION = "--port-report"
+_OPTION, _REPLAY = "--port-report", "--port-replay"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,7 +25,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         _OPTION,
         metavar="DIR",
         type=Path,
-        help="write a page and a JSON file on each port that a test checks into this folder",
+        help="write a page and a JSON file on each port that a test checks into this folder, and, "
+        "if the port differs, a script that checks it again",
+    )
+    parser.getgroup("ports").addoption(
+        _REPLAY,
+        metavar="FILE",
+        type=Path,
+        help="check a port with the inputs and the weights that --port-report kept in this file",
     )
 
 
@@ -44,26 +51,43 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def check_port(request: pytest.FixtureRequest) -> Callable[..., PortReport]:
     """A function that checks a port as `compare.check_port` does, and fails the test if it differs.
 
-    With `--port-report DIR` it writes DIR/TEST.html and DIR/TEST.json.
+    With `--port-report DIR` it writes DIR/TEST.html and DIR/TEST.json, and, if the port differs,
+    DIR/replay_TEST.py, which checks it again with the inputs and weights in DIR/TEST.safetensors.
     """
     from .check import check_port as check
     from .errors import PortDiffers
+    from .replay import keep, number_in, replayed
 
-    count = 0
+    count, config = 0, request.config
+    folder, replay = config.getoption(_OPTION), config.getoption(_REPLAY)
 
     def checked(
         torch_module: Any, flax_module: Any, inputs: Any = None, **options: Any
     ) -> PortReport:
         nonlocal count
         count += 1
+        if replay is not None and number_in(replay) == count:
+            torch_module, inputs = replayed(replay, torch_module, inputs)
         report = check(torch_module, flax_module, inputs, **options)
-        folder = request.config.getoption(_OPTION)
+        name = re.sub(r"[^\w.-]+", "_", request.node.nodeid) + ("" if count == 1 else f"_{count}")
         if folder is not None:
-            name = re.sub(r"[^\w.-]+", "_", request.node.nodeid)
-            _write(folder, name if count == 1 else f"{name}_{count}", report)
-        if not report.held:
-            raise PortDiffers(str(report))
-        return report
+            _write(folder, name, report)
+        if report.held:
+            return report
+        text = str(report)
+        if folder is not None and replay is None and inputs is not None:
+            script = keep(
+                folder.resolve(),
+                name,
+                torch_module,
+                inputs,
+                number=count,
+                test=request.node.nodeid,
+                root=config.rootpath,
+                options=["-p", __name__] if __name__ in config.option.plugins else [],
+            )
+            text += f"\nTo check it again with these inputs and weights: python {script}"
+        raise PortDiffers(text)
 
     return checked
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 EXAMPLES = (
+    "causal_attention",
     "conv_net",
     "lstm_tagger",
     "mlp_batch_norm",

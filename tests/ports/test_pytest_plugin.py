@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,14 +50,75 @@ def test_a_wrong_port_fails_with_its_lines_and_leaves_a_page(tmp_path: Path) -> 
     assert "linen.gelu(hidden, approximate=self.approximate)" in printed
     names = sorted(path.name for path in (tmp_path / "reports").iterdir())
     assert names == [
-        f"test_mine.py_{test}.{suffix}"
-        for test in ("test_right", "test_wrong")
-        for suffix in ("html", "json")
+        "replay_test_mine.py_test_wrong.py",
+        "test_mine.py_test_right.html",
+        "test_mine.py_test_right.json",
+        "test_mine.py_test_wrong.html",
+        "test_mine.py_test_wrong.json",
+        "test_mine.py_test_wrong.safetensors",
     ]
     report = json.loads((tmp_path / "reports" / "test_mine.py_test_wrong.json").read_text())
     assert report["held"] is False
     assert "linen.gelu" in report["divergence"]["flax_source"][0]["code"]
     assert "linen.gelu" in (tmp_path / "reports" / "test_mine.py_test_wrong.html").read_text()
+
+
+UNSEEDED = """
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import linen
+
+
+class Flax(linen.Module):
+    @linen.compact
+    def __call__(self, inputs):
+        return jnp.maximum(linen.Dense(3, name="layer")(inputs), 0.0)
+
+
+class Torch(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 3)
+
+    def forward(self, inputs):
+        return self.layer(inputs)
+
+
+def test_random(check_port):
+    check_port(torch.nn.Linear(4, 3), linen.Dense(3), np.ones((2, 4)), dtypes=())
+    print("seen:", inputs := np.random.default_rng().standard_normal((9, 4)))
+    check_port(Torch(), Flax(), {"inputs": inputs}, dtypes=())
+"""
+
+
+@pytest.mark.slow
+def test_a_script_checks_again_with_the_same_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "test_mine.py"
+    file.write_text(UNSEEDED, encoding="utf-8")
+    code, printed = run("--port-report", "reports", folder=tmp_path)
+    assert code == 1, printed
+    script = tmp_path / "reports" / "replay_test_mine.py_test_random_2.py"
+    assert f"python {script}" in printed
+    worst = re.search(r"found .* at \(.*\)", printed)
+    assert worst, printed
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    for changed in ("(9, 4)", "(8, 4)"):
+        file.write_text(UNSEEDED.replace("(9, 4)", changed), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, str(script)],
+            cwd=tmp_path.parent,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        expected = worst[0] if changed == "(9, 4)" else "inputs has the shape (9, 4) in the file"
+        assert expected in done.stdout
+    (tmp_path / "other.txt").write_text("nothing", encoding="utf-8")
+    code, printed = run("--port-replay", "other.txt", folder=tmp_path)
+    assert code == 1
+    assert "no sound record" in printed
 
 
 def test_no_framework_is_imported_before_a_port_is_checked(tmp_path: Path) -> None:

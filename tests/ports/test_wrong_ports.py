@@ -1,8 +1,11 @@
 """The examples hold, their wrong ports are seen, and the true lines are named."""
 
+from pathlib import Path
+
 import pytest
 
 from compare.commands.port import report_of
+from compare.ports.right_ports import RightPort, drawn, known
 from compare.ports.wrong_ports import EXAMPLES, WrongPort, judged, text_of, wrong_ports
 
 BUGS = {bug.name: bug for bug in wrong_ports()}
@@ -31,6 +34,32 @@ def test_each_bug_changes_one_place() -> None:
         assert bug.flax_line() > bug.torch_line()
     with pytest.raises(ValueError, match="routing has 'nonsense' 0 times"):
         WrongPort("routing", "", "nonsense", "", "", "").text()
+
+
+def test_each_style_changes_its_example() -> None:
+    styles, sizes = known()
+    for change in (*styles, *sizes):
+        text = RightPort(change.example, [change], 0).text()
+        compile(text, change.name, "exec")
+        assert text != text_of(change.example)
+    ports = [drawn(number) for number in range(208)]
+    texts = {port.text() for port in ports}
+    assert len(texts) == len(ports)
+    for text in texts:
+        compile(text, "drawn", "exec")
+    used = {(port.example, change.name) for port in ports for change in port.changes}
+    assert used == {(one.example, one.name) for one in (*styles, *sizes)}
+
+
+@pytest.mark.slow
+@pytest.mark.again
+@pytest.mark.parametrize("number", range(0, 208, 26))
+def test_a_drawn_right_port_holds(number: int, tmp_path: Path) -> None:
+    port = drawn(number)
+    file = tmp_path / f"{port.example}.py"
+    file.write_text(port.text(), encoding="utf-8")
+    report = report_of(file)
+    assert report.held, f"{port}\n{report}"
 
 
 @pytest.mark.slow
