@@ -2,13 +2,14 @@
 
 The module's jaxpr is changed in one place at a time: a literal, the order of operands, a
 comparison, an axis, an operation left out, a parameter. All of these mutants are one compiled
-program, in which a number selects the mutant. A mutant whose outputs stay within the limits of the
-check would have passed it. If inputs that are drawn here tell it from the module, the given inputs
-are too weak; if they do not, it may be the same function.
+program, in which a number selects the mutant. A mutant whose outputs, gradients and state, in
+inference and in training, stay within the limits of the check would have passed it. If inputs that
+are drawn here tell it from the module, the given inputs are too weak; if they do not, it may be the
+same function.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -17,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from ..conversion.mapping import slashed
+from ..conversion.mapping import KeyPath, slashed
 from ..proof.agreement import agreement
 from .calls import Call
 from .record_jax import CALLED, bound, inner_of, lines_of_equation
 from .report import SourceLine
-from .result import NamedArrays
+from .result import PARTS, NamedArrays, Result
 from .trees import is_float
 
 _DRAWS = 3
@@ -48,6 +49,9 @@ class Mutant(NamedTuple):
         if self.line is None:
             return self.what
         return f"{self.line.file}:{self.line.line}: {self.line.code}  ({self.what})"
+
+
+_Key = tuple[Mutant, int]
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class _Mutated:
     """Evaluates a jaxpr with the mutant of a number in the place of its equation.
 
     Args:
-        selected: the number of the mutant, which is traced; -1 for none.
+        selected: the number of the mutant, which may be traced; -1 for none.
     """
 
     def __init__(self, selected: Any) -> None:
@@ -104,7 +108,10 @@ class _Mutated:
     def choose(self, result: Any, other: Any, what: str, line: SourceLine | None) -> Any:
         """Return the result, or the other one if this mutant is selected."""
         self.mutants.append(Mutant(what, line))
-        return jnp.where(self.selected == len(self.mutants) - 1, other, result)
+        is_selected = self.selected == len(self.mutants) - 1
+        if isinstance(is_selected, bool):  # what is not selected would take part in gradients
+            return other if is_selected else result
+        return jnp.where(is_selected, other, result)
 
     def evaluate(
         self,
@@ -209,69 +216,121 @@ def _next(value: Any) -> Any:
     return changed.astype(array.dtype)
 
 
-def adequacy(
-    functions: Sequence[Callable[..., Mapping[str, Any]]],
-    leaves: Mapping[Any, Any],
-    calls: Sequence[Call],
-    limits: Sequence[NamedArrays],
-) -> Adequacy:
-    """Return which mutants of a module the calls notice.
+class Asked(NamedTuple):
+    """A run that is asked whether it notices a mutant.
 
-    Args:
-        functions: for each call, a function of the leaves and of the call's arrays that returns
-            outputs by name.
-        leaves: the state.
-        calls: the calls.
-        limits: for each call, how far its outputs may lie from the module's, by name.
+    Attributes:
+        function: a function of the leaves and of the call's arrays: outputs by name, and the state
+            after the call by path.
+        call: the call.
+        limits: how far outputs, gradients and state may lie from the module's.
+        cotangents: what the outputs are multiplied with for gradients, by name.
+        trained: the paths by which there are gradients.
+        named: takes arrays by path, and returns them by the names of the limits.
     """
-    missed: dict[tuple[Mutant, int], bool] = {}  # whether drawn inputs see it
-    seen: set[tuple[Mutant, int]] = set()
-    for function, call, limit in zip(functions, calls, limits, strict=True):
-        run, mutants = _program(function, leaves, call)
-        drawn = [(arrays, run(arrays, -1)) for arrays in _drawn(call)]
-        kept = run(call.arrays, -1)
-        counts: Counter[Mutant] = Counter()
-        for number, mutant in enumerate(mutants):
-            key = mutant, counts[mutant]
-            counts[mutant] += 1
-            if _differs(run(call.arrays, number), kept, limit):
+
+    function: Callable[..., tuple[Mapping[str, Any], Mapping[KeyPath, Any]]]
+    call: Call
+    limits: Result
+    cotangents: NamedArrays
+    trained: Collection[KeyPath]
+    named: Callable[[dict[KeyPath, Any]], NamedArrays]
+
+
+def adequacy(asked: Sequence[Asked], leaves: Mapping[KeyPath, Any]) -> Adequacy:
+    """Return which mutants of a module some runs notice, with the state in the leaves."""
+    missed: dict[_Key, bool] = {}  # whether drawn inputs see it
+    seen: set[_Key] = set()
+    programs = [_Program(one, leaves) for one in asked]
+    for program in programs:
+        arrays = program.asked.call.arrays
+        drawn = [(other, program.run(other, -1)) for other in _drawn(program.asked.call)]
+        kept = program.run(arrays, -1)
+        for number, key in enumerate(program.keys):
+            if program.differs(program.run(arrays, number), kept):
                 seen.add(key)
             elif not missed.get(key):
                 missed[key] = any(
-                    _differs(run(arrays, number), base, limit) for arrays, base in drawn
+                    program.differs(program.run(other, number), base) for other, base in drawn
                 )
+    for program in programs:  # the backward pass of few, because it takes longer
+        seen |= program.seen_by_gradients(missed.keys() - seen)
     unseen = {key: is_told for key, is_told in missed.items() if key not in seen}
     told = [mutant for (mutant, _), is_told in unseen.items() if is_told]
     return Adequacy(len(seen), tuple(dict.fromkeys(told)), len(unseen) - len(told))
 
 
-def _program(
-    function: Callable[..., Mapping[str, Any]], leaves: Mapping[Any, Any], call: Call
-) -> tuple[Callable[[Mapping[str, Any], int], NamedArrays], list[Mutant]]:
-    """Return a function of arrays and the number of a mutant, and the mutants."""
-    closed, shape = jax.make_jaxpr(function, return_shape=True)(leaves, call.arrays)
-    paths = [path for (path, *_), _ in jax.tree.leaves_with_path(leaves)]
-    mutants: list[Mutant] = []
+class _Program:
+    """The mutants of a run as one compiled program.
 
-    def mutated(selected: Any, leaves: Mapping[Any, Any], arrays: Mapping[str, Any]) -> list[Any]:
+    Attributes:
+        keys: for each mutant, what it changes, and how many before it change the same.
+    """
+
+    def __init__(self, asked: Asked, leaves: Mapping[KeyPath, Any]) -> None:
+        self.asked, self.leaves = asked, leaves
+        traced = jax.make_jaxpr(asked.function, return_shape=True)
+        self._closed, self._shape = traced(leaves, asked.call.arrays)
+        self._mutants: list[Mutant] = []
+        self._compiled = jax.jit(self._mutated)
+        self.run(asked.call.arrays, -1)
+        counts: Counter[Mutant] = Counter()
+        self.keys: list[_Key] = []
+        for mutant in self._mutants:
+            self.keys.append((mutant, counts[mutant]))
+            counts[mutant] += 1
+
+    def run(self, arrays: Mapping[str, Any], selected: int) -> Result:
+        """Return what the module gives with the mutant of this number."""
+        outputs, after = self._compiled(selected, self.leaves, arrays)
+        host = {name: np.asarray(array) for name, array in outputs.items()}
+        return Result(host, {}, self.asked.named(dict(after)))
+
+    def differs(self, found: Result, kept: Result) -> bool:
+        """Return whether outputs or state lie beyond the limits."""
+        return any(
+            _differs(getattr(found, part), getattr(kept, part), getattr(self.asked.limits, part))
+            for part in PARTS
+        )
+
+    def seen_by_gradients(self, keys: Collection[_Key]) -> set[_Key]:
+        """Return those of the mutants whose gradients differ from the module's."""
+        chosen = {number: key for number, key in enumerate(self.keys) if key in keys}
+        if not chosen or not self.asked.trained:
+            return set()
+        kept = self._gradients(-1)
+        return {
+            key
+            for number, key in chosen.items()
+            if _differs(self._gradients(number), kept, self.asked.limits.gradients)
+        }
+
+    def _mutated(
+        self, selected: Any, leaves: Mapping[KeyPath, Any], arrays: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[KeyPath, Any]]:
         evaluator = _Mutated(selected)
         flat = jax.tree.leaves((leaves, arrays))
-        for place, path in enumerate(paths):
+        for place, (path, *_) in enumerate(path for path, _ in jax.tree.leaves_with_path(leaves)):
             if is_float(flat[place]):
                 what = f"parameter {slashed(path.key)} made 1 % larger"
                 flat[place] = evaluator.choose(flat[place], 1.01 * flat[place], what, None)
-        outputs = evaluator.evaluate(closed.jaxpr, closed.consts, flat)
-        mutants[:] = evaluator.mutants
-        return outputs
+        results = evaluator.evaluate(self._closed.jaxpr, self._closed.consts, flat)
+        self._mutants = evaluator.mutants
+        return jax.tree.unflatten(jax.tree.structure(self._shape), results)
 
-    compiled = jax.jit(mutated)
+    def _gradients(self, selected: int) -> NamedArrays:
+        """Return the gradients with the mutant of this number, which alone is evaluated."""
+        leaves, call = dict(self.leaves), self.asked.call
 
-    def run(arrays: Mapping[str, Any], selected: int) -> NamedArrays:
-        found = compiled(selected, leaves, arrays)
-        return {name: np.asarray(array) for name, array in zip(shape, found, strict=True)}
+        def total(params: Mapping[KeyPath, Any], inputs: Mapping[str, Any]) -> Any:
+            outputs, _ = self._mutated(selected, leaves | dict(params), call.arrays | dict(inputs))
+            cotangents = self.asked.cotangents
+            return sum((outputs[name] * array).sum() for name, array in cotangents.items())
 
-    run(call.arrays, -1)
-    return run, mutants
+        params = {path: leaves[path] for path in self.asked.trained}
+        by_params, by_inputs = jax.grad(total, argnums=(0, 1))(params, dict(call.floats))
+        of_inputs = {f"input {name}": np.asarray(array) for name, array in by_inputs.items()}
+        return self.asked.named(dict(by_params)) | of_inputs
 
 
 def _drawn(call: Call) -> Iterator[dict[str, np.ndarray]]:
@@ -293,11 +352,11 @@ def _drawn(call: Call) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _differs(found: NamedArrays, kept: NamedArrays, limits: NamedArrays) -> bool:
-    """Return whether outputs lie beyond the limits."""
+    """Return whether arrays lie beyond the limits."""
     for name, array in kept.items():
         if not is_float(array):
             if not np.array_equal(found[name], array):
                 return True
-        elif not agreement(found[name], array, float(limits[name])).held:
+        elif name in limits and not agreement(found[name], array, float(limits[name])).held:
             return True
     return False

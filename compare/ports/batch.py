@@ -21,7 +21,7 @@ def batch_findings(judge: Judge, weights: str, number: int, label: str) -> Itera
             batch.
         label: what the state is.
     """
-    exact, limits, api = judge.exact[number], judge.limits[number], judge.port.api
+    exact, limits, api = judge.exact[number], judge.limits[number, False].outputs, judge.port.api
     call = judge.reference.calls[number]
     if not (count := rows_of(call, exact)):
         return

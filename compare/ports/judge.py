@@ -12,7 +12,7 @@ from ..conversion.mapping import KeyPath, StateMapping
 from ..frameworks import jax
 from ..proof.agreement import Finding, agreement, same_names, uncompared
 from ..runners.jax_settings import jax_on
-from .adequacy import Adequacy
+from .adequacy import Adequacy, Asked
 from .adequacy import adequacy as adequacy_of
 from .calls import Call
 from .errors import PortError, raised_by, random_in_inference
@@ -28,7 +28,7 @@ from .trace import (
     divergence,
     gradient_divergence,
     lone_casts,
-    outputs_by_name,
+    results_by_name,
     state_divergence,
 )
 from .trees import is_float
@@ -81,9 +81,8 @@ class Judge:
         self.lone_casts: Divergence | None = None
         self.suspects: dict[str, frozenset[str]] = {}
         self._compiled: dict[tuple[int, bool], Callable[..., Any]] = {}
-        # torch's outputs in inference, and their limits, by the number of the call.
-        self.exact: dict[int, NamedArrays] = {}
-        self.limits: dict[int, NamedArrays] = {}
+        self.exact: dict[int, NamedArrays] = {}  # torch's outputs in inference, by the call
+        self.limits: dict[tuple[int, bool], Result] = {}  # by the call and whether it trains
         self.trained: list[KeyPath] = [
             row.path for row in mapping.rows if row.torch_key in reference.parameters
         ]
@@ -164,11 +163,29 @@ class Judge:
         return gradient_divergence(traced, self.port, leaves, call, cotangents, train=case.train)
 
     def adequacy(self, weights: str) -> Adequacy:
-        """Return what the calls notice of changes of the Flax module, in inference."""
-        doubled = [cast_call(call, "float64") for call in self.reference.calls]
-        functions = [outputs_by_name(self.port, call, train=False) for call in doubled]
-        limits = [self.limits[number] for number in range(len(doubled))]
-        return adequacy_of(functions, self._leaves(weights), doubled, limits)
+        """Return what the calls notice of changes of the Flax module."""
+        asked = [
+            self._asked(Case(weights, number, train), limits)
+            for (number, train), limits in self.limits.items()
+        ]
+        return adequacy_of(asked, self._leaves(weights))
+
+    def _asked(self, case: Case, limits: Result) -> Asked:
+        call = self._call(case)
+        plain = self.reference.modes(case.weights, case.number)[case.train]
+        cotangents = cotangents_of(plain.outputs)
+
+        def named(by_path: dict[KeyPath, Any]) -> NamedArrays:
+            return pulled_back(self.mapping, by_path, self.reference.reduced)
+
+        return Asked(
+            function=results_by_name(self.port, call, self.trained, train=case.train),
+            call=call,
+            limits=limits,
+            cotangents=cotangents,
+            trained=self.trained if self.has_gradients and cotangents else [],
+            named=named,
+        )
 
     def _in_float64(self, case: Case, title: str, plain: Result) -> Iterator[Finding]:
         train, number = case.train, case.number
@@ -207,8 +224,8 @@ class Judge:
         if has_failed and not is_equal(found, flax(FLAX_SEED + 1)):
             raise PortError(random_in_inference("Flax", "torch"))
         yield from findings
+        self.limits[number, train] = Result(limits["outputs"], limits["gradients"], limits["state"])
         if not train:
-            self.limits[number] = limits["outputs"]
             self.exact[number] = exact.outputs
         self._measure(found.outputs, exact.outputs, limits["outputs"])
         eager = self._eager(doubled, double, train)

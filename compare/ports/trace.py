@@ -1,6 +1,6 @@
 """Find where the two modules part: compare every value of torch with every value of Flax."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ..conversion.mapping import KeyPath
@@ -62,6 +62,18 @@ def outputs_by_name(port: Port, call: Call, *, train: bool) -> Callable[..., dic
 
     def function(leaves: Leaves, arrays: dict[str, Any]) -> dict[str, Any]:
         return named(port.apply(leaves, call.replaced(arrays), train=train)[0])
+
+    return function
+
+
+def results_by_name(
+    port: Port, call: Call, trained: Collection[KeyPath], *, train: bool
+) -> Callable[..., tuple[dict[str, Any], Leaves]]:
+    """Return a function of leaves and arrays: the outputs by name, and the state after the call."""
+
+    def function(leaves: Leaves, arrays: dict[str, Any]) -> tuple[dict[str, Any], Leaves]:
+        raw, after = port.apply(leaves, call.replaced(arrays), train=train)
+        return named(raw), {path: leaf for path, leaf in after.items() if path not in trained}
 
     return function
 

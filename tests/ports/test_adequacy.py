@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,10 @@ import torch
 from flax import linen
 
 import compare
+from compare.ports import adequacy
+from compare.ports.judge import Judge
+from compare.ports.reference import Case
+from compare.ports.result import Result
 
 
 class Padded(torch.nn.Module):
@@ -61,8 +66,6 @@ def test_mutants_within_a_scan_are_tried() -> None:
     class FlaxSum(linen.Module):
         @linen.compact
         def __call__(self, inputs: Any) -> Any:
-            import jax
-
             scale = self.param("scale", linen.initializers.ones, (2,))
 
             def step(total: Any, row: Any) -> tuple[Any, None]:
@@ -78,3 +81,54 @@ def test_mutants_within_a_scan_are_tried() -> None:
     report = compare.check_port(TorchSum(), FlaxSum(), several, dtypes=(), adequacy=True)
     assert report.adequacy is not None
     assert report.adequacy.noticed > noticed
+
+
+class Scaled(torch.nn.Module):
+    """Its outputs do not show the factor of the gradient, nor, in inference, the momentum."""
+
+    average: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(4, 4)
+        self.register_buffer("average", torch.zeros(4))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = self.fc(inputs)
+        if self.training:
+            self.average.mul_(0.75).add_(hidden.detach().mean(0), alpha=0.25)
+        return hidden + 3.0 * (hidden - hidden.detach())
+
+
+class FlaxScaled(linen.Module):
+    @linen.compact
+    def __call__(self, inputs: Any, train: bool = False) -> Any:
+        average = self.variable("buffers", "average", lambda: jnp.zeros(4))
+        hidden = linen.Dense(4, name="fc")(inputs)
+        fixed = jax.lax.stop_gradient(hidden)
+        if train:
+            average.value = 0.75 * average.value + 0.25 * fixed.mean(0)
+        return hidden + 3.0 * (hidden - fixed)
+
+
+def test_gradients_and_training_notice_mutants_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = np.random.default_rng(0).standard_normal((3, 4))
+    report = compare.check_port(Scaled(), FlaxScaled(), inputs, dtypes=(), adequacy=True)
+    assert report.held, str(report)
+    with_all = report.adequacy
+    assert with_all is not None
+    assert not with_all.missed
+    monkeypatch.setattr(adequacy._Program, "seen_by_gradients", lambda self, keys: set())
+    report = compare.check_port(Scaled(), FlaxScaled(), inputs, dtypes=(), adequacy=True)
+    assert report.adequacy is not None
+    assert report.adequacy.alike > with_all.alike  # 3.0, which the gradients alone show
+    asked = Judge._asked
+
+    def without_state(self: Judge, case: Case, limits: Result) -> adequacy.Asked:
+        return asked(self, case, limits)._replace(limits=Result(limits.outputs))
+
+    monkeypatch.undo()
+    monkeypatch.setattr(Judge, "_asked", without_state)
+    report = compare.check_port(Scaled(), FlaxScaled(), inputs, dtypes=(), adequacy=True)
+    assert report.adequacy is not None
+    assert report.adequacy.alike > with_all.alike  # 0.75 and 0.25, which the state alone shows
