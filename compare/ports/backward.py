@@ -86,15 +86,12 @@ def _consumers(compared: Comparison, side: int, parted: Iterable[int]) -> list[i
 
 
 def _stops(compared: Comparison, side: int, parted: Iterable[int]) -> list[int]:
-    """Return what cuts the gradient, or has its own, of values whose gradient differs."""
-    values = compared.traces[side].values
-    children = compared.traces[side].children
-    return sorted(
-        child
-        for index in parted
-        for child in children.get(index, [])
-        if any(step in values[child].operation for step in _STOPS)
-    )
+    """Return what cuts the gradient of values whose gradient differs; then what has its own."""
+    trace = compared.traces[side]
+    found = {child for index in parted for child in trace.children.get(index, [])}
+    return [
+        child for step in _STOPS for child in sorted(found) if step in trace.values[child].operation
+    ]
 
 
 def _counterparts(compared: Comparison, side: int, stops: Iterable[int]) -> list[int]:

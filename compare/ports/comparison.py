@@ -166,11 +166,13 @@ class Comparison:
         array = self.traces[side].values[index].array
         if array.dtype != bool or self.matches[side][index]:
             return False
+        masks = (other.array for other in self.traces[1 - side].values)
         return any(
-            other.array.dtype == bool
-            and other.array.size == array.size
-            and same_value(~array, other.array, is_few=True)
-            for other in self.traces[1 - side].values
+            np.array_equal(~array.squeeze(), mask.squeeze())
+            if array.squeeze().shape == mask.squeeze().shape
+            else same_value(~array, mask, is_few=True)
+            for mask in masks
+            if mask.dtype == bool and mask.size == array.size
         )
 
     def is_matched(self, side: int, index: int) -> bool:

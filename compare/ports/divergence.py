@@ -168,6 +168,9 @@ def _lines(
         if values[parent].operation
     ]
     order += sorted(operands_of_first, reverse=True)
+    tables = [_tables(compared, each, compared.found[each]) for each in (0, 1)]
+    if all(tables):
+        order = [*tables[side][:1], *order]
     return lines_of(compared, side, order)
 
 
@@ -256,8 +259,27 @@ def _constants(compared: Comparison, side: int, index: int) -> list[int]:
             continue
         seen.append(one)
         opened += [parent for parent in values[one].parents if values[parent].array.size > 1]
-    unmatched = [one for one in seen if not compared.matches[side][one]]
+    unmatched = [
+        one for one in seen if not compared.matches[side][one] or compared.is_turned(side, one)
+    ]
     return sorted(unmatched) or sorted(seen, reverse=True)[:1]
+
+
+def _tables(compared: Comparison, side: int, found: Sequence[int]) -> list[int]:
+    """Return the constants without a match of which the first source is made, or a mask itself.
+
+    A mask that the other side has the other way round is no such constant.
+    """
+    values = compared.traces[side].values
+    for index in found[:1]:
+        if any(
+            not compared.matches[side][one] and not compared.is_opposite(side, one)
+            for one in values[index].parents
+            if not values[one].depends and values[one].array.size > 1
+        ):
+            return _constants(compared, side, index)
+        return [index] if values[index].array.dtype == bool else []
+    return []
 
 
 def _scaling(values: Sequence[Value], walked: set[int], paired: int) -> list[int]:

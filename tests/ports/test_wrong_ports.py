@@ -8,6 +8,8 @@ from compare.commands.port import report_of
 from compare.ports.right_ports import RightPort, drawn, known
 from compare.ports.wrong_ports import EXAMPLES, WrongPort, judged, text_of, wrong_ports
 
+from ..record_tables import record
+
 BUGS = {bug.name: bug for bug in wrong_ports()}
 # One of each kind that the method treats in its own way. A plain run takes one of them.
 DRAWN = (
@@ -49,6 +51,11 @@ def test_each_style_changes_its_example() -> None:
         compile(text, "drawn", "exec")
     used = {(port.example, change.name) for port in ports for change in port.changes}
     assert used == {(one.example, one.name) for one in (*styles, *sizes)}
+
+
+def test_all_drawn_right_ports_of_the_record_hold() -> None:
+    drawn_and_examples = f"0 false alarms of {len(EXAMPLES) + 208}"
+    assert record("ports")["sections"][0]["blocks"] == [drawn_and_examples]
 
 
 @pytest.mark.slow
