@@ -81,12 +81,18 @@ def _floats(array: np.ndarray) -> Iterator[Computed]:
         if log(MIN_BASE) <= exponent <= log(MAX_BASE):
             yield _frequencies(array.shape, repr(float(f"{exp(exponent):.4g}")))
     matrix = array.squeeze()
-    if matrix.ndim == 2 and matrix.shape[0] > 2 and matrix.shape[1] > 3:
+    if matrix.ndim == 2 and matrix.shape[0] > 2 and matrix.shape[1] > 3 and _begins(matrix[0]):
         padding = np.flatnonzero(~matrix.any(axis=1))
         rows = "" if len(padding) != 1 else str(padding[0])
         for order in ("sin cos", "cos sin", "pairs"):
             for exponents in ("half", "whole"):
                 yield _sinusoids(array.shape, f"{order},{exponents},{rows}")
+
+
+def _begins(row: np.ndarray) -> bool:
+    """Return whether a row may be the sines and cosines of position 0, which are 0 and 1."""
+    entries = row.astype(np.float64)
+    return bool((np.minimum(np.abs(entries), np.abs(entries - 1.0)) < 1e-3).all())
 
 
 def _positions(shape: tuple[int, ...], value: str) -> Computed:

@@ -22,15 +22,16 @@ def sketched(arrays: NamedArrays) -> NamedArrays:
 def _sums(array: np.ndarray) -> np.ndarray:
     """Return the sums of finite entries; after them, of where there are others of each kind."""
     entries = array.ravel()
-    parts = [np.where(np.isfinite(entries), entries, 0.0)]
-    if not np.isfinite(entries).all():
+    parts = [entries]
+    if not (finite := np.isfinite(entries)).all():
+        parts = [np.where(finite, entries, 0.0)]
         parts += [np.isposinf(entries), np.isneginf(entries), np.isnan(entries)]
     width = -(-array.size // MAX_ENTRIES)
     weights = np.random.default_rng(width).uniform(0.5, 1.5, width)
-    padding = -array.size % width
+    padding = (0, -array.size % width)
     return np.concatenate(
         [
-            np.pad(part.astype(np.float64), (0, padding)).reshape(-1, width) @ weights
+            (np.pad(part, padding) if padding[1] else part).reshape(-1, width) @ weights
             for part in parts
         ]
     )
