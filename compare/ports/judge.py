@@ -217,8 +217,11 @@ class Judge:
             part: list(self._part(part, title, found, expected, limits[part])) for part in PARTS
         }
         if not all(finding.held for finding in by_part["gradients"]):
-            surer = _limits(self.reference.surer(case, measured), exact.gradients)
-            by_part["gradients"] = list(self._part("gradients", title, found, expected, surer))
+            surer = self.reference.surer(case, measured)
+            limits["gradients"] = _limits(surer, exact.gradients)
+            by_part["gradients"] = list(
+                self._part("gradients", title, found, expected, limits["gradients"])
+            )
         findings = [finding for part in PARTS for finding in by_part[part]]
         has_failed = not train and not all(finding.held for finding in findings)
         if has_failed and not is_equal(found, flax(FLAX_SEED + 1)):
