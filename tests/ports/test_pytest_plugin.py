@@ -40,6 +40,19 @@ def run(*arguments: str, folder: Path) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+def again(script: Path) -> tuple[int, str]:
+    """Run a script that was left in a folder of reports."""
+    folder = script.parents[1]
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=folder.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout
+
+
 @pytest.mark.slow
 def test_a_wrong_port_fails_with_its_lines_and_leaves_a_page(tmp_path: Path) -> None:
     (tmp_path / "test_mine.py").write_text(TESTS, encoding="utf-8")
@@ -61,6 +74,9 @@ def test_a_wrong_port_fails_with_its_lines_and_leaves_a_page(tmp_path: Path) -> 
     assert report["held"] is False
     assert "linen.gelu" in report["divergence"]["flax_source"][0]["code"]
     assert "linen.gelu" in (tmp_path / "reports" / "test_mine.py_test_wrong.html").read_text()
+    code, printed = again(tmp_path / "reports" / "replay_test_mine.py_test_wrong.py")
+    assert code == 1
+    assert "1 failed" in printed and "linen.gelu(hidden" in printed
 
 
 UNSEEDED = """
@@ -92,27 +108,17 @@ def test_random(check_port):
 """
 
 
-def again(folder: Path) -> tuple[int, str]:
-    """Run the script that the second check of the unseeded test left."""
-    done = subprocess.run(
-        [sys.executable, folder / "reports" / "replay_test_mine.py_test_random_2.py"],
-        cwd=folder.parent,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-        capture_output=True,
-        text=True,
-    )
-    return done.returncode, done.stdout
-
-
 @pytest.mark.slow
+@pytest.mark.again
 def test_a_script_checks_again_with_the_same_numbers(tmp_path: Path) -> None:
     (tmp_path / "test_mine.py").write_text(UNSEEDED, encoding="utf-8")
     code, printed = run("--port-report", "reports", folder=tmp_path)
     assert code == 1, printed
-    assert f"python {tmp_path / 'reports' / 'replay_test_mine.py_test_random_2.py'}" in printed
+    script = tmp_path / "reports" / "replay_test_mine.py_test_random_2.py"
+    assert f"python {script}" in printed
     worst = re.search(r"found .* at \(.*\)", printed)
     assert worst, printed
-    code, printed = again(tmp_path)
+    code, printed = again(script)
     assert code == 1
     assert worst[0] in printed
 
@@ -124,7 +130,7 @@ def test_what_does_not_fit_the_test_is_refused(tmp_path: Path) -> None:
     file.write_text(UNSEEDED, encoding="utf-8")
     run("--port-report", "reports", folder=tmp_path)
     file.write_text(UNSEEDED.replace("(9, 4)", "(8, 4)"), encoding="utf-8")
-    code, printed = again(tmp_path)
+    code, printed = again(tmp_path / "reports" / "replay_test_mine.py_test_random_2.py")
     assert code == 1
     assert "inputs has the shape (9, 4) in the file and (8, 4) in the test" in printed
     (tmp_path / "other.txt").write_text("nothing", encoding="utf-8")
