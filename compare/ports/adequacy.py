@@ -245,9 +245,8 @@ def adequacy(asked: Sequence[Asked], leaves: Mapping[KeyPath, Any]) -> Adequacy:
     for program in programs:
         arrays = program.asked.call.arrays
         drawn = [(other, program.run(other, -1)) for other in _drawn(program.asked.call)]
-        kept = program.run(arrays, -1)
         for number, key in enumerate(program.keys):
-            if program.differs(program.run(arrays, number), kept):
+            if program.differs(program.run(arrays, number), program.kept):
                 seen.add(key)
             elif not missed.get(key):
                 missed[key] = any(
@@ -264,6 +263,7 @@ class _Program:
     """The mutants of a run as one compiled program.
 
     Attributes:
+        kept: what the module gives without a mutant.
         keys: for each mutant, what it changes, and how many before it change the same.
     """
 
@@ -273,7 +273,7 @@ class _Program:
         self._closed, self._shape = traced(leaves, asked.call.arrays)
         self._mutants: list[Mutant] = []
         self._compiled = jax.jit(self._mutated)
-        self.run(asked.call.arrays, -1)
+        self.kept = self.run(asked.call.arrays, -1)
         counts: Counter[Mutant] = Counter()
         self.keys: list[_Key] = []
         for mutant in self._mutants:

@@ -49,8 +49,12 @@ def first_divergence(
     hint = relation.hint if relation else _of_parents(compared, found, walked)
     compared.is_made_of_both = relation is None and bool(hint)
     operands = misplaced(compared)
+    tables = [_tables(compared, side) for side in (0, 1)]
     first = [
-        _lines(compared, side, found[side], walked[side], pair, relation, operands)
+        [
+            *(lines_of(compared, side, tables[side][:1]) if all(tables) else []),
+            *_lines(compared, side, found[side], walked[side], pair, relation, operands),
+        ]
         for side in (0, 1)
     ]
     lines = [_near_lines(compared, side, first[side], first[1 - side], suspects) for side in (0, 1)]
@@ -168,9 +172,6 @@ def _lines(
         if values[parent].operation
     ]
     order += sorted(operands_of_first, reverse=True)
-    tables = [_tables(compared, each, compared.found[each]) for each in (0, 1)]
-    if all(tables):
-        order = [*tables[side][:1], *order]
     return lines_of(compared, side, order)
 
 
@@ -265,21 +266,22 @@ def _constants(compared: Comparison, side: int, index: int) -> list[int]:
     return sorted(unmatched) or sorted(seen, reverse=True)[:1]
 
 
-def _tables(compared: Comparison, side: int, found: Sequence[int]) -> list[int]:
+def _tables(compared: Comparison, side: int) -> list[int]:
     """Return the constants without a match of which the first source is made, or a mask itself.
 
     A mask that the other side has the other way round is no such constant.
     """
     values = compared.traces[side].values
-    for index in found[:1]:
-        if any(
-            not compared.matches[side][one] and not compared.is_opposite(side, one)
-            for one in values[index].parents
-            if not values[one].depends and values[one].array.size > 1
-        ):
-            return _constants(compared, side, index)
-        return [index] if values[index].array.dtype == bool else []
-    return []
+    if not compared.found[side]:
+        return []
+    index = compared.found[side][0]
+    if any(
+        not compared.matches[side][one] and not compared.is_opposite(side, one)
+        for one in values[index].parents
+        if not values[one].depends and values[one].array.size > 1
+    ):
+        return _constants(compared, side, index)
+    return [index] if values[index].array.dtype == bool else []
 
 
 def _scaling(values: Sequence[Value], walked: set[int], paired: int) -> list[int]:

@@ -90,7 +90,6 @@ class LinenPort:
         self.casts: dict[str, None] | None = None
         self._function = getattr(module, adapters.method or "__call__")
         self._layers: dict[tuple[str, ...], linen.Module] = {}
-        self._init: Callable[[], Any] = dict
 
     def template(self, call: Call) -> Any:
         """Return the variables of the module, without values."""
@@ -99,25 +98,24 @@ class LinenPort:
             self._layers.setdefault(context.module.path, context.module)
             return method(*args, **kwargs)
 
-        def init() -> Any:
-            arrays = on_device(call.arrays)
-            made = self.adapters.call(call.replaced(arrays))
-            keywords = self.adapters.keywords(self._function, train=False)
-            return self.module.init(
-                _streams(SEED), *made.args, **made.kwargs, **keywords, method=self.adapters.method
-            )
-
         with linen.intercept_methods(keep), carries_in(jnp.float64):
-            self._init = init
-            return jax.eval_shape(init)
+            return jax.eval_shape(lambda: self._fresh(call))
 
-    def filled(self, template: Any, known: Container[KeyPath]) -> Any:
+    def _fresh(self, call: Call) -> Any:
+        """Return fresh variables."""
+        made = self.adapters.call(call.replaced(on_device(call.arrays)))
+        keywords = self.adapters.keywords(self._function, train=False)
+        return self.module.init(
+            _streams(SEED), *made.args, **made.kwargs, **keywords, method=self.adapters.method
+        )
+
+    def filled(self, template: Any, call: Call, known: Container[KeyPath]) -> Any:
         """Return the variables with fresh values where no value is known."""
         shapes = flatten_dict(dict(template))
         unknown = [path for path in shapes if path not in known]
 
         def values() -> Leaves:
-            made = flatten_dict(dict(self._init()))
+            made = flatten_dict(dict(self._fresh(call)))
             return {path: made[path] for path in unknown}
 
         if not unknown:
@@ -183,7 +181,7 @@ class NnxPort:
         """Return the model, whose layers say their layouts."""
         return self.module
 
-    def filled(self, template: Any, known: Container[KeyPath]) -> Any:
+    def filled(self, template: Any, call: Call, known: Container[KeyPath]) -> Any:
         """Return the model, which has values."""
         return template
 

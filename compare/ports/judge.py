@@ -72,7 +72,8 @@ class Judge:
         dtypes: Sequence[str],
     ) -> None:
         self.reference, self.port = reference, port
-        self.template = port.filled(template, mapping.by_path)
+        first = cast_call(reference.calls[0], "float64")
+        self.template = port.filled(template, first, mapping.by_path)
         self.mapping, self.dtypes = mapping, dtypes
         self.slip = self.ulps = 0.0
         self.differs: Case | None = None
@@ -213,15 +214,14 @@ class Judge:
         expected = replace(exact, state=self._variances(exact, found, limits["state"]))
         if not any(map(shows, exact.outputs.values())):
             yield uncompared("outputs", self.port.api, title, _EMPTY)
-        by_part = {
-            part: list(self._part(part, title, found, expected, limits[part])) for part in PARTS
-        }
+
+        def parted(part: str) -> list[Finding]:
+            return list(self._part(part, title, found, expected, limits[part]))
+
+        by_part = {part: parted(part) for part in PARTS}
         if not all(finding.held for finding in by_part["gradients"]):
-            surer = self.reference.surer(case, measured)
-            limits["gradients"] = _limits(surer, exact.gradients)
-            by_part["gradients"] = list(
-                self._part("gradients", title, found, expected, limits["gradients"])
-            )
+            limits["gradients"] = _limits(self.reference.surer(case, measured), exact.gradients)
+            by_part["gradients"] = parted("gradients")
         findings = [finding for part in PARTS for finding in by_part[part]]
         has_failed = not train and not all(finding.held for finding in findings)
         if has_failed and not is_equal(found, flax(FLAX_SEED + 1)):

@@ -56,7 +56,7 @@ def check_port(request: pytest.FixtureRequest) -> Callable[..., PortReport]:
     """
     from .check import check_port as check
     from .errors import PortDiffers
-    from .replay import keep, number_in, replayed
+    from .replay import keep, replayed
 
     count, config = 0, request.config
     folder, replay = config.getoption(_OPTION), config.getoption(_REPLAY)
@@ -66,8 +66,8 @@ def check_port(request: pytest.FixtureRequest) -> Callable[..., PortReport]:
     ) -> PortReport:
         nonlocal count
         count += 1
-        if replay is not None and number_in(replay) == count:
-            torch_module, inputs = replayed(replay, torch_module, inputs)
+        if replay is not None:
+            torch_module, inputs = replayed(replay, count, torch_module, inputs)
         report = check(torch_module, flax_module, inputs, **options)
         name = re.sub(r"[^\w.-]+", "_", request.node.nodeid) + ("" if count == 1 else f"_{count}")
         if folder is not None:

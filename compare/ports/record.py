@@ -80,8 +80,8 @@ def record(
     calls, working = calls_of(inputs), known_dtypes(dtypes)
     with torch.inference_mode(False), torch.enable_grad():
         reference = LiveReference(TorchSide(torch_module, outputs, method), calls, sketched)
-        head, arrays = _Recorder(reference, working).content()
-    write(target, head, arrays)
+        head, groups = _Recorder(reference, working).content()
+    write(target, head, groups)
     return target
 
 
@@ -90,16 +90,15 @@ class _Recorder:
 
     def __init__(self, reference: LiveReference, dtypes: Sequence[str]) -> None:
         self.reference, self.dtypes = reference, dtypes
-        self.arrays: dict[str, np.ndarray] = {}
-        self.names: dict[str, list[str]] = {}  # of the arrays that begin so, in their order
+        self.groups: dict[str, Mapping[str, np.ndarray]] = {}  # by how their names begin
         self.kept = 0  # bytes of values that are kept whole, for each run
 
-    def content(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def content(self) -> tuple[dict[str, Any], dict[str, Mapping[str, np.ndarray]]]:
         """Return the head and the arrays of the file."""
         module = self.reference.source()
         state = {key: tensor_to_numpy(value) for key, value in self.reference.state(GIVEN).items()}
         first = _first_names(module)
-        self._keep("state/", {key: state[key] for key in state if first[key] == key})
+        self.groups["state/"] = {key: state[key] for key in state if first[key] == key}
         size = sum(array.nbytes for array in state.values())
         # For each run: both weights on each call, some in training too.
         self.kept = max(_MIN_KEPT, size // _SHARE_KEPT) // len(self.reference.calls)
@@ -108,7 +107,7 @@ class _Recorder:
             for name, parameter in module.named_parameters()
             if parameter.is_floating_point()
         }
-        self._keep("spreads/", {key: np.array(spread) for key, spread in spreads.items()})
+        self.groups["spreads/"] = {key: np.array(spread) for key, spread in spreads.items()}
         drawn = self.reference.state(DRAWN)
         head: dict[str, Any] = {
             "module": type(module).__name__,
@@ -129,15 +128,10 @@ class _Recorder:
         ]
         head["notes"] = list(self.reference.notes)
         head["widened"] = list(self.reference.widened)
-        head["names"] = self.names
-        return head, self.arrays
-
-    def _keep(self, start: str, arrays: Mapping[str, np.ndarray]) -> None:
-        self.names[start] = list(arrays)
-        self.arrays |= {start + name: array for name, array in arrays.items()}
+        return head, self.groups
 
     def _call(self, number: int, call: Call) -> dict[str, Any]:
-        self._keep(f"call {number}/", call.arrays)
+        self.groups[f"call {number}/"] = call.arrays
         tree = call.replaced({name: _Name(name) for name in call.arrays})
         return {"args": _as_json(tree.args), "kwargs": _as_json(tree.kwargs)}
 
@@ -149,14 +143,16 @@ class _Recorder:
             start = start_of(case)
             result, farthest = self.reference.exact(case, samples=SAMPLES)
             for part in PARTS:
-                self._keep(f"{start}{part}/", getattr(result, part))
+                self.groups[f"{start}{part}/"] = getattr(result, part)
                 moved = getattr(farthest, part)
-                self._keep(f"{start}moved {part}/", {key: np.asarray(moved[key]) for key in moved})
-            self._keep(f"{start}biased/", result.biased)
-            self._keep(f"{start}float32/", plain.outputs)
+                self.groups[f"{start}moved {part}/"] = {
+                    key: np.asarray(moved[key]) for key in moved
+                }
+            self.groups[f"{start}biased/"] = result.biased
+            self.groups[f"{start}float32/"] = plain.outputs
             for dtype in self.dtypes:
                 if dtype != "float32" and not result.drawn:
-                    self._keep(f"{start}{dtype}/", self.reference.outputs(case, dtype))
+                    self.groups[f"{start}{dtype}/"] = self.reference.outputs(case, dtype)
             trace, gradients = self.reference.trace(case, has_gradients=True)
             found.append(
                 {
@@ -169,7 +165,7 @@ class _Recorder:
         if not rows_of(self.reference.calls[number], modes[False].outputs):
             return found
         with suppress(PortError):  # torch takes no other number of rows
-            self._keep(f"{start_of(longer)}outputs/", self.reference.outputs(longer))
+            self.groups[f"{start_of(longer)}outputs/"] = self.reference.outputs(longer)
         return found
 
     def _trace(
@@ -202,11 +198,11 @@ class _Recorder:
                 stored[f"quantiles {index}"] = quantiles
                 row += ["quantiles", f"quantiles {index}", is_few]
             values.append(row)
-        self._keep(f"{start}values/", stored)
+        self.groups[f"{start}values/"] = stored
         small = {
             str(index): array for index, array in gradients.items() if array.size <= MAX_ENTRIES
         }
-        self._keep(f"{start}gradients by values/", small)
+        self.groups[f"{start}gradients by values/"] = small
         return {
             "values": values,
             "lines": [list(line) for line in lines],

@@ -26,14 +26,23 @@ _PLAIN = ("float64", "float32", "float16", "bool", "int64", "int32", "int16", "i
 _MAX_ENTRIES = 1 << 34  # of an array that is known by its shape alone
 
 
-def write(path: Path, head: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+def write(
+    path: Path, head: Mapping[str, Any], groups: Mapping[str, Mapping[str, np.ndarray]]
+) -> None:
     """Write the file in one step.
+
+    Args:
+        path: where to write it.
+        head: the head.
+        groups: arrays by name, by how their names in the file begin.
 
     Raises:
         FileError: it cannot be written there.
     """
     stored, dtypes = {}, {}
-    for name, array in arrays.items():
+    names = {start: list(arrays) for start, arrays in groups.items()}
+    named = {start + key: groups[start][key] for start, keys in names.items() for key in keys}
+    for name, array in named.items():
         if array.dtype.name in _PLAIN:
             stored[name] = np.ascontiguousarray(array).reshape(array.shape)
         else:
@@ -41,7 +50,9 @@ def write(path: Path, head: Mapping[str, Any], arrays: Mapping[str, np.ndarray])
             stored[name] = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
     try:
         text = json.dumps(
-            {"version": VERSION, "dtypes": dtypes, **head}, allow_nan=False, default=_number
+            {"version": VERSION, "dtypes": dtypes, "names": names, **head},
+            allow_nan=False,
+            default=_number,
         )
     except (TypeError, ValueError) as error:
         raise PortError(f"what the layers say cannot be recorded: {error}") from error

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from ..files.printable import shown
 from ..files.writing import write_text
@@ -58,19 +56,15 @@ def keep(
         root: the root of the tests.
         options: what pytest needs besides.
     """
-    head: dict[str, Any] = {"calls": [], "number": number, "test": test, "names": {}}
     state = {
-        key: tensor_to_numpy(tensor.detach())
+        key: tensor_to_numpy(tensor)
         for key, tensor in module.state_dict().items()
         if isinstance(tensor, Tensor)
     }
-    arrays: dict[str, np.ndarray] = {}
     of_calls = {f"call {place}/": call.arrays for place, call in enumerate(calls_of(inputs))}
-    for start, named in {_STATE: state, **of_calls}.items():
-        head["names"][start] = list(named)
-        arrays |= {start + key: array for key, array in named.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / f"{name}.safetensors", head, arrays)
+    head = {"calls": [], "number": number, "test": test}
+    write(folder / f"{name}.safetensors", head, {_STATE: state, **of_calls})
     text = _SCRIPT.format(
         test=test,
         number=number,
@@ -83,21 +77,21 @@ def keep(
     return script
 
 
-def number_in(path: Path) -> int:
-    """Return which check of its test the file was kept of."""
-    number = RecordFile(path).head.get("number")
-    if not isinstance(number, int):
-        raise PortError(f"{shown(path)} was not kept by --port-report: give --port-replay one")
-    return number
-
-
-def replayed(path: Path, module: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
+def replayed(path: Path, number: int, module: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
     """Return a copy of the module with the state of the file, and its inputs.
+
+    Both are returned as they are if the file is of another check of the test than this number's.
 
     Raises:
         PortError: the file is of another module, or of other calls.
     """
-    file, calls = RecordFile(path), calls_of(inputs)
+    file = RecordFile(path)
+    kept = file.head.get("number")
+    if not isinstance(kept, int):
+        raise PortError(f"{shown(path)} was not kept by --port-report: give --port-replay one")
+    if kept != number:
+        return module, inputs
+    calls = calls_of(inputs)
     state = file.named(_STATE)
     of_calls = [file.named(f"call {place}/") for place in range(len(calls))]
     _require_same(path, "the state", module.state_dict(), state)

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -66,6 +67,7 @@ class RightPort(NamedTuple):
         return _SEED.sub(lambda found: str(int(found[0]) + 100 * self.seed), text)
 
 
+@cache
 def known() -> tuple[list[Change], list[Change]]:
     """Return the styles and the sizes."""
     text = files("compare.ports.examples").joinpath("styles.toml").read_text(encoding="utf-8")

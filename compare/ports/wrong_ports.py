@@ -2,6 +2,7 @@
 
 import tempfile
 import tomllib
+import warnings
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -85,6 +86,15 @@ class Named(NamedTuple):
     text: str
 
 
+def reported(example: str, text: str, check: Any) -> Any:
+    """Return what `check` reports on a file of an example's name with this text."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a wrong port may divide by zero
+        file = Path(folder) / f"{example}.py"
+        file.write_text(text, encoding="utf-8")
+        return check(file)
+
+
 def judged(bug: WrongPort, check: Any) -> Named:
     """Check a wrong port, and say where its true lines stand.
 
@@ -92,10 +102,7 @@ def judged(bug: WrongPort, check: Any) -> Named:
         bug: the wrong port.
         check: a function that returns the report on the port that a file defines.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"{bug.example}.py"
-        file.write_text(f"{bug.text()}\n\ndtypes = ()\n", encoding="utf-8")
-        report = check(file)
+    report = reported(bug.example, f"{bug.text()}\n\ndtypes = ()\n", check)
     parted = report.divergence
     flax = [source.line for source in parted.flax_source] if parted else []
     torch = [source.line for source in parted.torch_source] if parted else []

@@ -1,12 +1,10 @@
 """The examples hold, their wrong ports are seen, and the true lines are named."""
 
-from pathlib import Path
-
 import pytest
 
 from compare.commands.port import report_of
 from compare.ports.right_ports import RightPort, drawn, known
-from compare.ports.wrong_ports import EXAMPLES, WrongPort, judged, text_of, wrong_ports
+from compare.ports.wrong_ports import EXAMPLES, WrongPort, judged, reported, text_of, wrong_ports
 
 from ..record_tables import record
 
@@ -61,16 +59,13 @@ def test_all_drawn_right_ports_of_the_record_hold() -> None:
 @pytest.mark.slow
 @pytest.mark.again
 @pytest.mark.parametrize("number", range(0, 208, 26))
-def test_a_drawn_right_port_holds(number: int, tmp_path: Path) -> None:
+def test_a_drawn_right_port_holds(number: int) -> None:
     port = drawn(number)
-    file = tmp_path / f"{port.example}.py"
-    file.write_text(port.text(), encoding="utf-8")
-    report = report_of(file)
+    report = reported(port.example, port.text(), report_of)
     assert report.held, f"{port}\n{report}"
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", DRAWN)
 def test_the_true_lines_are_named(name: str) -> None:
     found = judged(BUGS[name], report_of)
