@@ -213,3 +213,26 @@ def test_what_is_written_in_place_may_round_otherwise() -> None:
     report = compare.check_port(Averaged(), FlaxAveraged(), GIVEN, dtypes=())
     assert report.held, str(report)
     assert any("training, usage" in one.case for one in report.findings), str(report)
+
+
+class TorchTable(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(4, 4)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.fc(inputs) * torch.arange(1.0, 5.0, dtype=inputs.dtype)
+
+
+class FlaxTable(linen.Module):
+    @linen.compact
+    def __call__(self, inputs: Any) -> Any:
+        table = self.variable("constants", "table", lambda: jnp.arange(1.0, 5.0))
+        return linen.Dense(4, name="fc")(inputs) * table.value
+
+
+def test_what_flax_alone_has_keeps_the_value_that_it_is_made_with() -> None:
+    inputs = np.random.default_rng(0).standard_normal((3, 4))
+    report = compare.check_port(TorchTable(), FlaxTable(), inputs, dtypes=())
+    assert report.held, str(report)
+    assert "one side alone has constants/table" in str(report)

@@ -72,3 +72,9 @@ def test_the_true_lines_are_named(name: str) -> None:
     assert found.is_detected
     assert found.flax is not None, found.text
     assert found.torch is not None, found.text
+
+
+@pytest.mark.slow
+def test_a_mask_is_blamed_before_what_is_made_of_it() -> None:
+    found = judged(BUGS["the mask is made again at each call instead of read"], report_of)
+    assert (found.flax, found.torch) == (0, 0), found.text
