@@ -166,14 +166,14 @@ def _print_table(console: Console, table: Table, title: str | None = None) -> No
     rows = table.rows if getattr(console, "shows_all", False) else table.rows[:MAX_ROWS]
     for index, column in enumerate(table.columns):
         cells = [row[index] for row in rows]
-        longest = max(
-            len(word) for cell in [column, *cells] for word in cell_text(cell).split() or [""]
-        )
+        texts = [cell_text(cell) for cell in [column, *cells]]
+        longest = max(len(word) for text in texts for word in text.split() or [""])
         is_number = any(isinstance(cell, int | float) for cell in cells)
         rich.add_column(
             escape(column),
             justify="right" if is_number else "left",
             min_width=longest,
+            no_wrap=longest == max(map(len, texts)),  # else Rich narrows it, and widens the table
             overflow="fold",
         )
     for row in rows:

@@ -42,6 +42,15 @@ def test_names_stay_whole_and_text_wraps() -> None:
     assert max(map(len, lines)) < 160
 
 
+def test_a_column_of_one_word_does_not_widen_the_table() -> None:
+    headings = ["wrong ports", "seen", "Flax line", "torch line", "Flax line first"]
+    table = Table(["example", *headings, "torch line first"], [["causal_attention", *[107] * 6]])
+    wide = Table([*table.columns, "with a hint"], [[*table.rows[0], 81]])
+    for one in (table, wide):
+        lines = printed(Section("title", [one])).splitlines()
+        assert max(map(len, lines)) <= 80
+
+
 def test_panels_share_a_line_while_they_fit() -> None:
     weights = [[0.25, 0.5, 0.25, 0.0, 0.0]] * 2
     mask = [[0.0, 1.0, 1.0, 1.0, 1.0]] * 2
