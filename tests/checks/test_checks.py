@@ -75,7 +75,7 @@ def test_the_first_stage_that_parts_is_named(name: Framework, bug: str, stage: s
         ("heads alternate between their keys", {"grouped heads"}),
     ],
 )
-@pytest.mark.parametrize("name", ["torch", "linen"])
+@pytest.mark.parametrize("name", ["torch", pytest.param("linen", marks=pytest.mark.again)])
 @pytest.mark.slow
 def test_other_shapes_are_compared(name: Framework, bug: str, seen: set[str]) -> None:
     mutant = catalogued(bug, name)

@@ -189,7 +189,7 @@ class NnxDropped(nnx.Module):
         return self.dropout(self.fc(inputs))
 
 
-@pytest.mark.parametrize("make", [FlaxDropped, NnxDropped])
+@pytest.mark.parametrize("make", [FlaxDropped, pytest.param(NnxDropped, marks=pytest.mark.again)])
 def test_dropout_has_the_same_patterns_on_both_sides(make: Any) -> None:
     given = np.random.default_rng(0).standard_normal((3, 4))
     report = compare.check_port(Dropped(always=False), make(0.3), given, dtypes=())
