@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from .attention import reference_attention
-from .private_api import is_transformed
+from .context import is_traced
 
 # Masks without closed rows. The key is the mask's `id`; the value is the mask, and the number of
 # tokens, the version and the address for which it had no closed row.
@@ -59,22 +59,6 @@ def closed_rows(
 def find_closed(mask: Shaped[Tensor, "queries keys"]) -> Bool[Tensor, "queries 1"]:
     """Return which rows block every key."""
     return mask.bool().all(dim=-1, keepdim=True)
-
-
-def is_traced(tensor: Tensor) -> bool:
-    """Return whether no decision may depend on the values of a tensor.
-
-    That is so on the meta device, and while a compiler, tracer, transform, autocast or CUDA graph
-    capture is active.
-    """
-    return bool(
-        tensor.is_meta  # autocast does not know the device
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or is_transformed()
-        or torch.is_autocast_enabled(tensor.device.type)
-        or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
-    )
 
 
 def guarded_attention(

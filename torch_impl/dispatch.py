@@ -7,8 +7,13 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from .attention import for_each_head, reference_attention
+from .autocast import lowered, without_autocast
 from .closed_rows import closed_rows, find_closed, guarded_attention
-from .fused import fused_attention, kernel_layout
+from .context import is_surely_less, possible_path
+from .finite import are_finite, finite_attention
+from .fused import fused_attention, kernel_layout, kernels_take
+from .operator import operator_attention
+from .private_api import has_global_hook
 from .validation import check_covered, check_shapes
 
 Implementation = Literal["reference", "fused", "auto"]
@@ -70,17 +75,28 @@ def attend(
     dropouts = () if dropout is None else (dropout,)
     if implementation == "reference":
         return reference_attention(queries, keys, values, mask, *dropouts), None
+    queries, keys, values = lowered(queries), lowered(keys), lowered(values)
     if queries.shape != keys.shape or values.shape[:-2] != keys.shape[:-2]:
         keys, values = for_each_head(queries, keys), for_each_head(queries, values)
-    if dropout is None and (implementation == "fused" or num_tokens >= MIN_FUSED_TOKENS):
+    path = possible_path(queries)
+    if implementation == "auto" and is_surely_less(num_tokens, MIN_FUSED_TOKENS):
+        path = "formula"
+    if path == "kernels" and dropout is None:
         layout = kernel_layout(queries, keys, values, mask)
         if layout is not None:
-            closed = find_closed(mask[:num_tokens, :num_tokens]) if layout.closed_rows else None
-            return fused_attention(queries, keys, values, mask, layout), closed
+            with without_autocast(queries):
+                return fused_attention(queries, keys, values, layout), layout.closed
+    if path == "operator" and dropout is None and kernels_take(queries, keys, values, mask):
+        closed = closed_rows(mask, num_tokens, queries.dtype)
+        return operator_attention(queries, keys, values, mask), closed
     if queries.shape[-2] == num_tokens:
         closed = closed_rows(mask, num_tokens, queries.dtype)
     else:
         closed = find_closed(mask[num_tokens - queries.shape[-2] : num_tokens, :num_tokens])
+    if dropout is not None and path == "kernels" and closed is None:
+        is_taken = kernels_take(queries, keys, values, mask)
+        if is_taken and are_finite(queries, keys, values):
+            return finite_attention(queries, keys, values, mask, dropout), None
     return guarded_attention(queries, keys, values, mask, closed, *dropouts), closed
 
 
@@ -91,7 +107,18 @@ def check_implementation(implementation: str) -> None:
 
 
 def dropping(dropout: nn.Module) -> nn.Module | None:
-    """Return `dropout`, or None if it has no hooks and would leave the weights unchanged."""
-    has_hooks = dropout._forward_hooks or dropout._forward_pre_hooks
+    """Return `dropout`, or None if it would leave the weights unchanged and nobody looks at it."""
     is_identity = type(dropout) is nn.Dropout and not (dropout.training and dropout.p > 0)
-    return None if is_identity and not has_hooks else dropout
+    return None if is_identity and not _is_watched(dropout) else dropout
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Return whether the module has a hook, a global one or one of its own, or another forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or has_global_hook()
+    )

@@ -1,6 +1,11 @@
 """Which pairs a stored mask blocks: analysed once, and cached until the mask changes."""
 
-from collections.abc import Iterator
+import weakref
+from bisect import bisect
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,7 +18,9 @@ STRIP_QUERIES = 64  # the queries of a strip share the same ranges of keys
 STRIPS_IN_WIDE = 8  # a wide strip has 512 queries
 ROWS_AT_ONCE = 512  # rows of a mask that are packed at a time
 _SHIFTS = torch.arange(8, device="cpu")[:, None]
+MIN_EXAMINED_TOKENS = 1024  # a growing prompt is examined once up to here, then at each doubling
 MAX_CACHED_LENGTHS = 8  # numbers of tokens for which the layout of a mask is cached
+MAX_COMPARED = 8  # masks seen before that a new one is compared with
 
 
 class Strip(NamedTuple):
@@ -29,21 +36,98 @@ class MaskLayout(NamedTuple):
 
     "causal" blocks all keys after the query, and "open" blocks nothing. Otherwise the strips cover
     all unblocked pairs: "strips" if they cover less than half of all pairs, else "wide". Wide
-    strips have more queries and a single range of keys.
+    strips have more queries and a single range of keys. `blocked` and `closed` are copies: a later
+    edit of the mask does not change them.
     """
 
     kind: Literal["causal", "open", "strips", "wide"]
     strips: tuple[Strip, ...] = ()
-    closed_rows: bool = False  # whether some row blocks every key
+    blocked: Bool[Tensor, "tokens tokens"] | None = None  # None if causal or open
+    closed: Bool[Tensor, "tokens 1"] | None = None  # the rows that block every key, if there are
 
 
-class _Cached(NamedTuple):
-    packed: Tensor
-    layout: MaskLayout
+@dataclass(eq=False)
+class Examined:
+    """The first rows and columns of a mask, as they were when they were examined.
+
+    Attributes:
+        packed: which pairs are blocked, as `pack` returns it; empty on devices other than a CPU.
+        causal_until: with up to this many tokens, the mask is causal.
+        open_until: with up to this many tokens, the mask blocks nothing.
+        blocked: which pairs are blocked, or None if the mask is causal or open throughout.
+    """
+
+    packed: Int64[Tensor, "groups words"]
+    causal_until: int
+    open_until: int
+    blocked: Bool[Tensor, "size size"] | None
+    layouts: dict[int, MaskLayout] = field(default_factory=dict)
+
+    def layout(self, num_tokens: int) -> MaskLayout:
+        """Return the layout of the first `num_tokens` rows and columns."""
+        layout = self.layouts.pop(num_tokens, None) or self._layout(num_tokens)
+        self.layouts[num_tokens] = layout  # the most recently used is last
+        if len(self.layouts) > MAX_CACHED_LENGTHS:
+            self.layouts.pop(next(iter(self.layouts)), None)
+        return layout
+
+    def _layout(self, num_tokens: int) -> MaskLayout:
+        if num_tokens <= self.causal_until:
+            return MaskLayout("causal")
+        if num_tokens <= self.open_until or self.blocked is None:
+            return MaskLayout("open")
+        blocked = self.blocked[:num_tokens, :num_tokens]
+        is_closed = self._first_open[:num_tokens, None] >= num_tokens
+        closed = is_closed if is_closed.any() else None
+        strips = tuple(
+            Strip(strip.start, min(strip.stop, num_tokens), _first_keys(strip.keys, num_tokens))
+            for strip in self._strips
+            if strip.start < num_tokens
+        )
+        num_pairs = sum(
+            (strip.stop - strip.start) * (stop - start)
+            for strip in strips
+            for start, stop in strip.keys
+        )
+        if 2 * num_pairs < num_tokens**2:
+            return MaskLayout("strips", strips, blocked, closed)
+        wide_strips = tuple(
+            _joined(strips[first : first + STRIPS_IN_WIDE])
+            for first in range(0, len(strips), STRIPS_IN_WIDE)
+        )
+        return MaskLayout("wide", wide_strips, blocked, closed)
+
+    @cached_property
+    def _strips(self) -> tuple[Strip, ...]:
+        assert self.blocked is not None
+        return tuple(
+            Strip(start, start + len(rows), _ranges(~rows.all(dim=0)))
+            for start, rows in zip(
+                range(0, len(self.blocked), STRIP_QUERIES),
+                self.blocked.split(STRIP_QUERIES),
+                strict=True,
+            )
+        )
+
+    @cached_property
+    def _first_open(self) -> Int64[Tensor, " size"]:
+        """The first key that each row does not block; `size` if it blocks all of them.
+
+        It is 0 for a row that does not block its own token.
+        """
+        assert self.blocked is not None
+        first = torch.zeros(len(self.blocked), dtype=torch.int64, device=self.blocked.device)
+        # A row that does not block its own token is not closed, however many tokens are used.
+        rows = self.blocked.diagonal().nonzero().flatten()
+        blocked = self.blocked[rows]
+        first_open = blocked.logical_not().byte().argmax(dim=1)
+        first[rows] = first_open.masked_fill(blocked.all(dim=1), len(self.blocked))
+        return first
 
 
-# For each mask, by its stamp and its number of tokens.
+# What is known of each mask, with its stamp (None on a CPU), and the last masks examined.
 _cache = WeakIdKeyDictionary()
+_recent: deque[weakref.ref[Examined]] = deque(maxlen=MAX_COMPARED)
 
 
 def mask_layout(
@@ -56,49 +140,73 @@ def mask_layout(
     it is used again until the tensor's version changes, so writes through `.data` or DLPack go
     unnoticed there.
     """
-    used_mask = mask.detach()
-    if mask.shape != (num_tokens, num_tokens):
-        used_mask = used_mask[:num_tokens, :num_tokens]
+    rows = mask.detach()
     is_on_cpu = mask.device.type == "cpu"
-    if mask.is_inference() and not is_on_cpu:  # an inference tensor has no version
-        return examine(used_mask)
-    stamp = None if is_on_cpu else (mask._version, mask.data_ptr(), mask.shape, mask.stride())
-    packed = pack(used_mask) if is_on_cpu else torch.empty(0)
-    layouts: dict[object, _Cached] = _cache.setdefault(mask, {})
-    cached = layouts.pop((num_tokens, stamp), None)
-    if cached is None or not torch.equal(cached.packed, packed):
-        cached = _Cached(packed, examine(used_mask))
-    layouts[num_tokens, stamp] = cached  # the most recently used is last
-    if len(layouts) > MAX_CACHED_LENGTHS:
-        layouts.pop(next(iter(layouts)), None)
-    return cached.layout
+    if is_on_cpu:
+        packed, stamp = pack(rows[:num_tokens, :num_tokens]), None
+    elif mask.is_inference():  # an inference tensor has no version
+        return examine(rows[:num_tokens, :num_tokens]).layout(num_tokens)
+    else:
+        packed = torch.empty(0, 0, dtype=torch.int64)
+        stamp = (mask._version, mask.data_ptr(), mask.shape, mask.stride())
+    cached_stamp, cached = _cache.get(mask, (None, None))
+    known = [cached] if cached is not None and cached_stamp == stamp else []
+    examined = _find(known, packed, num_tokens, is_on_cpu)
+    if examined is None:
+        size = min(len(mask), max(MIN_EXAMINED_TOKENS, 1 << (num_tokens - 1).bit_length()))
+        rows = rows[:size, :size]
+        if is_on_cpu:
+            packed = pack(rows)
+            examined = _find(filter(None, (each() for each in _recent)), packed, size, is_on_cpu)
+        if examined is None:
+            examined = examine(rows, packed)
+            _recent.append(weakref.ref(examined))
+        _cache[mask] = stamp, examined
+    return examined.layout(num_tokens)
 
 
-def examine(mask: Shaped[Tensor, "tokens tokens"]) -> MaskLayout:
-    """Return the layout of a mask. Only one strip is converted to bool at a time."""
-    columns = torch.arange(mask.shape[0], device=mask.device)
-    if all(torch.equal(blocked, columns > columns[rows, None]) for rows, blocked in _strips(mask)):
-        return MaskLayout("causal")
-    if not any(blocked.any() for _, blocked in _strips(mask)):
-        return MaskLayout("open")
-    examined = [
-        (Strip(rows.start, rows.stop, _ranges(~blocked.all(dim=0))), bool(blocked.all(dim=1).any()))
-        for rows, blocked in _strips(mask)
-    ]
-    strips = tuple(strip for strip, _ in examined)
-    closed_rows = any(has_closed for _, has_closed in examined)
-    num_pairs = sum(
-        (strip.stop - strip.start) * (stop - start)
-        for strip in strips
-        for start, stop in strip.keys
-    )
-    if 2 * num_pairs < mask.numel():
-        return MaskLayout("strips", strips, closed_rows)
-    wide_strips = tuple(
-        _joined(strips[first : first + STRIPS_IN_WIDE])
-        for first in range(0, len(strips), STRIPS_IN_WIDE)
-    )
-    return MaskLayout("wide", wide_strips, closed_rows)
+def _find(
+    known: Iterable[Examined], packed: Tensor, num_tokens: int, is_on_cpu: bool
+) -> Examined | None:
+    """Return the first of those that cover the tokens and, on a CPU, block the same pairs."""
+    for examined in known:
+        if not is_on_cpu:
+            size = num_tokens if examined.blocked is None else len(examined.blocked)
+            if num_tokens <= max(size, examined.causal_until, examined.open_until):
+                return examined
+        elif torch.equal(first_packed(examined.packed, num_tokens), packed):
+            return examined
+    return None
+
+
+def examine(mask: Shaped[Tensor, "size size"], packed: Tensor | None = None) -> Examined:
+    """Return what is known of a mask. What is kept is a copy, 1 byte for each pair."""
+    with torch.inference_mode(False):  # what is made in inference mode has no use in training
+        packed = pack(mask) if packed is None else packed
+        size = len(mask)
+        causal_until = _tokens_without(packed ^ _causal(packed), size)
+        open_until = _tokens_without(packed, size)
+        is_plain = max(causal_until, open_until) == size
+        blocked = None if is_plain else mask.to(torch.bool, copy=True)
+        return Examined(packed.clone(), causal_until, open_until, blocked)
+
+
+def _tokens_without(packed: Int64[Tensor, "groups words"], size: int) -> int:
+    """Return how many of the mask's tokens, from the first on, have none of these pairs."""
+    numbers = range(1, size + 1)
+    return bisect(numbers, False, key=lambda number: bool(first_packed(packed, number).any()))
+
+
+def _causal(packed: Int64[Tensor, "groups words"]) -> Int64[Tensor, "groups words"]:
+    """Return a causal mask, packed in the same shape."""
+    first = pack(torch.ones(8, 8, dtype=torch.bool, device=packed.device).triu(1))
+    return torch.ones_like(packed).triu(1).neg() + torch.ones_like(packed).triu().tril() * first
+
+
+def _first_keys(
+    ranges: tuple[tuple[int, int], ...], num_tokens: int
+) -> tuple[tuple[int, int], ...]:
+    return tuple((start, min(stop, num_tokens)) for start, stop in ranges if start < num_tokens)
 
 
 def _joined(strips: tuple[Strip, ...]) -> Strip:
@@ -108,16 +216,6 @@ def _joined(strips: tuple[Strip, ...]) -> Strip:
         ((min(start for start, _ in ranges), max(stop for _, stop in ranges)),) if ranges else ()
     )
     return Strip(strips[0].start, strips[-1].stop, joined_ranges)
-
-
-def _strips(
-    mask: Shaped[Tensor, "tokens tokens"],
-) -> Iterator[tuple[slice, Bool[Tensor, "strip tokens"]]]:
-    """Yield the rows of each strip, and which of their pairs are blocked."""
-    num_tokens = mask.shape[0]
-    for start in range(0, num_tokens, STRIP_QUERIES):
-        rows = slice(start, min(start + STRIP_QUERIES, num_tokens))
-        yield rows, mask[rows].bool()
 
 
 def _ranges(is_open: Bool[Tensor, " tokens"]) -> tuple[tuple[int, int], ...]:
@@ -130,18 +228,39 @@ def _ranges(is_open: Bool[Tensor, " tokens"]) -> tuple[tuple[int, int], ...]:
     )
 
 
-def pack(mask: Shaped[Tensor, "tokens tokens"]) -> Int64[Tensor, " words"]:
+def pack(mask: Shaped[Tensor, "tokens tokens"]) -> Int64[Tensor, "groups words"]:
     """Return which pairs are blocked, with 64 pairs in a word. Two masks are the same if these are.
 
-    Each word is the sum of 8 words of 8 bools, one byte each, shifted by 0 to 7 bits.
+    A word holds 8 rows of 8 columns: bit r of byte c is the pair of row r and column c.
     """
-    packed = []
-    for rows in mask.split(ROWS_AT_ONCE):
-        # Any nonzero entry becomes True.
-        blocked = rows.to(torch.bool, copy=True, memory_format=torch.contiguous_format)
-        columns, height = -blocked.shape[1] % 8, -blocked.shape[0] % 8
-        if columns or height:
-            blocked = F.pad(blocked, (0, columns, 0, height))
-        words = blocked.view(torch.int64).view(8, -1)
-        packed.append(words.bitwise_left_shift_(_SHIFTS).sum(dim=0))
-    return packed[0] if len(packed) == 1 else torch.cat(packed)
+    return torch.cat([_packed_rows(rows) for rows in mask.split(ROWS_AT_ONCE)])
+
+
+def _packed_rows(rows: Shaped[Tensor, "rows tokens"]) -> Int64[Tensor, "groups words"]:
+    # Any nonzero entry becomes True.
+    blocked = rows.to(torch.bool, copy=True, memory_format=torch.contiguous_format)
+    columns, height = -blocked.shape[1] % 8, -blocked.shape[0] % 8
+    if columns or height:
+        blocked = F.pad(blocked, (0, columns, 0, height))
+    words = blocked.view(torch.int64).view(len(blocked) // 8, 8, -1)
+    return words.bitwise_left_shift_(_SHIFTS.to(words.device)).sum(dim=1)
+
+
+def first_packed(
+    packed: Int64[Tensor, "groups words"], num_tokens: int
+) -> Int64[Tensor, "first_groups first_words"]:
+    """Return what `pack` returns of the first `num_tokens` rows and columns of the mask."""
+    size = -(-num_tokens // 8)
+    packed = packed[:size, :size]
+    if num_tokens % 8 and packed.numel():
+        packed = packed.clone()
+        rows_and_columns = packed.view(torch.uint8)
+        rows_and_columns[:, num_tokens:] = 0
+        rows_and_columns[-1] &= 2 ** (num_tokens % 8) - 1
+    return packed
+
+
+def unpack(packed: Int64[Tensor, "groups words"], num_tokens: int) -> Bool[Tensor, "tokens tokens"]:
+    """Return which pairs are blocked: the inverse of `pack`."""
+    bits = packed.view(torch.uint8)[:, None] >> _SHIFTS.to(packed.device, torch.uint8) & 1
+    return bits.view(torch.bool).flatten(0, 1)[:num_tokens, :num_tokens]

@@ -18,17 +18,39 @@ softmax_backward: Any = getattr(torch, "_softmax_backward_data", None)
 HAS_KERNELS = None not in (flash, flash_backward, softmax_backward)
 
 
-def is_transformed() -> bool:
-    """Return whether `torch.func`, forward-mode differentiation or `make_fx` is at work.
+def active_transforms() -> set[str]:
+    """Return the kinds of the transforms of `torch.func` that are at work, such as "Vmap".
 
-    If torch lacks a query, the result is True: the formula is correct in every transform.
+    If torch lacks the query, the result is {"unknown"}: the formula is correct in every transform.
     """
-    is_functional = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-    is_forward = getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
-    return bool(is_functional()) or is_forward or _is_proxied()
+    is_active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if is_active is None:
+        return {"unknown"}
+    if not is_active():
+        return set()
+    get_stack = getattr(torch._C._functorch, "get_interpreter_stack", lambda: None)
+    return {each.key().name for each in get_stack() or ()} or {"unknown"}
 
 
-def _is_proxied() -> bool:
-    key = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)
-    get_mode = getattr(torch._C, "_get_dispatch_mode", None)
-    return get_mode is None or key is None or get_mode(key) is not None
+def is_forward_mode() -> bool:
+    """Return whether a level of forward-mode differentiation is open."""
+    return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
+
+
+def has_global_hook() -> bool:
+    """Return whether a hook is called for every module."""
+    return bool(getattr(torch.nn.modules.module, "_has_any_global_hook", lambda: True)())
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Return whether autograd maps its own backward pass, as in `jacobian(vectorize=True)`."""
+    is_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: True)
+    return bool(is_legacy_batched(tensor))
+
+
+def has_dispatch_mode() -> bool:
+    """Return whether a TorchDispatchMode sees every operation.
+
+    `make_fx`, fake tensors, FlopCounterMode and selective checkpointing are such modes.
+    """
+    return bool(getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)())

@@ -594,21 +594,21 @@ _FUSED = [
         "fused: assumed causal",
         "torch",
         "torch_impl.mask_layout",
-        ((r"if all\(torch\.equal.*:\n", "if True:\n"),),
+        ((r"if num_tokens <= self\.causal_until:\n", "if True:\n"),),
     ),
     Mutant(
         "fused: stale remembered mask",
         "torch",
         "torch_impl.mask_layout",
-        ((r"if cached is None or .*:\n", "if cached is None:\n"),),
+        ((r"elif torch\.equal\(first_packed.*:\n", "else:\n"),),
     ),
     Mutant(
         "fused: only the version is looked at",
         "torch",
         "torch_impl.mask_layout",
         (
-            (r"stamp = None if is_on_cpu else ", "stamp = "),
-            (r" or not torch\.equal\(cached\.packed, packed\)", ""),
+            (r"num_tokens\]\), None\n", "num_tokens]), mask._version\n"),
+            (r"elif torch\.equal\(first_packed.*:\n", "else:\n"),
         ),
     ),
     Mutant(

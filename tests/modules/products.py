@@ -1,6 +1,12 @@
-"""Record the operands of torch's products, or make products leak as on a CPU with AMX."""
+"""Record the operands of torch's products, or make products leak as on a CPU with AMX.
 
+The fused path is left where a dispatch mode sees the operations. `unseen` keeps it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -12,6 +18,13 @@ KERNELS = (
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention_for_cpu_backward",
 )
+
+
+@contextmanager
+def unseen(mode: TorchDispatchMode) -> Iterator[Any]:
+    """Enter the mode, without the package noticing it."""
+    with patch("torch_impl.context.has_dispatch_mode", return_value=False), mode:
+        yield mode
 
 
 class WatchedProducts(TorchDispatchMode):

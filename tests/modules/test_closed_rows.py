@@ -12,7 +12,7 @@ from torch_impl.closed_rows import _open_masks, closed_rows, guarded_projection
 from torch_impl.dispatch import Implementation
 
 from ..support import sum_of_squares
-from .products import LeakingProducts, WatchedProducts
+from .products import LeakingProducts, WatchedProducts, unseen
 
 BFLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64
 # "auto" takes the formula for the short lengths and the kernels for the long ones. The last strip
@@ -89,7 +89,7 @@ def test_no_product_sees_what_is_not_finite(tokens: int, name: str, dropout: Any
     expected = everything(drawn(tokens, FLOAT64), mask, dropout, "reference")
     for dtype in (FLOAT64, FLOAT32, BFLOAT16):
         for implementation in ("auto", "fused"):
-            with WatchedProducts() as watched:
+            with unseen(WatchedProducts()) as watched:
                 found = everything(drawn(tokens, dtype), mask, dropout, implementation)
             assert watched.count >= 4
             assert not watched.not_finite
@@ -99,7 +99,7 @@ def test_no_product_sees_what_is_not_finite(tokens: int, name: str, dropout: Any
 
 
 def test_the_watch_sees_the_formulas_nan() -> None:
-    with WatchedProducts() as watched:
+    with unseen(WatchedProducts()) as watched:
         everything(drawn(61, FLOAT64), closed_masks(61)["causal"], None, "reference")
     assert {name for name, _ in watched.not_finite} == {"bmm"}
 
@@ -111,7 +111,7 @@ def test_a_leaking_product_reaches_no_other_row(tokens: int) -> None:
     closed = (mask != 0).all(dim=1)
     for implementation in ("auto", "fused"):
         expected = everything(heads, mask, None, implementation)
-        with LeakingProducts():
+        with unseen(LeakingProducts()):
             found = everything(heads, mask, None, implementation)
         assert all(
             torch.equal(one.nan_to_num(7), other.nan_to_num(7))
@@ -119,7 +119,7 @@ def test_a_leaking_product_reaches_no_other_row(tokens: int) -> None:
         )
         assert torch.equal(found[0].isnan().all(dim=-1), closed.expand(2, 2, tokens))
     queries, keys, values, _ = heads
-    with LeakingProducts():
+    with unseen(LeakingProducts()):
         formula = torch_impl.reference_attention(queries, keys, values, mask)
     assert int(formula.isnan().all(dim=-1).sum()) > 4 * int(closed.sum()), (
         "the formula does not leak here, so this test could not fail"
@@ -139,13 +139,13 @@ def test_heads_are_joined_without_it(tokens: int) -> None:
             **MULTI_HEAD, implementation=implementation
         ).double()
         module.mask.copy_(mask)
-        with WatchedProducts() as watched:
+        with unseen(WatchedProducts()) as watched:
             outputs = module(inputs)
         assert bool(watched.not_finite) is (implementation == "reference")
         gradients = torch.autograd.grad(outputs.sum(), list(module.parameters()))
         found[implementation] = [outputs.detach(), *gradients]
         if implementation != "reference":
-            with LeakingProducts():
+            with unseen(LeakingProducts()):
                 halves = module.bfloat16()(inputs.bfloat16())
             assert torch.equal(halves.isnan(), outputs.isnan())
     for implementation in ("auto", "fused"):
@@ -203,7 +203,7 @@ def test_under_transforms() -> None:
     leaf = queries.clone().requires_grad_()
     formula = reference(leaf, keys, values, masks[0]).nan_to_num().sum()
     assert same(gradient, torch.autograd.grad(formula, leaf)[0])
-    with torch.autocast("cpu", BFLOAT16), WatchedProducts() as watched:
+    with torch.autocast("cpu", BFLOAT16), unseen(WatchedProducts()) as watched:
         halves = attend(queries.float(), keys.float(), values.float(), masks[0])
     assert not watched.not_finite
     assert halves.dtype == BFLOAT16

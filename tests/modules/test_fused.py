@@ -473,20 +473,9 @@ def test_flax_gradients_where_the_last_strip_overlaps(tokens: int) -> None:
             assert np.nanmax(np.abs(found - expected), initial=0.0) <= limit
 
 
-def test_an_edit_before_the_backward_pass() -> None:
-    """The fused path keeps the mask, so torch refuses the backward pass, as for other tensors."""
-    heads = [torch.tensor(array[:, :130], requires_grad=True) for array in HEADS[:3]]
-    queries, keys, values = heads
-    mask = torch.from_numpy(masks()["window"][:130, :130].copy())
-    outputs = torch_impl.masked_attention(queries, keys, values, mask, implementation="fused")
-    mask[3, 2] = 1.0
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        outputs.sum().backward()
-
-
-@pytest.mark.parametrize("name", ["causal", "open"])
-def test_an_edit_before_the_backward_pass_of_a_kernel_without_a_mask(name: str) -> None:
-    """These kernels do not read the mask again."""
+@pytest.mark.parametrize("name", masks())
+def test_an_edit_before_the_backward_pass(name: str) -> None:
+    """The gradient is that of the mask as it was in the forward pass, as in the formula."""
     gradients: list[torch.Tensor] = []
     for is_edited in (False, True):
         queries, keys, values = (torch.tensor(array[:, :130]) for array in HEADS[:3])
@@ -638,9 +627,9 @@ def judge_same(outputs: torch.Tensor, formula: torch.Tensor) -> None:
 def test_torch_looks_at_a_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
 
-    def counted(mask: torch.Tensor) -> Any:
+    def counted(mask: torch.Tensor, packed: torch.Tensor) -> Any:
         looked.append(1)
-        return examine(mask)
+        return examine(mask, packed)
 
     examine = mask_layout.examine
     monkeypatch.setattr(mask_layout, "examine", counted)
@@ -653,14 +642,17 @@ def test_torch_looks_at_a_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
     module(inputs)
     module(inputs)
     assert len(looked) == 2
-    for tokens in (200, 201, TORCH_TOKENS, 200):
+    for tokens in (200, 201, *range(130, 150), TORCH_TOKENS, 200):
         module(inputs[:, :tokens])
-    assert len(looked) == 4, "a mask is examined once for each number of tokens"
-    copy.deepcopy(module)(inputs)
-    assert len(looked) == 5, "the copied mask is another tensor and must be examined"
-    for tokens in range(130, 150):
-        module(inputs[:, :tokens])
-    assert len(mask_layout._cache[module.mask]) == mask_layout.MAX_CACHED_LENGTHS
+    assert len(looked) == 2, "a mask is examined once for all numbers of tokens"
+    copied = copy.deepcopy(module)
+    copied(inputs)
+    assert len(looked) == 2, "a mask that blocks the same pairs need not be examined"
+    copied.mask[3, 1] = 1.0
+    copied(inputs)
+    assert len(looked) == 3
+    _, examined = mask_layout._cache[module.mask]
+    assert len(examined.layouts) == mask_layout.MAX_CACHED_LENGTHS
     with torch.inference_mode():
         module.mask = module.mask.clone()
         module(inputs)
@@ -676,7 +668,11 @@ def test_every_entry_is_packed(size: int) -> None:
     random = np.random.default_rng(size)
     mask = torch.from_numpy(random.random((size, size)) < 0.5)
     packed = mask_layout.pack(mask)
-    set_bits = sum((word % 2**64).bit_count() for word in packed.tolist())
+    set_bits = sum((word % 2**64).bit_count() for word in packed.flatten().tolist())
+    assert torch.equal(mask_layout.unpack(packed, size), mask)
+    for tokens in {1, size // 2, size - 1, size} - {0}:
+        first = mask_layout.pack(mask[:tokens, :tokens])
+        assert torch.equal(mask_layout.first_packed(packed, tokens), first)
     assert set_bits == int(mask.sum()), "each blocked pair has a bit of its own"
     for row, column in random.integers(size, size=(40, 2)).tolist():
         edited = mask.clone()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import torch_impl
-from torch_impl import fused, private_api
+from torch_impl import context, fused
 
 SCRIPT = """
 import torch
@@ -47,18 +47,29 @@ def test_without_kernels_there_is_no_layout(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"),
+    ("owner", "name", "path"),
     [
-        (torch._C, "_are_functorch_transforms_active"),
-        (torch.autograd.forward_ad, "_current_level"),
-        (torch._C, "_get_dispatch_mode"),
-        (torch._C, "_TorchDispatchModeKey"),
+        (torch._C, "_are_functorch_transforms_active", "formula"),
+        (torch.autograd.forward_ad, "_current_level", "formula"),
+        (torch._C, "_len_torch_dispatch_stack", "formula"),
+        (torch._C._functorch, "get_interpreter_stack", "kernels"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_without_a_query_a_transform_is_assumed(
-    owner: object, name: str, monkeypatch: pytest.MonkeyPatch
+    owner: object, name: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not private_api.is_transformed()
-    monkeypatch.delattr(owner, name)
-    assert private_api.is_transformed()
+    ones = torch.ones(1, 4, 2)
+    assert context.possible_path(ones) == "kernels"
+    paths: list[str] = []
+
+    def asked(one: torch.Tensor) -> torch.Tensor:
+        paths.append(context.possible_path(one))
+        return one
+
+    with monkeypatch.context() as patched:
+        patched.delattr(owner, name)
+        assert context.possible_path(ones) == path
+        torch.vmap(asked)(ones)
+    torch.vmap(asked)(ones)
+    assert paths == ["formula", "operator"]

@@ -10,7 +10,7 @@ from compare.proof.rounding_bound import PRECISIONS
 from compare.report.machine import machine
 from compare.runners.products import leaking_dtypes
 
-from ..modules.products import LeakingProducts
+from ..modules.products import LeakingProducts, unseen
 from ..support import sections_of
 
 
@@ -23,13 +23,13 @@ def trial(implementation: str) -> Trial:
 
 def test_the_probe_sees_a_leak() -> None:
     before = leaking_dtypes()
-    with LeakingProducts():
+    with unseen(LeakingProducts()):
         assert leaking_dtypes() == sorted({*before, "bfloat16"})
 
 
 @pytest.mark.parametrize("implementation", ["auto", "fused"])
 def test_a_leaking_processor_changes_no_output(implementation: str) -> None:
-    with LeakingProducts():
+    with unseen(LeakingProducts()):
         findings = list(CHECKS["outputs"]("torch", trial(implementation), "cpu"))
     assert len(findings) == 2 * len(PRECISIONS), "outputs and their dtypes"
     assert all(finding.held for finding in findings)
@@ -37,7 +37,7 @@ def test_a_leaking_processor_changes_no_output(implementation: str) -> None:
 
 @pytest.mark.slow
 def test_the_check_tells_torchs_fault_from_ours() -> None:
-    with LeakingProducts():
+    with unseen(LeakingProducts()):
         *others, last = sorted(
             CHECKS["outputs"]("torch", trial("reference"), "cpu"),
             key=lambda finding: not finding.held,
