@@ -8,7 +8,7 @@ from jax import Array
 from jaxtyping import Float, Shaped
 
 from .attention import for_each_head, is_nonzero, reference_attention
-from .fused import fused_attention
+from .fused import fused_attention, kernels_take
 from .validation import check_covered, check_shapes
 
 Implementation = Literal["reference", "fused", "auto"]
@@ -53,11 +53,11 @@ def masked_attention(
         return reference_attention(queries, keys, values, mask, dropout)
     if queries.shape != keys.shape or values.shape[:-2] != keys.shape[:-2]:
         keys, values = for_each_head(queries, keys), for_each_head(queries, values)
-    if implementation == "fused" or (
-        implementation == "auto" and queries.shape[-2] >= MIN_FUSED_TOKENS
-    ):
-        return fused_attention(queries, keys, values, mask)
-    return reference_attention(queries, keys, values, mask)
+    if implementation == "reference" or not kernels_take(queries, keys, values):
+        return reference_attention(queries, keys, values, mask)
+    if implementation == "auto" and queries.shape[-2] < MIN_FUSED_TOKENS:
+        return reference_attention(queries, keys, values, mask)
+    return fused_attention(queries, keys, values, mask)
 
 
 def check_implementation(implementation: str) -> None:

@@ -49,6 +49,7 @@ class CausalMultiHeadAttention(nn.Module):
         self.input_embedding_dim = input_embedding_dim
         self.context_length = context_length
         self.num_heads = num_heads
+        self.head_dim = output_embedding_dim // num_heads
         self.implementation: Implementation = implementation
         self.W_query = nn.Linear(input_embedding_dim, output_embedding_dim, bias=qkv_bias)
         self.W_key = nn.Linear(input_embedding_dim, output_embedding_dim, bias=qkv_bias)
@@ -78,4 +79,4 @@ class CausalMultiHeadAttention(nn.Module):
     def _split(
         self, projected: Float[Tensor, "batch tokens embed"]
     ) -> Float[Tensor, "batch heads tokens head_dim"]:
-        return projected.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        return projected.unflatten(2, (-1, self.head_dim)).transpose(1, 2)

@@ -60,11 +60,12 @@ def sizes(framework: Framework) -> list[Size]:
     threshold = constants(package)[f"{package}.dispatch.MIN_FUSED_TOKENS"]
     chosen += [Size(tokens, 1, 1, 4, "auto") for tokens in (threshold - 1, threshold)]
     if framework == "torch":  # two wide strips; in Flax it is as one tile and a half
-        chosen.append(Size(2 * limits[-1] + 1, 1, 1, 3, "fused"))
-    else:  # two tiles, the second of which is short by a block, or by a part of one
+        rows = constants(package)[f"{package}.mask_layout.ROWS_AT_ONCE"]
+        chosen.append(Size(2 * rows + 1, 1, 1, 3, "fused"))
+    else:  # two tiles, the second of which is short by a half, or by a part of that
         tile = constants(package)[f"{package}.mask_tiles.MIN_TILED_TOKENS"]
-        block = constants(package)[f"{package}.mask_tiles.BLOCK_COLUMNS"]
-        chosen += [Size(2 * tile - short, 1, 1, 3, "fused") for short in (block, block // 5)]
+        chosen += [Size(2 * tile - short, 1, 1, 3, "fused") for short in (tile // 4, tile // 20)]
+        chosen.append(Size(tile + 1, 1, _MANY_HEADS, 2, "fused"))
     many = [limit for name, limit in constants(package).items() if "HEADS" in name]
     chosen += [Size(130, 1, heads + 1, 3, "fused") for heads in many or [_MANY_HEADS]]
     chosen.append(Size(7, _MANY_HEADS, _MANY_HEADS, 2, "reference"))

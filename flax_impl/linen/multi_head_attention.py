@@ -79,4 +79,4 @@ class CausalMultiHeadAttention(nn.Module):
         self, projected: Float[Array, "batch tokens embed"]
     ) -> Float[Array, "batch heads tokens head_dim"]:
         width = self.output_embedding_dim // self.num_heads
-        return projected.reshape(*projected.shape[:2], self.num_heads, width).swapaxes(1, 2)
+        return projected.reshape(*projected.shape[:2], -1, width).swapaxes(1, 2)

@@ -9,3 +9,17 @@ class Buffer(nnx.Variable):
     Optimizers and `nnx.grad` select `nnx.Param`, so they skip it. `nnx.state(model, Buffer)`
     selects it. Source: Flax documentation, "Migrating from PyTorch to JAX/Flax", on buffers.
     """
+
+
+def _name_collection() -> None:
+    """Let `nnx.bridge` give this type to Linen's collection `buffers`, and the other way.
+
+    Another library may have taken the name: then that library's type stays.
+    """
+    try:
+        nnx.register_variable_name("buffers", Buffer)
+    except ValueError:
+        return
+
+
+_name_collection()

@@ -1,10 +1,13 @@
 """The tiles of each strip cover every unblocked pair, and are those that are needed."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import Array, lax
 
-from flax_impl.mask_tiles import tile_shapes, tilings
+from flax_impl.mask_tiles import Tile, over_strips, tile_shape
 
 
 def drawn(kind: str, tokens: int) -> np.ndarray:
@@ -23,27 +26,40 @@ def drawn(kind: str, tokens: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["window", "one key each", "blocks", "closed"])
+@pytest.mark.parametrize("num_heads", [1, 17])
 @pytest.mark.parametrize(
     "tokens", [5, 511, 512, 513, pytest.param(700, marks=pytest.mark.again), 1100]
 )
-def test_each_unblocked_pair_is_in_a_tile_and_each_tile_has_one(tokens: int, kind: str) -> None:
+def test_each_unblocked_pair_is_in_one_tile_and_each_tile_has_one(
+    tokens: int, num_heads: int, kind: str
+) -> None:
     blocked = drawn(kind, tokens)
-    found = tilings(jnp.asarray(blocked), tokens)
-    assert sum(int(tiling.num_strips) > 0 for tiling in found) == 1
-    assert len(found) == len(tile_shapes(tokens)) == (2 if tokens >= 512 else 1)
-    for shape, tiling in zip(tile_shapes(tokens), found, strict=True):
-        begins = range(0, tokens, shape.queries)
-        assert len(tiling.first) == len(begins)
-        assert int(tiling.num_strips) in (0, len(begins))
-        for strip, begin in enumerate(begins):
-            moved = min(begin, tokens - shape.queries)  # the last strip ends at the last query
-            left = ~blocked[begin : begin + shape.queries]
-            first, order = int(tiling.first[strip]), tiling.order[strip].tolist()
-            for index in range(int(tiling.num_tiles[strip])):
-                start = first + order[index] * shape.keys
-                columns = slice(start, start + shape.keys)
-                assert (~blocked[moved : moved + shape.queries, columns]).any()
-                if index < int(tiling.num_open[strip]):
-                    assert start + shape.keys <= tokens and left[:, columns].all()
-                left[:, columns] = False
-            assert not left.any()
+    shape = tile_shape(tokens, num_heads)
+    assert shape == (
+        (tokens, tokens) if tokens < 512 else (512, 256) if num_heads == 1 else (128, 128)
+    )
+
+    def add_tile(tile: Tile, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        times, is_needed = carry
+        start = tile.first_query, tile.first_key
+        open_pairs = lax.dynamic_slice(times, start, shape) + (~tile.blocked).astype(jnp.int32)
+        assert tile.blocked.shape == shape
+        return lax.dynamic_update_slice(times, open_pairs, start), is_needed & ~tile.blocked.all()
+
+    def add_strip(_first: Any, _is_new: Any, over_tiles: Any, carry: Any) -> Any:
+        return over_tiles(add_tile, carry)
+
+    times, is_needed = over_strips(
+        jnp.asarray(blocked),
+        tokens,
+        shape,
+        add_strip,
+        (jnp.zeros((tokens, tokens), jnp.int32), jnp.array(True)),
+    )
+    assert np.array_equal(times, ~blocked)
+    assert is_needed
+
+
+def test_many_heads_and_an_unknown_number_have_small_tiles() -> None:
+    assert tile_shape(1024, 16) == (512, 256)
+    assert tile_shape(1024, 17) == tile_shape(1024, None) == (128, 128)
