@@ -561,16 +561,16 @@ _HEADS = [
         "heads of the tokens",
         HEADS,
         torch=(
-            r"\.unflatten\(2, \(self\.num_heads, -1\)\)\.transpose\(1, 2\)",
+            r"\.unflatten\(2, \(-1, self\.head_dim\)\)\.transpose\(1, 2\)",
             ".reshape(len(projected), self.num_heads, projected.shape[1], -1)",
         ),
         linen=(
-            r"\.reshape\((\*projected.*), self\.num_heads, width\)\.swapaxes\(1, 2\)",
-            ".reshape(len(projected), self.num_heads, projected.shape[1], width)",
+            r"\.reshape\((\*projected.*), num_heads, head_dim\)\.swapaxes\(1, 2\)",
+            ".reshape(len(projected), num_heads, projected.shape[1], head_dim)",
         ),
         nnx=(
-            r"\.reshape\((\*projected.*), self\.num_heads, width\)\.swapaxes\(1, 2\)",
-            ".reshape(len(projected), self.num_heads, projected.shape[1], width)",
+            r"\.reshape\((\*projected.*), num_heads, head_dim\)\.swapaxes\(1, 2\)",
+            ".reshape(len(projected), num_heads, projected.shape[1], head_dim)",
         ),
     ),
     *_per_framework(
@@ -655,9 +655,9 @@ _FUSED = [
     ),
     *_flax(
         "fused: assumed causal",
-        "flax_impl.fused",
+        "flax_impl.mask_tiles",
         (
-            r"is_nonzero\(lax\.dynamic_slice\(head\.mask, \(first_query, first_key\), shape\)\)",
+            r"is_nonzero\(slice_of\(mask, \(first_query, first_key\), shape\)\)",
             "(first_key + jnp.arange(shape.keys, dtype=jnp.int32)[None]"
             " > first_query + jnp.arange(shape.queries, dtype=jnp.int32)[:, None])",
         ),
@@ -665,38 +665,41 @@ _FUSED = [
     *_flax(
         "fused: mixed tiles taken for open ones",
         "flax_impl.mask_tiles",
-        (r"tiles\(some_blocked, True\)", "tiles(some_blocked, True) & False"),
+        (r"return ~self\.blocked\.any\(\)", "return ~self.blocked.all()"),
     ),
     *_flax(
-        "fused: tiles counted from the first key",
-        "flax_impl.fused",
-        (r"nominal = tiling\.first\[strip\] \+ ", "nominal = "),
+        "fused: the tile after an unused one left out",
+        "flax_impl.mask_tiles",
+        (
+            r"return next_tiles\[tile \+ 1\]",
+            "return jnp.where(next_tiles[tile + 1] > tile + 1, num_tiles, next_tiles[tile + 1])",
+        ),
     ),
     *_flax(
         "fused: the last tile of keys counted twice",
-        "flax_impl.fused",
-        (r" \| is_repeated\[None\]", ""),
+        "flax_impl.mask_tiles",
+        (r"blocked \|= \(first_key.*", "pass"),
     ),
     *_flax(
         "fused: the last strip's gradient counted twice",
-        "flax_impl.fused",
-        (r"logsumexp = jnp\.where\(is_new.*", "pass"),
+        "flax_impl.mask_tiles",
+        (r"blocked \|= ~is_new.*", "pass"),
     ),
-    *_flax("fused: sums not shrunk", "flax_impl.fused", (r"acc \* rescale\[:, None\]", "acc")),
+    *_flax("fused: sums not shrunk", "flax_impl.fused", (r"acc \* rescale", "acc")),
     *_flax(
         "fused: a closed row is 0",
         "flax_impl.fused",
-        (r"acc / l\[:, None\]", "acc / jnp.where(l == 0, 1, l)[:, None]"),
+        (r"acc / l\)", "acc / jnp.where(l == 0, 1, l))"),
     ),
     *_flax(
         "fused: scale missing",
         "flax_impl.fused",
-        (r"queries\.astype\(dtype\) \* queries\.shape\[-1\] \*\* -0\.5", "queries.astype(dtype)"),
+        (r"shape\.queries\) \* scale", "shape.queries)"),
     ),
     *_flax(
         "fused: subnormal entries taken for 0",
-        "flax_impl.fused",
-        (r"is_nonzero\((lax.*shape\))\)", r"(\1 != 0)"),
+        "flax_impl.mask_tiles",
+        (r"is_nonzero\((slice_of.*shape\))\)", r"(\1 != 0)"),
     ),
 ]
 

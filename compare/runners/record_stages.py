@@ -76,11 +76,7 @@ def _linen(trial: Trial, recorded: dict[str, list[Any]]) -> None:
         return output
 
     state = flax_state(trial.state, flax_template("linen", trial.config))
-    # Without dropout, no child module outputs the weights: record those of the softmax.
-    with (
-        linen.intercept_methods(intercept),
-        _recorded_softmax(recorded, weights=trial.keep is None),
-    ):
+    with linen.intercept_methods(intercept), _recorded_softmax(recorded):
         _run_compiled(flax_forward("linen", trial.config), state, trial, recorded)
 
 
@@ -113,16 +109,13 @@ def _run_compiled(
     recorded.update(jax.jit(stages)(*state, trial.keep, trial.inputs))
 
 
-def _recorded_softmax(recorded: dict[str, list[Any]], *, weights: bool = False) -> Any:
-    """Return a patch that records the input of the softmax, and with `weights` also its output."""
+def _recorded_softmax(recorded: dict[str, list[Any]]) -> Any:
+    """Return a patch that records the input of the softmax."""
     softmax = jax.nn.softmax
 
     def record(scores: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         recorded["scores"].append(scores)
-        output = softmax(scores, *args, **kwargs)
-        if weights:
-            recorded["weights"].append(output)
-        return output
+        return softmax(scores, *args, **kwargs)
 
     return patch.object(jax.nn, "softmax", record)
 

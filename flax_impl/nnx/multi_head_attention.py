@@ -87,5 +87,6 @@ class CausalMultiHeadAttention(nnx.Module):
     def _split(
         self, projected: Float[Array, "batch tokens embed"]
     ) -> Float[Array, "batch heads tokens head_dim"]:
-        width = self.output_embedding_dim // self.num_heads
-        return projected.reshape(*projected.shape[:2], -1, width).swapaxes(1, 2)
+        head_dim = self.output_embedding_dim // self.num_heads
+        num_heads = projected.shape[2] // head_dim
+        return projected.reshape(*projected.shape[:2], num_heads, head_dim).swapaxes(1, 2)
