@@ -62,8 +62,9 @@ def reference_attention(
     if queries.shape[-2] < num_tokens:
         blocked = blocked[num_tokens - queries.shape[-2] :]  # (queries, tokens)
     scores = queries @ keys.mT  # (..., queries, tokens)
+    scores = scores / head_dim**0.5  # before the mask: -inf divided as a complex number is NaN
     scores = jnp.where(blocked, -jnp.inf, scores)
-    weights = jax.nn.softmax(scores / head_dim**0.5, axis=-1)  # (..., queries, tokens)
+    weights = jax.nn.softmax(scores, axis=-1)  # (..., queries, tokens)
     return dropout(weights) @ values  # (..., queries, value_dim)
 
 

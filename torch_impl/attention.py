@@ -41,8 +41,9 @@ def reference_attention(
     if queries.shape[-2] < num_tokens:
         blocked = blocked[num_tokens - queries.shape[-2] :]  # (queries, tokens)
     scores = queries @ keys.mT  # (..., queries, tokens)
+    scores = scores / head_dim**0.5
     scores = scores.masked_fill(blocked, -torch.inf)
-    weights = torch.softmax(scores / head_dim**0.5, dim=-1)  # (..., queries, tokens)
+    weights = torch.softmax(scores, dim=-1)  # (..., queries, tokens)
     return dropout(weights) @ values  # (..., queries, value_dim)
 
 

@@ -65,7 +65,10 @@ class Examined:
 
     def layout(self, num_tokens: int) -> MaskLayout:
         """Return the layout of the first `num_tokens` rows and columns."""
-        layout = self.layouts.pop(num_tokens, None) or self._layout(num_tokens)
+        layout = self.layouts.pop(num_tokens, None)
+        if layout is None:
+            with torch.inference_mode(False):
+                layout = self._layout(num_tokens)
         self.layouts[num_tokens] = layout  # the most recently used is last
         if len(self.layouts) > MAX_CACHED_LENGTHS:
             self.layouts.pop(next(iter(self.layouts)), None)
@@ -181,7 +184,7 @@ def _find(
 
 def examine(mask: Shaped[Tensor, "size size"], packed: Tensor | None = None) -> Examined:
     """Return what is known of a mask. What is kept is a copy, 1 byte for each pair."""
-    with torch.inference_mode(False):  # what is made in inference mode has no use in training
+    with torch.inference_mode(False):  # a tensor of inference mode is of no use in training
         packed = pack(mask) if packed is None else packed
         size = len(mask)
         causal_until = _tokens_without(packed ^ _causal(packed), size)

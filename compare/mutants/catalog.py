@@ -125,7 +125,8 @@ _SCALING = [
     ),
     *_attention(
         "softmax before the scale",
-        (rf"softmax\(scores / {SCALE}, (dim|axis)=-1\)", r"softmax(scores, \1=-1) / head_dim**0.5"),
+        (rf"scores = scores / {SCALE}", "scores = scores * 1"),
+        (r"softmax\(scores, (dim|axis)=-1\)", r"softmax(scores, \1=-1) / head_dim**0.5"),
     ),
 ]
 
