@@ -20,9 +20,10 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flax_impl
+from flax_impl.fused import kernels_take
 
 TOKENS, FEATURES = 800, 16
-BATCHES = (4, 8)  # 16 and 32 heads: the tiles are large, and small
+ALL_BATCHES = (8, 4)  # 32 and 16 heads: the tiles are small, and large
 COLLECTIVES = ("all-gather", "all-to-all", "all-reduce", "collective-permute")
 PARTS: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
     "data": (("data",), (4,), PartitionSpec("data")),
@@ -70,12 +71,12 @@ def placed(variables: Any, mesh: Any, axes: tuple[str, ...]) -> Any:
     return jax.tree_util.tree_map_with_path(place, variables)
 
 
-def compiled_by_shardings(implementation: Any) -> dict[str, Any]:
+def compiled_by_shardings(implementation: Any, batches: tuple[int, ...]) -> dict[str, Any]:
     module = flax_impl.CausalMultiHeadAttention(
         FEATURES, FEATURES, 1024, 0.0, 4, implementation=implementation
     )
     results = {}
-    for batch in BATCHES:
+    for batch in batches:
         inputs = jax.random.normal(jax.random.key(0), (batch, TOKENS, FEATURES))
         variables = module.init(jax.random.key(1), inputs[:, :4])
         for part, (axes, shape, spec) in PARTS.items():
@@ -112,6 +113,8 @@ def explicit(implementation: Any) -> dict[str, Any]:
             first = jax.tree.leaves(found)[0]
             is_sharded = first.sharding.spec[0] == "data"
             results[f"explicit {name}"] = {"same": same(found, expected[name]) and is_sharded}
+        rows = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec(None, "data")))
+        results["explicit tokens"] = {"same": not kernels_take(rows, rows, rows)}
     return results
 
 
@@ -158,7 +161,7 @@ if __name__ == "__main__":
     print(
         json.dumps(
             {
-                **compiled_by_shardings(implementation),
+                **compiled_by_shardings(implementation, ALL_BATCHES[: int(sys.argv[2])]),
                 **explicit(implementation),
                 **mapped_by_hand(implementation),
             }

@@ -34,13 +34,15 @@ SHORT, LONG = LENGTHS
 
 
 class Count:
-    """A backend that runs the graph as it is, and counts the graphs."""
+    """A backend that runs the graph as it is, counts the graphs and keeps their text."""
 
     def __init__(self) -> None:
         self.graphs = 0
+        self.text = ""
 
     def __call__(self, graph: Any, _inputs: Any) -> Any:
         self.graphs += 1
+        self.text += graph.code
         return graph
 
 
@@ -58,7 +60,10 @@ def quiet() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("mask", masks())
+@pytest.mark.parametrize(
+    "mask",
+    ["edited", *(pytest.param(name, marks=pytest.mark.again) for name in ("causal", "closed"))],
+)
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_compiled_with_gradients(tokens: int, mask: str) -> None:
     module, formula = pair(mask, "auto")
@@ -101,6 +106,7 @@ def test_as_many_graphs_as_the_formula() -> None:
             with torch.no_grad(), quiet():
                 assert_same(compiled(inputs(tokens)), module(inputs(tokens)), tokens)
         graphs.append(count.graphs)
+        assert ("torch_impl.masked_attention" in count.text) == (len(graphs) == 1)
     assert graphs[0] == graphs[1] == 2, "one for the first length, one for any length"
 
 
@@ -117,10 +123,10 @@ def test_a_dimension_that_is_marked_as_dynamic() -> None:
 @pytest.mark.parametrize(
     "shapes",
     [
-        {1: Dim("tokens", min=2, max=CONTEXT_LENGTH - 1)},
+        pytest.param({1: Dim("tokens", min=2, max=CONTEXT_LENGTH - 1)}, marks=pytest.mark.again),
         {1: Dim.AUTO},
         {0: Dim("batch", min=2, max=9), 1: Dim("tokens", min=2, max=CONTEXT_LENGTH - 1)},
-        {1: Dim.DYNAMIC},
+        pytest.param({1: Dim.DYNAMIC}, marks=pytest.mark.again),
     ],
     ids=["tokens", "AUTO", "batch and tokens", "DYNAMIC"],
 )
@@ -288,3 +294,52 @@ def test_the_operators_pass_torchs_own_checks() -> None:
         torch.library.opcheck(
             masked_attention_operator, (*heads, masks()[name]), atol=1e-12, rtol=1e-12
         )
+
+
+@pytest.mark.parametrize(
+    ("where", "taken"),
+    [
+        ("eager", "fused"),
+        ("autocast", "fused"),
+        ("vmap", "operator"),
+        ("per sample", "operator"),
+        ("jvp", None),
+        ("counted", None),
+        ("hooked", None),
+        ("dropped", None),
+    ],
+)
+def test_who_computes_it(where: str, taken: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pair("edited", "auto")[0].float()
+    calls: list[str] = []
+
+    def recorded(name: str, function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            calls.append(name)
+            return function(*args)
+
+        return call
+
+    for name in ("fused", "operator"):
+        function = getattr(torch_impl.dispatch, f"{name}_attention")
+        monkeypatch.setattr(torch_impl.dispatch, f"{name}_attention", recorded(name, function))
+    given = inputs(LONG).float()
+    if where == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            module(given)
+    elif where == "vmap":
+        torch.vmap(lambda one: module(one[None]))(given)
+    elif where == "per sample":
+        torch.vmap(torch.func.grad(lambda one: module(one[None]).sum()))(given)
+    elif where == "jvp":
+        with quiet():
+            torch.func.jvp(module, (given,), (given,))
+    elif where == "counted":
+        with FlopCounterMode(display=False):
+            module(given)
+    else:
+        module.dropout.p = 0.1 if where == "dropped" else 0.0
+        if where == "hooked":
+            module.dropout.register_forward_hook(lambda *_: None)
+        module(given)
+    assert calls == ([taken] if taken else [])
