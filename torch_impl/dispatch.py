@@ -89,14 +89,14 @@ def attend(
     if path == "operator" and dropout is None and kernels_take(queries, keys, values, mask):
         closed = closed_rows(mask, num_tokens, queries.dtype)
         return operator_attention(queries, keys, values, mask), closed
+    if path == "kernels" and dropout is not None and kernels_take(queries, keys, values, mask):
+        is_closed = find_closed(mask[:num_tokens, :num_tokens]).any()
+        if not is_closed and are_finite(queries, keys, values):
+            return finite_attention(queries, keys, values, mask, dropout), None
     if queries.shape[-2] == num_tokens:
         closed = closed_rows(mask, num_tokens, queries.dtype)
     else:
         closed = find_closed(mask[num_tokens - queries.shape[-2] : num_tokens, :num_tokens])
-    if dropout is not None and path == "kernels" and closed is None:
-        is_taken = kernels_take(queries, keys, values, mask)
-        if is_taken and are_finite(queries, keys, values):
-            return finite_attention(queries, keys, values, mask, dropout), None
     return guarded_attention(queries, keys, values, mask, closed, *dropouts), closed
 
 
