@@ -475,6 +475,17 @@ def bench_streaming(
     _run([Job("stream", {"megabytes": megabytes})], Files(json_file, html_file))
 
 
+@bench.command("contexts")
+def bench_contexts(
+    tokens: Annotated[int, typer.Option(min=128, help="Number of tokens.")] = 1024,
+    rounds: RoundsOption = 5,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
+) -> None:
+    """Time attention when compiled, mapped, under autocast and on a mesh."""
+    _run([Job("contexts", {"tokens": tokens, "rounds": rounds})], Files(json_file, html_file))
+
+
 @app.command()
 def gpu(
     out: Annotated[

@@ -12,6 +12,7 @@ OTHER_MODULES = {
     "attention": "compare.bench.attention",
     "state": "compare.bench.checkpoints",
     "stream": "compare.bench.streaming",
+    "contexts": "compare.bench.contexts",
     "kill": "compare.stress.kill",
     "fuzz": "compare.stress.fuzz",
     "layers": "compare.stress.layer_fuzz",

@@ -34,7 +34,18 @@ from ..subprocesses import ROOT
 from .jobs import Job
 
 # Parts that prove nothing about outputs, and so need neither SciPy nor Optax.
-STATE = ("inspect", "match", "convert", "verify", "kill", "fuzz", "state", "stream", "attention")
+STATE = (
+    "inspect",
+    "match",
+    "convert",
+    "verify",
+    "kill",
+    "fuzz",
+    "state",
+    "stream",
+    "attention",
+    "contexts",
+)
 _SECONDS_BETWEEN_UPDATES = 0.05
 
 

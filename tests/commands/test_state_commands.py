@@ -254,6 +254,20 @@ def test_bench_prints_ratios(tmp_path: Path) -> None:
     assert len(section["blocks"][1]["rows"]) == 19
 
 
+@pytest.mark.slow
+@pytest.mark.again
+def test_bench_times_other_programs(tmp_path: Path) -> None:
+    arguments = ["--tokens", "128", "--rounds", "1", "--json", str(tmp_path / "report.json")]
+    code, printed = run("bench", "contexts", *arguments)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert code == (0 if report["held"] else 1), printed
+    torch, jax = report["sections"]
+    assert len(torch["blocks"][1]["rows"]) == len(torch["checks"]) == 8
+    assert [len(jax["blocks"][index]["rows"]) for index in (1, 3)] == [6, 2]
+    gathers = [check for check in jax["checks"] if "all-gathers" in check["name"]]
+    assert len(gathers) == 4 and all(check["held"] for check in gathers)
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
