@@ -669,12 +669,9 @@ _FUSED = [
         (r"return ~self\.blocked\.any\(\)", "return ~self.blocked.all()"),
     ),
     *_flax(
-        "fused: the tile after an unused one left out",
+        "fused: tiles counted from the first key",
         "flax_impl.mask_tiles",
-        (
-            r"return next_tiles\[tile \+ 1\]",
-            "return jnp.where(next_tiles[tile + 1] > tile + 1, num_tiles, next_tiles[tile + 1])",
-        ),
+        (r"nominal = tile \* shape\.keys", "nominal = (tile - next_tiles[0]) * shape.keys"),
     ),
     *_flax(
         "fused: the last tile of keys counted twice",

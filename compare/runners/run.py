@@ -275,13 +275,15 @@ def linen_apply(
     def intercept(
         call: Callable[..., Any], args: Any, kwargs: Any, context: linen.module.InterceptorContext
     ) -> Any:
-        if keep is None or not isinstance(context.module, linen.Dropout):
+        if not isinstance(context.module, linen.Dropout):
             return call(*args, **kwargs)
         return _drop(config, keep, args[0])
 
     def apply(variables: Mapping[str, Any], inputs: jax.Array) -> Any:
+        if keep is None:  # an interceptor would see the formula instead of the fused path
+            return model.apply(variables, inputs)
         with linen.intercept_methods(intercept):
-            return model.apply(variables, inputs, deterministic=keep is None)
+            return model.apply(variables, inputs, deterministic=False)
 
     return apply
 
