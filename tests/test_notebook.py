@@ -14,11 +14,10 @@ NOTEBOOK = ROOT / "compare/notebooks/buffers_in_two_frameworks.ipynb"
 
 def printed(cell: Any) -> str:
     """The text that a code cell shows, with its streams joined as a front end joins them."""
-    texts = (
-        output.get("text") or output.get("data", {}).get("text/plain", "")
+    return "".join(
+        output.get("text") or output.get("data", {}).get("text/plain", "") + "\n"
         for output in cell.outputs
     )
-    return "".join(text if text.endswith("\n") else f"{text}\n" for text in texts)
 
 
 # The kernel's own libraries warn about their transport and their event loop.
