@@ -26,7 +26,7 @@ from .attention import causal_mask
 from .closed_rows import guarded_attention
 from .context import is_transformed
 from .finite import are_finite
-from .mask_layout import Examined, MaskLayout, Strip, mask_layout
+from .mask_layout import Examined, MaskLayout, Strip, mask_layout, pack
 from .private_api import HAS_KERNELS, flash, flash_backward, is_batched, softmax_backward
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what the kernels take
@@ -316,8 +316,9 @@ def _add(total: Tensor, strip: Strip, part: Tensor) -> None:
 
 def _in_strips(layout: MaskLayout, rows: Tensor) -> MaskLayout:
     """Return the strips of a mask that is causal or open."""
-    blocked = _mask_of(layout, rows)
-    return Examined(torch.empty(0, 0), 0, 0, blocked.bool()).layout(len(blocked))
+    blocked = _mask_of(layout, rows).bool()
+    size = len(blocked)
+    return Examined(size, pack(blocked), 0, 0, blocked).layout(size)
 
 
 def _mask_of(layout: MaskLayout, rows: Tensor) -> Shaped[Tensor, "tokens tokens"]:

@@ -3,7 +3,6 @@
 import weakref
 from bisect import bisect
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -51,12 +50,14 @@ class Examined:
     """The first rows and columns of a mask, as they were when they were examined.
 
     Attributes:
-        packed: which pairs are blocked, as `pack` returns it; empty on devices other than a CPU.
+        size: how many rows and columns were examined.
+        packed: which pairs are blocked, as `pack` returns it.
         causal_until: with up to this many tokens, the mask is causal.
         open_until: with up to this many tokens, the mask blocks nothing.
         blocked: which pairs are blocked, or None if the mask is causal or open throughout.
     """
 
+    size: int
     packed: Int64[Tensor, "groups words"]
     causal_until: int
     open_until: int
@@ -128,8 +129,10 @@ class Examined:
         return first
 
 
-# What is known of each mask, with its stamp (None on a CPU), and the last masks examined.
+# What is known of each mask: on a CPU, and on other devices with the version of the mask.
 _cache = WeakIdKeyDictionary()
+_versions = WeakIdKeyDictionary()
+# The last masks examined on a CPU.
 _recent: deque[weakref.ref[Examined]] = deque(maxlen=MAX_COMPARED)
 
 
@@ -143,43 +146,58 @@ def mask_layout(
     it is used again until the tensor's version changes, so writes through `.data` or DLPack go
     unnoticed there.
     """
-    rows = mask.detach()
-    is_on_cpu = mask.device.type == "cpu"
-    if is_on_cpu:
-        packed, stamp = pack(rows[:num_tokens, :num_tokens]), None
-    elif mask.is_inference():  # an inference tensor has no version
-        return examine(rows[:num_tokens, :num_tokens]).layout(num_tokens)
+    examined = _examined_by_values if _is_on_cpu(mask) else _examined_by_version
+    return examined(mask, num_tokens).layout(num_tokens)
+
+
+def _is_on_cpu(mask: Tensor) -> bool:
+    """Return whether all of the mask is looked at in each call."""
+    return mask.device.type == "cpu"
+
+
+def _rows_to_examine(mask: Tensor, num_tokens: int) -> Tensor:
+    """Return more than the tokens need, so that a growing prompt is not examined at each length."""
+    size = max(MIN_EXAMINED_TOKENS, 1 << (num_tokens - 1).bit_length())
+    return mask.detach()[:size, :size]
+
+
+def _examined_by_values(mask: Tensor, num_tokens: int) -> Examined:
+    """Return what is known of this mask, or of another one that blocks the same pairs."""
+    cached = _cache.get(mask)
+    packed = pack(mask.detach()[:num_tokens, :num_tokens])
+    if cached is not None and _is_of(cached, packed, num_tokens):
+        return cached
+    rows = _rows_to_examine(mask, num_tokens)
+    packed = pack(rows)
+    for reference in _recent:
+        examined = reference()
+        if examined is not None and _is_of(examined, packed, len(rows)):
+            break
     else:
-        packed = torch.empty(0, 0, dtype=torch.int64)
-        stamp = (mask._version, mask.data_ptr(), mask.shape, mask.stride())
-    cached_stamp, cached = _cache.get(mask, (None, None))
-    known = [cached] if cached is not None and cached_stamp == stamp else []
-    examined = _find(known, packed, num_tokens, is_on_cpu)
-    if examined is None:
-        size = min(len(mask), max(MIN_EXAMINED_TOKENS, 1 << (num_tokens - 1).bit_length()))
-        rows = rows[:size, :size]
-        if is_on_cpu:
-            packed = pack(rows)
-            examined = _find(filter(None, (each() for each in _recent)), packed, size, is_on_cpu)
-        if examined is None:
-            examined = examine(rows, packed)
-            _recent.append(weakref.ref(examined))
-        _cache[mask] = stamp, examined
-    return examined.layout(num_tokens)
+        examined = examine(rows, packed)
+        _recent.append(weakref.ref(examined))
+    _cache[mask] = examined
+    return examined
 
 
-def _find(
-    known: Iterable[Examined], packed: Tensor, num_tokens: int, is_on_cpu: bool
-) -> Examined | None:
-    """Return the first of those that cover the tokens and, on a CPU, block the same pairs."""
-    for examined in known:
-        if not is_on_cpu:
-            size = num_tokens if examined.blocked is None else len(examined.blocked)
-            if num_tokens <= max(size, examined.causal_until, examined.open_until):
-                return examined
-        elif torch.equal(first_packed(examined.packed, num_tokens), packed):
-            return examined
-    return None
+def _is_of(examined: Examined, packed: Int64[Tensor, "groups words"], num_tokens: int) -> bool:
+    """Return whether `packed`, of `num_tokens` rows and columns, is what was examined."""
+    return num_tokens <= examined.size and torch.equal(
+        first_packed(examined.packed, num_tokens), packed
+    )
+
+
+def _examined_by_version(mask: Tensor, num_tokens: int) -> Examined:
+    """Return what is known of this version of the mask."""
+    if mask.is_inference():  # an inference tensor has no version
+        return examine(mask.detach()[:num_tokens, :num_tokens])
+    stamp = (mask._version, mask.data_ptr(), mask.shape, mask.stride())
+    cached_stamp, cached = _versions.get(mask, (None, None))
+    if cached is not None and cached_stamp == stamp and num_tokens <= cached.size:
+        return cached
+    examined = examine(_rows_to_examine(mask, num_tokens))
+    _versions[mask] = stamp, examined
+    return examined
 
 
 def examine(mask: Shaped[Tensor, "size size"], packed: Tensor | None = None) -> Examined:
@@ -191,7 +209,7 @@ def examine(mask: Shaped[Tensor, "size size"], packed: Tensor | None = None) -> 
         open_until = _tokens_without(packed, size)
         is_plain = max(causal_until, open_until) == size
         blocked = None if is_plain else mask.to(torch.bool, copy=True)
-        return Examined(packed.clone(), causal_until, open_until, blocked)
+        return Examined(size, packed, causal_until, open_until, blocked)
 
 
 def _tokens_without(packed: Int64[Tensor, "groups words"], size: int) -> int:

@@ -601,16 +601,13 @@ _FUSED = [
         "fused: stale remembered mask",
         "torch",
         "torch_impl.mask_layout",
-        ((r"elif torch\.equal\(first_packed.*:\n", "else:\n"),),
+        ((r"return num_tokens <= examined\.size and torch\.equal\([^)]*\)[^)]*\)", "return True"),),
     ),
     Mutant(
         "fused: only the version is looked at",
         "torch",
         "torch_impl.mask_layout",
-        (
-            (r"num_tokens\]\), None\n", "num_tokens]), mask._version\n"),
-            (r"elif torch\.equal\(first_packed.*:\n", "else:\n"),
-        ),
+        ((r'return mask\.device\.type == "cpu"', "return False"),),
     ),
     Mutant(
         "fused: the last key left out",
