@@ -53,11 +53,10 @@ def masked_attention(
         return reference_attention(queries, keys, values, mask, dropout)
     if queries.shape != keys.shape or values.shape[:-2] != keys.shape[:-2]:
         keys, values = for_each_head(queries, keys), for_each_head(queries, values)
-    if implementation == "reference" or not kernels_take(queries, keys, values):
-        return reference_attention(queries, keys, values, mask)
-    if implementation == "auto" and queries.shape[-2] < MIN_FUSED_TOKENS:
-        return reference_attention(queries, keys, values, mask)
-    return fused_attention(queries, keys, values, mask)
+    is_possible = implementation != "reference" and kernels_take(queries, keys, values)
+    if is_possible and (implementation == "fused" or queries.shape[-2] >= MIN_FUSED_TOKENS):
+        return fused_attention(queries, keys, values, mask)
+    return reference_attention(queries, keys, values, mask)
 
 
 def check_implementation(implementation: str) -> None:

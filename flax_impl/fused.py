@@ -78,10 +78,8 @@ def fused_attention(
     are computed in float32, or by cuDNN on a GPU if the mask is causal. In the formula, a NaN or
     inf in a blocked value reaches every row through 0 * NaN, and scores that overflow give NaN;
     here they may not. Forward-mode and second derivatives are those of the formula; cuDNN has none.
-    Arrays that `kernels_take` refuses are computed by the formula.
+    The arrays are such as `kernels_take`.
     """
-    if not kernels_take(queries, keys, values):
-        return reference_attention(queries, keys, values, mask)
     attend = _cudnn_if_causal if _cudnn_supports(queries, values) else _attend
     shape = (*queries.shape[:-1], values.shape[-1])
     # XLA computes products with one leading dimension fastest. A size of 1 is never sharded.
@@ -106,7 +104,7 @@ def _varying_alike(*arrays: Array) -> list[Array]:
 
 
 def _manual_axes(array: Array) -> frozenset[str]:
-    """Return the axes of a mesh over which the array varies. JAX before 0.10 calls them `vma`."""
+    """Return the axes of a mesh over which the array varies; some versions of JAX say `vma`."""
     array_type: Any = jax.typeof(array)
     manual = getattr(array_type, "mat", None)
     return getattr(array_type, "vma", frozenset()) if manual is None else manual.varying
@@ -152,46 +150,17 @@ def _four_dims(array: Array) -> Array:
     return array[(None,) * (4 - array.ndim)]
 
 
-@jax.custom_jvp
 def _attend(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
     return _forward(queries, keys, values, mask)[0]
 
 
-@_attend.defjvp
-def _attend_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-    queries, keys, values, mask = primals
-    out, logsumexp = _forward(queries, keys, values, mask)
-    return out, _tangent(queries, keys, values, mask, out, logsumexp, *tangents[:3])
-
-
-@jax.custom_jvp
-def _forward(queries: Array, keys: Array, values: Array, mask: Array) -> tuple[Array, Array]:
-    return _forward_heads(queries, keys, values, mask)
-
-
-@_forward.defjvp
 def _forward_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Any, Any]:
-    *heads, mask = primals
     out, logsumexp = _forward(*primals)
-    _, tangent = jax.jvp(partial(reference_attention, mask=mask), tuple(heads), tangents[:3])
     # Only `_backward` reads the logsumexp, and its rule does not use the tangent.
+    tangent = _tangent(*primals, out, logsumexp, *tangents[:3])
     return (out, logsumexp), (tangent, jnp.zeros_like(logsumexp))
 
 
-@jax.custom_jvp
-def _backward(
-    queries: Array,
-    keys: Array,
-    values: Array,
-    mask: Array,
-    out: Array,
-    logsumexp: Array,
-    grad: Array,
-) -> tuple[Array, Array, Array]:
-    return _backward_heads(queries, keys, values, mask, out, logsumexp, grad)
-
-
-@_backward.defjvp
 def _backward_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Any, Any]:
     *heads, mask, _, _, grad = primals
 
@@ -200,9 +169,6 @@ def _backward_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tu
 
     # `out` and `logsumexp` are functions of the other inputs, so their tangents are not needed.
     return _backward(*primals), jax.jvp(reference, (*heads, grad), (*tangents[:3], tangents[6]))[1]
-
-
-_tangent = tangent_of(_backward)
 
 
 def _work_dtype(array: Array) -> Any:
@@ -215,8 +181,9 @@ def _shape(queries: Array) -> Shape:
     return tile_shape(num_tokens, math.prod(leading) if is_known else None)
 
 
+@jax.custom_jvp
 @jax.jit  # traced once for all layers with the same shapes
-def _forward_heads(queries: Array, keys: Array, values: Array, mask: Array) -> tuple[Array, Array]:
+def _forward(queries: Array, keys: Array, values: Array, mask: Array) -> tuple[Array, Array]:
     """Return the outputs (*batch, tokens, head_dim) and the logsumexps (*batch, tokens, 1)."""
     dtype, shape, num_tokens = _work_dtype(queries), _shape(queries), queries.shape[-2]
     scale, out_dtype = queries.shape[-1] ** -0.5, values.dtype
@@ -255,8 +222,9 @@ def _forward_heads(queries: Array, keys: Array, values: Array, mask: Array) -> t
     return over_strips(mask, num_tokens, shape, add_strip, results)
 
 
+@jax.custom_jvp
 @jax.jit
-def _backward_heads(
+def _backward(
     queries: Array,
     keys: Array,
     values: Array,
@@ -314,6 +282,11 @@ def _backward_heads(
         array.astype(dtype) for array, dtype in zip(grads, dtypes, strict=True)
     )
     return grad_queries, grad_keys, grad_values
+
+
+_forward.defjvp(_forward_jvp)
+_backward.defjvp(_backward_jvp)
+_tangent = tangent_of(_backward)
 
 
 def _turned_product(

@@ -7,17 +7,18 @@ from torch import Tensor
 
 from .private_api import active_transforms, has_dispatch_mode, is_forward_mode
 
-Path = Literal["formula", "operator", "kernels"]
+AttentionPath = Literal["formula", "operator", "kernels"]
 
 
-def possible_path(tensor: Tensor) -> Path:
+def possible_path(tensor: Tensor) -> AttentionPath:
     """Return how the attention may be computed, before anything is asked of sizes and values.
 
     Returns:
         "formula": no decision may depend on the values of a tensor, or somebody looks at each
             operation: export, tracers, the meta device, CUDA graph capture, dispatch modes,
-            forward-mode differentiation and the transforms of `torch.func` other than vmap.
-        "operator": the values are known when `operator.py` runs: in a compiled program, in vmap.
+            forward-mode differentiation, and transforms of `torch.func` other than vmap and grad.
+        "operator": the values are known when `operator.py` runs: in a compiled program, and in
+            vmap and grad.
         "kernels": the values can be read now.
     """
     if torch.compiler.is_exporting() or torch.jit.is_tracing():

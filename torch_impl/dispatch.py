@@ -90,9 +90,9 @@ def attend(
         closed = closed_rows(mask, num_tokens, queries.dtype)
         return operator_attention(queries, keys, values, mask), closed
     if path == "kernels" and dropout is not None and kernels_take(queries, keys, values, mask):
-        is_closed = find_closed(mask[:num_tokens, :num_tokens]).any()
-        if not is_closed and are_finite(queries, keys, values):
-            return finite_attention(queries, keys, values, mask, dropout), None
+        blocked = mask[:num_tokens, :num_tokens].bool()
+        if not find_closed(blocked).any() and are_finite(queries, keys, values):
+            return finite_attention(queries, keys, values, blocked, dropout), None
     if queries.shape[-2] == num_tokens:
         closed = closed_rows(mask, num_tokens, queries.dtype)
     else:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -29,15 +29,13 @@ def finite_attention(
     queries: Float[Tensor, "*batch tokens head_dim"],
     keys: Float[Tensor, "*batch tokens head_dim"],
     values: Float[Tensor, "*batch tokens value_dim"],
-    mask: Shaped[Tensor, "context_length context_length"],
+    blocked: Bool[Tensor, "tokens tokens"],
     dropout: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "*batch tokens value_dim"]:
     """Compute `reference_attention` with fewer copies of the weights, in training with dropout.
 
     The numbers are the same if all scores are finite and no row of the mask is closed.
     """
-    num_tokens, head_dim = keys.shape[-2:]
-    blocked = mask[:num_tokens, :num_tokens].bool()
     bias = torch.zeros_like(blocked, dtype=queries.dtype).masked_fill_(blocked, -torch.inf)
-    scores = (queries @ keys.mT).div_(head_dim**0.5).add_(bias)
+    scores = (queries @ keys.mT).div_(keys.shape[-1] ** 0.5).add_(bias)
     return dropout(torch.softmax(scores, dim=-1)) @ values

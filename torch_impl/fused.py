@@ -62,12 +62,7 @@ def fused_attention(
         queries.requires_grad or keys.requires_grad or values.requires_grad
     )
     if layout.blocked is None and not (queries.device.type == "cpu" and is_differentiated):
-        shape = queries.shape
-        queries, keys, values = map(_four_dims, (queries, keys, values))
-        is_causal = layout.kind == "causal"
-        return F.scaled_dot_product_attention(queries, keys, values, is_causal=is_causal).reshape(
-            shape
-        )
+        return _library_attention(queries, keys, values, layout)
     return _Fused.apply(queries, keys, values, layout)
 
 
@@ -131,20 +126,32 @@ def forward(
     queries: Tensor, keys: Tensor, values: Tensor, layout: MaskLayout
 ) -> tuple[Float[Tensor, "*batch tokens head_dim"], Float[Tensor, "*batch tokens"] | None]:
     """Return the output, and the scores' logsumexp where the backward pass needs both."""
-    shape, is_on_cpu = queries.shape, queries.device.type == "cpu"
-    if layout.blocked is None:
-        queries, keys, values = map(_four_dims, (queries, keys, values))
-        is_causal = layout.kind == "causal"
-        if not is_on_cpu:
-            out = F.scaled_dot_product_attention(queries, keys, values, is_causal=is_causal)
-            return out.reshape(shape), None
-        out, logsumexp = flash(queries, keys, values, 0.0, is_causal)
-        return out.reshape(shape), logsumexp.reshape(shape[:-1])
-    queries, keys, values = map(_three_dims, (queries, keys, values))
-    if layout.kind == "strips" or not is_on_cpu:
+    shape = queries.shape
+    if not keeps_logsumexp(queries, layout):
+        if layout.blocked is None:
+            return _library_attention(queries, keys, values, layout), None
+        queries, keys, values = map(_three_dims, (queries, keys, values))
         return _strips(queries, keys, values, layout).reshape(shape), None
-    out, logsumexp = _wide_strips(queries, keys, values, layout)
+    if layout.blocked is None:
+        heads = map(_four_dims, (queries, keys, values))
+        out, logsumexp = flash(*heads, 0.0, layout.kind == "causal")
+    else:
+        queries, keys, values = map(_three_dims, (queries, keys, values))
+        out, logsumexp = _wide_strips(queries, keys, values, layout)
     return out.reshape(shape), logsumexp.reshape(shape[:-1])
+
+
+def keeps_logsumexp(queries: Tensor, layout: MaskLayout) -> bool:
+    """Return whether `forward` returns the logsumexp, which only the CPU's kernel does."""
+    return layout.kind != "strips" and queries.device.type == "cpu"
+
+
+def _library_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, layout: MaskLayout
+) -> Float[Tensor, "*batch tokens head_dim"]:
+    shape, is_causal = queries.shape, layout.kind == "causal"
+    queries, keys, values = map(_four_dims, (queries, keys, values))
+    return F.scaled_dot_product_attention(queries, keys, values, is_causal=is_causal).reshape(shape)
 
 
 def gradients(

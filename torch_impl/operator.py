@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .autocast import without_autocast
 from .closed_rows import find_closed, guarded_attention
-from .fused import Heads, forward, gradients, kernel_layout
-from .mask_layout import MaskLayout, pack, unpack
+from .fused import Heads, forward, gradients, keeps_logsumexp, kernel_layout
+from .mask_layout import pack, unpack
 from .private_api import softmax_backward
 
 
@@ -75,10 +75,9 @@ def masked_attention_backward(
         layout = kernel_layout(*heads, blocked)
         if layout is None:
             grads = _formula_gradients(*heads, blocked, grad)
-        elif _keeps_logsumexp(layout, queries):
-            grads = gradients(heads, layout, grad, (out, logsumexp))
         else:
-            grads = gradients(heads, layout, grad)
+            kept = (out, logsumexp) if keeps_logsumexp(queries, layout) else ()
+            grads = gradients(heads, layout, grad, kept)
     grad_queries, grad_keys, grad_values = (_laid_out(each, _empty(each)) for each in grads)
     return grad_queries, grad_keys, grad_values
 
@@ -115,16 +114,8 @@ class _OperatorBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        grad: Tensor,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        out: Tensor,
-        logsumexp: Tensor,
-        packed: Tensor,
-    ) -> Heads:
-        return masked_attention_backward(grad, queries, keys, values, out, logsumexp, packed)
+    def forward(*grad_and_saved: Tensor) -> Heads:
+        return masked_attention_backward(*grad_and_saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Heads) -> None:
@@ -199,10 +190,6 @@ def _batched(
         tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
         for tensor, dim in zip(tensors, in_dims, strict=True)
     ]
-
-
-def _keeps_logsumexp(layout: MaskLayout, queries: Tensor) -> bool:
-    return layout.kind != "strips" and queries.device.type == "cpu"
 
 
 def _empty(like: Tensor) -> Tensor:

@@ -71,14 +71,19 @@ def placed(variables: Any, mesh: Any, axes: tuple[str, ...]) -> Any:
     return jax.tree_util.tree_map_with_path(place, variables)
 
 
-def compiled_by_shardings(implementation: Any, batches: tuple[int, ...]) -> dict[str, Any]:
+def built(implementation: Any, batch: int) -> tuple[Any, Any, Array]:
+    """Return a module with 4 heads, its variables and inputs."""
     module = flax_impl.CausalMultiHeadAttention(
         FEATURES, FEATURES, 1024, 0.0, 4, implementation=implementation
     )
+    inputs = jax.random.normal(jax.random.key(0), (batch, TOKENS, FEATURES))
+    return module, module.init(jax.random.key(1), inputs[:, :4]), inputs
+
+
+def compiled_by_shardings(implementation: Any, batches: tuple[int, ...]) -> dict[str, Any]:
     results = {}
     for batch in batches:
-        inputs = jax.random.normal(jax.random.key(0), (batch, TOKENS, FEATURES))
-        variables = module.init(jax.random.key(1), inputs[:, :4])
+        module, variables, inputs = built(implementation, batch)
         for part, (axes, shape, spec) in PARTS.items():
             mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes))
             arguments = (
@@ -95,11 +100,7 @@ def compiled_by_shardings(implementation: Any, batches: tuple[int, ...]) -> dict
 
 
 def explicit(implementation: Any) -> dict[str, Any]:
-    module = flax_impl.CausalMultiHeadAttention(
-        FEATURES, FEATURES, 1024, 0.0, 4, implementation=implementation
-    )
-    inputs = jax.random.normal(jax.random.key(0), (8, TOKENS, FEATURES))
-    variables = module.init(jax.random.key(1), inputs[:, :4])
+    module, variables, inputs = built(implementation, 8)
     expected = {name: each(variables, inputs) for name, each in functions(module).items()}
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
     results = {}
@@ -120,11 +121,7 @@ def explicit(implementation: Any) -> dict[str, Any]:
 
 def mapped_by_hand(implementation: Any) -> dict[str, Any]:
     """`shard_map`, also with a mask for each device."""
-    module = flax_impl.CausalMultiHeadAttention(
-        FEATURES, FEATURES, 1024, 0.0, 4, implementation=implementation
-    )
-    inputs = jax.random.normal(jax.random.key(0), (4, TOKENS, FEATURES))
-    variables = module.init(jax.random.key(1), inputs[:, :4])
+    module, variables, inputs = built(implementation, 4)
     masks = jnp.stack([variables["buffers"]["mask"]] * 4).at[1:, 5:, 3].set(1.0)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     everywhere, each = PartitionSpec(), PartitionSpec("data")

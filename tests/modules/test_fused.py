@@ -791,7 +791,7 @@ def test_single_precision_is_computed_in_single_precision() -> None:
     with jax.enable_x64(True):
         queries, keys, values = jnp.asarray(HEADS[:3, :, :8], jnp.float32)
         mask = jnp.zeros((8, 8), jnp.float32)
-        out, logsumexp = flax_impl.fused._forward_heads(queries, keys, values, mask)
+        out, logsumexp = flax_impl.fused._forward(queries, keys, values, mask)
     assert (out.dtype, logsumexp.dtype) == (jnp.float32, jnp.float32)
 
 
