@@ -5,9 +5,9 @@ Usage: `python -m compare.bench.contexts_jax_worker TOKENS ROUNDS`, with XLA_FLA
 
 import json
 import re
-import statistics
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flax_impl import CausalMultiHeadAttention
+
+from .turns import median_milliseconds
 
 BATCH, HEADS, WIDTH = 16, 4, 64
 
@@ -49,15 +51,13 @@ def on_the_mesh(mesh: Mesh, tokens: int, rounds: int) -> tuple[dict[str, Any], d
     for name, pair in compiled.items():
         text = pair[0][0].as_text() or ""
         gathers[name] = len(re.findall(r" all-gather(?:-start)?\(", text))
-        seconds: list[list[float]] = [[], []]
-        for turn in range(rounds + 1):
-            for each, (executable, variables) in zip(seconds, pair, strict=True):
-                begin = time.perf_counter()
-                jax.block_until_ready(executable(variables, inputs))
-                if turn:  # the first warms up
-                    each.append(1000 * (time.perf_counter() - begin))
-        times[name] = [statistics.median(each) for each in seconds]
+        calls = [partial(_run, executable, variables, inputs) for executable, variables in pair]
+        times[name] = median_milliseconds(calls, rounds)
     return times, gathers
+
+
+def _run(executable: Any, variables: Any, inputs: Array) -> None:
+    jax.block_until_ready(executable(variables, inputs))
 
 
 def compile_times(tokens: int) -> dict[str, list[float]]:

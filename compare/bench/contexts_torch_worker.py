@@ -4,11 +4,9 @@ Usage: `python -m compare.bench.contexts_torch_worker TOKENS ROUNDS`.
 """
 
 import json
-import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_impl import CausalMultiHeadAttention
+
+from .turns import median_milliseconds
 
 HEADS, HEAD_DIM = 12, 64
 WIDTH = HEADS * HEAD_DIM
@@ -82,19 +82,6 @@ def _growing(module: Any, inputs: Tensor) -> None:
             module(inputs[:, :tokens])
 
 
-def medians(calls: Sequence[Callable[[], None]], rounds: int) -> list[float]:
-    """Return the median time of each call in ms; the calls take turns."""
-    times: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
-    for _ in range(rounds):
-        for call, seconds in zip(calls, times, strict=True):
-            begin = time.perf_counter()
-            call()
-            seconds.append(1000 * (time.perf_counter() - begin))
-    return [statistics.median(each) for each in times]
-
-
 def main() -> None:
     """Time each context."""
     tokens, rounds = map(int, sys.argv[1:])
@@ -117,7 +104,9 @@ def main() -> None:
         modules: list[Any] = [ours, Library(ours).train(dropped > 0)]
         if is_compiled:
             modules = [torch.compile(module) for module in modules]
-        results[name] = medians([partial(run, module, inputs) for module in modules], rounds)
+        results[name] = median_milliseconds(
+            [partial(run, module, inputs) for module in modules], rounds
+        )
     print(json.dumps(results))
 
 
