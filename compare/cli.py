@@ -44,6 +44,7 @@ CHECKS = (
     "modes",
     "gradients",
     "dtypes",
+    "arguments",
     "function",
     "fused",
     "sizes",

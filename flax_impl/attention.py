@@ -42,12 +42,13 @@ def reference_attention(
     queries: Float[Array, "*batch queries head_dim"],
     keys: Float[Array, "*keys_batch tokens head_dim"],
     values: Float[Array, "*keys_batch tokens value_dim"],
-    mask: Shaped[Array, "context_length context_length"],
+    mask: Shaped[Array, "*mask_batch context_length context_length"],
     dropout: Callable[[Array], Array] = lambda weights: weights,
 ) -> Float[Array, "*batch queries value_dim"]:
     """Return softmax(queries @ keys.T / sqrt(head_dim)) @ values over the unblocked keys.
 
-    If there are fewer queries than keys, as with a cache of keys, they are the last tokens.
+    If there are fewer queries than keys, as with a cache of keys, they are the last tokens. A mask
+    of more than two axes is (*batch, queries, keys), for these queries and keys.
 
     Any nonzero entry of the mask blocks, whatever its dtype. A row that blocks every key gives NaN.
     A NaN or inf in a blocked value still reaches every row, because 0 * NaN is NaN.
@@ -57,15 +58,23 @@ def reference_attention(
     if not queries.shape == keys.shape == values.shape:
         keys, values = for_each_head(queries, keys), for_each_head(queries, values)
         check_shapes(queries.shape, keys.shape, values.shape)
-    num_tokens, head_dim = keys.shape[-2:]
-    blocked = is_nonzero(mask[:num_tokens, :num_tokens])  # (tokens, tokens)
-    if queries.shape[-2] < num_tokens:
-        blocked = blocked[num_tokens - queries.shape[-2] :]  # (queries, tokens)
+    num_queries, num_tokens, head_dim = queries.shape[-2], *keys.shape[-2:]
+    blocked = blocked_pairs(mask, num_queries, num_tokens)  # (..., queries, tokens)
     scores = queries @ keys.mT  # (..., queries, tokens)
     scores = scores / head_dim**0.5  # before the mask: -inf divided as a complex number is NaN
     scores = jnp.where(blocked, -jnp.inf, scores)
     weights = jax.nn.softmax(scores, axis=-1)  # (..., queries, tokens)
     return dropout(weights) @ values  # (..., queries, value_dim)
+
+
+def blocked_pairs(
+    mask: Shaped[Array, "*batch context_length context_length"], num_queries: int, num_tokens: int
+) -> Bool[Array, "*batch queries tokens"]:
+    """Return which of the first `num_tokens` keys are blocked for each of the last queries."""
+    if mask.ndim > 2:  # it is for these queries and keys
+        return is_nonzero(mask)
+    blocked = is_nonzero(mask[:num_tokens, :num_tokens])
+    return blocked[num_tokens - num_queries :] if num_queries < num_tokens else blocked
 
 
 def for_each_head(

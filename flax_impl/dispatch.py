@@ -19,11 +19,12 @@ def masked_attention(
     queries: Float[Array, "*batch queries head_dim"],
     keys: Float[Array, "*keys_batch tokens head_dim"],
     values: Float[Array, "*keys_batch tokens value_dim"],
-    mask: Shaped[Array, "context_length context_length"],
+    mask: Shaped[Array, "*mask_batch context_length context_length"],
     dropout: Callable[[Array], Array] | None = None,
     implementation: Implementation = "auto",
+    scale: float | None = None,
 ) -> Float[Array, "*batch queries value_dim"]:
-    """Return softmax(queries @ keys.T / sqrt(head_dim)) @ values over the unblocked keys.
+    """Return softmax(scale * queries @ keys.T) @ values over the unblocked keys.
 
     Args:
         queries: any leading dimensions, such as (batch, heads, queries, head_dim). If there are
@@ -32,12 +33,16 @@ def masked_attention(
             of keys may be that of several consecutive heads of queries.
         values: like the keys; the last dimension may be another one.
         mask: any nonzero entry [i, j] blocks token i from attending to token j. Only the first
-            `tokens` columns are used, and the rows of the queries.
+            `tokens` columns are used, and the rows of the queries. With more than two axes it is
+            for these queries and keys: it broadcasts to (*batch, queries, tokens), and the formula
+            is used.
         dropout: applied to the attention weights. Only the formula has them, so with dropout
             the formula is used.
         implementation: "reference" is the plain formula, `reference_attention`. "fused" is
             `fused_attention`, which computes the same function tile by tile. "auto" is "fused"
             where that is faster on a CPU.
+        scale: the factor of the scores; None is 1 / sqrt(head_dim). Another factor is applied to
+            the queries before the product.
 
     Raises:
         ValueError: an unknown implementation, a mask smaller than (tokens, tokens), or shapes that
@@ -46,14 +51,17 @@ def masked_attention(
     if min(queries.ndim, keys.ndim, values.ndim) < 2:
         check_shapes(queries.shape, keys.shape, values.shape)
     check_implementation(implementation)
-    check_covered(mask.shape, keys.shape[-2])
+    check_covered(mask.shape, (*queries.shape[:-1], keys.shape[-2]))
     if isinstance(mask, np.ndarray):  # before JAX narrows it to 32 bits
         mask = is_nonzero(mask)
+    if scale is not None:
+        queries = queries * (scale * queries.shape[-1] ** 0.5)
     if dropout is not None:
         return reference_attention(queries, keys, values, mask, dropout)
     if queries.shape != keys.shape or values.shape[:-2] != keys.shape[:-2]:
         keys, values = for_each_head(queries, keys), for_each_head(queries, values)
-    is_possible = implementation != "reference" and kernels_take(queries, keys, values)
+    is_possible = implementation != "reference" and mask.ndim == 2
+    is_possible = is_possible and kernels_take(queries, keys, values)
     if is_possible and (implementation == "fused" or queries.shape[-2] >= MIN_FUSED_TOKENS):
         return fused_attention(queries, keys, values, mask)
     return reference_attention(queries, keys, values, mask)

@@ -234,7 +234,7 @@ def test_a_check_is_a_command_with_findings(tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     (section,) = json.loads((tmp_path / "report.json").read_text())["sections"]
-    assert len(section["findings"]) == 72
+    assert len(section["findings"]) == 84
     fields = {"check", "implementation", "case", "agreement", "why", "error"}
     assert set(section["findings"][0]) == fields
     assert set(section["findings"][0]["agreement"]) >= {

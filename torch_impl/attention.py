@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from .validation import check_shapes
@@ -18,12 +18,13 @@ def reference_attention(
     queries: Float[Tensor, "*batch queries head_dim"],
     keys: Float[Tensor, "*keys_batch tokens head_dim"],
     values: Float[Tensor, "*keys_batch tokens value_dim"],
-    mask: Shaped[Tensor, "context_length context_length"],
+    mask: Shaped[Tensor, "*mask_batch context_length context_length"],
     dropout: Callable[[Tensor], Tensor] = lambda weights: weights,
 ) -> Float[Tensor, "*batch queries value_dim"]:
     """Return softmax(queries @ keys.T / sqrt(head_dim)) @ values over the unblocked keys.
 
-    If there are fewer queries than keys, as with a cache of keys, they are the last tokens.
+    If there are fewer queries than keys, as with a cache of keys, they are the last tokens. A mask
+    of more than two axes is (*batch, queries, keys), for these queries and keys.
 
     Any nonzero entry of the mask blocks, whatever its dtype. A row that blocks every key gives NaN.
     A NaN or inf in a blocked value still reaches every row, because 0 * NaN is NaN.
@@ -36,15 +37,23 @@ def reference_attention(
     if not queries.shape == keys.shape == values.shape:
         keys, values = for_each_head(queries, keys), for_each_head(queries, values)
         check_shapes(queries.shape, keys.shape, values.shape)
-    num_tokens, head_dim = keys.shape[-2:]
-    blocked = mask[:num_tokens, :num_tokens].bool()  # (tokens, tokens)
-    if queries.shape[-2] < num_tokens:
-        blocked = blocked[num_tokens - queries.shape[-2] :]  # (queries, tokens)
+    num_queries, num_tokens, head_dim = queries.shape[-2], *keys.shape[-2:]
+    blocked = blocked_pairs(mask, num_queries, num_tokens)  # (..., queries, tokens)
     scores = queries @ keys.mT  # (..., queries, tokens)
     scores = scores / head_dim**0.5
     scores = scores.masked_fill(blocked, -torch.inf)
     weights = torch.softmax(scores, dim=-1)  # (..., queries, tokens)
     return dropout(weights) @ values  # (..., queries, value_dim)
+
+
+def blocked_pairs(
+    mask: Shaped[Tensor, "*batch context_length context_length"], num_queries: int, num_tokens: int
+) -> Bool[Tensor, "*batch queries tokens"]:
+    """Return which of the first `num_tokens` keys are blocked for each of the last queries."""
+    if mask.ndim > 2:  # it is for these queries and keys
+        return mask.bool()
+    blocked = mask[:num_tokens, :num_tokens].bool()
+    return blocked[num_tokens - num_queries :] if num_queries < num_tokens else blocked
 
 
 def for_each_head(

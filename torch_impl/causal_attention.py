@@ -53,15 +53,15 @@ class _CausalAttention(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, inputs: Float[Tensor, "batch tokens input_embedding_dim"]
-    ) -> Float[Tensor, "batch tokens output_embedding_dim"]:
+        self, inputs: Float[Tensor, "*batch tokens input_embedding_dim"]
+    ) -> Float[Tensor, "*batch tokens output_embedding_dim"]:
         """Let each token attend to itself and to the tokens before it.
 
         The formula is `reference_attention` in `attention.py`; `masked_attention` computes it.
         """
         check_inputs(inputs.shape, self.input_embedding_dim, self.context_length)
         check_mask(self.mask.shape, self.context_length)
-        queries = self.W_query(inputs)  # (batch, tokens, output_embedding_dim)
+        queries = self.W_query(inputs)  # (*batch, tokens, output_embedding_dim)
         keys = self.W_key(inputs)
         values = self.W_value(inputs)
         dropout = dropping(self.dropout)

@@ -56,7 +56,7 @@ def closed_rows(
     return None
 
 
-def find_closed(mask: Shaped[Tensor, "queries keys"]) -> Bool[Tensor, "queries 1"]:
+def find_closed(mask: Shaped[Tensor, "*batch queries keys"]) -> Bool[Tensor, "*batch queries 1"]:
     """Return which rows block every key."""
     return mask.bool().all(dim=-1, keepdim=True)
 
@@ -65,8 +65,8 @@ def guarded_attention(
     queries: Float[Tensor, "*batch queries head_dim"],
     keys: Float[Tensor, "*keys_batch tokens head_dim"],
     values: Float[Tensor, "*keys_batch tokens value_dim"],
-    mask: Shaped[Tensor, "context_length context_length"],
-    closed: Bool[Tensor, "queries 1"] | None,
+    mask: Shaped[Tensor, "*mask_batch context_length context_length"],
+    closed: Bool[Tensor, "*mask_batch queries 1"] | None,
     dropout: Callable[[Tensor], Tensor] = lambda weights: weights,
 ) -> Float[Tensor, "*batch queries value_dim"]:
     """Compute `reference_attention` without multiplying the NaN weights of closed rows."""

@@ -47,6 +47,11 @@ def is_transformed() -> bool:
     return bool(active_transforms()) or is_forward_mode()
 
 
+def is_differentiated(*tensors: Tensor) -> bool:
+    """Return whether autograd records what is done to one of the tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def is_surely_less(number: int, limit: int) -> bool:
     """Return `number < limit`, and False where a compiler would have to assume one answer."""
     if not torch.compiler.is_compiling():

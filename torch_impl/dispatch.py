@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from .attention import for_each_head, reference_attention
+from .attention import blocked_pairs, for_each_head, reference_attention
 from .autocast import lowered, without_autocast
 from .closed_rows import closed_rows, find_closed, guarded_attention
 from .context import is_surely_less, possible_path
@@ -25,11 +25,12 @@ def masked_attention(
     queries: Float[Tensor, "*batch queries head_dim"],
     keys: Float[Tensor, "*keys_batch tokens head_dim"],
     values: Float[Tensor, "*keys_batch tokens value_dim"],
-    mask: Shaped[Tensor, "context_length context_length"],
+    mask: Shaped[Tensor, "*mask_batch context_length context_length"],
     dropout: Callable[[Tensor], Tensor] | None = None,
     implementation: Implementation = "auto",
+    scale: float | None = None,
 ) -> Float[Tensor, "*batch queries value_dim"]:
-    """Return softmax(queries @ keys.T / sqrt(head_dim)) @ values over the unblocked keys.
+    """Return softmax(scale * queries @ keys.T) @ values over the unblocked keys.
 
     Args:
         queries: any leading dimensions, such as (batch, heads, queries, head_dim). If there are
@@ -38,7 +39,8 @@ def masked_attention(
             of keys may be that of several consecutive heads of queries.
         values: like the keys; the last dimension may be another one.
         mask: any nonzero entry [i, j] blocks token i from attending to token j. Only the first
-            `tokens` columns are used, and the rows of the queries.
+            `tokens` columns are used, and the rows of the queries. With more than two axes it is
+            for these queries and keys: it broadcasts to (*batch, queries, tokens).
         dropout: applied to the attention weights. Only the formula has them, so with dropout
             the formula is used.
         implementation: "reference" is the plain formula, `reference_attention`. "fused" is
@@ -46,22 +48,25 @@ def masked_attention(
             not apply (see `kernel_layout`), the formula is used. "auto" is "fused" where that is
             faster. Except with "reference", no row that is NaN because of the mask is an operand of
             a product in bfloat16 or float16 on the CPU (see `closed_rows`).
+        scale: the factor of the scores; None is 1 / sqrt(head_dim). Another factor is applied to
+            the queries before the product.
 
     Raises:
         ValueError: an unknown implementation, a mask smaller than (tokens, tokens), or shapes that
             do not fit together.
     """
-    return attend(queries, keys, values, mask, dropout, implementation)[0]
+    return attend(queries, keys, values, mask, dropout, implementation, scale)[0]
 
 
 def attend(
     queries: Float[Tensor, "*batch queries head_dim"],
     keys: Float[Tensor, "*keys_batch tokens head_dim"],
     values: Float[Tensor, "*keys_batch tokens value_dim"],
-    mask: Shaped[Tensor, "context_length context_length"],
+    mask: Shaped[Tensor, "*mask_batch context_length context_length"],
     dropout: Callable[[Tensor], Tensor] | None,
     implementation: Implementation,
-) -> tuple[Float[Tensor, "*batch queries value_dim"], Bool[Tensor, "queries 1"] | None]:
+    scale: float | None = None,
+) -> tuple[Float[Tensor, "*batch queries value_dim"], Bool[Tensor, "*mask_batch queries 1"] | None]:
     """Return the output of `masked_attention`, and the mask's closed rows.
 
     Later products should not multiply the closed rows. They are None if the mask has none, and for
@@ -69,9 +74,11 @@ def attend(
     """
     if min(queries.ndim, keys.ndim, values.ndim) < 2:
         check_shapes(queries.shape, keys.shape, values.shape)
-    num_tokens = keys.shape[-2]
+    num_queries, num_tokens = queries.shape[-2], keys.shape[-2]
     check_implementation(implementation)
-    check_covered(mask.shape, num_tokens)
+    check_covered(mask.shape, (*queries.shape[:-1], num_tokens))
+    if scale is not None:
+        queries = queries * (scale * queries.shape[-1] ** 0.5)
     dropouts = () if dropout is None else (dropout,)
     if implementation == "reference":
         return reference_attention(queries, keys, values, mask, *dropouts), None
@@ -81,22 +88,24 @@ def attend(
     path = possible_path(queries)
     if implementation == "auto" and is_surely_less(num_tokens, MIN_FUSED_TOKENS):
         path = "formula"
-    if path == "kernels" and dropout is None:
+    is_shared = mask.ndim == 2  # by all heads and the whole batch
+    if path == "kernels" and dropout is None and is_shared:
         layout = kernel_layout(queries, keys, values, mask)
         if layout is not None:
             with without_autocast(queries):
                 return fused_attention(queries, keys, values, layout), layout.closed
-    if path == "operator" and dropout is None and kernels_take(queries, keys, values, mask):
+    is_plain = dropout is None and is_shared
+    if path == "operator" and is_plain and kernels_take(queries, keys, values, mask):
         closed = closed_rows(mask, num_tokens, queries.dtype)
         return operator_attention(queries, keys, values, mask), closed
-    if path == "kernels" and dropout is not None and kernels_take(queries, keys, values, mask):
-        blocked = mask[:num_tokens, :num_tokens].bool()
+    if path == "kernels" and not is_plain and kernels_take(queries, keys, values, mask):
+        blocked = blocked_pairs(mask, num_queries, num_tokens)
         if not find_closed(blocked).any() and are_finite(queries, keys, values):
             return finite_attention(queries, keys, values, blocked, dropout), None
-    if queries.shape[-2] == num_tokens:
+    if num_queries == num_tokens and is_shared:
         closed = closed_rows(mask, num_tokens, queries.dtype)
     else:
-        closed = find_closed(mask[num_tokens - queries.shape[-2] : num_tokens, :num_tokens])
+        closed = find_closed(blocked_pairs(mask, num_queries, num_tokens))
     return guarded_attention(queries, keys, values, mask, closed, *dropouts), closed
 
 

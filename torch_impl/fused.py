@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .attention import causal_mask
 from .closed_rows import guarded_attention
-from .context import is_transformed
+from .context import is_differentiated, is_transformed
 from .finite import are_finite
 from .mask_layout import Examined, MaskLayout, Strip, mask_layout, pack
 from .private_api import HAS_KERNELS, flash, flash_backward, is_batched, softmax_backward
@@ -58,10 +58,8 @@ def fused_attention(
     one strip of queries at a time, without the keys that are blocked for the whole strip. `layout`
     is the result of `kernel_layout` for the same arguments.
     """
-    is_differentiated = torch.is_grad_enabled() and (
-        queries.requires_grad or keys.requires_grad or values.requires_grad
-    )
-    if layout.blocked is None and not (queries.device.type == "cpu" and is_differentiated):
+    needs_gradients = queries.device.type == "cpu" and is_differentiated(queries, keys, values)
+    if layout.blocked is None and not needs_gradients:
         return _library_attention(queries, keys, values, layout)
     return _Fused.apply(queries, keys, values, layout)
 

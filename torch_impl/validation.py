@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from itertools import zip_longest
-from numbers import Integral
+from math import isfinite
+from numbers import Integral, Real
 
 
 def check_dropout(dropout: float) -> None:
@@ -15,17 +16,20 @@ def check_dropout(dropout: float) -> None:
         raise ValueError(f"dropout is {dropout}; a probability lies between 0 and 1")
 
 
-def check_inputs(shape: Sequence[int], input_embedding_dim: int, context_length: int) -> None:
-    """Raise ValueError unless shape is (batch, tokens <= context_length, input_embedding_dim)."""
-    if len(shape) != 3 or shape[2] != input_embedding_dim:
+def check_inputs(
+    shape: Sequence[int], input_embedding_dim: int, context_length: int, name: str = "inputs"
+) -> None:
+    """Raise ValueError unless shape is (*batch, tokens <= context_length, input_embedding_dim)."""
+    has = "have" if name == "inputs" else "has"
+    if len(shape) < 2 or shape[-1] != input_embedding_dim:
         raise ValueError(
-            f"inputs have shape {tuple(shape)}; "
-            f"expected (batch, tokens, input_embedding_dim={input_embedding_dim})"
+            f"{name} {has} shape {tuple(shape)}; "
+            f"expected (*batch, tokens, input_embedding_dim={input_embedding_dim})"
         )
-    if shape[1] > context_length:
+    if shape[-2] > context_length:
         raise ValueError(
-            f"inputs have {shape[1]} tokens; the mask covers context_length={context_length}: "
-            f"shorten the inputs, or build the module with context_length >= {shape[1]}"
+            f"{name} {has} {shape[-2]} tokens; the mask covers context_length={context_length}: "
+            f"shorten the {name}, or build the module with context_length >= {shape[-2]}"
         )
 
 
@@ -38,19 +42,67 @@ def check_mask(shape: Sequence[int], context_length: int) -> None:
         )
 
 
-def check_heads(output_embedding_dim: int, num_heads: int) -> None:
-    """Raise ValueError unless num_heads is a whole number that divides output_embedding_dim."""
-    is_whole = isinstance(num_heads, Integral) and not isinstance(num_heads, bool)
-    if not is_whole or num_heads < 1 or output_embedding_dim % num_heads:
+def check_heads(output_embedding_dim: int, num_heads: int, num_kv_heads: int | None = None) -> None:
+    """Raise ValueError unless num_heads divides the width, and num_kv_heads divides num_heads."""
+    if not _divides(num_heads, output_embedding_dim):
         raise ValueError(
             f"output_embedding_dim={output_embedding_dim} cannot be divided into "
             f"num_heads={num_heads}: give a width that is a multiple of the number of heads"
         )
+    if num_kv_heads is not None and not _divides(num_kv_heads, num_heads):
+        raise ValueError(
+            f"num_heads={num_heads} cannot share num_kv_heads={num_kv_heads}: give a number of "
+            "heads of keys and values that divides the number of heads"
+        )
 
 
-def check_covered(shape: Sequence[int], num_tokens: int) -> None:
-    """Raise ValueError unless the mask has a row and a column for every token."""
-    if len(shape) != 2 or min(shape) < num_tokens:
+def _divides(divisor: int, number: int) -> bool:
+    is_whole = isinstance(divisor, Integral) and not isinstance(divisor, bool)
+    return is_whole and divisor >= 1 and number % divisor == 0
+
+
+def each_bias(qkv_bias: bool | tuple[bool, bool, bool]) -> tuple[bool, bool, bool]:
+    """Return whether queries, keys and values have a bias; raise ValueError unless it is said."""
+    each = qkv_bias if isinstance(qkv_bias, tuple | list) else (qkv_bias,) * 3
+    if len(each) != 3:
+        raise ValueError(
+            f"qkv_bias is {qkv_bias!r}; expected True or False, or a tuple of three of them: "
+            "for queries, keys and values"
+        )
+    return bool(each[0]), bool(each[1]), bool(each[2])
+
+
+def check_scale(scale: float | None) -> None:
+    """Raise ValueError unless the scale is None or a finite number."""
+    is_number = isinstance(scale, Real) and not isinstance(scale, bool) and isfinite(scale)
+    if scale is not None and not is_number:
+        raise ValueError(
+            f"scale is {scale!r}; expected a finite number, or None for 1 / sqrt(head_dim)"
+        )
+
+
+def check_pairs(shape: Sequence[int], expected: Sequence[int], name: str) -> None:
+    """Raise ValueError unless a mask is (queries, keys) or has all axes of the attention weights.
+
+    Each axis may be 1. Three axes for four are refused: the first may be the batch or the heads.
+    """
+    pairs = zip(shape[::-1], expected[::-1], strict=False)
+    if len(shape) not in (2, len(expected)) or any(one not in (1, two) for one, two in pairs):
+        raise ValueError(
+            f"{name} has shape {tuple(shape)}; expected {tuple(expected)}, the shape of the "
+            f"attention weights, where any axis may be 1, or {tuple(expected[-2:])}"
+        )
+
+
+def check_covered(shape: Sequence[int], weights: Sequence[int]) -> None:
+    """Raise ValueError unless the mask covers the attention weights, (*batch, queries, keys).
+
+    It has a row and a column for every key. With more than two axes, it broadcasts to the weights.
+    """
+    if len(shape) > 2:
+        check_pairs(shape, weights, "mask")
+    elif len(shape) != 2 or min(shape) < weights[-1]:
+        num_tokens = weights[-1]
         raise ValueError(
             f"mask has shape {tuple(shape)}; {num_tokens} tokens need at least "
             f"({num_tokens}, {num_tokens}): give a larger mask, or fewer tokens"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from ..proof.agreement import Finding
 from ..proof.cases import Framework, Trial, fixed_trials
+from .arguments import check_arguments
 from .causality import check_causality
 from .determinism import check_determinism
 from .dropout import check_dropout
@@ -32,6 +33,7 @@ CHECKS: dict[str, CheckFunction] = {
     "modes": check_modes,
     "gradients": check_gradients,
     "dtypes": check_dtypes,
+    "arguments": check_arguments,
     "function": check_function,
     "fused": check_fused,
     "sizes": check_sizes,
@@ -39,10 +41,13 @@ CHECKS: dict[str, CheckFunction] = {
     "training": check_training,
 }
 
-# The indices of the fixed trials on which a check runs, if not on all: one head, and several.
-_EITHER = (0, 4)
+# The indices of the fixed trials on which a check runs, if not on all.
+_ONE_HEAD_AND_SEVERAL = (0, 4)
+_GROUPED_HEADS = 5
 _TRIALS = {
-    **dict.fromkeys(("fresh", "state", "modes", "dropout"), _EITHER),
+    **dict.fromkeys(("state", "modes", "dropout"), _ONE_HEAD_AND_SEVERAL),
+    "fresh": (*_ONE_HEAD_AND_SEVERAL, _GROUPED_HEADS),
+    "arguments": (_GROUPED_HEADS,),
     # These bring their own inputs.
     **dict.fromkeys(("function", "dtypes", "fused", "sizes", "training"), (0,)),
 }

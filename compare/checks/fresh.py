@@ -64,14 +64,7 @@ def _weights(framework: Framework, config: Config) -> State:
 
 def _library_weights(framework: Framework, config: Config) -> State:
     """Return the weights of the library's own layers, built from the same seed in order."""
-    width, bias = config.output_embedding_dim, config.qkv_bias
-    names = LAYERS[:3] if config.num_heads is None else LAYERS
-
-    def sizes(name: str) -> tuple[int, int, bool]:
-        if name == "out_proj":
-            return width, width, True
-        return config.input_embedding_dim, width, bias
-
+    names, sizes = list(config.layers), config.layers.__getitem__
     if framework == "torch":
 
         def build() -> Any:
@@ -176,14 +169,13 @@ def _bases(mask: Any) -> set[str]:
 
 
 def _expected_kinds(framework: Framework, config: Config, *, buffer: bool) -> set[str]:
-    names = LAYERS[:3] if config.num_heads is None else LAYERS
     weight, parameter = {
         "torch": ("weight", "Parameter"),
         "linen": ("kernel", "params"),
         "nnx": ("kernel", "Param"),
     }[framework]
-    kinds = {f"{name}.{weight} {parameter}" for name in names}
-    kinds |= {f"{name}.bias {parameter}" for name in names if config.qkv_bias or name == LAYERS[3]}
+    kinds = {f"{name}.{weight} {parameter}" for name in config.layers}
+    kinds |= {f"{name}.bias {parameter}" for name, (_, _, bias) in config.layers.items() if bias}
     if framework == "nnx":
         own: Any = nnx.Variable(jnp.zeros(1)) if buffer else jnp.zeros(1)
         bases = type(own).__mro__ if buffer else type(own).__mro__[1:]

@@ -17,6 +17,8 @@ from ..proof.agreement import identical
 from ..proof.cases import Config, Framework
 from ..runners.run import build_linen, build_nnx, build_torch
 
+OF_HEADS = ("num_heads", "out_bias", "num_kv_heads", "scale")  # the multi-head class has them
+
 
 def _torch_facts(config: Config) -> dict[str, bool]:
     """Return what must be true of torch modules: their device, what copies and parents keep."""
@@ -45,7 +47,7 @@ def _linen_facts(config: Config) -> dict[str, bool]:
     others = {
         field.name: replace(config, **{field.name: _another(config, field.name)})
         for field in fields(config)
-        if field.name != "num_heads" or config.num_heads is not None
+        if field.name not in OF_HEADS or config.num_heads is not None
     }
     facts = {
         f"unequal if another {name}": build_linen(other, buffer=True) != module
@@ -79,7 +81,13 @@ def _another(config: Config, name: str) -> Any:
     if name == "dropout":
         return 1.0 - value if value != 0.5 else 0.25
     if name == "num_heads":
-        return 1 if value != 1 else config.output_embedding_dim
+        return 1 if value == config.output_embedding_dim else config.output_embedding_dim
+    if name == "num_kv_heads":
+        return 1 if value != 1 else None
+    if name == "scale":
+        return None if value is not None else 2.0
+    if isinstance(value, tuple):
+        return value[1:] + value[:1]
     return not value if isinstance(value, bool) else 2 * value
 
 

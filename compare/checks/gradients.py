@@ -125,6 +125,6 @@ def _exact_derivatives(
         for key, array in arrays.items()
     }
     dual_cotangent = Dual(Bounded.exact(cotangent), Bounded.exact(np.zeros_like(cotangent)))
-    options = keep, config.dropout, config.num_heads
+    options = keep, *config.options
     stages = attention_forward(dual_arrays, mask, *options)
     return attention_gradient(dual_arrays, stages, dual_cotangent, *options)

@@ -22,7 +22,8 @@ def check_outputs(framework: Framework, trial: Trial, device: str = "cpu") -> It
     for dtype, precision in PRECISIONS.items():
         rounded = trial.rounded(dtype)
         state, inputs, keep = rounded.state, rounded.inputs, rounded.keep
-        if overflow(inputs, state, rounded.mask, precision, trial.config.num_heads):
+        _, num_heads, scale = trial.config.options
+        if overflow(inputs, state, rounded.mask, precision, num_heads, scale):
             continue
         outputs = forward(state, inputs, keep)
         agreed = against_reference(outputs, trial.config, state, inputs, keep)

@@ -14,7 +14,7 @@ def check_stages(framework: Framework, trial: Trial, device: str = "cpu") -> Ite
     """Compare each stage with the reference, in float64."""
     state, precision = trial.state, PRECISIONS["float64"]
     recorded = record_stages(framework, trial, device)
-    options = trial.config.dropout, trial.config.num_heads
+    options = trial.config.options
     exact = attention_stages(trial.inputs, state, trial.mask, trial.keep, *options)
     bound = stage_bounds(trial.inputs, state, trial.mask, precision, trial.keep, *options)
     for name in exact._fields:

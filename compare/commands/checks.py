@@ -85,6 +85,12 @@ CHECK_PARTS: dict[str, CheckPart] = {
         "problems are compared with the derivative in float32, bfloat16 and float16, on the "
         "formula's path and the fused one.",
     ),
+    "arguments": CheckPart(
+        "Arguments: masks of a call, keys from elsewhere, weights",
+        "A module with fewer heads of keys than of queries and a scale of its own is called with "
+        "each argument. Outputs, weights and gradients are compared with the reference; what "
+        "only has another form must give the same bits.",
+    ),
     "gradients": CheckPart(
         "Gradients and Hessian-vector products in float64",
         "The derivatives with respect to the inputs and every parameter are compared with the "

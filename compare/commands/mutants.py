@@ -23,7 +23,7 @@ from .bound import SHAPES
 # The checks in the order in which they are asked about a bug, the quickest first.
 QUICKEST_FIRST = (
     *("stages", "fresh", "causality", "modes", "outputs", "state", "dropout", "function"),
-    *("gradients", "determinism", "dtypes", "fused", "sizes", "training"),
+    *("gradients", "arguments", "determinism", "dtypes", "fused", "sizes", "training"),
 )
 PROCESSES = 2
 

@@ -1,6 +1,7 @@
 """Planted bugs: small changes to the sources, of the kinds that real ports have."""
 
-from .catalog import MUTANTS, READERS, Mutant
+from .catalog import MUTANTS, READERS
+from .mutant import Mutant
 from .plant import planted
 
 __all__ = ["MUTANTS", "READERS", "Mutant", "planted"]

@@ -22,21 +22,50 @@ State = dict[str, np.ndarray]
 class Config:
     """The constructor arguments that the three implementations share.
 
-    `num_heads` selects the multi-head class, None the classes with a single head.
+    `num_heads` selects the multi-head class, None the classes with a single head. `out_bias`,
+    `num_kv_heads` and `scale` belong to the multi-head class.
     """
 
     input_embedding_dim: int
     output_embedding_dim: int
     context_length: int
     dropout: float
-    qkv_bias: bool = False
+    qkv_bias: bool | tuple[bool, bool, bool] = False
     num_heads: int | None = None
     implementation: Literal["reference", "fused", "auto"] = "auto"
+    out_bias: bool = True
+    num_kv_heads: int | None = None
+    scale: float | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments for the constructors, without those that are None."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.num_heads is None:
+            del given["out_bias"]
+        return given
+
+    @property
+    def options(self) -> tuple[float, int | None, float | None]:
+        """What the formula needs beside the arrays: dropout, num_heads and scale."""
+        return self.dropout, self.num_heads, self.scale
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int, bool]]:
+        """The linear layers in the order of the formula: inputs, outputs, whether with a bias."""
+        inner, outer = self.input_embedding_dim, self.output_embedding_dim
+        kv_dim = outer
+        if self.num_heads is not None and self.num_kv_heads is not None:
+            kv_dim = outer // self.num_heads * self.num_kv_heads
+        each = self.qkv_bias if isinstance(self.qkv_bias, tuple) else (self.qkv_bias,) * 3
+        layers = {
+            "W_query": (inner, outer, each[0]),
+            "W_key": (inner, kv_dim, each[1]),
+            "W_value": (inner, kv_dim, each[2]),
+        }
+        if self.num_heads is not None:
+            layers["out_proj"] = outer, outer, self.out_bias
+        return layers
 
 
 @dataclass(frozen=True)
@@ -122,16 +151,12 @@ def draw_parameters(
 
     The standard deviation of biases is `scale`, that of weights `scale` / sqrt(input width).
     """
-    names = ["W_query", "W_key", "W_value"]
-    if config.num_heads is not None:
-        names.append("out_proj")
     parameters = {}
-    for name in names:
-        width = config.output_embedding_dim if name == "out_proj" else config.input_embedding_dim
-        shape = config.output_embedding_dim, width
-        parameters[f"{name}.weight"] = scale * random.standard_normal(shape) / np.sqrt(width)
-        if config.qkv_bias or name == "out_proj":
-            parameters[f"{name}.bias"] = scale * random.standard_normal(config.output_embedding_dim)
+    for name, (inner, outer, has_bias) in config.layers.items():
+        weight = random.standard_normal((outer, inner))
+        parameters[f"{name}.weight"] = scale * weight / np.sqrt(inner)
+        if has_bias:
+            parameters[f"{name}.bias"] = scale * random.standard_normal(outer)
     return parameters
 
 
@@ -160,6 +185,22 @@ def fixed_trials() -> list[Trial]:
     plain = prime._replace(keep=None)
     square = draw(Config(6, 6, 6, 0.25), 6, random)
     heads = draw(Config(11, 15, 7, 0.4, qkv_bias=True, num_heads=3), 5, random, keep=True)
+    grouped = draw(
+        Config(
+            5,
+            24,
+            7,
+            0.4,
+            qkv_bias=(True, False, True),
+            num_heads=6,
+            out_bias=False,
+            num_kv_heads=2,
+            scale=-0.75,
+        ),
+        5,
+        random,
+        keep=True,
+    )
     rows = np.arange(7)
     rectangle = ((rows[:, None] < 3) == (rows >= 4)).astype(np.float32)
     edited = prime.mask * np.where(rows % 2, 2.0, -0.5).astype(np.float32)
@@ -172,5 +213,6 @@ def fixed_trials() -> list[Trial]:
         prime.masked("dropout, edited mask", edited),
         plain.masked("a row closed", closed),
         heads._replace(name="three heads, dropout"),
+        grouped._replace(name="grouped heads, scale"),
         square._replace(name="square weights"),
     ]

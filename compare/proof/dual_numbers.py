@@ -79,6 +79,14 @@ class Dual:
         """Reshape (..., tokens, width) to (..., heads, tokens, head_dim)."""
         return Dual(self.value.split(heads), self.tangent.split(heads))
 
+    def repeated(self, copies: int) -> Dual:
+        """Repeat each head, (..., heads, tokens, head_dim)."""
+        return Dual(self.value.repeated(copies), self.tangent.repeated(copies))
+
+    def summed_copies(self, copies: int) -> Dual:
+        """Sum over the copies that `repeated` made of each head."""
+        return Dual(self.value.summed_copies(copies), self.tangent.summed_copies(copies))
+
     def merged(self) -> Dual:
         """Undo `split`."""
         return Dual(self.value.merged(), self.tangent.merged())

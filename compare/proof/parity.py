@@ -63,10 +63,10 @@ def _exact_and_limit(
     tiles: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     mask = arrays.get("mask", causal_mask(config.context_length))
-    exact = attention_stages(inputs, arrays, mask, keep, config.dropout, config.num_heads).context
+    exact = attention_stages(inputs, arrays, mask, keep, *config.options).context
     # The reference rounds too, in float64.
     bounds = [
-        stage_bounds(inputs, arrays, mask, rounding, keep, config.dropout, config.num_heads, tiles)
+        stage_bounds(inputs, arrays, mask, rounding, keep, *config.options, tiles=tiles)
         for rounding in (precision, PRECISIONS["float64"])
     ]
     return exact, bounds[0].context + bounds[1].context

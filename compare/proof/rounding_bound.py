@@ -16,6 +16,7 @@ error of x. The lengths are d inputs, h head_dim and n tokens.
 
     queries   E(q) = r(d, 2) (|x| |W|^T + |b|) + f(2)
               The roundings are those of the product and of the bias. Keys and values are alike.
+    factor    E(q) = |c| E(q) + gamma_4(u) |c| (|q| + E(q)) + f(1), if scale is c / sqrt(h)
     scores    E(s) = |q| E(k)^T + E(q) (|k| + E(k))^T
                      + r(h, 1) (|q| + E(q)) (|k| + E(k))^T + f(1)
     scaled    E(t) = (E(s) + gamma_4(u) (|s| + E(s))) / sqrt(h) + f(2)
@@ -43,7 +44,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .reference import Stages, attention_stages, merge_heads, split_heads
+from .reference import Stages, attention_stages, merge_heads, query_factor, split_all
 
 # Measured on the CPU with 8e6 arguments from -80 to 0: torch errs by 0.57 ulps, XLA by 1.01 in
 # float32 and 1.69 in float64. CUDA documents 2 ulps for expf. 4 is the next power of two above all.
@@ -98,7 +99,10 @@ def stage_bounds(
     keep: np.ndarray | None = None,
     dropout: float = 0.0,
     num_heads: int | None = None,
+    scale: float | None = None,
     tiles: int = 0,
+    inputs_k: np.ndarray | None = None,
+    inputs_v: np.ndarray | None = None,
 ) -> Stages:
     """Return, for each entry of every stage, the largest |computed - exact| that rounding explains.
 
@@ -113,15 +117,25 @@ def stage_bounds(
         keep: as for `attention_stages`.
         dropout: as for `attention_stages`.
         num_heads: as for `attention_stages`.
+        scale: as for `attention_stages`.
         tiles: the largest number of tiles in which the implementation computes its softmax; 0 if
             it computes each row at once.
+        inputs_k: as for `attention_stages`.
+        inputs_v: as for `attention_stages`.
     """
-    stages = attention_stages(inputs, state, mask, num_heads=num_heads)
+    inputs_k = inputs if inputs_k is None else inputs_k
+    inputs_v = inputs_k if inputs_v is None else inputs_v
+    stages = attention_stages(inputs, state, mask, None, 0.0, num_heads, scale, inputs_k, inputs_v)
     projected = [
-        _projection(inputs, state, name, precision) for name in ("W_query", "W_key", "W_value")
+        _projection(array, state, name, precision)
+        for array, name in ((inputs, "W_query"), (inputs_k, "W_key"), (inputs_v, "W_value"))
     ]
-    queries, keys, values = (split_heads(array, num_heads) for array in stages[:3])
-    e_queries, e_keys, e_values = (split_heads(array, num_heads) for array in projected)
+    queries, keys, values = split_all(*stages[:3], num_heads)
+    e_queries, e_keys, e_values = split_all(projected[0], projected[1], projected[2], num_heads)
+    if scale is not None:
+        factor = query_factor(scale, queries.shape[-1])
+        e_queries = _scaled(queries, e_queries, factor, precision)
+        queries = queries * factor
     exact = Stages(queries, keys, values, stages.scores, stages.weights, stages.context)
     bounds = attention_bounds(exact, (e_queries, e_keys, e_values), precision, keep, dropout, tiles)
     e_context = bounds.context
@@ -159,8 +173,10 @@ def attention_bounds(
     """
     u = precision.roundoff
     queries, keys, values = stages[:3]
-    e_queries, e_keys, e_values = (np.broadcast_to(error, queries.shape) for error in errors)
-    num_tokens, head_dim = queries.shape[-2:]
+    e_queries, e_keys, e_values = (
+        np.broadcast_to(error, array.shape) for error, array in zip(errors, stages[:3], strict=True)
+    )
+    num_tokens, head_dim = keys.shape[-2:]
 
     keys = np.abs(keys).swapaxes(-1, -2)
     e_transposed = e_keys.swapaxes(-1, -2)
@@ -196,15 +212,17 @@ def overflow(
     mask: np.ndarray,
     precision: Precision,
     num_heads: int | None = None,
+    scale: float | None = None,
 ) -> str | None:
     """Return which stage may leave the dtype's range, where the bound does not hold; else None.
 
     Scores are computed before they are divided by sqrt(head_dim), also at blocked positions.
     """
-    stages = attention_stages(inputs, state, mask, num_heads=num_heads)
-    bounds = stage_bounds(inputs, state, mask, precision, num_heads=num_heads)
-    queries, keys = (split_heads(np.abs(array), num_heads) for array in stages[:2])
-    scores = queries @ keys.swapaxes(-1, -2)
+    stages = attention_stages(inputs, state, mask, num_heads=num_heads, scale=scale)
+    bounds = stage_bounds(inputs, state, mask, precision, num_heads=num_heads, scale=scale)
+    queries, keys, _ = split_all(stages.queries, stages.keys, stages.values, num_heads)
+    queries = queries * query_factor(scale, queries.shape[-1])
+    scores = np.abs(queries) @ np.abs(keys).swapaxes(-1, -2)
     magnitudes = {
         name: np.abs(getattr(stages, name)) + getattr(bounds, name)
         for name in ("queries", "keys", "values")
@@ -220,6 +238,14 @@ def overflow(
 def most_tiles(num_tokens: int) -> int:
     """Return the largest number of tiles of a fused softmax over this many tokens."""
     return -(-num_tokens // SMALLEST_TILE)
+
+
+def _scaled(
+    array: np.ndarray, error: np.ndarray, factor: float, precision: Precision
+) -> np.ndarray:
+    """Return the error of the array times a factor that was itself computed with 3 roundings."""
+    grown = abs(factor) * (np.abs(array) + error)
+    return abs(factor) * error + gamma(4, precision.roundoff) * grown + _flushed(0, 1, precision)
 
 
 def gamma(n: int, u: float) -> float:

@@ -126,6 +126,18 @@ class Bounded:
         """Reshape (..., tokens, width) to (..., heads, tokens, head_dim)."""
         return Bounded(split_heads(self.value, heads), split_heads(self.error, heads))
 
+    def repeated(self, copies: int) -> Bounded:
+        """Repeat each head, (..., heads, tokens, head_dim)."""
+        return Bounded(self.value.repeat(copies, axis=-3), self.error.repeat(copies, axis=-3))
+
+    def summed_copies(self, copies: int) -> Bounded:
+        """Sum over the copies that `repeated` made of each head."""
+        if copies == 1:
+            return self
+        *leading, heads, tokens, head_dim = self.shape
+        shape = (*leading, heads // copies, copies, tokens, head_dim)
+        return Bounded(self.value.reshape(shape), self.error.reshape(shape)).sum(-3)
+
     def merged(self) -> Bounded:
         """Undo `split`."""
         return Bounded(merge_heads(self.value), merge_heads(self.error))

@@ -175,36 +175,37 @@ def flax_forward(
     framework: Framework,
     config: Config,
     prepare: Callable[[NnxAttention], None] = lambda model: None,
-) -> Callable[[Any, Any, Any, Any], jax.Array]:
+) -> Callable[..., jax.Array]:
     """Return the forward pass as a function of params, buffers, `keep` or None, and inputs.
 
     In Linen and NNX, the function has the same name and takes the same arrays in the same order. If
     both are the same program, JAX's compilation cache therefore compiles it only once. `prepare` is
-    called with the NNX model at each call.
+    called with the NNX model at each call. Further keywords are those of the module's call.
     """
     return _linen_forward(config) if framework == "linen" else _nnx_forward(config, prepare)
 
 
-def _linen_forward(config: Config) -> Callable[[Any, Any, Any, Any], jax.Array]:
-    def forward(params: Any, buffers: Any, keep: Any, inputs: Any) -> jax.Array:
-        return linen_apply(config, keep, buffer=True)({"params": params, **buffers}, inputs)
+def _linen_forward(config: Config) -> Callable[..., jax.Array]:
+    def forward(params: Any, buffers: Any, keep: Any, inputs: Any, **options: Any) -> jax.Array:
+        apply = linen_apply(config, keep, buffer=True)
+        return apply({"params": params, **buffers}, inputs, **options)
 
     return forward
 
 
 def _nnx_forward(
     config: Config, prepare: Callable[[NnxAttention], None]
-) -> Callable[[Any, Any, Any, Any], jax.Array]:
+) -> Callable[..., jax.Array]:
     split: Any = nnx.split(_abstract_nnx(config), nnx.Param, flax_impl.nnx.Buffer, ...)
     graph, _, _, rest = split
 
-    def forward(params: Any, buffers: Any, keep: Any, inputs: Any) -> jax.Array:
+    def forward(params: Any, buffers: Any, keep: Any, inputs: Any, **options: Any) -> jax.Array:
         model = nnx.merge(graph, nnx.State(params), buffers, rest)
         if keep is not None:
             model.train()
             model.dropout = NnxFunction(partial(_drop, config, keep))
         prepare(model)
-        return model(inputs)
+        return model(inputs, **options)
 
     return forward
 
@@ -263,10 +264,8 @@ def ready_torch(
     return module
 
 
-def linen_apply(
-    config: Config, keep: Any, *, buffer: bool
-) -> Callable[[Mapping[str, Any], jax.Array], jax.Array]:
-    """Return `apply` of the Linen module.
+def linen_apply(config: Config, keep: Any, *, buffer: bool) -> Callable[..., Any]:
+    """Return `apply` of the Linen module, as a function of variables, inputs and other arguments.
 
     With `keep`, its dropout keeps exactly those weights; with None, it is deterministic.
     """
@@ -279,18 +278,18 @@ def linen_apply(
             return call(*args, **kwargs)
         return _drop(config, keep, args[0])
 
-    def apply(variables: Mapping[str, Any], inputs: jax.Array) -> Any:
+    def apply(variables: Mapping[str, Any], inputs: jax.Array, **options: Any) -> Any:
         if keep is None:  # an interceptor would see the formula instead of the fused path
-            return model.apply(variables, inputs)
+            return model.apply(variables, inputs, **options)
         with linen.intercept_methods(intercept):
-            return model.apply(variables, inputs, deterministic=False)
+            return model.apply(variables, inputs, deterministic=False, **options)
 
     return apply
 
 
 def ready_linen(
     config: Config, state: State, keep: np.ndarray | None
-) -> tuple[Callable[[Mapping[str, Any], jax.Array], jax.Array], dict[str, Any]]:
+) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Return `linen_apply` for this state and its variables."""
     buffer = "mask" in state
     variables = torch_to_linen(torch_state(state), linen_template(config, buffer=buffer))

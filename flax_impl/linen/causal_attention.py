@@ -49,8 +49,8 @@ class _CausalAttention(nn.Module):
         raise NotImplementedError
 
     def __call__(
-        self, inputs: Float[Array, "batch tokens input_embedding_dim"], deterministic: bool = True
-    ) -> Float[Array, "batch tokens output_embedding_dim"]:
+        self, inputs: Float[Array, "*batch tokens input_embedding_dim"], deterministic: bool = True
+    ) -> Float[Array, "*batch tokens output_embedding_dim"]:
         """Let each token attend to itself and to the tokens before it.
 
         The formula is `reference_attention` in `attention.py`; `masked_attention` computes it.
@@ -59,7 +59,7 @@ class _CausalAttention(nn.Module):
         mask = self.mask.value if isinstance(self.mask, nn.Variable) else self.mask
         check_inputs(inputs.shape, self.input_embedding_dim, self.context_length)
         check_mask(mask.shape, self.context_length)
-        queries = self.W_query(inputs)  # (batch, tokens, output_embedding_dim)
+        queries = self.W_query(inputs)  # (*batch, tokens, output_embedding_dim)
         keys = self.W_key(inputs)
         values = self.W_value(inputs)
         dropout = dropping(self.attention_dropout, deterministic)

@@ -243,15 +243,19 @@ def test_nothing_in_nothing_out(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("implementation", ["reference", "fused", "auto"])
 def test_a_mask_that_does_not_cover_the_tokens(implementation: Any) -> None:
     heads = HEADS[:3].astype(np.float32)
-    for mask in (MASK[:100, :100], MASK[:, :100], MASK[None], MASK[0]):
+    too_small = r"mask has shape .*; 530 tokens need at least \(530, 530\)"
+    of_other_tokens = r"mask has shape \(1, 640, 640\); expected \(2, 530, 530\), the shape of"
+    masks = {
+        too_small: (MASK[:100, :100], MASK[:, :100], MASK[0]),
+        of_other_tokens: (MASK[None],),
+    }
+    for message, mask in [(text, mask) for text, each in masks.items() for mask in each]:
         calls: list[tuple[Callable[..., Any], list[Any]]] = [
             (torch_impl.masked_attention, list(map(torch.from_numpy, (*heads, mask.copy())))),
             (flax_impl.masked_attention, list(map(jnp.asarray, (*heads, mask)))),
         ]
         for attend, arguments in calls:
-            with pytest.raises(
-                ValueError, match=r"mask has shape .*; 530 tokens need at least \(530, 530\)"
-            ):
+            with pytest.raises(ValueError, match=message):
                 attend(*arguments, implementation=implementation)
 
 
