@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .attention import reference_attention
 from .context import is_traced
@@ -90,7 +91,8 @@ def guarded_projection(
     closed: Bool[Tensor, "tokens 1"] | None,
 ) -> Float[Tensor, "*batch tokens output_embedding_dim"]:
     """Compute `linear(inputs)` without multiplying the NaN inputs of closed rows."""
-    if closed is None or not isinstance(linear, nn.Linear):
+    # A parametrization such as spectral norm takes a step whenever the weight is read.
+    if closed is None or not isinstance(linear, nn.Linear) or parametrize.is_parametrized(linear):
         return linear(inputs)
     input_sums = torch.where(closed, inputs, 0.0).sum(dim=-1, keepdim=True)
     outputs = linear(inputs.masked_fill(closed, 0.0))

@@ -42,7 +42,8 @@ class CausalMultiHeadAttention(nn.Module):
         implementation: which implementation of the attention to use; see `masked_attention`.
         dtype: the dtype of the computation; None is that to which inputs and parameters promote.
         param_dtype: the dtype of the parameters. The mask is float32.
-        kernel_init: initializer of the kernels, such as one of `flax.linen.with_partitioning`.
+        kernel_init: initializer of the kernels, such as one of `flax.linen.with_partitioning`; None
+            is that of `flax.linen.Dense`.
         bias_init: initializer of the biases.
         out_kernel_init: initializer of the kernel of `out_proj`; None is kernel_init.
         out_bias_init: initializer of the bias of `out_proj`; None is bias_init.
@@ -68,7 +69,7 @@ class CausalMultiHeadAttention(nn.Module):
     implementation: Implementation = "auto"
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
-    kernel_init: Initializer = nn.linear.default_kernel_init
+    kernel_init: Initializer | None = None  # the library's own cannot be pickled
     bias_init: Initializer = nn.initializers.zeros_init()
     out_kernel_init: Initializer | None = None
     out_bias_init: Initializer | None = None
@@ -86,14 +87,15 @@ class CausalMultiHeadAttention(nn.Module):
         kv_dim = width // self.num_heads * (self.num_kv_heads or self.num_heads)
         bias = each_bias(self.qkv_bias)
         dense = partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype)
-        projection = partial(dense, kernel_init=self.kernel_init, bias_init=self.bias_init)
+        kernel_init = self.kernel_init or nn.linear.default_kernel_init
+        projection = partial(dense, kernel_init=kernel_init, bias_init=self.bias_init)
         self.W_query = projection(width, use_bias=bias[0])
         self.W_key = projection(kv_dim, use_bias=bias[1])
         self.W_value = projection(kv_dim, use_bias=bias[2])
         self.out_proj = dense(
             width,
             use_bias=self.out_bias,
-            kernel_init=self.out_kernel_init or self.kernel_init,
+            kernel_init=self.out_kernel_init or kernel_init,
             bias_init=self.out_bias_init or self.bias_init,
         )
         self.attention_dropout = nn.Dropout(self.dropout)  # `dropout` names the field

@@ -41,7 +41,8 @@ class CausalMultiHeadAttention(nnx.Module):
         implementation: which implementation of the attention to use; see `masked_attention`.
         dtype: the dtype of the computation; None is that to which inputs and parameters promote.
         param_dtype: the dtype of the parameters. The mask is float32.
-        kernel_init: initializer of the kernels, such as one of `flax.nnx.with_partitioning`.
+        kernel_init: initializer of the kernels, such as one of `flax.nnx.with_partitioning`; None
+            is that of `flax.nnx.Linear`.
         bias_init: initializer of the biases.
         out_kernel_init: initializer of the kernel of `out_proj`; None is kernel_init.
         out_bias_init: initializer of the bias of `out_proj`; None is bias_init.
@@ -72,7 +73,7 @@ class CausalMultiHeadAttention(nnx.Module):
         implementation: Implementation = "auto",
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
-        kernel_init: Initializer = nnx.nn.linear.default_kernel_init,
+        kernel_init: Initializer | None = None,
         bias_init: Initializer = nnx.nn.linear.default_bias_init,
         out_kernel_init: Initializer | None = None,
         out_bias_init: Initializer | None = None,
@@ -93,6 +94,7 @@ class CausalMultiHeadAttention(nnx.Module):
         kv_dim = output_embedding_dim // num_heads * self.num_kv_heads
         bias = each_bias(qkv_bias)
         linear = partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kernel_init = kernel_init or nnx.nn.linear.default_kernel_init
         projection = partial(linear, kernel_init=kernel_init, bias_init=bias_init)
         self.W_query = projection(input_embedding_dim, output_embedding_dim, use_bias=bias[0])
         self.W_key = projection(input_embedding_dim, kv_dim, use_bias=bias[1])
