@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .private_api import active_transforms, has_dispatch_mode, is_forward_mode
+from .private_api import active_transforms, has_dispatch_mode, is_forward_mode, is_wrapped
 
 AttentionPath = Literal["formula", "operator", "kernels"]
 
@@ -38,8 +38,14 @@ def possible_path(tensor: Tensor) -> AttentionPath:
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Return whether no decision may depend on the values of a tensor."""
-    return possible_path(tensor) != "kernels"
+    """Return whether no decision may depend on the values of a tensor.
+
+    In `vmap` and `grad`, the values of a tensor that they do not map or differentiate can be read.
+    """
+    path = possible_path(tensor)
+    if path == "operator":
+        return torch.compiler.is_compiling() or is_wrapped(tensor)
+    return path == "formula"
 
 
 def is_transformed() -> bool:

@@ -48,6 +48,11 @@ def is_batched(tensor: torch.Tensor) -> bool:
     return bool(is_legacy_batched(tensor))
 
 
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Return whether a transform of `torch.func` maps or differentiates this tensor."""
+    return bool(getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda _: True)(tensor))
+
+
 def has_dispatch_mode() -> bool:
     """Return whether a TorchDispatchMode sees every operation.
 
