@@ -44,8 +44,11 @@ def reference_attention(
     values: Float[Array, "*keys_batch tokens value_dim"],
     mask: Shaped[Array, "*mask_batch context_length context_length"],
     dropout: Callable[[Array], Array] = lambda weights: weights,
+    scale: float | None = None,
 ) -> Float[Array, "*batch queries value_dim"]:
     """Return softmax(queries @ keys.T / sqrt(head_dim)) @ values over the unblocked keys.
+
+    With a `scale`, the scores are multiplied by it instead.
 
     If there are fewer queries than keys, as with a cache of keys, they are the last tokens. A mask
     of more than two axes is (*batch, queries, keys), for these queries and keys.
@@ -61,7 +64,8 @@ def reference_attention(
     num_queries, num_tokens, head_dim = queries.shape[-2], *keys.shape[-2:]
     blocked = blocked_pairs(mask, num_queries, num_tokens)  # (..., queries, tokens)
     scores = queries @ keys.mT  # (..., queries, tokens)
-    scores = scores / head_dim**0.5  # before the mask: -inf divided as a complex number is NaN
+    # Before the mask: -inf divided as a complex number is NaN.
+    scores = scores / head_dim**0.5 if scale is None else scores * float(scale)
     scores = jnp.where(blocked, -jnp.inf, scores)
     weights = jax.nn.softmax(scores, axis=-1)  # (..., queries, tokens)
     return dropout(weights) @ values  # (..., queries, value_dim)
@@ -89,4 +93,14 @@ def for_each_head(
     if queries.ndim < 4 or keys.ndim < 4 or queries.shape[-3] == keys.shape[-3]:
         return keys
     groups, rest = divmod(queries.shape[-3], keys.shape[-3] or 1)
-    return keys if rest or keys.shape[-3] == 1 else jnp.repeat(keys, groups, axis=-3)
+    return keys if rest or keys.shape[-3] == 1 else repeated(keys, groups)
+
+
+def repeated(
+    heads: Float[Array, "*batch heads tokens width"], copies: int
+) -> Float[Array, "*batch heads_and_copies tokens width"]:
+    """Return each head `copies` times in a row. Heads that are sharded stay where they are."""
+    *leading, num_heads, num_tokens, width = heads.shape
+    shape = (*leading, num_heads, copies, num_tokens, width)
+    each = jnp.broadcast_to(heads[..., None, :, :], shape)
+    return each.reshape(*leading, num_heads * copies, num_tokens, width)

@@ -4,7 +4,7 @@ from jax import Array
 from jaxtyping import Float, Shaped
 
 from .attention import blocked_pairs, is_nonzero
-from .validation import check_pairs
+from .validation import check_pairs, weights_shape
 
 
 def with_call_mask(
@@ -28,13 +28,15 @@ def with_call_mask(
     if mask is None:
         return stored
     num_queries, num_keys = queries.shape[-2], keys.shape[-2]
-    check_pairs(mask.shape, (*queries.shape[:-1], num_keys), "mask")
+    check_pairs(mask.shape, weights_shape(queries.shape, keys.shape), "mask")
     blocked = blocked_pairs(stored, num_queries, num_keys)[(None,) * (queries.ndim - 2)]
     return blocked | ~is_nonzero(mask)[(None,) * (queries.ndim - mask.ndim)]
 
 
 def given(inputs: Array, inputs_k: Array | None, inputs_v: Array | None) -> tuple[Array, Array]:
     """Return what keys and values are projected from; values alone would have no keys."""
+    if isinstance(inputs_k, bool):
+        raise TypeError(f"inputs_k is {inputs_k}: give `deterministic` by its name")
     if inputs_k is None and inputs_v is not None:
         raise ValueError("inputs_v is given without inputs_k: give both, or inputs_k alone")
     inputs_k = inputs if inputs_k is None else inputs_k

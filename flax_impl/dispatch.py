@@ -9,7 +9,7 @@ from jaxtyping import Float, Shaped
 
 from .attention import for_each_head, is_nonzero, reference_attention
 from .fused import fused_attention, kernels_take
-from .validation import check_covered, check_shapes
+from .validation import check_covered, check_scale, check_shapes
 
 Implementation = Literal["reference", "fused", "auto"]
 MIN_FUSED_TOKENS = 768  # with fewer, "auto" uses the formula, which is as fast
@@ -41,30 +41,32 @@ def masked_attention(
         implementation: "reference" is the plain formula, `reference_attention`. "fused" is
             `fused_attention`, which computes the same function tile by tile. "auto" is "fused"
             where that is faster on a CPU.
-        scale: the factor of the scores; None is 1 / sqrt(head_dim). Another factor is applied to
-            the queries before the product.
+        scale: the factor of the scores; None is 1 / sqrt(head_dim). In the fused path, the queries
+            are multiplied instead; in float16 that might overflow, so there the formula is used.
 
     Raises:
-        ValueError: an unknown implementation, a mask smaller than (tokens, tokens), or shapes that
-            do not fit together.
+        ValueError: an unknown implementation, a scale that is not a finite number, a mask smaller
+            than (tokens, tokens), or shapes that do not fit together.
     """
     if min(queries.ndim, keys.ndim, values.ndim) < 2:
         check_shapes(queries.shape, keys.shape, values.shape)
     check_implementation(implementation)
-    check_covered(mask.shape, (*queries.shape[:-1], keys.shape[-2]))
+    check_scale(scale)
+    check_covered(mask.shape, queries.shape, keys.shape)
     if isinstance(mask, np.ndarray):  # before JAX narrows it to 32 bits
         mask = is_nonzero(mask)
-    if scale is not None:
-        queries = queries * (scale * queries.shape[-1] ** 0.5)
     if dropout is not None:
-        return reference_attention(queries, keys, values, mask, dropout)
+        return reference_attention(queries, keys, values, mask, dropout, scale)
     if queries.shape != keys.shape or values.shape[:-2] != keys.shape[:-2]:
         keys, values = for_each_head(queries, keys), for_each_head(queries, values)
     is_possible = implementation != "reference" and mask.ndim == 2
+    is_possible = is_possible and (scale is None or queries.dtype.name != "float16")
     is_possible = is_possible and kernels_take(queries, keys, values)
     if is_possible and (implementation == "fused" or queries.shape[-2] >= MIN_FUSED_TOKENS):
+        if scale is not None:
+            queries = queries * (float(scale) * queries.shape[-1] ** 0.5)
         return fused_attention(queries, keys, values, mask)
-    return reference_attention(queries, keys, values, mask)
+    return reference_attention(queries, keys, values, mask, scale=scale)
 
 
 def check_implementation(implementation: str) -> None:

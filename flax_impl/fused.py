@@ -297,7 +297,13 @@ def _turned_product(
 
 
 def _take(array: Array, start: Int[Array, ""], size: int) -> Array:
-    """Return `size` rows. The start is inside, so that it need not be tested."""
+    """Return `size` rows. The start is inside, so that it need not be tested.
+
+    All rows are the array itself: jaxlib 0.10.2 computes wrong products of a slice of all rows
+    whose start is mapped, where it fuses them with a sum (jax-ml/jax issue 39103).
+    """
+    if size == array.shape[-2]:
+        return array
     return lax.dynamic_slice_in_dim(array, start, size, axis=-2, allow_negative_indices=False)
 
 
@@ -305,6 +311,8 @@ def _put(
     array: Array, rows: Array, start: Int[Array, ""], is_new: Bool[Array, " rows"] | None = None
 ) -> Array:
     """Return the array with the rows written at `start`, or only those that `is_new` selects."""
+    if rows.shape == array.shape:
+        return rows
     if is_new is not None and array.shape[-2] % rows.shape[-2]:
         rows = jnp.where(is_new[:, None], rows, _take(array, start, rows.shape[-2]))
     zero = jnp.zeros_like(start)

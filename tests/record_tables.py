@@ -172,6 +172,15 @@ def attention(title: str, device: str = "cpu") -> Callable[[], str]:
     return one_table
 
 
+def contexts(section: int, number: int) -> Callable[[], str]:
+    def one_table() -> str:
+        blocks = record("contexts")["sections"][section]["blocks"]
+        content = [block for block in blocks if isinstance(block, dict)][number]
+        return table(content["columns"], content["rows"])
+
+    return one_table
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "mapping": mapping,
     "bound": bound,
@@ -188,6 +197,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-backward": attention("causal, float32, forward + backward"),
     "attention-ratios": attention("Ratios"),
     "attention-memory": attention("Working memory"),
+    "contexts-torch": contexts(0, 0),
+    "contexts-mesh": contexts(1, 0),
+    "contexts-compile": contexts(1, 1),
     "gpu-float32": attention("causal, float32, forward + backward", "cuda"),
     "gpu-bfloat16": attention("causal, bfloat16, forward + backward", "cuda"),
 }

@@ -20,8 +20,11 @@ def reference_attention(
     values: Float[Tensor, "*keys_batch tokens value_dim"],
     mask: Shaped[Tensor, "*mask_batch context_length context_length"],
     dropout: Callable[[Tensor], Tensor] = lambda weights: weights,
+    scale: float | None = None,
 ) -> Float[Tensor, "*batch queries value_dim"]:
     """Return softmax(queries @ keys.T / sqrt(head_dim)) @ values over the unblocked keys.
+
+    With a `scale`, the scores are multiplied by it instead.
 
     If there are fewer queries than keys, as with a cache of keys, they are the last tokens. A mask
     of more than two axes is (*batch, queries, keys), for these queries and keys.
@@ -40,7 +43,7 @@ def reference_attention(
     num_queries, num_tokens, head_dim = queries.shape[-2], *keys.shape[-2:]
     blocked = blocked_pairs(mask, num_queries, num_tokens)  # (..., queries, tokens)
     scores = queries @ keys.mT  # (..., queries, tokens)
-    scores = scores / head_dim**0.5
+    scores = scores / head_dim**0.5 if scale is None else scores * float(scale)
     scores = scores.masked_fill(blocked, -torch.inf)
     weights = torch.softmax(scores, dim=-1)  # (..., queries, tokens)
     return dropout(weights) @ values  # (..., queries, value_dim)

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from .attention import blocked_pairs
-from .validation import check_pairs
+from .validation import check_pairs, weights_shape
 
 
 def with_call_masks(
@@ -26,18 +26,19 @@ def with_call_masks(
         keys: the projected keys.
 
     Raises:
+        TypeError: a mask of the call is no tensor.
         ValueError: a mask of the call is not boolean, or has another shape.
     """
     if attn_mask is None and key_padding_mask is None:
         return mask
     num_queries, num_keys = queries.shape[-2], keys.shape[-2]
-    weights = (*queries.shape[:-1], num_keys)
+    weights = weights_shape(queries.shape, keys.shape)
     blocked = blocked_pairs(mask, num_queries, num_keys)[(None,) * (queries.ndim - 2)]
     if attn_mask is not None:
         _check_boolean(attn_mask, "attn_mask")
-        heads = queries.shape[:-2]
-        if len(heads) == 2 and attn_mask.ndim == 3 and len(attn_mask) == heads[0] * heads[1]:
-            attn_mask = attn_mask.unflatten(0, heads)
+        is_of_both = len(weights) == 4 and attn_mask.ndim == 3
+        if is_of_both and attn_mask.shape[0] == weights[0] * weights[1]:
+            attn_mask = attn_mask.unflatten(0, weights[:2])
         check_pairs(attn_mask.shape, weights, "attn_mask")
         blocked = blocked | attn_mask
     if key_padding_mask is not None:
@@ -49,6 +50,8 @@ def with_call_masks(
 
 
 def _check_boolean(mask: Tensor, name: str) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} is a {type(mask).__name__}; expected a torch.Tensor")
     if mask.dtype != torch.bool:
         raise ValueError(
             f"{name} has dtype {mask.dtype}; expected torch.bool, True where a key is blocked"

@@ -69,10 +69,11 @@ def guarded_attention(
     mask: Shaped[Tensor, "*mask_batch context_length context_length"],
     closed: Bool[Tensor, "*mask_batch queries 1"] | None,
     dropout: Callable[[Tensor], Tensor] = lambda weights: weights,
+    scale: float | None = None,
 ) -> Float[Tensor, "*batch queries value_dim"]:
     """Compute `reference_attention` without multiplying the NaN weights of closed rows."""
     if closed is None:
-        return reference_attention(queries, keys, values, mask, dropout)
+        return reference_attention(queries, keys, values, mask, dropout, scale)
     weight_sums = torch.full_like(values[..., :1], torch.nan)
 
     def drop(weights: Tensor) -> Tensor:
@@ -81,8 +82,19 @@ def guarded_attention(
         weight_sums = torch.where(closed, dropped, 0.0).sum(dim=-1, keepdim=True)
         return dropped.masked_fill(closed, 0.0)
 
-    outputs = reference_attention(queries, keys, values, mask, drop)
+    outputs = reference_attention(queries, keys, values, mask, drop, scale)
     return _fill(outputs, closed, weight_sums, values.sum(dim=-2, keepdim=True))
+
+
+def for_all_heads(
+    closed: Bool[Tensor, "*batch heads queries 1"], context: Tensor
+) -> Bool[Tensor, "*batch queries 1"] | None:
+    """Return which rows are closed in a head, or None where no product leaks into other rows.
+
+    Where a head's row is closed, the guard makes the gradient of all heads' weights NaN.
+    """
+    is_leaking = context.dtype in (torch.bfloat16, torch.float16) and context.device.type == "cpu"
+    return closed.any(dim=-3) if is_leaking else None
 
 
 def guarded_projection(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
@@ -11,10 +12,10 @@ from .autocast import lowered, without_autocast
 from .closed_rows import closed_rows, find_closed, guarded_attention
 from .context import is_surely_less, possible_path
 from .finite import are_finite, finite_attention
-from .fused import fused_attention, kernel_layout, kernels_take
+from .fused import Heads, fused_attention, kernel_layout, kernels_take, library_takes
 from .operator import operator_attention
 from .private_api import has_global_hook
-from .validation import check_covered, check_shapes
+from .validation import check_covered, check_scale, check_shapes
 
 Implementation = Literal["reference", "fused", "auto"]
 IMPLEMENTATIONS = get_args(Implementation)
@@ -48,12 +49,12 @@ def masked_attention(
             not apply (see `kernel_layout`), the formula is used. "auto" is "fused" where that is
             faster. Except with "reference", no row that is NaN because of the mask is an operand of
             a product in bfloat16 or float16 on the CPU (see `closed_rows`).
-        scale: the factor of the scores; None is 1 / sqrt(head_dim). Another factor is applied to
-            the queries before the product.
+        scale: the factor of the scores; None is 1 / sqrt(head_dim). Before a kernel, the queries
+            are multiplied instead; in float16 that might overflow, so there the formula is used.
 
     Raises:
-        ValueError: an unknown implementation, a mask smaller than (tokens, tokens), or shapes that
-            do not fit together.
+        ValueError: an unknown implementation, a scale that is not a finite number, a mask smaller
+            than (tokens, tokens), or shapes that do not fit together.
     """
     return attend(queries, keys, values, mask, dropout, implementation, scale)[0]
 
@@ -74,39 +75,66 @@ def attend(
     """
     if min(queries.ndim, keys.ndim, values.ndim) < 2:
         check_shapes(queries.shape, keys.shape, values.shape)
-    num_queries, num_tokens = queries.shape[-2], keys.shape[-2]
     check_implementation(implementation)
-    check_covered(mask.shape, (*queries.shape[:-1], num_tokens))
-    if scale is not None:
-        queries = queries * (scale * queries.shape[-1] ** 0.5)
-    dropouts = () if dropout is None else (dropout,)
+    check_scale(scale)
+    check_covered(mask.shape, queries.shape, keys.shape)
+    kept = _identity if dropout is None else dropout
     if implementation == "reference":
-        return reference_attention(queries, keys, values, mask, *dropouts), None
+        return reference_attention(queries, keys, values, mask, kept, scale), None
     queries, keys, values = lowered(queries), lowered(keys), lowered(values)
     if queries.shape != keys.shape or values.shape[:-2] != keys.shape[:-2]:
         keys, values = for_each_head(queries, keys), for_each_head(queries, values)
     path = possible_path(queries)
-    if implementation == "auto" and is_surely_less(num_tokens, MIN_FUSED_TOKENS):
+    if implementation == "auto" and is_surely_less(queries.shape[-2], MIN_FUSED_TOKENS):
         path = "formula"
-    is_shared = mask.ndim == 2  # by all heads and the whole batch
-    if path == "kernels" and dropout is None and is_shared:
-        layout = kernel_layout(queries, keys, values, mask)
-        if layout is not None:
-            with without_autocast(queries):
-                return fused_attention(queries, keys, values, layout), layout.closed
-    is_plain = dropout is None and is_shared
-    if path == "operator" and is_plain and kernels_take(queries, keys, values, mask):
+    if scale is not None and queries.dtype == torch.float16:
+        path = "formula"
+    if scale is not None and path != "formula":
+        queries, scale = queries * (float(scale) * queries.shape[-1] ** 0.5), None
+    if path != "formula":
+        result = _without_the_formula((queries, keys, values), mask, dropout, path)
+        if result is not None:
+            return result
+    if mask.ndim == 2 and queries.shape[-2] == keys.shape[-2]:
+        closed = closed_rows(mask, keys.shape[-2], queries.dtype)
+    else:
+        closed = find_closed(blocked_pairs(mask, queries.shape[-2], keys.shape[-2]))
+    return guarded_attention(queries, keys, values, mask, closed, kept, scale), closed
+
+
+def _without_the_formula(
+    heads: Heads,
+    mask: Shaped[Tensor, "*mask_batch context_length context_length"],
+    dropout: Callable[[Tensor], Tensor] | None,
+    path: Literal["operator", "kernels"],
+) -> tuple[Tensor, Tensor | None] | None:
+    """Return what `attend` returns, or None where the formula is needed."""
+    queries, keys, values = heads
+    num_queries, num_tokens = queries.shape[-2], keys.shape[-2]
+    is_square = mask.ndim == 2 and num_queries == num_tokens
+    is_plain = dropout is None and is_square
+    if path == "operator":
+        if not (is_plain and kernels_take(queries, keys, values, mask)):
+            return None
         closed = closed_rows(mask, num_tokens, queries.dtype)
         return operator_attention(queries, keys, values, mask), closed
-    if path == "kernels" and not is_plain and kernels_take(queries, keys, values, mask):
-        blocked = blocked_pairs(mask, num_queries, num_tokens)
-        if not find_closed(blocked).any() and are_finite(queries, keys, values):
-            return finite_attention(queries, keys, values, blocked, dropout), None
-    if num_queries == num_tokens and is_shared:
-        closed = closed_rows(mask, num_tokens, queries.dtype)
-    else:
-        closed = find_closed(blocked_pairs(mask, num_queries, num_tokens))
-    return guarded_attention(queries, keys, values, mask, closed, *dropouts), closed
+    if is_plain:
+        layout = kernel_layout(queries, keys, values, mask)
+        if layout is None:
+            return None
+        with without_autocast(queries):
+            return fused_attention(queries, keys, values, layout), layout.closed
+    if not library_takes(queries, keys, values, mask):
+        return None
+    blocked = blocked_pairs(mask, num_queries, num_tokens)
+    if find_closed(blocked).any() or not are_finite(queries, keys, values):
+        return None
+    return finite_attention(queries, keys, values, blocked, dropout), None
+
+
+def _identity(weights: Tensor) -> Tensor:
+    """Return the weights: no dropout."""
+    return weights
 
 
 def check_implementation(implementation: str) -> None:

@@ -81,6 +81,20 @@ def kernels_take(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) ->
     )
 
 
+def library_takes(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> bool:
+    """Return whether the library's kernel takes them, with a mask of pairs and fewer queries."""
+    return (
+        kernels_take(keys, keys, values, mask)
+        and type(queries) in (Tensor, torch.nn.Parameter)
+        and (queries.dtype, queries.device) == (keys.dtype, keys.device)
+        and queries.layout == torch.strided
+        and queries.shape[:-2] == keys.shape[:-2]
+        and queries.shape[-1] == keys.shape[-1]
+        and queries.shape[-2] <= keys.shape[-2]
+        and queries.numel() > 0
+    )
+
+
 def _four_dims(tensor: Tensor) -> Tensor:
     """Return the tensor as (batch, heads, tokens, head_dim), with a last dimension of stride 1."""
     tensor = tensor.flatten(0, -4) if tensor.ndim > 4 else tensor[(None,) * (4 - tensor.ndim)]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .attention import causal_mask
 from .call_masks import with_call_masks
-from .closed_rows import guarded_projection
+from .closed_rows import for_all_heads, guarded_projection
 from .dispatch import Implementation, attend, check_implementation, dropping
 from .validation import (
     check_dropout,
@@ -30,11 +30,11 @@ class CausalMultiHeadAttention(nn.Module):
         dropout: probability of dropping an attention weight in training mode.
         num_heads: number of heads; it must divide output_embedding_dim.
         qkv_bias: whether queries, keys and values have a bias; or a tuple of three answers.
+        implementation: which implementation of the attention to use; see `masked_attention`.
         out_bias: whether `out_proj` has a bias.
         num_kv_heads: number of heads of keys and values, each for several consecutive heads of
             queries; it must divide num_heads. None is num_heads.
         scale: the factor of the scores; None is 1 / sqrt(head_dim).
-        implementation: which implementation of the attention to use; see `masked_attention`.
         device: where parameters and mask are created; None is torch's default device.
         dtype: the dtype of the parameters; None is torch's default dtype. The mask is float32.
 
@@ -58,10 +58,10 @@ class CausalMultiHeadAttention(nn.Module):
         num_heads: int,
         qkv_bias: bool | tuple[bool, bool, bool] = False,
         *,
+        implementation: Implementation = "auto",
         out_bias: bool = True,
         num_kv_heads: int | None = None,
         scale: float | None = None,
-        implementation: Implementation = "auto",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -135,7 +135,7 @@ class CausalMultiHeadAttention(nn.Module):
             queries, keys, values, mask, dropout, self.implementation, self.scale
         )
         if closed is not None and closed.ndim > 2:
-            closed = closed.any(dim=-3)  # a row of the outputs is closed if one head's is
+            closed = for_all_heads(closed, context)
         outputs = guarded_projection(self.out_proj, context.transpose(-3, -2).flatten(-2), closed)
         if not need_weights:
             return outputs
@@ -165,7 +165,7 @@ def _given(inputs: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Te
     Raises:
         ValueError: a value without a key, or nested inputs.
     """
-    if inputs.is_nested:
+    if any(each is not None and each.is_nested for each in (inputs, key, value)):
         raise ValueError(
             "inputs are nested: pad them (`torch.nested.to_padded_tensor`), and give a "
             "key_padding_mask that is True at the padding"

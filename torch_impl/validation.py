@@ -63,8 +63,8 @@ def _divides(divisor: int, number: int) -> bool:
 
 def each_bias(qkv_bias: bool | tuple[bool, bool, bool]) -> tuple[bool, bool, bool]:
     """Return whether queries, keys and values have a bias; raise ValueError unless it is said."""
-    each = qkv_bias if isinstance(qkv_bias, tuple | list) else (qkv_bias,) * 3
-    if len(each) != 3:
+    each = qkv_bias if isinstance(qkv_bias, tuple) else (qkv_bias,) * 3
+    if len(each) != 3 or isinstance(qkv_bias, list):
         raise ValueError(
             f"qkv_bias is {qkv_bias!r}; expected True or False, or a tuple of three of them: "
             "for queries, keys and values"
@@ -74,8 +74,11 @@ def each_bias(qkv_bias: bool | tuple[bool, bool, bool]) -> tuple[bool, bool, boo
 
 def check_scale(scale: float | None) -> None:
     """Raise ValueError unless the scale is None or a finite number."""
-    is_number = isinstance(scale, Real) and not isinstance(scale, bool) and isfinite(scale)
-    if scale is not None and not is_number:
+    try:
+        is_finite = isinstance(scale, Real) and not isinstance(scale, bool) and isfinite(scale)
+    except OverflowError:  # of a whole number that is larger than any float
+        is_finite = False
+    if scale is not None and not is_finite:
         raise ValueError(
             f"scale is {scale!r}; expected a finite number, or None for 1 / sqrt(head_dim)"
         )
@@ -94,15 +97,21 @@ def check_pairs(shape: Sequence[int], expected: Sequence[int], name: str) -> Non
         )
 
 
-def check_covered(shape: Sequence[int], weights: Sequence[int]) -> None:
-    """Raise ValueError unless the mask covers the attention weights, (*batch, queries, keys).
+def weights_shape(queries: Sequence[int], keys: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of the attention weights; heads of queries may share one of keys."""
+    leading = zip_longest(queries[-3::-1], keys[-3::-1], fillvalue=1)
+    return *[two if one == 1 else one for one, two in leading][::-1], queries[-2], keys[-2]
+
+
+def check_covered(shape: Sequence[int], queries: Sequence[int], keys: Sequence[int]) -> None:
+    """Raise ValueError unless the mask covers the attention weights of queries and keys.
 
     It has a row and a column for every key. With more than two axes, it broadcasts to the weights.
     """
+    num_tokens = keys[-2]
     if len(shape) > 2:
-        check_pairs(shape, weights, "mask")
-    elif len(shape) != 2 or min(shape) < weights[-1]:
-        num_tokens = weights[-1]
+        check_pairs(shape, weights_shape(queries, keys), "mask")
+    elif len(shape) != 2 or min(shape) < num_tokens:
         raise ValueError(
             f"mask has shape {tuple(shape)}; {num_tokens} tokens need at least "
             f"({num_tokens}, {num_tokens}): give a larger mask, or fewer tokens"

@@ -92,6 +92,9 @@ def check_function(framework: Framework, trial: Trial, device: str = "cpu") -> I
         yield from torch_function.overflow(run, finding)
         yield from torch_function.values_out_of_range(run, finding)
         yield finding("autocast", "bfloat16", torch_function.autocast(heads, device))
+        agreed = torch_function.autocast_of_a_closed_row(device)
+        yield finding("autocast", "a closed row", agreed, tolerances.NAMES)
+        yield from torch_function.second_derivatives_of_closed_rows(device, finding)
 
 
 def _forward_mode(device: str) -> Agreement:
@@ -209,12 +212,15 @@ def _closed_gradients(
     """
     heads = draw_heads(TOKENS, np.float64)
     cotangent = np.random.default_rng(2).standard_normal(heads[2].shape)
-    for pattern, blocked in patterns().items():
+    opened = patterns(closed=False)
+    first_strip = opened["strips"].copy()
+    first_strip[:64] = True
+    closing = {**patterns(), "strips, the first closed": first_strip}
+    for pattern, blocked in closing.items():
         without = cotangent * ~blocked.all(axis=1, keepdims=True)
         closed = run.gradients(heads, blocked.astype(np.float32), cotangent, implementation)
-        expected = run.gradients(
-            heads, patterns(closed=False)[pattern].astype(np.float32), without, implementation
-        )
+        mask = opened[pattern.partition(",")[0]].astype(np.float32)
+        expected = run.gradients(heads, mask, without, implementation)
         expected[2] = np.full_like(expected[2], np.nan)
         for name, gradient, wanted in zip(
             ("queries", "keys", "values"), closed, expected, strict=True

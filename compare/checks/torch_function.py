@@ -15,6 +15,7 @@ from ..proof import tolerances
 from ..proof.agreement import Agreement, Finding, agreement, identical, same_names
 from ..runners.attend import Attention, Heads
 from .heads import (
+    CLOSED_ROW,
     HEAD_DIM,
     TOKENS,
     MakeFinding,
@@ -167,13 +168,15 @@ def edits_between_passes(
     implementation: Implementation, device: str, finding: MakeFinding
 ) -> Iterator[Finding]:
     """Edit the mask between the passes: an error, or the gradient of the mask as it was."""
-    for pattern, blocked in patterns(closed=False).items():
+    cases = [(name, dtype) for name in patterns(closed=False) for dtype in ("float32", "bool")]
+    for pattern, dtype in cases:
         gradients: list[np.ndarray] = []
         for is_edited in (False, True):
+            blocked = patterns(closed=False)[pattern]
             queries, keys, values = (
                 numpy_to_tensor(array).to(device).requires_grad_() for array in draw_heads(TOKENS)
             )
-            mask = torch.from_numpy(blocked.astype(np.float32)).to(device)
+            mask = torch.from_numpy(blocked.astype(dtype)).to(device)
             outputs = torch_impl.masked_attention(
                 queries,
                 keys,
@@ -183,14 +186,46 @@ def edits_between_passes(
                 implementation,
             )
             if is_edited:
-                mask[:, :32] = 1.0 - mask[:, :32]
+                mask[:, :32] = mask[:, :32] == 0
             try:
                 (gradient,) = torch.autograd.grad(outputs.sum(), [queries])
             except RuntimeError:  # torch's, about an in-place operation
                 gradient = torch.as_tensor(gradients[0])
             gradients.append(tensor_to_numpy(gradient))
         agreed = identical(gradients[1], gradients[0])
-        yield finding("an edit between the passes", f"{implementation}, {pattern}", agreed)
+        case = f"{implementation}, {pattern}, {dtype}"
+        yield finding("an edit between the passes", case, agreed)
+
+
+def second_derivatives_of_closed_rows(device: str, finding: MakeFinding) -> Iterator[Finding]:
+    """Differentiate twice beside a closed row: NaN is where the formula has it."""
+    for pattern, blocked in patterns().items():
+        places = []
+        for implementation in ("fused", "reference"):
+            queries, keys, values = tensors = [
+                numpy_to_tensor(array).to(device).requires_grad_()
+                for array in draw_heads(TOKENS, np.float64)
+            ]
+            mask = torch.from_numpy(blocked).to(device)
+            outputs = torch_impl.masked_attention(queries, keys, values, mask, None, implementation)
+            first = torch.autograd.grad(outputs.square().sum(), tensors, create_graph=True)
+            total = torch.stack([each.square().sum() for each in first]).sum()
+            second = torch.autograd.grad(total, tensors)
+            places.append(np.stack([np.isnan(tensor_to_numpy(each)) for each in second]))
+        yield finding("second derivatives beside a closed row", pattern, identical(*places))
+
+
+def autocast_of_a_closed_row(device: str) -> Agreement:
+    """Call a module under autocast: `out_proj` keeps autocast's dtype beside a closed row."""
+    dtypes = []
+    for closes in (False, True):
+        module = torch_impl.CausalMultiHeadAttention(HEAD_DIM, HEAD_DIM, TOKENS, 0.0, 1)
+        if closes:
+            module.mask[CLOSED_ROW] = 1.0
+        inputs = numpy_to_tensor(draw_heads(TOKENS)[0]).to(device)
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+            dtypes.append(str(module.to(device)(inputs).dtype))
+    return same_names(dtypes[1:], dtypes[:1])
 
 
 def forward_mode(implementation: Implementation, device: str) -> Agreement:

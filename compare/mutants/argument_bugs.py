@@ -1,17 +1,20 @@
 """Bugs in what the multi-head module may be given beside its inputs."""
 
-from .mutant import CALL_MASKS, HEADS, Mutant, dispatch, heads, per_framework
+from .mutant import CALL_MASKS, HEADS, Mutant, attention, dispatch, heads, per_framework
 
 ARGUMENT_BUGS = [
     *per_framework(
         "the module's heads alternate between their keys",
         HEADS,
         torch=(r"heads\.repeat_interleave\(copies, dim=-3\)", "heads.repeat(1, copies, 1, 1)"),
-        linen=(r"jnp\.repeat\(heads, copies, axis=-3\)", "jnp.tile(heads, (copies, 1, 1))"),
-        nnx=(r"jnp\.repeat\(heads, copies, axis=-3\)", "jnp.tile(heads, (copies, 1, 1))"),
+        linen=(r"repeated\(heads, copies\)", "jnp.tile(heads, (copies, 1, 1))"),
+        nnx=(r"repeated\(heads, copies\)", "jnp.tile(heads, (copies, 1, 1))"),
     ),
-    *dispatch("the scale multiplies the default", (r"scale \* queries\.shape\[-1\].*\)", "scale)")),
-    *dispatch("the scale is ignored", (r"if scale is not None", "if False")),
+    *attention(
+        "the scale multiplies the default",
+        (r"scores \* float\(scale\)", "scores / head_dim**0.5 * float(scale)"),
+    ),
+    *dispatch("the scale is ignored", (r"float\(scale\) \* .*\*\* 0\.5", "1.0")),
     *per_framework(
         "out_proj always has a bias",
         HEADS,

@@ -129,7 +129,7 @@ _SHAPES = [
     *flax(
         "heads alternate between their keys",
         "flax_impl.attention",
-        (r"jnp\.repeat\(keys, groups, axis=-3\)", "jnp.tile(keys, (groups, 1, 1))"),
+        (r"repeated\(keys, groups\)", "jnp.tile(keys, (groups, 1, 1))"),
     ),
 ]
 

@@ -59,8 +59,9 @@ def _project_modules() -> list[ModuleType]:
 def _clear_jit_caches() -> None:
     """Clear the caches of the project's jitted functions, which hold the replaced definitions."""
     for value in [value for module in _project_modules() for value in vars(module).values()]:
-        if isinstance(value, jax.stages.Wrapped):
-            value.clear_cache()  # type: ignore[attr-defined]
+        function = value.fun if isinstance(value, jax.custom_jvp) else value
+        if isinstance(function, jax.stages.Wrapped):
+            function.clear_cache()  # type: ignore[attr-defined]
 
 
 def _changed_definitions(module: ModuleType, changes: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -221,8 +221,9 @@ def overflow(
     stages = attention_stages(inputs, state, mask, num_heads=num_heads, scale=scale)
     bounds = stage_bounds(inputs, state, mask, precision, num_heads=num_heads, scale=scale)
     queries, keys, _ = split_all(stages.queries, stages.keys, stages.values, num_heads)
-    queries = queries * query_factor(scale, queries.shape[-1])
-    scores = np.abs(queries) @ np.abs(keys).swapaxes(-1, -2)
+    # A kernel multiplies the queries, the formula the scores.
+    factor = max(1.0, abs(query_factor(scale, queries.shape[-1])))
+    scores = factor * np.abs(queries) @ np.abs(keys).swapaxes(-1, -2)
     magnitudes = {
         name: np.abs(getattr(stages, name)) + getattr(bounds, name)
         for name in ("queries", "keys", "values")

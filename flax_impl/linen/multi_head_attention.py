@@ -9,7 +9,7 @@ from flax.typing import Dtype, Initializer
 from jax import Array
 from jaxtyping import Float, Shaped
 
-from ..attention import causal_mask
+from ..attention import causal_mask, repeated
 from ..call_masks import given, with_call_mask
 from ..dispatch import Implementation, check_implementation, masked_attention
 from ..validation import (
@@ -35,11 +35,11 @@ class CausalMultiHeadAttention(nn.Module):
         dropout: probability of dropping an attention weight when not deterministic.
         num_heads: number of heads; it must divide output_embedding_dim.
         qkv_bias: whether queries, keys and values have a bias; or a tuple of three answers.
+        implementation: which implementation of the attention to use; see `masked_attention`.
         out_bias: whether `out_proj` has a bias.
         num_kv_heads: number of heads of keys and values, each for several consecutive heads of
             queries; it must divide num_heads. None is num_heads.
         scale: the factor of the scores; None is 1 / sqrt(head_dim).
-        implementation: which implementation of the attention to use; see `masked_attention`.
         dtype: the dtype of the computation; None is that to which inputs and parameters promote.
         param_dtype: the dtype of the parameters. The mask is float32.
         kernel_init: initializer of the kernels, such as one of `flax.linen.with_partitioning`; None
@@ -47,6 +47,7 @@ class CausalMultiHeadAttention(nn.Module):
         bias_init: initializer of the biases.
         out_kernel_init: initializer of the kernel of `out_proj`; None is kernel_init.
         out_bias_init: initializer of the bias of `out_proj`; None is bias_init.
+        deterministic: whether no weight is dropped where the call does not say; None is True.
 
     Raises:
         ValueError: on construction, a dropout outside [0, 1], a num_heads that does not divide
@@ -63,16 +64,17 @@ class CausalMultiHeadAttention(nn.Module):
     dropout: float
     num_heads: int
     qkv_bias: bool | tuple[bool, bool, bool] = False
+    implementation: Implementation = "auto"
     out_bias: bool = True
     num_kv_heads: int | None = None
     scale: float | None = None
-    implementation: Implementation = "auto"
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     kernel_init: Initializer | None = None  # the library's own cannot be pickled
     bias_init: Initializer = nn.initializers.zeros_init()
     out_kernel_init: Initializer | None = None
     out_bias_init: Initializer | None = None
+    deterministic: bool | None = None
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
@@ -109,7 +111,7 @@ class CausalMultiHeadAttention(nn.Module):
         inputs_v: Float[Array, "*batch tokens input_embedding_dim"] | None = None,
         *,
         mask: Shaped[Array, "*batch_heads queries tokens"] | None = None,
-        deterministic: bool = True,
+        deterministic: bool | None = None,
         sow_weights: bool = False,
     ) -> Float[Array, "*batch queries output_embedding_dim"]:
         """Let each token attend to itself and to the tokens before it, in every head.
@@ -124,12 +126,14 @@ class CausalMultiHeadAttention(nn.Module):
             mask: 0 or False blocks, beside what the stored mask blocks: (queries, tokens), or with
                 (*batch, heads) in front, where any axis may be 1. A query whose keys are all
                 blocked gives NaN, as in the formula. With a mask, the formula is used.
-            deterministic: whether no weight is dropped. With False, pass `rngs={"dropout": key}`
-                to `apply`.
+            deterministic: whether no weight is dropped; None is the module's. With False, pass
+                `rngs={"dropout": key}` to `apply`.
             sow_weights: whether to sow the attention weights, after dropout, as
                 `attention_weights` in the collection
                 `intermediates`. Then the formula is used.
         """
+        if deterministic is None:
+            deterministic = self.deterministic is not False
         inputs_k, inputs_v = given(inputs, inputs_k, inputs_v)
         for name, each in (("inputs", inputs), ("inputs_k", inputs_k), ("inputs_v", inputs_v)):
             check_inputs(each.shape, self.input_embedding_dim, self.context_length, name)
@@ -165,4 +169,4 @@ class CausalMultiHeadAttention(nn.Module):
         head_dim = self.output_embedding_dim // self.num_heads
         num_heads = projected.shape[-1] // head_dim
         heads = projected.reshape(*projected.shape[:-1], num_heads, head_dim).swapaxes(-3, -2)
-        return heads if copies == 1 else jnp.repeat(heads, copies, axis=-3)
+        return heads if copies == 1 else repeated(heads, copies)

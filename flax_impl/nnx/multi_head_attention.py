@@ -9,7 +9,7 @@ from flax.typing import Dtype, Initializer
 from jax import Array
 from jaxtyping import Float, Shaped
 
-from ..attention import causal_mask
+from ..attention import causal_mask, repeated
 from ..call_masks import given, with_call_mask
 from ..dispatch import Implementation, check_implementation, masked_attention
 from ..validation import (
@@ -34,11 +34,11 @@ class CausalMultiHeadAttention(nnx.Module):
         dropout: probability of dropping an attention weight in training mode.
         num_heads: number of heads; it must divide output_embedding_dim.
         qkv_bias: whether queries, keys and values have a bias; or a tuple of three answers.
+        implementation: which implementation of the attention to use; see `masked_attention`.
         out_bias: whether `out_proj` has a bias.
         num_kv_heads: number of heads of keys and values, each for several consecutive heads of
             queries; it must divide num_heads. None is num_heads.
         scale: the factor of the scores; None is 1 / sqrt(head_dim).
-        implementation: which implementation of the attention to use; see `masked_attention`.
         dtype: the dtype of the computation; None is that to which inputs and parameters promote.
         param_dtype: the dtype of the parameters. The mask is float32.
         kernel_init: initializer of the kernels, such as one of `flax.nnx.with_partitioning`; None
@@ -67,10 +67,10 @@ class CausalMultiHeadAttention(nnx.Module):
         num_heads: int,
         qkv_bias: bool | tuple[bool, bool, bool] = False,
         *,
+        implementation: Implementation = "auto",
         out_bias: bool = True,
         num_kv_heads: int | None = None,
         scale: float | None = None,
-        implementation: Implementation = "auto",
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         kernel_init: Initializer | None = None,
@@ -174,4 +174,4 @@ class CausalMultiHeadAttention(nnx.Module):
         head_dim = self.output_embedding_dim // self.num_heads
         num_heads = projected.shape[-1] // head_dim
         heads = projected.reshape(*projected.shape[:-1], num_heads, head_dim).swapaxes(-3, -2)
-        return heads if copies == 1 else jnp.repeat(heads, copies, axis=-3)
+        return heads if copies == 1 else repeated(heads, copies)

@@ -4,6 +4,7 @@ Derivatives are compared under `implementation="fused"` with few tokens, and wha
 by the number of tokens on both sides of its threshold.
 """
 
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +21,7 @@ import flax_impl
 import flax_impl.nnx
 from flax_impl import causal_mask, masked_attention
 from flax_impl.dispatch import MIN_FUSED_TOKENS
+from flax_impl.mask_tiles import MIN_TILED_TOKENS
 
 TOKENS = 24
 AGAIN = pytest.mark.again
@@ -212,6 +214,25 @@ def test_it_is_the_formula(mask: str, context: Context) -> None:
         for implementation in ("fused", "reference")
     )
     assert_same(fused, formula, TOKENS)
+
+
+@pytest.mark.again
+@pytest.mark.parametrize("seed", range(30))
+def test_it_is_the_formula_at_drawn_lengths(seed: int) -> None:
+    draw = random.Random(seed)
+    limit = draw.choice([12, 24, MIN_TILED_TOKENS]) if seed % 10 == 0 else draw.choice([12, 40])
+    tokens = limit + draw.randint(-2, 2)
+    context, mask = draw.choice(CONTEXTS), draw.choice(["causal", "edited", "closed"])
+    shape = draw.choice([(tokens, 4), (3, tokens, 4), (2, 3, tokens, 4), (17, tokens, 2)])
+    fused, formula = (
+        context(
+            partial(masked_attention, implementation=implementation),
+            heads(*shape),
+            masks(tokens)[mask],
+        )
+        for implementation in ("fused", "reference")
+    )
+    assert_same(fused, formula, tokens)
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import random
 import threading
 import warnings
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, stack_module_state
 from torch.utils.checkpoint import checkpoint
 
-from .torch_formula import LENGTHS, assert_same, inputs, masks, pair
+from torch_impl.dispatch import MIN_FUSED_TOKENS
+
+from .torch_formula import CONTEXT_LENGTH, LENGTHS, assert_same, inputs, masks, pair
 
 Context = Callable[[Any, Tensor], Any]
 
@@ -304,6 +307,18 @@ CASES = [
 @pytest.mark.parametrize("context", CONTEXTS, ids=lambda each: each.__name__)
 @pytest.mark.parametrize(("implementation", "tokens", "mask"), CASES)
 def test_it_is_the_formula(implementation: Any, tokens: int, mask: str, context: Context) -> None:
+    found, expected = (context(module, inputs(tokens)) for module in pair(mask, implementation))
+    assert_same(found, expected, tokens)
+
+
+@pytest.mark.again
+@pytest.mark.parametrize("seed", range(100))
+def test_it_is_the_formula_at_drawn_lengths(seed: int) -> None:
+    draw = random.Random(seed)
+    context, mask = draw.choice(CONTEXTS), draw.choice([*masks()])
+    implementation: Any = draw.choice(["auto", "fused"])
+    limit = draw.choice([1, 8, 64, MIN_FUSED_TOKENS, 192, CONTEXT_LENGTH])
+    tokens = min(max(1, limit + draw.randint(-2, 2)), CONTEXT_LENGTH)
     found, expected = (context(module, inputs(tokens)) for module in pair(mask, implementation))
     assert_same(found, expected, tokens)
 

@@ -1,8 +1,6 @@
 """Our module wrapped, rewritten, trained and shared as other programs do, beside the formula."""
 
 import copy
-import io
-import pickle
 import threading
 import warnings
 from collections.abc import Callable
@@ -11,17 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize, prune
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils import checkpoint
+from torch.nn.utils import parametrizations, prune
 
 from .torch_formula import FEATURES, LENGTHS, WIDTH, assert_same, inputs, masks, pair
 
 Context = Callable[[Any, int], Any]
-
-
-def loss(module: Any, tokens: int) -> Tensor:
-    return module(inputs(tokens)).nan_to_num().square().sum()
 
 
 def passes(module: Any, tokens: int) -> Any:
@@ -31,30 +23,11 @@ def passes(module: Any, tokens: int) -> Any:
     return outputs, torch.autograd.grad(outputs.nan_to_num().square().sum(), trained)
 
 
-def trained(module: Any, optimizer: torch.optim.Optimizer, tokens: int, steps: int) -> Any:
-    def closure() -> Any:
-        optimizer.zero_grad()
-        value = loss(module, tokens)
-        value.backward()
-        return value
-
-    values = [optimizer.step(closure) for _ in range(steps)]
-    return values, [parameter.detach() for parameter in module.parameters()]
-
-
 def spectral_norm(module: Any, tokens: int) -> Any:
     torch.manual_seed(1)
     parametrizations.spectral_norm(module.W_query)
     parametrizations.spectral_norm(module.out_proj)
     return passes(module, tokens), module.eval()(inputs(tokens))
-
-
-def weight_norm(module: Any, tokens: int) -> Any:
-    parametrizations.weight_norm(module.W_value)
-    parametrizations.weight_norm(module.out_proj)
-    found = passes(module, tokens)
-    parametrize.remove_parametrizations(module.out_proj, "weight")
-    return found, module(inputs(tokens))
 
 
 def pruned(module: Any, tokens: int) -> Any:
@@ -85,28 +58,16 @@ def low_rank(module: Any, tokens: int) -> Any:
     return passes(module, tokens)
 
 
-def frozen_but_for_one_layer(module: Any, tokens: int) -> Any:
-    module.requires_grad_(False).W_key.requires_grad_(True)
-    loss(module, tokens).backward()
-    return [each.grad for each in module.parameters() if each.grad is not None]
-
-
 def trained_by_lbfgs(module: Any, tokens: int) -> Any:
-    return trained(module, torch.optim.LBFGS(module.parameters(), lr=0.1, max_iter=2), tokens, 1)
+    optimizer = torch.optim.LBFGS(module.parameters(), lr=0.1, max_iter=2)
 
+    def closure() -> Any:
+        optimizer.zero_grad()
+        size = module(inputs(tokens)).nan_to_num().square().sum()
+        size.backward()
+        return size
 
-def trained_by_adamw(module: Any, tokens: int) -> Any:
-    return trained(module, torch.optim.AdamW(module.parameters(), lr=1e-3), tokens, 2)
-
-
-def averaged(module: Any, tokens: int) -> Any:
-    average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
-    module.mask = masks()["edited"].double()
-    with torch.no_grad():
-        module.W_query.weight.mul_(2.0)
-    average.update_parameters(module)
-    average.update_parameters(module)
-    return average.module.mask, average(inputs(tokens))
+    return optimizer.step(closure), [parameter.detach() for parameter in module.parameters()]
 
 
 def as_a_vector(module: Any, tokens: int) -> Any:
@@ -115,49 +76,8 @@ def as_a_vector(module: Any, tokens: int) -> Any:
     return vector, module(inputs(tokens))
 
 
-def checkpointed(module: Any, tokens: int) -> Any:
-    found = []
-    for use_reentrant in (False, True):
-        given = inputs(tokens).requires_grad_()
-        out = checkpoint.checkpoint(module, given, use_reentrant=use_reentrant)
-        out.nan_to_num().square().sum().backward()
-        found += [out, given.grad]
-    return found
-
-
-def offloaded(module: Any, tokens: int) -> Any:
-    with torch.autograd.graph.save_on_cpu(), _anomalies():
-        loss(module, tokens).backward()
-    return [each.grad for each in module.parameters()]
-
-
-def _anomalies() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is slow
-        return torch.autograd.detect_anomaly(check_nan=False)
-
-
-def with_another_mask(module: Any, tokens: int) -> Any:
-    return torch.func.functional_call(module, {"mask": masks()["edited"]}, (inputs(tokens),))
-
-
 def parallel_over_data(module: Any, tokens: int) -> Any:
     return nn.DataParallel(module)(inputs(tokens))
-
-
-def copied(module: Any, tokens: int) -> Any:
-    module(inputs(tokens))  # what is cached must not be copied as if it were the copy's
-    buffer = io.BytesIO()
-    torch.save(module, buffer)
-    buffer.seek(0)
-    copies = [
-        copy.deepcopy(module),
-        pickle.loads(pickle.dumps(module)),
-        torch.load(buffer, weights_only=False),
-    ]
-    for each in copies:
-        each.mask[tokens // 2 :, 1] = 1.0
-    return [each(inputs(tokens)) for each in (*copies, module)]
 
 
 def sequential(module: Any, tokens: int) -> Any:
@@ -184,14 +104,6 @@ def in_threads(module: Any, tokens: int) -> Any:
     return [found[index] for index in range(4)]
 
 
-def deterministic(module: Any, tokens: int) -> Any:
-    torch.use_deterministic_algorithms(True)
-    try:
-        return passes(module, tokens)
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def loaded_by_assignment(module: Any, tokens: int) -> Any:
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     with torch.device("meta"):
@@ -202,22 +114,13 @@ def loaded_by_assignment(module: Any, tokens: int) -> Any:
 
 CONTEXTS: list[Context] = [
     spectral_norm,
-    weight_norm,
     pruned,
     low_rank,
-    frozen_but_for_one_layer,
     trained_by_lbfgs,
-    trained_by_adamw,
-    averaged,
     as_a_vector,
-    checkpointed,
-    offloaded,
-    with_another_mask,
     parallel_over_data,
-    copied,
     sequential,
     in_threads,
-    deterministic,
     loaded_by_assignment,
 ]
 

@@ -1,6 +1,6 @@
 """What the multi-head class may be given, beside the library's own attention or in its programs."""
 
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +156,8 @@ def test_grouped_heads_are_torchs_own() -> None:
         ({"num_kv_heads": True}, "num_kv_heads=True"),
         ({"scale": float("nan")}, "scale is nan; expected a finite number, or None"),
         ({"scale": "2"}, "scale is '2'"),
+        ({"scale": 10**400}, "scale is 1000"),
+        ({"qkv_bias": [True, False, True]}, r"qkv_bias is \[True"),
         ({"qkv_bias": (True, False)}, r"qkv_bias is \(True, False\); expected True or False"),
     ],
 )
@@ -210,6 +212,7 @@ def test_calls_that_do_not_fit_are_refused(given: dict[str, tuple[int, ...]], me
         *("decode", "kdim", "vdim", "in_kv_features", "qkv_features", "out_features"),
         *("normalize_qk", "attention_fn", "force_fp32_for_softmax", "add_bias_kv", "add_zero_attn"),
         *("precision", "qkv_dot_general", "broadcast_dropout", "qkv_sharding"),
+        *("is_causal", "batch_first", "inputs_kv", "dropout_rng", "keep_rngs", "kernel_metadata"),
     ],
 )
 def test_what_is_left_out_is_not_taken(name: str) -> None:
@@ -224,6 +227,96 @@ def test_what_is_left_out_is_not_taken(name: str) -> None:
             build(**given)
 
 
+def test_a_call_that_gives_deterministic_by_its_place_is_refused() -> None:
+    module, inputs = flax_impl.CausalMultiHeadAttention(**SIZES), jnp.zeros((2, 7, WIDTH))
+    variables = module.init(jax.random.key(0), inputs)
+    with pytest.raises(TypeError, match="inputs_k is True: give `deterministic` by its name"):
+        module.apply(variables, inputs, True)
+
+
+def test_the_linen_module_says_whether_weights_are_dropped() -> None:
+    """`nn.remat` makes the arguments of a call arrays, so that a field has to say it."""
+    inputs, rngs = jnp.ones((2, 7, WIDTH)), {"dropout": jax.random.key(1)}
+    given: dict[str, Any] = {**SIZES, "dropout": 0.5}
+    module = flax_impl.CausalMultiHeadAttention(**given)
+    variables = module.init(jax.random.key(0), inputs)
+    expected = module.apply(variables, inputs, deterministic=False, rngs=rngs)
+    remat: Any = nn.remat(flax_impl.CausalMultiHeadAttention)
+    found = remat(**given, deterministic=False).apply(variables, inputs, rngs=rngs)
+    assert (np.asarray(found) == np.asarray(expected)).all()
+    idle = module.clone(deterministic=False).apply(variables, inputs, deterministic=True)
+    assert (np.asarray(idle) == np.asarray(module.apply(variables, inputs))).all()
+
+
+@pytest.mark.parametrize("scale", [np.float64(0.3), np.float32(0.3), 1])
+def test_a_number_of_numpy_leaves_the_dtype(scale: float) -> None:
+    """On many tokens, so that the fused paths take them."""
+    shape = (1, 2, 800, 4)
+    heads: Any = [jnp.ones(shape, jnp.bfloat16)] * 3
+    mask = flax_impl.causal_mask(800)
+    assert flax_impl.masked_attention(*heads, mask, scale=scale).dtype == jnp.bfloat16
+    tensors: Any = [torch.ones(shape, dtype=torch.bfloat16)] * 3
+    out = torch_impl.masked_attention(*tensors, torch_impl.causal_mask(800), scale=scale)
+    assert out.dtype == torch.bfloat16
+
+
+def test_a_large_scale_stays_within_float16() -> None:
+    """Multiplied by the queries, 8 * 9216 would leave the dtype."""
+    heads = np.full((3, 1, 1, 800, 64), 12.0, np.float16)
+    mask = flax_impl.causal_mask(800)
+    for implementation in ("reference", "fused"):
+        options: Any = {"implementation": implementation, "scale": 1.0}
+        queries, keys, values = map(torch.from_numpy, heads)
+        stored = torch_impl.causal_mask(800)
+        assert (
+            torch_impl.masked_attention(queries, keys, values, stored, **options).isfinite().all()
+        )
+        queries, keys, values = map(jnp.asarray, heads)
+        found = flax_impl.masked_attention(queries, keys, values, mask, **options)
+        assert bool(jnp.isfinite(found).all())
+
+
+def test_a_row_that_is_closed_in_one_head_leaves_the_others_gradients() -> None:
+    blocked = torch.zeros(1, HEADS, 7, 7, dtype=torch.bool)
+    blocked[0, 1, 4] = True
+    gradients: list[Any] = []
+    for implementation in get_args(torch_impl.dispatch.Implementation):
+        torch.manual_seed(0)
+        module = torch_impl.CausalMultiHeadAttention(**SIZES, implementation=implementation)
+        module(torch.from_numpy(INPUTS).float(), attn_mask=blocked).nansum().backward()
+        gradients.append(module.out_proj.weight.grad)
+    for found in gradients[1:]:
+        assert (found.isnan() == gradients[0].isnan()).all()
+    assert gradients[0].isnan().sum() == WIDTH * WIDTH // HEADS
+
+
+def test_a_mask_of_the_call_has_the_batch_of_the_keys() -> None:
+    module = torch_impl.CausalMultiHeadAttention(**SIZES, dtype=torch.float64)
+    inputs, memory, padding = map(torch.from_numpy, (INPUTS[:1], MEMORY, PADDING))
+    found = module(inputs, memory, key_padding_mask=padding)
+    close(
+        found.detach(),
+        module(inputs.expand(2, -1, -1), memory, key_padding_mask=padding).detach(),
+    )
+
+
+def test_fewer_queries_take_the_librarys_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return kernel(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    queries, keys = torch.randn(2, 3, 150, 8).double(), torch.randn(2, 3, 180, 8).double()
+    mask = torch_impl.causal_mask(180)
+    found = torch_impl.masked_attention(queries, keys, keys, mask)
+    assert len(calls) == 1
+    expected = torch_impl.reference_attention(queries, keys, keys, mask)
+    close(found, expected)
+
+
 def test_nested_tensors_are_refused() -> None:
     module = torch_impl.CausalMultiHeadAttention(**SIZES)
     nested = torch.nested.nested_tensor(
@@ -231,6 +324,8 @@ def test_nested_tensors_are_refused() -> None:
     )
     with pytest.raises(ValueError, match="key_padding_mask"):
         module(nested)
+    with pytest.raises(ValueError, match="key_padding_mask"):
+        module(torch.zeros(2, 3, WIDTH), nested)
 
 
 def test_masks_of_numbers_are_refused_where_true_blocks() -> None:
@@ -240,6 +335,8 @@ def test_masks_of_numbers_are_refused_where_true_blocks() -> None:
             ValueError, match=f"{name} has dtype torch.float32; expected torch.bool"
         ):
             module(torch.zeros(2, 7, WIDTH), **{name: torch.zeros(shape)})
+        with pytest.raises(TypeError, match=f"{name} is a ndarray; expected a torch.Tensor"):
+            module(torch.zeros(2, 7, WIDTH), **{name: np.zeros(shape, bool)})
     with pytest.raises(ValueError, match=r"key_padding_mask, .* has shape \(3, 1, 1, 7\)"):
         module(torch.zeros(2, 7, WIDTH), key_padding_mask=torch.zeros(3, 7, dtype=torch.bool))
 
