@@ -252,11 +252,11 @@ def test_the_linen_module_says_whether_weights_are_dropped() -> None:
 def test_a_number_of_numpy_leaves_the_dtype(scale: float) -> None:
     """On many tokens, so that the fused paths take them."""
     shape = (1, 2, 800, 4)
-    heads: Any = [jnp.ones(shape, jnp.bfloat16)] * 3
-    mask = flax_impl.causal_mask(800)
-    assert flax_impl.masked_attention(*heads, mask, scale=scale).dtype == jnp.bfloat16
-    tensors: Any = [torch.ones(shape, dtype=torch.bfloat16)] * 3
-    out = torch_impl.masked_attention(*tensors, torch_impl.causal_mask(800), scale=scale)
+    ones = jnp.ones(shape, jnp.bfloat16)
+    found = flax_impl.masked_attention(ones, ones, ones, flax_impl.causal_mask(800), scale=scale)
+    assert found.dtype == jnp.bfloat16
+    one = torch.ones(shape, dtype=torch.bfloat16)
+    out = torch_impl.masked_attention(one, one, one, torch_impl.causal_mask(800), scale=scale)
     assert out.dtype == torch.bfloat16
 
 
@@ -266,13 +266,11 @@ def test_a_large_scale_stays_within_float16() -> None:
     mask = flax_impl.causal_mask(800)
     for implementation in ("reference", "fused"):
         options: Any = {"implementation": implementation, "scale": 1.0}
-        queries, keys, values = map(torch.from_numpy, heads)
+        tensors: Any = list(map(torch.from_numpy, heads))
         stored = torch_impl.causal_mask(800)
-        assert (
-            torch_impl.masked_attention(queries, keys, values, stored, **options).isfinite().all()
-        )
-        queries, keys, values = map(jnp.asarray, heads)
-        found = flax_impl.masked_attention(queries, keys, values, mask, **options)
+        assert torch_impl.masked_attention(*tensors, mask=stored, **options).isfinite().all()
+        arrays: Any = list(map(jnp.asarray, heads))
+        found = flax_impl.masked_attention(*arrays, mask=mask, **options)
         assert bool(jnp.isfinite(found).all())
 
 
