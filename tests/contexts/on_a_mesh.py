@@ -71,10 +71,10 @@ def placed(variables: Any, mesh: Any, axes: tuple[str, ...]) -> Any:
     return jax.tree_util.tree_map_with_path(place, variables)
 
 
-def built(implementation: Any, batch: int) -> tuple[Any, Any, Array]:
+def built(implementation: Any, batch: int, **options: Any) -> tuple[Any, Any, Array]:
     """Return a module with 4 heads, its variables and inputs."""
     module = flax_impl.CausalMultiHeadAttention(
-        FEATURES, FEATURES, 1024, 0.0, 4, implementation=implementation
+        FEATURES, FEATURES, 1024, 0.0, 4, implementation=implementation, **options
     )
     inputs = jax.random.normal(jax.random.key(0), (batch, TOKENS, FEATURES))
     return module, module.init(jax.random.key(1), inputs[:, :4]), inputs
@@ -119,6 +119,23 @@ def explicit(implementation: Any) -> dict[str, Any]:
     return results
 
 
+def grouped(implementation: Any) -> dict[str, Any]:
+    """Two heads of keys, each for two of queries, on two devices of an explicit axis."""
+    module, variables, inputs = built(implementation, 4, num_kv_heads=2)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+
+    def place(path: Any, leaf: Array) -> Array:
+        names = [str(key.key) for key in path]
+        is_split = names[-1] == "kernel" and names[-2] != "out_proj"
+        spec = PartitionSpec(None, "model") if is_split else PartitionSpec()
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        given = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec("data")))
+        found = jax.jit(module.apply)(jax.tree_util.tree_map_with_path(place, variables), given)
+    return {"explicit grouped": {"same": same(found, module.apply(variables, inputs))}}
+
+
 def mapped_by_hand(implementation: Any) -> dict[str, Any]:
     """`shard_map`, also with a mask for each device."""
     module, variables, inputs = built(implementation, 4)
@@ -160,6 +177,7 @@ if __name__ == "__main__":
             {
                 **compiled_by_shardings(implementation, ALL_BATCHES[: int(sys.argv[2])]),
                 **explicit(implementation),
+                **grouped(implementation),
                 **mapped_by_hand(implementation),
             }
         )

@@ -216,14 +216,29 @@ def test_it_is_the_formula(mask: str, context: Context) -> None:
     assert_same(fused, formula, TOKENS)
 
 
+@pytest.mark.parametrize("shape", [(17, 41, 2), pytest.param((1, 200, 8), marks=AGAIN)])
+def test_mapped_masks_of_many_pairs(shape: tuple[int, ...]) -> None:
+    """From 82,000 pairs on, jaxlib 0.10.2 fuses a product with a sum, and gets both wrong."""
+    tokens = shape[-2]
+    fused, formula = (
+        mapped_masks(
+            partial(masked_attention, implementation=implementation),
+            heads(*shape),
+            masks(tokens)["edited"],
+        )
+        for implementation in ("fused", "reference")
+    )
+    assert_same(fused, formula, tokens)
+
+
 @pytest.mark.again
 @pytest.mark.parametrize("seed", range(30))
 def test_it_is_the_formula_at_drawn_lengths(seed: int) -> None:
     draw = random.Random(seed)
-    limit = draw.choice([12, 24, MIN_TILED_TOKENS]) if seed % 10 == 0 else draw.choice([12, 40])
+    limit = MIN_TILED_TOKENS if seed % 10 == 0 else draw.choice([12, 40, 200])
     tokens = limit + draw.randint(-2, 2)
     context, mask = draw.choice(CONTEXTS), draw.choice(["causal", "edited", "closed"])
-    shape = draw.choice([(tokens, 4), (3, tokens, 4), (2, 3, tokens, 4), (17, tokens, 2)])
+    shape = draw.choice([(3, tokens, 4), (2, 3, tokens, 4), (17, tokens, 2)])
     fused, formula = (
         context(
             partial(masked_attention, implementation=implementation),

@@ -316,6 +316,7 @@ def test_it_is_the_formula(implementation: Any, tokens: int, mask: str, context:
 def test_it_is_the_formula_at_drawn_lengths(seed: int) -> None:
     draw = random.Random(seed)
     context, mask = draw.choice(CONTEXTS), draw.choice([*masks()])
+    warnings.simplefilter("ignore", DeprecationWarning)  # of torch's forward mode, about itself
     implementation: Any = draw.choice(["auto", "fused"])
     limit = draw.choice([1, 8, 64, MIN_FUSED_TOKENS, 192, CONTEXT_LENGTH])
     tokens = min(max(1, limit + draw.randint(-2, 2)), CONTEXT_LENGTH)

@@ -266,11 +266,11 @@ def test_a_large_scale_stays_within_float16() -> None:
     mask = flax_impl.causal_mask(800)
     for implementation in ("reference", "fused"):
         options: Any = {"implementation": implementation, "scale": 1.0}
-        tensors: Any = list(map(torch.from_numpy, heads))
+        q, k, v = map(torch.from_numpy, heads)
         stored = torch_impl.causal_mask(800)
-        assert torch_impl.masked_attention(*tensors, mask=stored, **options).isfinite().all()
-        arrays: Any = list(map(jnp.asarray, heads))
-        found = flax_impl.masked_attention(*arrays, mask=mask, **options)
+        assert torch_impl.masked_attention(q, k, v, stored, **options).isfinite().all()
+        queries, keys, values = map(jnp.asarray, heads)
+        found = flax_impl.masked_attention(queries, keys, values, mask, **options)
         assert bool(jnp.isfinite(found).all())
 
 
