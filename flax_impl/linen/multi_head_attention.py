@@ -128,9 +128,8 @@ class CausalMultiHeadAttention(nn.Module):
                 blocked gives NaN, as in the formula. With a mask, the formula is used.
             deterministic: whether no weight is dropped; None is the module's. With False, pass
                 `rngs={"dropout": key}` to `apply`.
-            sow_weights: whether to sow the attention weights, after dropout, as
-                `attention_weights` in the collection
-                `intermediates`. Then the formula is used.
+            sow_weights: whether to sow the attention weights, after dropout, as `attention_weights`
+                in the collection `intermediates`. Then the formula is used.
         """
         if deterministic is None:
             deterministic = self.deterministic is not False

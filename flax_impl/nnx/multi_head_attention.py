@@ -135,9 +135,8 @@ class CausalMultiHeadAttention(nnx.Module):
                 blocked gives NaN, as in the formula. With a mask, the formula is used.
             deterministic: whether no weight is dropped; None is the module's mode.
             rngs: the streams of the dropout; None is the module's own.
-            sow_weights: whether to sow the attention weights, after dropout, as
-                `attention_weights` of the type
-                `nnx.Intermediate`. Then the formula is used.
+            sow_weights: whether to sow the attention weights, after dropout, as `attention_weights`
+                of the type `nnx.Intermediate`. Then the formula is used.
         """
         inputs_k, inputs_v = given(inputs, inputs_k, inputs_v)
         for name, each in (("inputs", inputs), ("inputs_k", inputs_k), ("inputs_v", inputs_v)):
