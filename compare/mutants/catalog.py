@@ -5,7 +5,6 @@ import tomllib
 from importlib.resources import files
 
 from ..proof.cases import FRAMEWORKS
-from .argument_bugs import ARGUMENT_BUGS
 from .mutant import (
     ATTENTION,
     HEADS,
@@ -597,7 +596,7 @@ _FUSED = [
         (r"return ~self\.blocked\.any\(\)", "return ~self.blocked.all()"),
     ),
     *flax(
-        "fused: tiles counted from the first one that is read",
+        "fused: tiles counted from the first key",
         "flax_impl.mask_tiles",
         (r"nominal = tile \* shape\.keys", "nominal = (tile - next_tiles[0]) * shape.keys"),
     ),
@@ -641,7 +640,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *_HEADS,
     *_FUSED,
     *_SHAPES,
-    *ARGUMENT_BUGS,
 )
 
 READERS: tuple[Mutant, ...] = tuple(_readers())

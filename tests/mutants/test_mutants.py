@@ -12,7 +12,7 @@ import flax_impl.attention
 import torch_impl
 from compare.commands import mutants
 from compare.commands.mutants import QUICKEST_FIRST, judge
-from compare.mutants import MUTANTS, READERS, Mutant, planted
+from compare.mutants import ARGUMENT_BUGS, MUTANTS, READERS, Mutant, planted
 from compare.report.model import Table
 
 from ..support import sections_of
@@ -53,7 +53,7 @@ SEEN_BY = seen_by()
 
 def test_every_pattern_matches_its_module() -> None:
     """A bug cannot be planted in a line that has changed; `planted` would refuse it too."""
-    for mutant in (*MUTANTS, *READERS):
+    for mutant in (*MUTANTS, *ARGUMENT_BUGS, *READERS):
         source = Path(str(import_module(mutant.module).__file__)).read_text(encoding="utf-8")
         for pattern, replacement in mutant.changes:
             changed, count = re.subn(pattern, replacement, source)
@@ -73,6 +73,16 @@ def test_every_pattern_matches_its_module() -> None:
 def test_a_check_sees_it(mutant: Mutant) -> None:
     check = SEEN_BY[f"{mutant.name} ({mutant.implementation})"]
     assert judge(mutant, [check], first=True).caught_by == [check]
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    ARGUMENT_BUGS[::7],
+    ids=lambda mutant: f"{mutant.name}-{mutant.implementation}",
+)
+@pytest.mark.slow
+def test_a_check_sees_a_bug_in_an_argument(mutant: Mutant) -> None:
+    assert judge(mutant, ["fresh", "stages", "arguments"], first=True).caught_by
 
 
 @pytest.mark.parametrize("mutant", READERS[90::90], ids=lambda mutant: mutant.name)
