@@ -88,8 +88,8 @@ def _linen_facts(trial: Trial) -> dict[str, Pair]:
         masks = [apply(variables, inputs, mask=mask) for mask in _equal_masks(trial)]
         _, sown = dropped(variables, inputs, sow_weights=True, mutable=["intermediates"])
     weights = sown["intermediates"]["attention_weights"][0]
-    wide = {**ready_linen(config, trial.rounded("float32").state, None)[1]}
-    half = {**ready_linen(config, trial.rounded("bfloat16").state, None)[1]}
+    _, wide = ready_linen(config, trial.rounded("float32").state, None)
+    _, half = ready_linen(config, trial.rounded("bfloat16").state, None)
     first = jnp.asarray(inputs, jnp.float32)
     computed = module.clone(dtype=jnp.bfloat16).apply(wide, first)
     made = module.clone(**INITIALIZERS, param_dtype=jnp.bfloat16).init(jax.random.key(0), first)
@@ -144,8 +144,8 @@ def _nnx_facts(trial: Trial) -> dict[str, Pair]:
 def _nnx_dropout(model: Any, inputs: jax.Array) -> dict[str, Pair]:
     """Return what `deterministic` and `rngs` of a call do; the module is in evaluation mode."""
 
-    def training(seed: int, **options: Any) -> np.ndarray:
-        return np.asarray(model(inputs, deterministic=False, rngs=nnx.Rngs(seed), **options))
+    def training(seed: int) -> np.ndarray:
+        return np.asarray(model(inputs, deterministic=False, rngs=nnx.Rngs(seed)))
 
     evaluated, count = np.asarray(model(inputs)), int(model.dropout.rngs.count[...])
     trained, again = training(3), training(3)
