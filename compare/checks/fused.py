@@ -7,7 +7,7 @@ import torch
 
 from ..conversion.tensors import numpy_to_tensor, tensor_to_numpy
 from ..proof import tolerances
-from ..proof.agreement import Agreement, Finding, agreement
+from ..proof.agreement import Agreement, Finding, agreement, identical
 from ..proof.cases import Config, Framework, Trial, draw
 from ..proof.parity import exact_and_limit
 from ..proof.rounding_bound import PRECISIONS, most_tiles
@@ -153,6 +153,9 @@ def _lengths(trial: Trial, device: str) -> Iterator[Finding]:
             agreed = _against_exact(outputs, trial, trial.inputs[:, :tokens])
             case = f"{trial.name}: {tokens}"
             yield Finding("fused: other lengths", "torch", case, agreed, tolerances.OUTPUT)
+            new = ready_torch(trial.config, trial.state, device, None)
+            agreed = identical(outputs, tensor_to_numpy(new(inputs[:, :tokens])))
+            yield Finding("fused: other lengths", "torch", case, agreed, tolerances.BITS)
 
 
 def _against_exact(outputs: np.ndarray, trial: Trial, inputs: np.ndarray) -> Agreement:
@@ -163,7 +166,7 @@ def _against_exact(outputs: np.ndarray, trial: Trial, inputs: np.ndarray) -> Agr
 
 
 def _edits(trial: Trial, device: str) -> Iterator[Finding]:
-    """Edit a mask after its first use: the next call must be that of the edited mask."""
+    """Edit a mask after its first use: the next call must be right, with a new tensor's bits."""
     module = ready_torch(trial.config, trial.state, device, None)
     inputs = numpy_to_tensor(trial.inputs).to(device)
     window = torch.from_numpy(masks()["window"]).to(device)
@@ -228,3 +231,6 @@ def _edits(trial: Trial, device: str) -> Iterator[Finding]:
             edited = trial.masked(trial.name, tensor_to_numpy(module.mask))
             agreed = _against_exact(outputs, edited, trial.inputs)
             yield Finding(f"fused: mask {name}", "torch", trial.name, agreed, tolerances.OUTPUT)
+            module.mask = module.mask.clone()
+            agreed = identical(outputs, tensor_to_numpy(module(inputs)))
+            yield Finding(f"fused: mask {name}", "torch", trial.name, agreed, tolerances.BITS)
