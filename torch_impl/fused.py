@@ -66,6 +66,11 @@ def fused_attention(
 
 def kernels_take(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> bool:
     """Return whether the kernels take tensors of these types, dtypes, devices and shapes."""
+    return queries.shape == keys.shape and library_takes(queries, keys, values, mask)
+
+
+def library_takes(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> bool:
+    """Return the same of the library's kernel with a mask of pairs: it takes fewer queries."""
     tensors = (queries, keys, values, mask)
     return (
         HAS_KERNELS
@@ -76,18 +81,7 @@ def kernels_take(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) ->
         and all(tensor.device == queries.device and not tensor.is_meta for tensor in tensors)
         and queries.dtype == keys.dtype == values.dtype
         and queries.dtype in DTYPES
-        and queries.shape == keys.shape == values.shape
-        and queries.numel() > 0
-    )
-
-
-def library_takes(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> bool:
-    """Return whether the library's kernel takes them, with a mask of pairs and fewer queries."""
-    return (
-        kernels_take(keys, keys, values, mask)
-        and type(queries) in (Tensor, torch.nn.Parameter)
-        and (queries.dtype, queries.device) == (keys.dtype, keys.device)
-        and queries.layout == torch.strided
+        and keys.shape == values.shape
         and queries.shape[:-2] == keys.shape[:-2]
         and queries.shape[-1] == keys.shape[-1]
         and queries.shape[-2] <= keys.shape[-2]
