@@ -26,7 +26,8 @@ SIZES: dict[str, Any] = dict(
     qkv_bias=True,
 )
 RANDOM = np.random.default_rng(0)
-INPUTS, MEMORY = RANDOM.standard_normal((2, BATCH, 7, WIDTH))
+# A constant that is added to all keys would change no weight: the three have nothing in common.
+INPUTS, MEMORY, MEMORY_OF_VALUES = RANDOM.standard_normal((3, BATCH, 7, WIDTH))
 BLOCKED = (RANDOM.random((BATCH, HEADS, 7, 7)) < 0.3) & ~np.eye(7, dtype=bool)
 CAUSAL = np.triu(np.ones((7, 7), bool), 1)
 PADDING = np.zeros((BATCH, 7), bool)
@@ -55,18 +56,23 @@ def torch_pair() -> tuple[Any, torch.nn.MultiheadAttention]:
 @pytest.mark.parametrize("average", [True, False])
 def test_torch_calls_are_those_of_its_own_attention(average: bool) -> None:
     ours, theirs = torch_pair()
-    inputs, memory, causal, padding = map(torch.from_numpy, (INPUTS, MEMORY, CAUSAL, PADDING))
+    inputs, key, value = map(torch.from_numpy, (INPUTS, MEMORY, MEMORY_OF_VALUES))
+    causal, padding = map(torch.from_numpy, (CAUSAL, PADDING))
     blocked = torch.from_numpy(BLOCKED).flatten(0, 1)
     options = {"need_weights": True, "average_attn_weights": average}
-    found = ours(inputs, memory, memory + 1, padding, attn_mask=blocked, **options)
-    expected = theirs(inputs, memory, memory + 1, padding, attn_mask=blocked | causal, **options)
+    found = ours(inputs, key, value, padding, attn_mask=blocked, **options)
+    expected = theirs(inputs, key, value, padding, attn_mask=blocked | causal, **options)
     for one, other in zip(found, expected, strict=True):
         close(one.detach(), other.detach())
 
 
 def flax_arguments() -> dict[str, Any]:
     allowed = jnp.asarray(~BLOCKED & ~PADDING[:, None, None, :])
-    return {"inputs_k": jnp.asarray(MEMORY), "inputs_v": jnp.asarray(MEMORY + 1), "mask": allowed}
+    return {
+        "inputs_k": jnp.asarray(MEMORY),
+        "inputs_v": jnp.asarray(MEMORY_OF_VALUES),
+        "mask": allowed,
+    }
 
 
 def as_theirs(params: Any) -> Any:
